@@ -1,0 +1,241 @@
+"""Structure: the one abstraction. A frozen value of integers; the tensors it speaks of are passed to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tenfold.structure import contract, dims
+from tenfold.structure.placement import Placement
+
+Factors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure(ABC):
+    """A set of matrices ``W (out, in)`` that share one structure, described by integers.
+
+    A family adds its integers, its normal form and, where one is known, its closed-form fit. Everything else is
+    derived here, once, from the labelled diagrams of the normal form.
+    """
+
+    kind: ClassVar[str]  # the name in recipes and checkpoints
+    grows: ClassVar[str | None] = None  # the field that a budget may raise: "rank", "terms"
+
+    @abstractmethod
+    def normal_form(self) -> tuple[Placement, ...]:
+        """Diagrams that add up to ``W``, and where their matrices lie; factor names are the checkpoint keys."""
+
+    def closed_form(self, weight: Tensor) -> Factors | None:
+        """The best known fit to ``weight (out, in)`` that needs no iteration; None where no such fit is known."""
+        return None
+
+    @property
+    def optimal(self) -> bool:
+        """Whether the closed form is the nearest member in the Frobenius norm."""
+        return False
+
+    def check(self) -> None:
+        """Raise ValueError for integers that make no matrix."""
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        """The fields for a matrix ``(out, inner)`` from what a recipe gives, the derivable ones filled in."""
+        names, spec = {field.name for field in dataclasses.fields(cls)}, dict(spec)
+        if "out_features" in names:
+            spec = {"out_features": out, "in_features": inner} | spec
+        if {"outs", "ins"} <= names:
+            parts = spec.pop("parts", len(spec.get("outs") or spec.get("ins") or (1, 1)))
+            spec = {"outs": dims.balanced(out, parts), "ins": dims.balanced(inner, parts)} | spec
+        return spec
+
+    # derived, final ------------------------------------------------------------------------------------------------
+
+    def __init_subclass__(cls, kind: str = "", **more):
+        super().__init_subclass__(**more)
+        cls.kind = kind
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
+        self.check()
+        self._placements  # noqa: B018 - labels without a size and sizes below one are refused here
+
+    @cached_property
+    def _placements(self) -> tuple[Placement, ...]:
+        return self.normal_form()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``"""
+        return self._placements[0].shape
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every factor, index maps left out."""
+        return {name: shape for place in self._placements for name, shape in place.diagram.factor_shapes().items()}
+
+    def index_shapes(self) -> dict[str, tuple[int]]:
+        """The length of every index map: int32 buffers among the factors, not counted as parameters."""
+        return {name: (length,) for place in self._placements for name, length, _ in place.maps}
+
+    @property
+    def numel(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.factor_shapes().values())
+
+    @property
+    def terms(self) -> int:
+        """How many products are added up in one entry of ``W``, the parts of a sum together."""
+        return sum(place.diagram.terms for place in self._placements)
+
+    def flops(self, rows: int = 1) -> int:
+        """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
+        adds = (len(self._placements) - 1) * rows * self.shape[0]
+        return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
+
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        """Random factors so that the entries of ``W`` have mean 0 and standard deviation ``std``.
+
+        An entry is a sum of ``terms`` products, so ``std^2 = terms * product of the variances``; the factors share
+        the variance evenly. Index maps start at a random injection, drawn from ``generator``.
+        """
+        factors: Factors = {}
+        for place in self._placements:
+            diagram = place.diagram
+            random = [name for name in diagram.names if name not in diagram.ones]
+            share = (std**2 / (len(self._placements) * diagram.terms)) ** (0.5 / max(1, len(random)))
+            for name, shape in diagram.factor_shapes().items():
+                noise = torch.randn(shape, generator=generator, dtype=dtype) * share
+                factors[name] = noise if name in random else torch.ones(shape, dtype=dtype)
+            for name, length, into in place.maps:
+                factors[name] = torch.randperm(into, generator=generator)[:length].to(torch.int32)
+        return factors
+
+    def apply(self, factors: Factors, x: Tensor) -> Tensor:
+        """``x (..., in) @ W.T -> (..., out)``, by the plan that is cheapest for this many rows."""
+        self._check_factors(factors)
+        out, inner = self.shape
+        if x.shape[-1] != inner:
+            raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {inner}; pass x (..., {inner})")
+        flat = x.reshape(-1, inner)
+        parts = [place.apply(factors, flat) for place in self._placements]
+        return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
+
+    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+        """``W[index] (..., in)``, without ``W``."""
+        self._check_factors(factors)
+        flat = index.reshape(-1)
+        parts = [place.rows_at(factors, flat) for place in self._placements]
+        return sum(parts[1:], parts[0]).reshape(*index.shape, self.shape[1])
+
+    def dense(self, factors: Factors) -> Tensor:
+        """``W (out, in)``"""
+        self._check_factors(factors)
+        parts = [place.dense(factors) for place in self._placements]
+        return sum(parts[1:], parts[0])
+
+    def fit(
+        self,
+        weights: Tensor | Sequence[Tensor],
+        metrics: Tensor | Sequence[Tensor] | None = None,
+        shared: Sequence[str] = (),
+        **settings,
+    ) -> Factors:
+        """The factors nearest to ``weights``; see :func:`tenfold.structure.fit.fit`."""
+        from tenfold.structure.fit import fit  # the fit needs this class: imported where it is called
+
+        return fit(self, weights, metrics, shared, **settings)
+
+    def to_json(self) -> dict:
+        """The fields and the kind, as plain JSON."""
+        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"kind": self.kind} | fields
+
+    @classmethod
+    def from_json(cls, data: dict) -> Structure:
+        """The structure that :meth:`to_json` wrote."""
+        data = dict(data)
+        family = cls.family(data.pop("kind", None))
+        names = [field.name for field in dataclasses.fields(family)]
+        for name in data:
+            if name not in names:
+                raise ValueError(f"{family.kind} has no field {name!r}; its fields are {', '.join(names)}")
+        missing = [f.name for f in dataclasses.fields(family) if f.default is dataclasses.MISSING and f.name not in data]
+        if missing:
+            raise ValueError(f"{family.kind} needs {', '.join(missing)}; given were {', '.join(data) or 'no fields'}")
+        return family(**{name: _structures(value) for name, value in data.items()})
+
+    @classmethod
+    def for_shape(cls, out: int, inner: int, spec: dict) -> Structure:
+        """The structure of a recipe's ``spec`` for a matrix ``(out, inner)``; what the spec leaves out is derived."""
+        family = cls.family(spec.get("kind"))
+        fields = family.complete(out, inner, {key: value for key, value in spec.items() if key != "kind"})
+        made = cls.from_json({"kind": family.kind} | fields)
+        if made.shape != (out, inner):
+            raise ValueError(f"{made} makes a matrix {made.shape}, but the weight is {(out, inner)} (out, in)")
+        return made
+
+    @classmethod
+    def within(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """The largest structure of ``spec`` with at most ``budget`` parameters: its rank, or its terms, are raised."""
+        family = cls.family(spec.get("kind"))
+        if family.grows is None:
+            raise ValueError(f"{family.kind} has no rank that a budget could set; give its fields")
+
+        def make(number: int) -> Structure:
+            return cls.for_shape(out, inner, spec | {family.grows: number})
+
+        number = dims.largest(lambda n: make(n).numel if n <= family.bound(make(1)) else 2**62, budget)
+        if number == 0:
+            raise ValueError(
+                f"{make(1)} has {make(1).numel} parameters, more than the {int(budget)} that are to be kept; keep more"
+            )
+        return make(number)
+
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        """The largest useful value of the field that grows: beyond the smaller side nothing is gained."""
+        return min(smallest.shape)
+
+    @classmethod
+    def family(cls, kind: str | None) -> type[Structure]:
+        """The class of a kind's name."""
+        families = {family.kind: family for family in _leaves(Structure)}
+        if kind not in families:
+            raise ValueError(f"there is no structure {kind!r}; choose one of {', '.join(sorted(families))}")
+        return families[kind]
+
+    def _check_factors(self, factors: Factors) -> None:
+        for name, shape in {**self.factor_shapes(), **self.index_shapes()}.items():
+            if name not in factors:
+                raise ValueError(f"factor {name!r} is missing for {self}; given were {sorted(factors)}")
+            if tuple(factors[name].shape) != shape:
+                raise ValueError(f"factor {name!r} has shape {tuple(factors[name].shape)} but {self} needs {shape}")
+
+
+def _frozen(value):
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value):
+    if isinstance(value, Structure):
+        return value.to_json()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _structures(value):
+    if isinstance(value, dict) and "kind" in value:
+        return Structure.from_json(value)
+    return [_structures(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _leaves(family: type) -> list[type]:
+    return [leaf for child in family.__subclasses__() for leaf in ([child] if child.kind else _leaves(child))]

@@ -1,0 +1,56 @@
+"""Block tensor trains: two block-diagonal factors with a permutation between them (Monarch is rank one)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.linalg import halves
+from tenfold.structure.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrain(Structure, kind="block_train"):
+    """``W[a b, c d] = sum_r left[b, a, c, r] right[c, b, d, r]``
+
+    Every sub-matrix ``W[:, b, c, :] (a x d)`` has rank ``rank``. Rank one is Monarch (Dao et al. 2022, arXiv
+    2204.00595), any rank BTT (Qiu et al. 2024, arXiv 2406.06248). It costs ``r a b c + r b c d`` multiply-adds.
+
+    Args:
+        outs: ``(a, b)``.
+        ins: ``(c, d)``.
+    """
+
+    outs: tuple[int, int]
+    ins: tuple[int, int]
+    rank: int
+    grows = "rank"
+
+    def check(self) -> None:
+        if len(self.outs) != 2 or len(self.ins) != 2:
+            raise ValueError(f"outs {self.outs} and ins {self.ins} of a block train are two numbers each")
+        if not 1 <= self.rank <= min(self.outs[0], self.ins[1]):
+            raise ValueError(f"rank {self.rank} must be from 1 to {min(self.outs[0], self.ins[1])}, the side of a block")
+
+    @property
+    def optimal(self) -> bool:
+        return True
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        (a, b), (c, d) = self.outs, self.ins
+        sizes = (("a", a), ("b", b), ("c", c), ("d", d), ("r", self.rank))
+        factors = (("left", ("b", "a", "c", "r")), ("right", ("c", "b", "d", "r")))
+        return (Placement(Diagram(("a", "b"), ("c", "d"), factors, sizes)),)
+
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        return min(smallest.outs[0], smallest.ins[1])
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """Optimal: the blocks do not share parameters, and each is a truncated SVD."""
+        blocks = weight.reshape(*self.outs, *self.ins).permute(1, 2, 0, 3)  # (b, c, a, d)
+        left, right = halves(blocks, self.rank)  # (b, c, a, r), (b, c, r, d)
+        return {"left": left.permute(0, 2, 1, 3), "right": right.permute(1, 0, 3, 2)}

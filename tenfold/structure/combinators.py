@@ -1,0 +1,178 @@
+"""Structures made of structures, and a diagram written out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Structure, kind="sum"):
+    """``W = parts[0] + parts[1] + ...``; the factors of part ``k`` are called ``part_k_<name>``.
+
+    A dense or folded matrix with a low-rank adapter is a sum.
+    """
+
+    parts: tuple[Structure, ...]
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        return {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
+
+    def check(self) -> None:
+        if not self.parts or len({part.shape for part in self.parts}) != 1:
+            raise ValueError(f"the parts of a sum must be matrices of one shape, not {[part.shape for part in self.parts]}")
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        return tuple(
+            place.renamed(_prefix(f"part_{k}_")) for k, part in enumerate(self.parts) for place in part.normal_form()
+        )
+
+    def closed_form(self, weight: Tensor) -> Factors | None:
+        """Greedy: every part is fitted to what the parts before it leave. A start, not an optimum."""
+        rest, factors = weight.double(), {}
+        for k, part in enumerate(self.parts):
+            fitted = part.closed_form(rest)
+            if fitted is None:
+                return None
+            rest = rest - part.dense(fitted)
+            factors |= {f"part_{k}_{name}": value for name, value in fitted.items()}
+        return factors
+
+
+def _prefix(text: str):
+    return lambda name: text + name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Structure, kind="placed"):
+    """``W[rows[i], columns[j]] = base[i, j]``, every other entry zero.
+
+    Args:
+        base: the smaller matrix.
+        out_features: rows of ``W``.
+        in_features: columns of ``W``.
+        map_rows: whether there is an index map, a buffer ``rows (base out) int32``; without it rows stay in place.
+        map_columns: likewise ``columns (base in) int32``.
+
+    With whole maps this is a permuted matrix (TQCompressor); with shorter ones pruned units and sliced widths. Every
+    index of a map must occur once: the maps are injective.
+    """
+
+    base: Structure
+    out_features: int
+    in_features: int
+    map_rows: bool = True
+    map_columns: bool = True
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        base = Structure.for_shape(out, inner, spec["base"]) if isinstance(spec.get("base"), dict) else spec["base"]
+        return {"out_features": out, "in_features": inner} | spec | {"base": base}
+
+    def check(self) -> None:
+        out, inner = self.base.shape
+        for side, mapped, small, large in (
+            ("rows", self.map_rows, out, self.out_features),
+            ("columns", self.map_columns, inner, self.in_features),
+        ):
+            if small > large or (small < large and not mapped):
+                raise ValueError(f"{small} {side} of the base can't be placed in {large} {side} with map_{side}={mapped}")
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        return tuple(self._place(place.renamed(_inner)) for place in self.base.normal_form())
+
+    def _place(self, place: Placement) -> Placement:
+        rows = (("rows", self.base.shape[0], self.out_features),) if self.map_rows else ()
+        columns = (("columns", self.base.shape[1], self.in_features),) if self.map_columns else ()
+        return replace(
+            place,
+            rows=place.rows + ("rows",) * self.map_rows,
+            columns=place.columns + ("columns",) * self.map_columns,
+            outer=(self.out_features, self.in_features),
+            maps=place.maps + rows + columns,
+        )
+
+    def closed_form(self, weight: Tensor) -> Factors | None:
+        """With the first rows and columns as maps; :mod:`tenfold.structure.permute` searches for better ones."""
+        (out, inner), identity = self.base.shape, torch.arange(max(self.shape), dtype=torch.int32)
+        return self.fitted(weight, identity[:out], identity[:inner])
+
+    def fitted(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Factors | None:
+        """The base's closed form for ``weight[rows][:, columns]``, with these maps."""
+        factors = self.base.closed_form(weight[rows.long()][:, columns.long()])
+        if factors is None:
+            return None
+        named = {_inner(name): value for name, value in factors.items()}
+        maps = {"rows": rows.int()} if self.map_rows else {}
+        return named | maps | ({"columns": columns.int()} if self.map_columns else {})
+
+
+def _inner(name: str) -> str:
+    """Maps of a placed base keep apart from those of the outer one."""
+    return f"base_{name}" if name.endswith(("rows", "columns")) else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transposed(Structure, kind="transposed"):
+    """``W = base^T`` with the same factors."""
+
+    base: Structure
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        return {"base": Structure.for_shape(inner, out, spec["base"])}
+
+    @property
+    def optimal(self) -> bool:
+        return self.base.optimal
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        return tuple(place.transposed() for place in self.base.normal_form())
+
+    def closed_form(self, weight: Tensor) -> Factors | None:
+        """That of the base."""
+        return self.base.closed_form(weight.mT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Structure, kind="diagram"):
+    """A diagram written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``.
+
+    Args:
+        factors: ``(name, labels)`` of every factor.
+        outs: labels of the rows, slowest first.
+        ins: labels of the columns.
+        sizes: ``(label, size)`` of every label.
+    """
+
+    factors: tuple[tuple[str, tuple[str, ...]], ...]
+    outs: tuple[str, ...]
+    ins: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        """A recipe writes factors and sizes as mappings, and labels as lists or as words in one string."""
+        return spec | {name: _pairs(spec[name]) for name in ("factors", "sizes") if name in spec} | {
+            name: _words(spec[name]) for name in ("outs", "ins") if name in spec
+        }
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        return (Placement(Diagram(self.outs, self.ins, self.factors, self.sizes)),)
+
+
+def _pairs(value: Any) -> list:
+    items = value.items() if isinstance(value, dict) else value
+    return [(name, _words(labels) if not isinstance(labels, int) else labels) for name, labels in items]
+
+
+def _words(value: Any) -> list[str]:
+    return value.split() if isinstance(value, str) else list(value)

@@ -1,0 +1,189 @@
+"""How a diagram is evaluated: contraction plans, their cost, forward and backward.
+
+Few parameters do not mean few FLOPs, so the order of the pairwise contractions is chosen, never fixed. Candidates are
+opt_einsum's best order for ``x`` and the factors together, and the order that first rebuilds ``W`` and multiplies
+once. Each is priced as FLOPs plus ``BALANCE`` times the numbers it reads and writes, for the number of rows at hand.
+FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summed.
+
+Forward keeps ``x`` and the factors only. Backward has a plan of its own: through the same chain, or through the dense
+gradient ``dW = dy^T x``, which is then contracted with the other factors. Both are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from string import ascii_letters
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+from tenfold.structure.diagram import Diagram
+
+BALANCE = 4.0  # FLOPs that take as long as moving one number; small, so that it decides only between near equals
+ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
+BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairwise contractions ``(i, j, equation)`` on a list of operands: pop ``i`` and ``j``, append the result."""
+
+    steps: tuple[tuple[tuple[int, ...], str], ...]
+    flops: int
+    moved: int
+
+    @property
+    def price(self) -> float:
+        return self.flops + BALANCE * self.moved
+
+
+@lru_cache(maxsize=4096)
+def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
+    """The best pairwise order for one contraction of labelled operands, by opt_einsum."""
+    letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
+    size = {letters[label]: number for label, number in sizes}
+    terms = ["".join(letters[label] for label in labels) for labels in inputs]
+    target = "".join(letters[label] for label in output)
+    search = "optimal" if len(terms) <= 6 else "auto"
+    shapes = [tuple(size[letter] for letter in term) for term in terms]
+    path = [(0,)] if len(terms) == 1 else opt_einsum.contract_path(
+        ",".join(terms) + "->" + target, *shapes, shapes=True, optimize=search)[0]
+    steps, flops, moved = [], 0, 0
+    for number, chosen in enumerate(path):
+        taken = [terms[k] for k in chosen]
+        terms = [term for k, term in enumerate(terms) if k not in chosen]
+        kept = target if number == len(path) - 1 else _kept(taken, terms, target)
+        terms.append(kept)
+        union = set("".join(taken))
+        flops += opt_einsum.helpers.flop_count(union, len(union) > len(kept), len(taken), size) if len(taken) > 1 else 0
+        moved += sum(opt_einsum.helpers.compute_size_by_dict(term, size) for term in [*taken, kept])
+        steps.append((tuple(sorted(chosen, reverse=True)), ",".join(taken[k] for k in _order(chosen)) + "->" + kept))
+    return Plan(tuple(steps), int(flops), int(moved))
+
+
+def _order(chosen) -> list[int]:
+    return sorted(range(len(chosen)), key=lambda k: -chosen[k])
+
+
+def _kept(taken: list[str], others: list[str], target: str) -> str:
+    needed = set("".join(others) + target)
+    return "".join(dict.fromkeys(letter for letter in "".join(taken) if letter in needed))
+
+
+def run(plan: Plan, operands: list[Tensor]) -> Tensor:
+    """Carry out ``plan`` on ``operands``."""
+    operands = list(operands)
+    for chosen, equation in plan.steps:
+        operands.append(torch.einsum(equation, *(operands.pop(k) for k in chosen)))
+    return operands[0]
+
+
+@lru_cache(maxsize=4096)
+def forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
+    """The cheaper way to multiply ``rows`` vectors: a chain ``(plan, None)``, or ``(rebuild, multiply)``."""
+    sizes = (*diagram.sizes, (ROWS, rows))
+    factors = tuple(labels for _, labels in diagram.factors)
+    x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
+    chain = plan_of((x, *factors), y, sizes)
+    rebuild, multiply = plan_of(factors, w, sizes), plan_of((x, w), y, sizes)
+    return (chain, None) if chain.price <= rebuild.price + multiply.price else (rebuild, multiply)
+
+
+def flops(diagram: Diagram, rows: int) -> int:
+    """FLOPs of ``x @ W.T`` for ``rows`` vectors, a rebuild of ``W`` included where the plan has one."""
+    return sum(plan.flops for plan in forward_plans(diagram, rows) if plan is not None)
+
+
+def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
+    """``W (out, in)``."""
+    plan = plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
+    return run(plan, factors).reshape(diagram.shape)
+
+
+def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
+    """``W[index] (n, in)`` without ``W``: every factor is looked up along its output labels, then contracted."""
+    at, rest = {}, index
+    for label in reversed(diagram.outs):
+        number = diagram.size([label])
+        at[label], rest = rest % number, rest // number
+    picked, inputs = [], []
+    for factor, (_, labels) in zip(factors, diagram.factors, strict=True):
+        looked = [label for label in labels if label in at]
+        if looked:
+            inner = [label for label in labels if label not in at]
+            factor = factor.permute([labels.index(label) for label in (*looked, *inner)])
+            factor, labels = factor[tuple(at[label] for label in looked)], (ROWS, *inner)
+        picked.append(factor)
+        inputs.append(labels)
+    sizes = (*diagram.sizes, (ROWS, len(index)))
+    return run(plan_of(tuple(inputs), (ROWS, *diagram.ins), sizes), picked).reshape(len(index), -1)
+
+
+def apply(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
+    """``x (n, in) @ W.T -> (n, out)``, by the plan that is cheapest for this many rows."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _forward(diagram, factors, x)
+    return _Apply.apply(diagram, x, *factors)
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that a call with ``rows`` rows is planned for."""
+    return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
+
+
+def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
+    first, second = forward_plans(diagram, bucket(len(x)))
+    folded = x.reshape(len(x), *diagram.shape_of(diagram.ins))
+    if second is None:
+        return run(first, [folded, *factors]).reshape(len(x), -1)
+    return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape))
+
+
+@lru_cache(maxsize=4096)
+def _through_dense(diagram: Diagram, rows: int) -> bool:
+    """Whether backward is cheaper through ``dW``: a chain costs about three times its forward, one of them a redo."""
+    chain = 3 * sum(plan.price for plan in forward_plans(diagram, rows) if plan is not None)
+    rebuild = plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
+    back = sum(plan.price for plan in forward_plans(diagram.transposed(), rows) if plan is not None)
+    out, inner = diagram.shape
+    return 2.0 * rows * out * inner + BALANCE * (rows * (out + inner) + out * inner) + 3 * rebuild.price + back < chain
+
+
+class _Apply(torch.autograd.Function):
+    """Keeps ``x`` and the factors; nothing in between survives the forward pass."""
+
+    @staticmethod
+    def forward(ctx, diagram, x, *factors):
+        ctx.diagram = diagram
+        ctx.save_for_backward(x, *factors)
+        return _forward(diagram, list(factors), x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, *factors = ctx.saved_tensors
+        needs, diagram = ctx.needs_input_grad[1:], ctx.diagram
+        with torch.autocast(x.device.type, enabled=False):
+            if _through_dense(diagram, bucket(len(x))):
+                return None, *_dense_gradient(diagram, x, factors, dy, needs)
+            return None, *_gradients(lambda x, *f: _forward(diagram, list(f), x), (x, *factors), dy, needs)
+
+
+def _dense_gradient(diagram, x, factors, dy, needs):
+    dx = _forward(diagram.transposed(), factors, dy) if needs[0] else None
+    if not any(needs[1:]):
+        return dx, *(None for _ in factors)
+    return dx, *_gradients(lambda *f: dense(diagram, list(f)), tuple(factors), dy.T @ x, needs[1:])
+
+
+def _gradients(function, values, upstream, needs):
+    leaves = [value.detach().requires_grad_(need) for value, need in zip(values, needs, strict=True)]
+    with torch.enable_grad():
+        result = function(*leaves)
+    wanted = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], upstream))
+    return tuple(next(wanted) if need else None for need in needs)

@@ -1,0 +1,78 @@
+"""Labelled diagrams: which index labels belong to the output, to the input and to each factor of a matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """``W[outs, ins] = sum over every other label of the product of the factors``.
+
+    A label may be shared by any number of factors. The rows of ``W`` run over ``outs``, the first label slowest.
+
+    Args:
+        outs: labels of the output index.
+        ins: labels of the input index.
+        factors: ``(name, labels)`` of every factor; the name is the key in a checkpoint, the labels its axes.
+        sizes: ``(label, size)`` of every label.
+        ones: names of the factors that start at one instead of at random (scalars, gates).
+    """
+
+    outs: tuple[str, ...]
+    ins: tuple[str, ...]
+    factors: tuple[tuple[str, tuple[str, ...]], ...]
+    sizes: tuple[tuple[str, int], ...]
+    ones: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        size, seen = dict(self.sizes), [label for _, labels in self.factors for label in labels]
+        for label in self.outs + self.ins:
+            if label not in seen:
+                raise ValueError(f"label {label!r} of the matrix is in no factor; give it to one of {self.names}")
+        for label in seen:
+            if label not in size:
+                raise ValueError(f"label {label!r} has no size; sizes are given for {sorted(size)}")
+        for name, labels in self.factors:
+            if len(set(labels)) != len(labels):
+                raise ValueError(f"factor {name!r} has a label twice in {labels}; use two labels")
+        if len(set(self.outs + self.ins)) != len(self.outs + self.ins):
+            raise ValueError(f"outs {self.outs} and ins {self.ins} must not share labels")
+        for label, number in size.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"label {label!r} has size {number!r}; sizes are whole numbers from 1 up")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.factors)
+
+    def size(self, labels) -> int:
+        """The number of values of a multi-index over ``labels``."""
+        sizes = dict(self.sizes)
+        return math.prod(sizes[label] for label in labels)
+
+    def shape_of(self, labels) -> tuple[int, ...]:
+        sizes = dict(self.sizes)
+        return tuple(sizes[label] for label in labels)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size(self.outs), self.size(self.ins)
+
+    @property
+    def terms(self) -> int:
+        """How many products are added up in one entry of ``W``."""
+        inner = {label for _, labels in self.factors for label in labels} - set(self.outs + self.ins)
+        return self.size(inner)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.shape_of(labels) for name, labels in self.factors}
+
+    def transposed(self) -> Diagram:
+        return Diagram(self.ins, self.outs, self.factors, self.sizes, self.ones)
+
+    def renamed(self, rename) -> Diagram:
+        """The same diagram with ``rename(name)`` for every factor name."""
+        factors = tuple((rename(name), labels) for name, labels in self.factors)
+        return Diagram(self.outs, self.ins, factors, self.sizes, tuple(map(rename, self.ones)))

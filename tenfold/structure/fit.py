@@ -1,0 +1,221 @@
+"""The nearest member of a structure: the closed form where it is optimal, else alternating least squares from there.
+
+With all other factors fixed, ``W`` is linear in one factor, and the best value solves a linear system. Labels of that
+factor which lie on the output (and on the input, in the Frobenius norm) split the system into independent ones of the
+same size, so a Kronecker term or a CP factor costs one small matrix. Systems are solved in float64 by a symmetric
+eigendecomposition, which a singular matrix can't make fail. The objective never grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.contract import plan_of, run
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.placement import Placement
+
+LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is left to L-BFGS
+
+
+def fit(
+    structure: Structure,
+    weights: Tensor | Sequence[Tensor],
+    metrics: Tensor | Sequence[Tensor] | None = None,
+    shared: Sequence[str] = (),
+    *,
+    start: Factors | None = None,
+    sweeps: int = 200,
+    tolerance: float = 1e-9,
+    starts: int = 1,
+    seed: int = 0,
+) -> Factors:
+    """Minimise ``sum_s || (W_s - What_s) L_s ||_F^2`` with ``L_s L_s^T = metrics[s] (in, in)``.
+
+    Args:
+        weights: one matrix ``(out, in)``, or several that are fitted together.
+        metrics: the second moment of the inputs of each matrix; None for the Frobenius norm.
+        shared: names of factors that all matrices use in common.
+        start: factors to start from; without them the closed form, or noise.
+        sweeps: at most this many rounds over all factors.
+        tolerance: stop when a round lowers the objective by less than this share of ``||W L||^2``.
+        starts: how many random starts are tried where there is no closed form; the best one counts.
+
+    Returns:
+        The factors in float64. With several matrices a factor that is not shared has a leading axis, one slice each.
+
+    Raises:
+        ValueError: a weight has another shape, or holds NaN or Inf.
+    """
+    several = not isinstance(weights, Tensor)
+    targets = [_checked(structure, weight) for weight in (weights if several else [weights])]
+    norms = [None] * len(targets) if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
+    simple = len(targets) == 1 and norms == [None] and start is None
+    if simple and structure.optimal:
+        return structure.closed_form(targets[0])
+    problem = Problem(structure, targets, norms, tuple(shared))
+    begins = [problem.begin(start, seed + k) for k in range(1 if start is not None else max(1, starts))]
+    best = min((problem.solve(begin, sweeps, tolerance) for begin in begins), key=problem.objective)
+    return {name: value[0] if not several or name in shared else value for name, value in best.items()}
+
+
+def _checked(structure: Structure, weight: Tensor) -> Tensor:
+    if tuple(weight.shape) != structure.shape:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)} but {structure} is {structure.shape} (out, in)")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or Inf; mend or leave out the matrix")
+    return weight.double()
+
+
+class Problem:
+    """One joint fit: its targets, its metrics, and which factors the targets share.
+
+    A state maps every factor name to a tensor with a leading axis: one slice per target, or a single one if shared.
+    """
+
+    def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, shared: tuple[str, ...]):
+        self.structure, self.targets, self.shared = structure, targets, shared
+        self.metrics = [None if metric is None else metric.double() for metric in metrics]
+        self.places = structure.normal_form()
+        for name in shared:
+            if name not in structure.factor_shapes():
+                raise ValueError(f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}")
+
+    def begin(self, start: Factors | None, seed: int) -> Factors:
+        """A state from given factors, from the closed form of the mean target, or from noise."""
+        if start is None:
+            mean = sum(self.targets[1:], self.targets[0]) / len(self.targets)
+            start = self.structure.closed_form(mean)
+        if start is None:
+            std, generator = float(mean.square().mean().sqrt()) or 1.0, torch.Generator().manual_seed(seed)
+            start = self.structure.init(std, generator, torch.float64)
+        count = len(self.targets)
+        return {
+            name: (value.double() if value.is_floating_point() else value)[None].repeat(
+                1 if name in self.shared else count, *[1] * value.ndim
+            )
+            for name, value in start.items()
+        }
+
+    def slice(self, state: Factors, s: int) -> Factors:
+        return {name: value[0] if len(value) == 1 else value[s] for name, value in state.items()}
+
+    def objective(self, state: Factors) -> Tensor:
+        """``sum_s || (W_s - What_s) L_s ||_F^2``"""
+        total = 0.0
+        for s, (target, metric) in enumerate(zip(self.targets, self.metrics, strict=True)):
+            rest = target - self.structure.dense(self.slice(state, s))
+            total = total + (rest * (rest if metric is None else rest @ metric)).sum()
+        return total
+
+    def solve(self, state: Factors, sweeps: int, tolerance: float) -> Factors:
+        """Alternate until a sweep gains less than ``tolerance``; L-BFGS where a system is too large."""
+        blocks = [(place, name) for place in self.places for name in place.diagram.names]
+        small = [block for block in blocks if self.unknowns(*block) <= LARGEST_SYSTEM]
+        scale = self.objective({name: value * 0 if value.is_floating_point() else value for name, value in state.items()})
+        now = self.objective(state)
+        for _ in range(sweeps):
+            before = now
+            for place, name in small:
+                tried = state | {name: self.best(state, place, name)}
+                after = self.objective(tried)
+                if after <= now:
+                    state, now = tried, after
+            if before - now <= tolerance * scale:
+                break
+        return state if len(small) == len(blocks) else self.polish(state, sweeps)
+
+    def unknowns(self, place: Placement, name: str) -> int:
+        """The size of one of the linear systems of a factor."""
+        split = place.diagram.outs if any(m is not None for m in self.metrics) else place.diagram.outs + place.diagram.ins
+        return place.diagram.size(label for label in dict(place.diagram.factors)[name] if label not in split)
+
+    def best(self, state: Factors, place: Placement, name: str) -> Tensor:
+        """The minimiser over one factor with all others fixed."""
+        systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
+        if name in self.shared:
+            systems = [(sum(gram for gram, _ in systems), sum(right for _, right in systems))]
+        labels, split = self._labels(place.diagram, name)
+        solved = [solve_symmetric(gram, right.flatten(len(split))) for gram, right in systems]
+        shaped = [value.reshape(place.diagram.shape_of((*split, *labels))) for value in solved]
+        order = [(*split, *labels).index(label) for label in dict(place.diagram.factors)[name]]
+        return torch.stack([value.permute(order) for value in shaped])
+
+    def _labels(self, diagram: Diagram, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The labels of a factor that one system couples, and those that split it."""
+        independent = diagram.outs if any(m is not None for m in self.metrics) else diagram.outs + diagram.ins
+        own = dict(diagram.factors)[name]
+        return tuple(x for x in own if x not in independent), tuple(x for x in own if x in independent)
+
+    def system(self, factors: Factors, place: Placement, name: str, s: int) -> tuple[Tensor, Tensor]:
+        """``gram (*split, n, n)`` and ``right (*split, *coupled)`` of the normal equations of one factor."""
+        diagram, (coupled, split) = place.diagram, self._labels(place.diagram, name)
+        rest = self.targets[s] - self.structure.dense(factors) + place.dense(factors)
+        metric = self.metrics[s]
+        if metric is None and any(m is not None for m in self.metrics):
+            metric = torch.eye(self.structure.shape[1], dtype=torch.float64)
+        target, metric = _restricted(place, factors, rest if metric is None else rest @ metric, metric)
+        others = [(labels, factors[n]) for n, labels in diagram.factors if n != name]
+        ins, outs = diagram.ins, diagram.outs
+        right = [((*outs, *ins), target.reshape(diagram.shape_of((*outs, *ins)))), *others]
+        shared = outs if metric is not None else outs + ins
+        twin = {label: label if label in shared else label + "'" for label, _ in diagram.sizes}
+        gram = others + [(tuple(twin[label] for label in labels), value) for labels, value in others]
+        if metric is not None:
+            both = (*ins, *(twin[label] for label in ins))
+            gram.append((both, metric.reshape(diagram.shape_of(ins) * 2)))
+        sizes = dict(diagram.sizes) | {twin[label]: size for label, size in diagram.sizes}
+        mirrored = tuple(twin[label] for label in coupled)
+        n = diagram.size(coupled)
+        left = _einsum(gram, (*split, *coupled, *mirrored), sizes)
+        return left.reshape(*diagram.shape_of(split), n, n), _einsum(right, (*split, *coupled), sizes)
+
+    def polish(self, state: Factors, steps: int) -> Factors:
+        """L-BFGS on every factor at once, through autograd."""
+        leaves = {name: value.clone().requires_grad_() for name, value in state.items() if value.is_floating_point()}
+        optimizer = torch.optim.LBFGS(
+            list(leaves.values()), max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.objective(state | leaves)
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        after = state | {name: leaf.detach() for name, leaf in leaves.items()}
+        return after if self.objective(after) <= self.objective(state) else state
+
+
+def solve_symmetric(gram: Tensor, right: Tensor) -> Tensor:
+    """``x (..., n)`` with ``gram (..., n, n) x = right (..., n)`` in the least-squares sense; never fails."""
+    values, vectors = torch.linalg.eigh(gram)
+    cut = 1e-13 * values[..., -1:].abs().clamp_min(1e-300)
+    inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
+    return (vectors @ (inverse[..., None] * (vectors.mT @ right[..., None])))[..., 0]
+
+
+def _restricted(place: Placement, factors: Factors, target: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Target and metric at the rows and columns where the placement lies."""
+    rows, columns = place.index(factors, "rows"), place.index(factors, "columns")
+    if rows is not None:
+        target = target[rows]
+    if columns is not None:
+        target = target[:, columns]
+        metric = None if metric is None else metric[columns][:, columns]
+    return target, metric
+
+
+def _einsum(operands: list[tuple[tuple[str, ...], Tensor]], output: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
+    """A labelled contraction; a label of the output that no operand has is filled by repetition."""
+    known = {label for labels, _ in operands for label in labels}
+    missing = tuple(label for label in output if label not in known)
+    if missing or not operands:
+        operands = [*operands, (missing, torch.ones([sizes[label] for label in missing], dtype=torch.float64))]
+    plan = plan_of(tuple(labels for labels, _ in operands), output, tuple(sizes.items()))
+    return run(plan, [value for _, value in operands])

@@ -1,0 +1,85 @@
+"""Sums of Kronecker products."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.linalg import halves
+from tenfold.structure.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(Structure, kind="kronecker"):
+    """``W = sum_r scale[r] outer[r] (x) inner[r]``, that is ``W[a b, c d] = sum_r scale[r] outer[r, a, c] inner[r, b, d]``
+
+    Args:
+        outs: rows of the factors, outermost first: ``(a, b)``, or more than two.
+        ins: columns of the factors: ``(c, d)``.
+        terms: the number of products that are added.
+        scaled: whether every term has a learnable scalar (Krony-PT); without it ``scale`` is one.
+
+    Two factors are called ``outer`` and ``inner``, more of them ``factor_0``, ``factor_1``, ...
+    """
+
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+    terms: int = 1
+    scaled: bool = False
+    grows = "terms"
+
+    def check(self) -> None:
+        if len(self.outs) != len(self.ins) or len(self.outs) < 2:
+            raise ValueError(f"outs {self.outs} and ins {self.ins} must have the same length, two or more")
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        return ("outer", "inner") if len(self.outs) == 2 else tuple(f"factor_{k}" for k in range(len(self.outs)))
+
+    @property
+    def optimal(self) -> bool:
+        return len(self.outs) == 2
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        outs = tuple(f"a{k}" for k in range(len(self.outs)))
+        ins = tuple(f"c{k}" for k in range(len(self.ins)))
+        factors = tuple(zip(self.factor_names, zip("r" * len(outs), outs, ins, strict=True), strict=True))
+        sizes = (("r", self.terms), *zip(outs, self.outs, strict=True), *zip(ins, self.ins, strict=True))
+        scale = (("scale", ("r",)),) if self.scaled else ()
+        return (Placement(Diagram(outs, ins, factors + scale, sizes, ("scale",) if scale else ())),)
+
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        """More terms than the smallest factor has entries add nothing (the rearranged matrix has full rank)."""
+        sides = [a * c for a, c in zip(smallest.outs, smallest.ins, strict=True)]
+        return min(max(1, math.prod(sides) // max(sides)), min(smallest.shape) ** 2)
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """Optimal for two factors (Van Loan-Pitsianis 1993: SVD of the rearranged matrix).
+
+        With more factors the first is split off optimally and the rest term by term, which is a good start only.
+        """
+        parts = _split(rearrange(weight, self.outs, self.ins)[None], self.terms)
+        shapes = zip(self.outs, self.ins, strict=True)
+        factors = {name: part.reshape(self.terms, a, c) for name, part, (a, c) in zip(self.factor_names, parts, shapes, strict=True)}
+        return factors | ({"scale": torch.ones(self.terms, dtype=torch.float64)} if self.scaled else {})
+
+
+def rearrange(weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...]) -> Tensor:
+    """``W (a b .., c d ..)`` as a tensor ``(a c, b d, ..)``, in which a Kronecker product has rank one."""
+    count = len(outs)
+    pairs = [axis for k in range(count) for axis in (k, count + k)]
+    return weight.reshape(*outs, *ins).permute(pairs).reshape([a * c for a, c in zip(outs, ins, strict=True)])
+
+
+def _split(tensors: Tensor, terms: int) -> list[Tensor]:
+    """Rank-one parts of ``tensors (t, m_1, ..., m_d)``: per factor ``(t * terms, m_k)``."""
+    left, right = halves(tensors.flatten(2), terms)  # (t, m_1, terms), (t, terms, rest)
+    first = left.mT.reshape(-1, tensors.shape[1])
+    rest = right.reshape(-1, *tensors.shape[2:])
+    return [first, rest] if rest.ndim == 2 else [first, *_split(rest, 1)]

@@ -1,0 +1,67 @@
+"""Dense matrices, and products of a tall and a wide one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.linalg import halves
+from tenfold.structure.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Structure, kind="dense"):
+    """``W = weight (o i)``: the identity among the structures, for sums and for joint plans."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def optimal(self) -> bool:
+        return True
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        sizes = (("o", self.out_features), ("i", self.in_features))
+        return (Placement(Diagram(("o",), ("i",), (("weight", ("o", "i")),), sizes)),)
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """Exact."""
+        return {"weight": weight.clone()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Structure, kind="low_rank"):
+    """``W[o, i] = sum_r left[o, r] right[r, i]``
+
+    Raises:
+        ValueError: the rank is above the smaller side, where a dense matrix is smaller.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int
+    grows = "rank"
+
+    def check(self) -> None:
+        if not 1 <= self.rank <= min(self.out_features, self.in_features):
+            raise ValueError(
+                f"rank {self.rank} of a {self.out_features}x{self.in_features} matrix must be from 1 to "
+                f"{min(self.out_features, self.in_features)}"
+            )
+
+    @property
+    def optimal(self) -> bool:
+        return True
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        sizes = (("o", self.out_features), ("i", self.in_features), ("r", self.rank))
+        factors = (("left", ("o", "r")), ("right", ("r", "i")))
+        return (Placement(Diagram(("o",), ("i",), factors, sizes)),)
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """Optimal in the Frobenius norm (truncated SVD, Eckart-Young 1936)."""
+        left, right = halves(weight, self.rank)
+        return {"left": left, "right": right}

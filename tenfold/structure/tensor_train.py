@@ -1,0 +1,118 @@
+"""Tensor-train matrices (TTM = MPO), and one tensor train per row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tenfold.structure import dims
+from tenfold.structure.base import Factors, Structure
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.kronecker import rearrange
+from tenfold.structure.linalg import tt_ranks, tt_svd
+from tenfold.structure.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTrain(Structure, kind="tensor_train"):
+    """``W[a_1..a_d, c_1..c_d] = sum_r core_1[r_0, a_1, c_1, r_1] core_2[r_1, a_2, c_2, r_2] ... core_d[.., r_d]``
+
+    ``r_0 = r_d = 1``; ``ranks`` are the bonds in between, ``r_1 .. r_{d-1}``, and may exceed the matrix bound: the
+    published TTM layers clip from the left only (:meth:`clipped`), and TT-SVD then pads with zeros.
+
+    Reference: Oseledets 2010 (TTM); arXiv 2306.02697 (the published shapes); arXiv 2106.02205 (MPO, full bonds).
+    """
+
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+    ranks: tuple[int, ...]
+    grows = "rank"
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        """Instead of ``ranks`` a recipe may give ``rank``: a number (clipped from the left) or ``full`` (both sides)."""
+        spec = super().complete(out, inner, spec)
+        if "rank" in spec:
+            spec["ranks"] = left_clipped(spec["outs"], spec["ins"], spec.pop("rank"))
+        return spec
+
+    def check(self) -> None:
+        if not len(self.outs) == len(self.ins) == len(self.ranks) + 1:
+            raise ValueError(f"outs {self.outs}, ins {self.ins} need one rank between neighbours, not {self.ranks}")
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        count, bonds = len(self.outs), (1, *self.ranks, 1)
+        sizes = [(f"r{k}", bond) for k, bond in enumerate(bonds)]
+        for k in range(count):
+            sizes += [(f"a{k}", self.outs[k]), (f"c{k}", self.ins[k])]
+        factors = tuple((f"core_{k}", (f"r{k}", f"a{k}", f"c{k}", f"r{k + 1}")) for k in range(count))
+        outs, ins = tuple(f"a{k}" for k in range(count)), tuple(f"c{k}" for k in range(count))
+        return (Placement(Diagram(outs, ins, factors, tuple(sizes))),)
+
+    @classmethod
+    def within_tolerance(cls, weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...], tolerance: float) -> TensorTrain:
+        """The least ranks for which the fit errs by at most ``tolerance * ||weight||_F``."""
+        return cls(outs=outs, ins=ins, ranks=tt_ranks(rearrange(weight, outs, ins), tolerance))
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """TT-SVD: within a factor ``sqrt(d - 1)`` of the nearest one."""
+        cores = tt_svd(rearrange(weight, self.outs, self.ins), self.ranks)
+        bonds = (1, *self.ranks, 1)
+        return {
+            f"core_{k}": core.reshape(bonds[k], self.outs[k], self.ins[k], bonds[k + 1]) for k, core in enumerate(cores)
+        }
+
+
+def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | str) -> tuple[int, ...]:
+    """The bonds ``r_k = min(rank, r_{k-1} a_k c_k)``; ``rank="full"`` also clips from the right, so nothing is cut."""
+    sides = [a * c for a, c in zip(outs, ins, strict=True)]
+    if rank == "full":
+        return tuple(min(math.prod(sides[:k]), math.prod(sides[k:])) for k in range(1, len(sides)))
+    bonds = [1]
+    for side in sides[:-1]:
+        bonds.append(min(rank, bonds[-1] * side))
+    return tuple(bonds[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTrain(Structure, kind="row_train"):
+    """``W[t, c_1..c_d] = sum_r core_1[t, r_0, c_1, r_1] ... core_d[t, .., c_d, r_d]``: a tensor train per row.
+
+    For embeddings: a row is looked up from its own cores and nothing else.
+
+    Reference: TensorGPT, arXiv 2307.00526.
+    """
+
+    out_features: int
+    ins: tuple[int, ...]
+    ranks: tuple[int, ...]
+    grows = "rank"
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        """Instead of ``ins`` a recipe may give ``parts``, instead of ``ranks`` a ``rank`` clipped to the bound."""
+        spec = super().complete(out, inner, spec)
+        spec["ins"] = spec.get("ins") or dims.balanced(inner, spec.pop("parts", 3))
+        if "rank" in spec:
+            full, rank = left_clipped((1,) * len(spec["ins"]), tuple(spec["ins"]), "full"), spec.pop("rank")
+            spec["ranks"] = full if rank == "full" else tuple(min(rank, bond) for bond in full)
+        spec.pop("parts", None)
+        return {key: value for key, value in spec.items() if key != "in_features"}
+
+    def check(self) -> None:
+        if len(self.ins) != len(self.ranks) + 1:
+            raise ValueError(f"ins {self.ins} need one rank between neighbours, not {self.ranks}")
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        count, bonds = len(self.ins), (1, *self.ranks, 1)
+        sizes = (("t", self.out_features), *((f"r{k}", bond) for k, bond in enumerate(bonds)))
+        sizes += tuple((f"c{k}", number) for k, number in enumerate(self.ins))
+        factors = tuple((f"core_{k}", ("t", f"r{k}", f"c{k}", f"r{k + 1}")) for k in range(count))
+        return (Placement(Diagram(("t",), tuple(f"c{k}" for k in range(count)), factors, sizes)),)
+
+    def closed_form(self, weight: Tensor) -> Factors:
+        """TT-SVD of every row: within a factor ``sqrt(d - 1)`` of the nearest one."""
+        cores = tt_svd(weight.reshape(self.out_features, *self.ins), self.ranks, batch=1)
+        return {f"core_{k}": core for k, core in enumerate(cores)}
