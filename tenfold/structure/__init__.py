@@ -10,7 +10,7 @@ number of factors. Sizes are the capital letters of their labels; ``R`` is a ran
 
 | family | an entry | parameters | multiply-adds per vector | fit |
 |---|---|---|---|---|
-| ``Dense`` | ``weight[o, i]`` | O I | O I | exact |
+| ``Dense`` | ``matrix[o, i]`` | O I | O I | exact |
 | ``LowRank`` | ``left[o, r] right[r, i]`` | R (O + I) | R (O + I) | optimal: SVD |
 | ``Kronecker`` | ``outer[r, a, c] inner[r, b, d]`` | R (AC + BD) | min(R AC(B or D) + ...) | optimal for 2 factors: Van Loan |
 | ``TensorTrain`` | ``core_0[., a0, c0, r] core_1[r, a1, c1, s] ..`` | sum R A C R' | by plan | TT-SVD, within sqrt(d - 1) |
@@ -19,6 +19,7 @@ number of factors. Sizes are the capital letters of their labels; ``R`` is a ran
 | ``Blast`` | ``left[p, a, r] coupling[p, q, r] right[q, c, r]`` | R (PA + PQ + QC) | the same | alternating |
 | ``Tucker`` | ``core[p.., q..] out_0[a0, p0] .. in_0[c0, q0] ..`` | prod R + sum A R + sum C R | by plan | HOSVD, HOOI |
 | ``CP`` | ``weights[r] out_0[a0, r] .. in_0[c0, r] ..`` | R (sum A + sum C) | by plan | alternating |
+| ``Stacked`` | its parts below each other (fused QKV, gate and up) | sum | sum | of its parts |
 | ``Sum`` | the entries of its parts added | sum | sum | greedy, then alternating |
 | ``Placed`` | ``base`` at given rows and columns, zero elsewhere | those of the base | those of the base | of the base |
 | ``Transposed`` | ``base[i, o]`` | those of the base | by plan | of the base |
@@ -38,6 +39,7 @@ from tenfold.structure.base import Structure as Structure
 from tenfold.structure.blast import Blast as Blast
 from tenfold.structure.block_train import BlockTrain as BlockTrain
 from tenfold.structure.combinators import Placed as Placed
+from tenfold.structure.combinators import Stacked as Stacked
 from tenfold.structure.combinators import Sum as Sum
 from tenfold.structure.combinators import Transposed as Transposed
 from tenfold.structure.combinators import Written as Written

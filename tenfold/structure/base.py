@@ -101,6 +101,10 @@ class Structure(ABC):
         adds = (len(self._placements) - 1) * rows * self.shape[0]
         return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
 
+    def lookup_flops(self, rows: int = 1) -> int:
+        """FLOPs of ``rows`` for so many indices."""
+        return sum(contract.lookup_flops(place.diagram, rows) for place in self._placements)
+
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
         """Random factors so that the entries of ``W`` have mean 0 and standard deviation ``std``.
 
@@ -121,24 +125,30 @@ class Structure(ABC):
 
     def apply(self, factors: Factors, x: Tensor) -> Tensor:
         """``x (..., in) @ W.T -> (..., out)``, by the plan that is cheapest for this many rows."""
-        self._check_factors(factors)
+        self.check_factors(factors)
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {self.shape[1]}")
+        return self._apply(factors, x)
+
+    def _apply(self, factors: Factors, x: Tensor) -> Tensor:
         out, inner = self.shape
-        if x.shape[-1] != inner:
-            raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {inner}; pass x (..., {inner})")
         flat = x.reshape(-1, inner)
         parts = [place.apply(factors, flat) for place in self._placements]
         return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
 
     def rows(self, factors: Factors, index: Tensor) -> Tensor:
         """``W[index] (..., in)``, without ``W``."""
-        self._check_factors(factors)
+        self.check_factors(factors)
+        return self._rows(factors, index)
+
+    def _rows(self, factors: Factors, index: Tensor) -> Tensor:
         flat = index.reshape(-1)
         parts = [place.rows_at(factors, flat) for place in self._placements]
         return sum(parts[1:], parts[0]).reshape(*index.shape, self.shape[1])
 
     def dense(self, factors: Factors) -> Tensor:
         """``W (out, in)``"""
-        self._check_factors(factors)
+        self.check_factors(factors)
         parts = [place.dense(factors) for place in self._placements]
         return sum(parts[1:], parts[0])
 
@@ -213,7 +223,8 @@ class Structure(ABC):
             raise ValueError(f"there is no structure {kind!r}; choose one of {', '.join(sorted(families))}")
         return families[kind]
 
-    def _check_factors(self, factors: Factors) -> None:
+    def check_factors(self, factors: Factors) -> None:
+        """Raise ValueError for a factor that is missing or has another shape."""
         for name, shape in {**self.factor_shapes(), **self.index_shapes()}.items():
             if name not in factors:
                 raise ValueError(f"factor {name!r} is missing for {self}; given were {sorted(factors)}")

@@ -47,6 +47,52 @@ class Sum(Structure, kind="sum"):
         return factors
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stacked(Structure, kind="stacked"):
+    """``W = [parts[0]; parts[1]; ...]``, one below the other; the factors of part ``k`` are called ``part_k_<name>``.
+
+    For fused matrices: query, key and value, or gate and up, each folded by itself.
+    """
+
+    parts: tuple[Structure, ...]
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        parts = spec.get("parts", ())
+        return {"parts": [Structure.for_shape(out // len(parts), inner, part) for part in parts]}
+
+    def check(self) -> None:
+        if not self.parts or len({part.shape[1] for part in self.parts}) != 1:
+            raise ValueError(f"stacked parts must have one width, not {[part.shape for part in self.parts]}")
+
+    @property
+    def optimal(self) -> bool:
+        return all(part.optimal for part in self.parts)
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of every part, and the end."""
+        return [sum(part.shape[0] for part in self.parts[:k]) for k in range(len(self.parts) + 1)]
+
+    def normal_form(self) -> tuple[Placement, ...]:
+        outer = (self.starts[-1], self.parts[0].shape[1])
+        return tuple(
+            replace(place.renamed(_prefix(f"part_{k}_")), rows=(*place.rows, self.starts[k]), outer=outer)
+            for k, part in enumerate(self.parts)
+            for place in part.normal_form()
+        )
+
+    def closed_form(self, weight: Tensor) -> Factors | None:
+        """As near as those of the parts."""
+        factors: Factors = {}
+        for k, part in enumerate(self.parts):
+            fitted = part.closed_form(weight[self.starts[k] : self.starts[k + 1]])
+            if fitted is None:
+                return None
+            factors |= {f"part_{k}_{name}": value for name, value in fitted.items()}
+        return factors
+
+
 def _prefix(text: str):
     return lambda name: text + name
 

@@ -105,9 +105,10 @@ def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
 def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
     """``W[index] (n, in)`` without ``W``: every factor is looked up along its output labels, then contracted."""
     at, rest = {}, index
-    for label in reversed(diagram.outs):
+    for label in reversed(diagram.outs[1:]):
         number = diagram.size([label])
         at[label], rest = rest % number, rest // number
+    at |= dict.fromkeys(diagram.outs[:1], rest)  # without a modulo: a row that does not exist raises IndexError
     picked, inputs = [], []
     for factor, (_, labels) in zip(factors, diagram.factors, strict=True):
         looked = [label for label in labels if label in at]
@@ -117,8 +118,17 @@ def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
             factor, labels = factor[tuple(at[label] for label in looked)], (ROWS, *inner)
         picked.append(factor)
         inputs.append(labels)
-    sizes = (*diagram.sizes, (ROWS, len(index)))
-    return run(plan_of(tuple(inputs), (ROWS, *diagram.ins), sizes), picked).reshape(len(index), -1)
+    sizes = (*diagram.sizes, (ROWS, bucket(len(index))))
+    return run(plan_of(tuple(inputs), (ROWS, *diagram.ins), sizes), picked).reshape(len(index), diagram.shape[1])
+
+
+def lookup_flops(diagram: Diagram, rows: int) -> int:
+    """FLOPs of :func:`rows_of` for ``rows`` indices."""
+    inputs = []
+    for _, labels in diagram.factors:
+        inner = tuple(label for label in labels if label not in diagram.outs)
+        inputs.append(labels if len(inner) == len(labels) else (ROWS, *inner))
+    return plan_of(tuple(inputs), (ROWS, *diagram.ins), (*diagram.sizes, (ROWS, rows))).flops
 
 
 def apply(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
@@ -140,7 +150,7 @@ def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
     first, second = forward_plans(diagram, bucket(len(x)))
     folded = x.reshape(len(x), *diagram.shape_of(diagram.ins))
     if second is None:
-        return run(first, [folded, *factors]).reshape(len(x), -1)
+        return run(first, [folded, *factors]).reshape(len(x), diagram.shape[0])
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape))
 
 

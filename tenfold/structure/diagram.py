@@ -34,6 +34,10 @@ class Diagram:
         for label in seen:
             if label not in size:
                 raise ValueError(f"label {label!r} has no size; sizes are given for {sorted(size)}")
+            if "(" in label:
+                raise ValueError(f"label {label!r} holds a bracket, which is kept for the package's own labels; rename it")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"two factors have one name in {self.names}; give each its own")
         for name, labels in self.factors:
             if len(set(labels)) != len(labels):
                 raise ValueError(f"factor {name!r} has a label twice in {labels}; use two labels")

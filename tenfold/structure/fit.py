@@ -162,7 +162,7 @@ class Problem:
         ins, outs = diagram.ins, diagram.outs
         right = [((*outs, *ins), target.reshape(diagram.shape_of((*outs, *ins)))), *others]
         shared = outs if metric is not None else outs + ins
-        twin = {label: label if label in shared else label + "'" for label, _ in diagram.sizes}
+        twin = {label: label if label in shared else f"({label})" for label, _ in diagram.sizes}
         gram = others + [(tuple(twin[label] for label in labels), value) for labels, value in others]
         if metric is not None:
             both = (*ins, *(twin[label] for label in ins))

@@ -14,7 +14,7 @@ from tenfold.structure.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Structure, kind="dense"):
-    """``W = weight (o i)``: the identity among the structures, for sums and for joint plans."""
+    """``W = matrix (o i)``: the identity among the structures, for sums and for joint plans."""
 
     out_features: int
     in_features: int
@@ -25,11 +25,11 @@ class Dense(Structure, kind="dense"):
 
     def normal_form(self) -> tuple[Placement, ...]:
         sizes = (("o", self.out_features), ("i", self.in_features))
-        return (Placement(Diagram(("o",), ("i",), (("weight", ("o", "i")),), sizes)),)
+        return (Placement(Diagram(("o",), ("i",), (("matrix", ("o", "i")),), sizes)),)
 
     def closed_form(self, weight: Tensor) -> Factors:
         """Exact."""
-        return {"weight": weight.clone()}
+        return {"matrix": weight.clone()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ class Placement:
     """A diagram and where its matrix lies in a larger one.
 
     ``rows`` and ``columns`` name index maps among the factors, innermost first: entry ``(i, j)`` of the diagram's
-    matrix lies at ``(rows[i], columns[j])``. No name means the identity. An index map is not a parameter.
+    matrix lies at ``(rows[i], columns[j])``. No name means the identity, a number instead of a name a shift by so
+    many places. An index map is not a parameter.
 
     Args:
         shape: ``(out, in)`` of the larger matrix; None where it is the diagram's own.
@@ -24,8 +25,8 @@ class Placement:
     """
 
     diagram: Diagram
-    rows: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
+    rows: tuple[str | int, ...] = ()
+    columns: tuple[str | int, ...] = ()
     outer: tuple[int, int] | None = None
     maps: tuple[tuple[str, int, int], ...] = ()
 
@@ -35,9 +36,8 @@ class Placement:
 
     def renamed(self, rename) -> Placement:
         maps = tuple((rename(name), length, into) for name, length, into in self.maps)
-        return Placement(
-            self.diagram.renamed(rename), tuple(map(rename, self.rows)), tuple(map(rename, self.columns)), self.outer, maps
-        )
+        rows, columns = (tuple(rename(x) if isinstance(x, str) else x for x in side) for side in (self.rows, self.columns))
+        return Placement(self.diagram.renamed(rename), rows, columns, self.outer, maps)
 
     def transposed(self) -> Placement:
         outer = None if self.outer is None else self.outer[::-1]
@@ -45,9 +45,12 @@ class Placement:
 
     def index(self, factors: dict[str, Tensor], side: str) -> Tensor | None:
         """The composed index map of ``side``, "rows" or "columns"; None for the identity."""
-        index = None
-        for name in getattr(self, side):
-            index = factors[name].long() if index is None else factors[name].long()[index]
+        steps, axis = getattr(self, side), 0 if side == "rows" else 1
+        if not steps:
+            return None
+        index = torch.arange(self.diagram.shape[axis], device=next(iter(factors.values())).device)
+        for step in steps:
+            index = index + step if isinstance(step, int) else factors[step].long()[index]
         return index
 
     def tensors(self, factors: dict[str, Tensor]) -> list[Tensor]:
@@ -55,8 +58,11 @@ class Placement:
 
     def apply(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
         """``x (n, in) @ W.T -> (n, out)``"""
-        rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
+        columns = self.index(factors, "columns")
         y = contract.apply(self.diagram, self.tensors(factors), x if columns is None else x.index_select(-1, columns))
+        if len(self.rows) == 1 and isinstance(self.rows[0], int):  # a block of rows: no index needed
+            return torch.nn.functional.pad(y, (self.rows[0], self.shape[0] - self.rows[0] - y.shape[-1]))
+        rows = self.index(factors, "rows")
         return y if rows is None else _spread(y, rows, self.shape[0])
 
     def rows_at(self, factors: dict[str, Tensor], index: Tensor) -> Tensor:

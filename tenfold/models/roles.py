@@ -1,0 +1,118 @@
+"""Where the matrices of an architecture are: data, one entry per ``model_type`` of transformers.
+
+A table maps roles to module paths inside the base model; ``*`` stands for a number (of a layer, a group, an expert).
+``embed`` and ``head`` need no entry: transformers itself says where they are. ``calls`` tells how often a module runs
+in one forward pass, for architectures that apply a layer several times.
+
+To add an architecture: write its table here, and add its name to ``tests/models/toys.py``. docs/architectures.md has an
+example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ROLES = (
+    "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out",
+    "mlp.in", "mlp.gate", "mlp.in_gate", "mlp.out",
+    "embed", "embed.project", "pooler", "head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``paths``: role -> path patterns inside the base model. ``calls``: config -> runs of a block's module a pass."""
+
+    paths: dict[str, str | tuple[str, ...]]
+    calls: Callable = lambda config: 1
+
+
+def _split_attention(block: str, attention: str, out: str = "o_proj") -> dict:
+    names = {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.out": out}
+    return {role: f"{block}.{attention}.{name}" for role, name in names.items()}
+
+
+_LLAMA = Architecture(
+    _split_attention("layers.*", "self_attn")
+    | {"mlp.gate": "layers.*.mlp.gate_proj", "mlp.in": "layers.*.mlp.up_proj", "mlp.out": "layers.*.mlp.down_proj"}
+)
+_GPT = Architecture(
+    {
+        "attn.qkv": "h.*.attn.c_attn",
+        "attn.out": "h.*.attn.c_proj",
+        "mlp.in": "h.*.mlp.c_fc",
+        "mlp.out": "h.*.mlp.c_proj",
+    }
+)
+_BERT = Architecture(
+    {
+        "attn.q": "encoder.layer.*.attention.self.query",
+        "attn.k": "encoder.layer.*.attention.self.key",
+        "attn.v": "encoder.layer.*.attention.self.value",
+        "attn.out": "encoder.layer.*.attention.output.dense",
+        "mlp.in": "encoder.layer.*.intermediate.dense",
+        "mlp.out": "encoder.layer.*.output.dense",
+        "pooler": "pooler.dense",
+    }
+)
+_ALBERT_LAYER = "encoder.albert_layer_groups.*.albert_layers.*"
+_T5_ATTENTION = (
+    "encoder.block.*.layer.0.SelfAttention",
+    "decoder.block.*.layer.0.SelfAttention",
+    "decoder.block.*.layer.1.EncDecAttention",
+)
+_T5_MLP = ("encoder.block.*.layer.1.DenseReluDense", "decoder.block.*.layer.2.DenseReluDense")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": _GPT,
+    "openai-gpt": _GPT,
+    "gpt_neox": Architecture(
+        {
+            "attn.qkv": "layers.*.attention.query_key_value",
+            "attn.out": "layers.*.attention.dense",
+            "mlp.in": "layers.*.mlp.dense_h_to_4h",
+            "mlp.out": "layers.*.mlp.dense_4h_to_h",
+        }
+    ),
+    "opt": Architecture(
+        _split_attention("decoder.layers.*", "self_attn", "out_proj")
+        | {"mlp.in": "decoder.layers.*.fc1", "mlp.out": "decoder.layers.*.fc2"}
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gemma3": Architecture({role: f"language_model.{path}" for role, path in _LLAMA.paths.items()}),
+    "phi": Architecture(
+        _split_attention("layers.*", "self_attn", "dense")
+        | {"mlp.in": "layers.*.mlp.fc1", "mlp.out": "layers.*.mlp.fc2"}
+    ),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "albert": Architecture(
+        {
+            "attn.q": f"{_ALBERT_LAYER}.attention.query",
+            "attn.k": f"{_ALBERT_LAYER}.attention.key",
+            "attn.v": f"{_ALBERT_LAYER}.attention.value",
+            "attn.out": f"{_ALBERT_LAYER}.attention.dense",
+            "mlp.in": f"{_ALBERT_LAYER}.ffn",
+            "mlp.out": f"{_ALBERT_LAYER}.ffn_output",
+            "embed.project": "encoder.embedding_hidden_mapping_in",
+            "pooler": "pooler",
+        },
+        calls=lambda config: config.num_hidden_layers // config.num_hidden_groups,
+    ),
+    "t5": Architecture(
+        {
+            "attn.q": tuple(f"{path}.q" for path in _T5_ATTENTION),
+            "attn.k": tuple(f"{path}.k" for path in _T5_ATTENTION),
+            "attn.v": tuple(f"{path}.v" for path in _T5_ATTENTION),
+            "attn.out": tuple(f"{path}.o" for path in _T5_ATTENTION),
+            "mlp.in": (*(f"{path}.wi" for path in _T5_MLP), *(f"{path}.wi_1" for path in _T5_MLP)),
+            "mlp.gate": tuple(f"{path}.wi_0" for path in _T5_MLP),
+            "mlp.out": tuple(f"{path}.wo" for path in _T5_MLP),
+        }
+    ),
+}

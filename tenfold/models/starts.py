@@ -1,0 +1,95 @@
+"""Where factors come from: the starts that a recipe may name, each ``(structure, weight, options) -> factors``.
+
+Add a start by writing a function with its name in ``@start``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from tenfold.structure import Factors, Kronecker, Placed, Structure
+from tenfold.structure.permute import search
+
+STARTS: dict[str, Callable[[Structure, Tensor, dict], Factors]] = {}
+
+
+def start(*names: str):
+    def register(function):
+        STARTS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, options: dict) -> Factors:
+    """The factors that the start ``fit`` makes for ``weight (out, in)``, the lost norm restored if asked."""
+    if fit not in STARTS:
+        near = get_close_matches(fit, STARTS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STARTS)}"
+        raise ValueError(f"there is no start {fit!r}; {hint}")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight holds {int((~torch.isfinite(weight)).sum())} values that are NaN or Inf; mend them first")
+    factors = STARTS[fit](structure, weight, options)
+    return restored(structure, factors, weight) if norm == "restore" else factors
+
+
+def restored(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
+    """``factors`` times ``||W|| / ||What||``: into the scalars of the terms where there are some, else into one factor.
+
+    Reference: the adaptive normalisation of arXiv 2412.12351.
+    """
+    alpha = float(weight.double().norm() / structure.dense(factors).norm().clamp_min(1e-300))
+    name = "scale" if "scale" in factors else next(iter(structure.factor_shapes()))
+    return factors | {name: factors[name] * alpha}
+
+
+@start("nearest")
+def nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """The closed form where there is one, else alternating least squares."""
+    closed = structure.closed_form(weight)
+    return structure.fit(weight, **{"sweeps": 50, "tolerance": 1e-6} | options) if closed is None else closed
+
+
+@start("svd", "van-loan", "tt-svd", "mpo", "block-svd", "hosvd", "row-trains")
+def closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """The closed form, under the name that the literature gives it for each family."""
+    factors = structure.closed_form(weight)
+    if factors is None:
+        raise ValueError(f"{structure.kind} has no closed-form fit; start from alternating or from noise")
+    return factors
+
+
+@start("alternating")
+def alternating(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Alternating least squares from the closed form, or from noise."""
+    return structure.fit(weight, **{"sweeps": 50, "tolerance": 1e-6} | options)
+
+
+@start("prune")
+def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Every ``b``-th row and ``d``-th column as ``outer``, ``inner = [1, 0.1, ..]`` (Krony-PT's pruning start)."""
+    if not isinstance(structure, Kronecker) or len(structure.outs) != 2 or structure.terms != 1:
+        raise ValueError(f"the pruning start needs a Kronecker product of one term and two factors, not {structure}")
+    inner = torch.full((1, structure.outs[1], structure.ins[1]), options.get("rest", 0.1), dtype=torch.float64)
+    inner[0, 0, 0] = 1.0
+    outer = weight[:: structure.outs[1], :: structure.ins[1]].double()[None]
+    return {"outer": outer, "inner": inner} | ({"scale": torch.ones(1, dtype=torch.float64)} if structure.scaled else {})
+
+
+@start("permute")
+def permute(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """The permutation search of TQCompressor: fit and re-assign rows and columns in turn."""
+    if not isinstance(structure, Placed):
+        raise ValueError(f"the permutation search needs a placed structure with index maps, not {structure}")
+    return search(structure, weight, **options)
+
+
+@start("noise")
+def noise(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Random factors; entries get the standard deviation of the weight's."""
+    generator = torch.Generator().manual_seed(options.get("seed", 0))
+    return structure.init(float(weight.float().std()), generator)

@@ -1,0 +1,196 @@
+"""Laws of every structure: all ways to its matrix agree with the matrix of its definition, and so do the gradients."""
+
+from itertools import product
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
+
+from tenfold.structure import Structure, Sum, Transposed, contract
+
+F64 = torch.float64
+LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (0,)]  # 1, 40 and 300 rows fall into different buckets of plans
+
+
+def parameters(factors):
+    """The factors that are learned, in their order; index maps left out."""
+    return {name: value for name, value in factors.items() if value.is_floating_point()}
+
+
+def gradients(function, x, factors):
+    """Those of a random linear functional of ``function(factors, x)``, by ``x`` and by every factor."""
+    x = x.clone().requires_grad_()
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters(factors).items()}
+    y = function(factors | leaves, x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=F64)
+    return torch.autograd.grad((y * weight).sum(), [x, *leaves.values()])
+
+
+# the matrix -------------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+def test_dense_is_the_definition(structure):
+    factors = factors_of(structure)
+    expected = oracle.matrix(structure, factors)
+    assert structure.shape == expected.shape
+    np.testing.assert_allclose(structure.dense(factors), expected, rtol=1e-12, atol=1e-12)
+
+
+@each(ALL)
+def test_apply_multiplies_by_the_transpose(structure):
+    factors = factors_of(structure)
+    expected = torch.from_numpy(oracle.matrix(structure, factors)).T
+    for lead in LEADS:
+        x = torch.randn(*lead, structure.shape[1], dtype=F64)
+        torch.testing.assert_close(structure.apply(factors, x), x @ expected)
+
+
+@each(ALL)
+def test_rows_are_looked_up(structure):
+    factors = factors_of(structure)
+    expected, out = torch.from_numpy(oracle.matrix(structure, factors)), structure.shape[0]
+    for index in (torch.arange(out), torch.tensor([[out - 1, 0], [0, out - 1]]), torch.tensor(0), torch.tensor([], dtype=int)):
+        torch.testing.assert_close(structure.rows(factors, index), expected[index])
+
+
+@each(ALL)
+def test_rows_that_do_not_exist_are_refused(structure):
+    with pytest.raises(IndexError):
+        structure.rows(factors_of(structure), torch.tensor([structure.shape[0]]))
+
+
+@each(ALL)
+def test_transposed(structure):
+    turned, factors = Transposed(base=structure), factors_of(structure)
+    expected = torch.from_numpy(oracle.matrix(structure, factors))
+    x = torch.randn(3, structure.shape[0], dtype=F64)
+    assert turned.shape == structure.shape[::-1]
+    assert turned.numel == structure.numel
+    torch.testing.assert_close(turned.dense(factors), expected.T)
+    torch.testing.assert_close(turned.apply(factors, x), x @ expected)
+
+
+# gradients --------------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gradients_are_those_of_the_dense_matrix(structure, rows):
+    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
+    ours = gradients(structure.apply, x, factors)
+    dense = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
+    for got, expected in zip(ours, dense, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@each(ALL)
+def test_both_ways_back_agree(structure, monkeypatch):
+    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
+    ways = []
+    for through_dense in (False, True):
+        monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, way=through_dense: way)
+        ways.append(gradients(structure.apply, x, factors))
+    for chain, dense in zip(*ways, strict=True):
+        torch.testing.assert_close(chain, dense)
+
+
+@pytest.mark.parametrize("through_dense", [False, True])
+@pytest.mark.parametrize("name", ["kronecker-scaled", "tensor_train-three", "placed-nested", "stacked", "diagram-0"])
+def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypatch):
+    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows: through_dense)
+    structure, factors = ALL[name], factors_of(ALL[name])
+    learned = parameters(factors)
+
+    def apply(x, *values):
+        return structure.apply(factors | dict(zip(learned, values, strict=True)), x)
+
+    inputs = [torch.randn(2, structure.shape[1], dtype=F64), *learned.values()]
+    assert torch.autograd.gradcheck(apply, [value.clone().requires_grad_() for value in inputs])
+
+
+@pytest.mark.parametrize("through_dense", [False, True])
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
+def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
+    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows: through_dense)
+    structure = FAMILIES["low_rank"]
+    factors, x = factors_of(structure), torch.randn(3, structure.shape[1], dtype=F64)
+    expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
+    inputs = [value.clone().requires_grad_(need) for value, need in zip((x, *factors.values()), wanted, strict=True)]
+    y = structure.apply(dict(zip(factors, inputs[1:], strict=True)), inputs[0])
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=F64))
+    for value, gradient in zip(inputs, expected, strict=True):
+        assert value.requires_grad == (value.grad is not None)
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, gradient)
+
+
+@each(ALL)
+def test_gradients_of_rows(structure):
+    factors, index = factors_of(structure), torch.arange(structure.shape[0]).repeat(2)
+    x = torch.zeros(1, dtype=F64)  # takes no part
+    ours = gradients(lambda f, x: structure.rows(f, index) + x, x, factors)
+    dense = gradients(lambda f, x: structure.dense(f)[index] + x, x, factors)
+    for got, expected in zip(ours, dense, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+# integers ---------------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+def test_numel_counts_what_is_learned(structure):
+    factors = factors_of(structure)
+    learned = parameters(factors)
+    assert structure.numel == sum(value.numel() for value in learned.values())
+    assert {name: tuple(value.shape) for name, value in learned.items()} == structure.factor_shapes()
+    maps = {name: tuple(value.shape) for name, value in factors.items() if name not in learned}
+    assert maps == structure.index_shapes()
+
+
+@each(ALL)
+def test_a_sum_adds_and_a_placed_matrix_is_its_base(structure):
+    double = Sum(parts=(structure, structure))
+    assert double.numel == 2 * structure.numel
+    assert double.terms == 2 * structure.terms
+
+
+@each(FAMILIES | DIAGRAMS)
+def test_terms_are_the_products_in_an_entry(structure):
+    """With all factors one, an entry is the number of products that are added up in it."""
+    ones = {name: torch.ones(shape, dtype=F64) for name, shape in structure.factor_shapes().items()}
+    assert (structure.dense(ones) == structure.terms).all()
+
+
+@each(COMBINED)
+def test_index_maps_are_injective(structure):
+    factors = factors_of(structure)
+    for name in structure.index_shapes():
+        assert factors[name].dtype == torch.int32
+        assert len(factors[name].unique()) == len(factors[name])
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+def test_wrong_arguments_are_named(structure: Structure):
+    factors = factors_of(structure)
+    with pytest.raises(ValueError, match=f"{structure.shape[1] + 1} columns"):
+        structure.apply(factors, torch.zeros(2, structure.shape[1] + 1, dtype=F64))
+    name = next(iter(factors))
+    with pytest.raises(ValueError, match=f"{name}.*is missing"):
+        structure.dense({other: value for other, value in factors.items() if other != name})
+    with pytest.raises(ValueError, match=rf"{name}.*\(77,\)"):
+        structure.rows(factors | {name: torch.zeros(77)}, torch.tensor([0]))
+
+
+@each({"low_rank": FAMILIES["low_rank"], "placed": COMBINED["placed"]})
+def test_factors_are_left_as_they_are(structure):
+    factors = factors_of(structure)
+    before = {name: value.clone() for name, value in factors.items()}
+    structure.apply(factors, torch.randn(3, structure.shape[1], dtype=F64))
+    structure.fit(member(structure))
+    assert all(torch.equal(value, before[name]) for name, value in factors.items())

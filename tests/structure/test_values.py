@@ -1,0 +1,146 @@
+"""A structure is a value: it compares, hashes, prints as its own call and goes to JSON; and it says how to start."""
+
+import json
+
+import pytest
+import tenfold.structure
+import torch
+from cases import ALL, FAMILIES, LOW_RANK, each, factors_of
+
+from tenfold.structure import Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
+
+F64 = torch.float64
+
+
+@each(ALL)
+def test_json_and_back(structure):
+    back = Structure.from_json(json.loads(json.dumps(structure.to_json())))
+    assert back == structure
+    assert hash(back) == hash(structure)
+    assert back.to_json() == structure.to_json()
+
+
+@each(ALL)
+def test_prints_as_its_own_call(structure):
+    assert eval(repr(structure), vars(tenfold.structure)) == structure
+
+
+def test_values_differ():
+    assert len(set(ALL.values())) == len(ALL)
+
+
+def test_every_family_is_a_case():
+    families = {name for name in vars(tenfold.structure) if getattr(vars(tenfold.structure)[name], "kind", "")}
+    assert families == {type(structure).__name__ for structure in ALL.values()}
+
+
+def test_fields_are_frozen_and_lists_become_tuples():
+    train = TensorTrain(outs=[2, 2], ins=[2, 3], ranks=[3])
+    assert train.outs == (2, 2)
+    with pytest.raises(AttributeError):
+        train.outs = (4, 1)
+
+
+# init -------------------------------------------------------------------------------------------------------------
+
+
+def draws(structure, std: float, number: int) -> torch.Tensor:
+    """``number`` random matrices ``(number, out, in)``, all with the index maps of the first."""
+    generator = torch.Generator().manual_seed(0)
+    many = [structure.init(std, generator, F64) for _ in range(number)]
+    maps = structure.index_shapes()
+    factors = {name: v if name in maps else torch.stack([f[name] for f in many]) for name, v in many[0].items()}
+    return torch.vmap(structure.dense, ({name: None if name in maps else 0 for name in factors},))(factors)
+
+
+@each(ALL)
+def test_init_gives_entries_of_the_standard_deviation_asked_for(structure):
+    w = draws(structure, std=0.3, number=1500)
+    ones = {n: torch.ones_like(v) if v.is_floating_point() else v for n, v in structure.init(1.0, first()).items()}
+    w = w[:, structure.dense(ones) != 0]  # where nothing is placed, entries are zero
+    assert abs(w.mean()) < 0.03
+    assert w.square().mean().sqrt() == pytest.approx(0.3, rel=0.12)
+    assert w.square().mean(0).sqrt().max() < 2.0 * w.square().mean(0).sqrt().min()  # the same for all entries
+
+
+def first():
+    return torch.Generator().manual_seed(0)
+
+
+@each(ALL)
+def test_init_is_repeatable(structure):
+    one, same, other = factors_of(structure, 3), factors_of(structure, 3), factors_of(structure, 4)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@each({name: FAMILIES[name] for name in ("kronecker-scaled", "cp-weighted")})
+def test_scalars_start_at_one(structure):
+    name = "scale" if "scaled" in repr(structure) else "weights"
+    assert (structure.init(0.02)[name] == 1).all()
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: LowRank(out_features=4, in_features=6, rank=5), "rank 5 .* 4"),
+        (lambda: LowRank(out_features=4, in_features=6, rank=0), "rank 0 .* 4"),
+        (lambda: LowRank(out_features=4, in_features=6, rank=2.0), "2.0"),
+        (lambda: TensorTrain(outs=(2, 2), ins=(2, 3), ranks=(3, 3)), r"\(3, 3\)"),
+        (lambda: TensorTrain(outs=(2, 2), ins=(2, 3), ranks=(0,)), "0"),
+        (lambda: Tucker(outs=(4,), ins=(5,), ranks=(5, 2)), r"\(5, 2\).*\(4, 5\)"),
+        (lambda: Blast(outs=(2, 2, 2), ins=(2, 2), rank=1), r"\(2, 2, 2\)"),
+        (lambda: Sum(parts=()), r"\[\]"),
+        (lambda: Sum(parts=(LOW_RANK, LowRank(out_features=6, in_features=4, rank=1))), r"\(4, 6\), \(6, 4\)"),
+        (lambda: Stacked(parts=(LOW_RANK, LowRank(out_features=4, in_features=5, rank=1))), r"\(4, 6\), \(4, 5\)"),
+        (lambda: Placed(base=LOW_RANK, out_features=3, in_features=6), "4 rows .* 3 rows"),
+        (lambda: Placed(base=LOW_RANK, out_features=4, in_features=7, map_columns=False), "6 columns .* 7 columns"),
+    ],
+)
+def test_integers_that_make_no_matrix_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+GOOD = {
+    "factors": (("left", ("o", "k")), ("right", ("k", "i"))),
+    "outs": ("o",),
+    "ins": ("i",),
+    "sizes": (("o", 2), ("i", 3), ("k", 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"outs": ("o", "z")}, "'z'.* no factor"),
+        ({"sizes": (("o", 2), ("i", 3))}, "'k' has no size"),
+        ({"factors": (("left", ("o", "o", "k")), ("right", ("k", "i")))}, "'left' has a label twice"),
+        ({"outs": ("o",), "ins": ("i", "o")}, "must not share"),
+        ({"sizes": (("o", 2), ("i", 3), ("k", -1))}, "'k' has size -1"),
+        ({"factors": (("left", ("o", "(rows)")), ("right", ("(rows)", "i"))),
+          "sizes": (("o", 2), ("i", 3), ("(rows)", 2))}, r"'\(rows\)'"),
+        ({"factors": (("same", ("o", "k")), ("same", ("k", "i")))}, "'same'"),
+    ],
+)  # fmt: skip
+def test_diagrams_that_make_no_matrix_are_refused(wrong, says):
+    Written(**GOOD)
+    with pytest.raises(ValueError, match=says):
+        Written(**GOOD | wrong)
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        ({"kind": "low_rang"}, "'low_rang'.*low_rank"),
+        ({}, "None.*low_rank"),
+        ({"kind": "low_rank", "out_features": 4, "in_features": 6, "rang": 2}, "'rang'.*rank"),
+        ({"kind": "low_rank", "out_features": 4}, "in_features, rank"),
+    ],
+)
+def test_json_of_no_structure_is_refused(data, says):
+    with pytest.raises(ValueError, match=says):
+        Structure.from_json(data)
