@@ -11,10 +11,10 @@ import transformers
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
-from tenfold.models.hub import folded_config, plan_from_json
 from tenfold.models.plan import Plan, Recipe, make_plan
 from tenfold.models.replace import install_empty
 from tenfold.models.sites import Site, find_sites, is_tied
+from tenfold.models.stored import folded_config, stored_plan
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
 ROWS = (1, 1024)  # rows a call at which FLOPs are stated: decoding one token, reading a prompt
@@ -42,7 +42,7 @@ def meta_model(name: str) -> PreTrainedModel:
         model = model.from_config(config) if hasattr(model, "from_config") else model(config)
     folded = folded_config(config)
     if folded is not None:
-        install_empty(model, plan_from_json(model, folded), "meta")
+        install_empty(model, stored_plan(model, folded))
     return model
 
 
@@ -62,29 +62,19 @@ def _first(reason: Exception) -> str:
 
 def count(model: PreTrainedModel) -> dict[str, int]:
     """Parameters, each tensor once: in total, without the output matrix, and those that are trained."""
-    unique = {id(p): p for p in model.parameters()}
-    total = sum(p.numel() for p in unique.values())
-    head = model.get_output_embeddings()
+    parameters, head = list(model.parameters()), model.get_output_embeddings()
+    total = sum(p.numel() for p in parameters)
     own = 0 if head is None or is_tied(model) else sum(p.numel() for n, p in head.named_parameters() if n != "bias")
-    trained = sum(p.numel() for p in unique.values() if p.requires_grad)
-    if is_tied(model) and head is not None and not isinstance(head, TiedHead) and head.weight is not _embedding(model):
-        total -= head.weight.numel()  # on the meta device a tied head may still be a tensor of its own
-        trained -= head.weight.numel()
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {"total": total, "without_head": total - own, "trainable": trained}
-
-
-def _embedding(model: PreTrainedModel):
-    return getattr(model.get_input_embeddings(), "weight", None)
 
 
 def site_flops(site: Site, module: torch.nn.Module, rows: int) -> int:
     """FLOPs of one site for ``rows`` tokens: a look-up in a dense table is free, in a folded one it is a contraction."""
-    if isinstance(module, FactorizedLinear):
+    if isinstance(module, FactorizedLinear | TiedHead):
         return site.calls * module.structure.flops(rows)
     if isinstance(module, FactorizedEmbedding):
         return module.structure.lookup_flops(rows)
-    if isinstance(module, TiedHead):
-        return module._embedding[0].structure.flops(rows)
     return 0 if site.role == "embed" else site.calls * 2 * rows * site.shape[0] * site.shape[1]
 
 
@@ -113,7 +103,7 @@ def inspect(name: str, recipe: Recipe | None = None) -> dict[str, Any]:
     model = meta_model(name)
     dense = price(model)
     if recipe is not None:
-        install_empty(model, make_plan(model, recipe), "meta")
+        install_empty(model, make_plan(model, recipe))
     result = price(model)
     result["parameters"]["dense"] = dense["parameters"]["total"]
     result["flops_per_token_dense"] = dense["flops_per_token"]

@@ -5,6 +5,7 @@ The schema is strict: an unknown key is refused with the nearest known one.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -122,6 +123,27 @@ class Heal(_Strict):
     temperature: float = 1.0
 
 
+class Tokenizer(_Strict):
+    """A byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data."""
+
+    vocab_size: int = Field(ge=257)
+    documents: int = Field(10_000, ge=1)
+
+
+class Train(_Strict):
+    """Pre-training: ``tokens`` of the data once, ``batch * accumulate`` windows a step; Muon and AdamW."""
+
+    tokens: int | None = None
+    batch: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2.0e-3
+    weight_decay: float = 0.1
+    schedule: str = "linear"
+    warmup: float = 0.03
+    compile: bool = False
+    seed: int = 0
+
+
 class Recipe(_Strict):
     """One published system or one recommended setting."""
 
@@ -135,8 +157,8 @@ class Recipe(_Strict):
     heal: Heal | None = None
     stages: list[dict[str, Any]] | None = None
     model: dict[str, Any] | None = None
-    tokenizer: dict[str, Any] | None = None
-    train: dict[str, Any] | None = None
+    tokenizer: Tokenizer | None = None
+    train: Train | None = None
 
 
 def checked_keep(keep: float | None) -> float | None:
@@ -148,6 +170,18 @@ def checked_keep(keep: float | None) -> float | None:
 def recipe_names() -> list[str]:
     folder = resources.files("tenfold") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+class _Words(yaml.SafeLoader):
+    """YAML 1.2's booleans, true and false: in YAML 1.1 the key ``on`` is one, too."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":bool")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Words.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), ["t", "f"])
 
 
 def load_recipe(name: str | Path | dict) -> Recipe:
@@ -169,7 +203,7 @@ def load_recipe(name: str | Path | dict) -> Recipe:
         raise FileNotFoundError(f"there is no recipe {name!r}: {hint}")
     text = path.read_text() if path.is_file() else shipped.read_text()
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Words)
     except yaml.YAMLError as reason:
         raise ValueError(f"{name} is not YAML: {' '.join(str(reason).split())}") from None
     if not isinstance(data, dict):
@@ -185,7 +219,7 @@ def parse_recipe(data: dict, where: str) -> Recipe:
         raise ValueError(f"{where}: {'; '.join(_complaint(error) for error in reason.errors())}") from None
 
 
-_KEYS = {key for model in (Recipe, Rule, Start, Share, Budget, Heal) for key in model.model_fields}
+_KEYS = {key for model in (Recipe, Rule, Start, Share, Budget, Heal, Tokenizer, Train) for key in model.model_fields}
 
 
 def _complaint(error) -> str:
@@ -193,7 +227,8 @@ def _complaint(error) -> str:
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
         return f"unknown key {place!r}" + (f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}")
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 
 @dataclass(frozen=True)
@@ -236,19 +271,22 @@ def make_plan(model, recipe: Recipe) -> Plan:
         number = next((k for k, rule in enumerate(recipe.replace) if rule.matches(site)), None)
         if number is not None:
             chosen.setdefault(number, []).append(site)
-    for number, rule in enumerate(recipe.replace):
-        if number not in chosen and not any(other.matches(s) for other in recipe.replace[:number] for s in sites):
+    for rule in recipe.replace:
+        if not any(rule.matches(site) for site in sites):
             raise ValueError(_nothing_matched(rule, model, sites))
     keep = _keep(recipe, model, [(recipe.replace[k], site) for k, found in chosen.items() for site in found])
     entries = {
-        site.path: _entry(recipe.replace[number], site, keep) for number, found in chosen.items() for site in found
+        site.path: _entry(recipe.replace[number], number, site, keep)
+        for number, found in chosen.items()
+        for site in found
     }
+    _check_shared(entries)
     return Plan({site.path: entries[site.path] for site in sites if site.path in entries}, recipe.untie, recipe.name)
 
 
 def _nothing_matched(rule: Rule, model, sites: list[Site]) -> str:
     present = ", ".join(sorted({site.role for site in sites}))
-    if "head" in rule.roles and is_tied(model):
+    if is_tied(model) and any(site.role == "head" and rule.matches(site) for site in find_sites(model)):
         return "the head of this model is tied to its embedding: fold role embed, or set untie: true to give it its own matrix"
     return f"no matrix of this {model.config.model_type} matches role {rule.role}, path {rule.path}, layers {rule.layers}; roles here: {present}"
 
@@ -259,49 +297,88 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
         return None
     if recipe.budget.of == "sites":
         return recipe.budget.keep
-    open_sites = sum(site.shape[0] * site.shape[1] for rule, site in matched if rule.keep is None)
     total = sum(p.numel() for p in model.parameters())
-    keep = 1 - (1 - recipe.budget.keep) * total / max(1, open_sites)
-    if not 0 < keep < 1:
+    drop, open_sites = (1 - recipe.budget.keep) * total, 0
+    for rule, site in matched:
+        size = site.shape[0] * site.shape[1]
+        if rule.keep is None and _budgeted(rule):
+            open_sites += size
+        else:
+            drop -= size - _fitting(rule, site, rule.keep).numel
+    if not 0 < drop < open_sites:
         raise ValueError(
-            f"keep {recipe.budget.keep} of the model asks to drop {round((1 - recipe.budget.keep) * total):,} of {total:,} "
-            f"parameters, but the sites of the rules hold {open_sites:,}; keep more or fold more sites"
+            f"keep {recipe.budget.keep} of the model's {total:,} parameters asks to drop {round(drop):,} at the sites "
+            f"of rules without a rank or keep of their own, which hold {open_sites:,}; change keep or fold more sites"
         )
-    return keep
+    return 1 - drop / open_sites
 
 
-def _entry(rule: Rule, site: Site, keep: float | None) -> Entry:
+def _budgeted(rule: Rule) -> bool:
+    """Whether a share to keep sets the rank of the rule's structures."""
+    assert rule.structure is not None
+    grows = Structure.family(rule.structure["kind"]).grows
+    return grows is not None and not {grows, f"{grows}s"} & rule.structure.keys()
+
+
+def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:
+    """The structure of one site; every complaint names the site."""
+    where = f"{site.path} ({site.shape[0]}x{site.shape[1]})"
     try:
-        structure = _structure(rule, site, keep if rule.keep is None else rule.keep)
+        return _structure(rule, site, keep)
     except ValueError as reason:
-        raise ValueError(f"{site.path} ({site.shape[0]}x{site.shape[1]}): {reason}") from None
+        raise ValueError(f"{where}: {reason}") from None
+    except (TypeError, KeyError, AttributeError, ArithmeticError):
+        raise ValueError(
+            f"{where}: {rule.structure} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
+            "part is a mapping with its own kind"
+        ) from None
+
+
+def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
+    structure = _fitting(rule, site, keep if rule.keep is None else rule.keep)
     prefix = "part_0_" if rule.adapter else ""
     names = structure.factor_shapes()
     wanted = [prefix + name for name in (rule.share.factors if rule.share else [])] + [prefix + n for n in rule.freeze]
     for name in wanted:
         if name not in names:
             raise ValueError(f"{site.path}: there is no factor {name!r} to share or freeze; it has {', '.join(names)}")
-    shared = {prefix + name: _key(rule.share, site, name) for name in rule.share.factors} if rule.share else {}
+    shared = {prefix + name: _key(rule.share, number, site, name) for name in rule.share.factors} if rule.share else {}
     bias = site.bias and rule.bias == "keep"
     return Entry(site, structure, bias, rule.start, shared, tuple(prefix + name for name in rule.freeze))
 
 
-def _key(share: Share, site: Site, name: str) -> str:
+def _key(share: Share, number: int, site: Site, name: str) -> str:
+    """Sites of one rule share, never those of two rules: the number of the rule is part of the key."""
     layer = site.layer or 0
     if share.across == "roles":
-        return f"layer_{layer}_{name}"
+        return f"rule_{number}_layer_{layer}_{name}"
     group = layer // share.group if share.group else 0
-    return f"{site.role.replace('.', '_')}_{name}_{group}"
+    return f"rule_{number}_{site.role.replace('.', '_')}_{name}_{group}"
+
+
+def _check_shared(entries: dict[str, Entry]) -> None:
+    """Raise ValueError where sites would share a factor that has two shapes."""
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path, entry in entries.items():
+        for name, key in entry.shared.items():
+            shape = entry.structure.factor_shapes()[name]
+            other, seen = first.setdefault(key, (path, shape))
+            if seen != shape:
+                raise ValueError(
+                    f"{path} and {other} can't share factor {name!r}, it has shapes {shape} and {seen}; "
+                    "share another factor, or give them rules of their own"
+                )
 
 
 def _structure(rule: Rule, site: Site, keep: float | None) -> Structure:
     (out, inner), spec = site.shape, rule.structure
     assert spec is not None
+    if rule.split > 1 and site.interleaved:
+        raise ValueError(f"its rows alternate between its parts head by head, so split: {rule.split} can't part them; leave it out")
     if out % rule.split:
         raise ValueError(f"{out} rows can't be split into {rule.split} equal parts")
     rows = out // rule.split
-    grows = Structure.family(spec["kind"]).grows
-    if keep is not None and grows is not None and not {grows, f"{grows}s"} & spec.keys():
+    if keep is not None and _budgeted(rule):
         part = Structure.within(rows, inner, spec, keep * rows * inner)
     else:
         part = Structure.for_shape(rows, inner, spec)

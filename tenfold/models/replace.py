@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.plan import Entry, Plan
-from tenfold.models.sites import base_path, dtype_of, is_tied, weight_of
+from tenfold.models.sites import FOLDED, base_path, dtype_of, forget_tie, head_path, is_tied, weight_of
 from tenfold.models.starts import factors_from
+from tenfold.models.stored import describe
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.structure import Factors, Structure
 
@@ -21,7 +22,10 @@ CONTAINER = "shared_factors"
 
 @dataclass(frozen=True)
 class Change:
-    """What happened at one site: parameters before and after, and ``||W - What|| / ||W||`` (None from noise)."""
+    """What happened at one site: parameters before and after, and ``||W - What|| / ||W||`` (None from noise).
+
+    Shared factors are left out of ``after``.
+    """
 
     path: str
     structure: Structure
@@ -33,7 +37,10 @@ class Change:
 def replace(
     model: PreTrainedModel, plan: Plan, source: str = "weights", progress: Callable[[Iterable], Iterable] = iter
 ) -> list[Change]:
-    """Fold the sites of ``plan`` in ``model``, in place.
+    """Fold the sites of ``plan`` in ``model``, in place, and note it in the model's configuration.
+
+    Fits run in float32 or better, factors get the type of the weight they replace. A site that is folded already is
+    folded anew, from the matrix that it holds.
 
     Args:
         source: ``weights`` fits the factors to the model's matrices as the plan says, ``noise`` draws them so that
@@ -41,40 +48,63 @@ def replace(
         progress: wraps the list of groups of sites that is worked through.
 
     Raises:
-        ValueError: a matrix holds NaN or Inf, or a start does not suit its structure; the site is named.
+        ValueError: a matrix holds NaN or Inf or is not in memory, or a start does not suit its structure; the site is
+            named.
     """
     if source not in ("weights", "noise"):
         raise ValueError(f"source is {source!r}; it must be 'weights' or 'noise'")
-    meta = dtype_of(model)
-    prepare(model, plan)
-    container = _container(model, plan, device=model.device, dtype=meta)
-    changes: list[Change] = []
+    if source == "weights":
+        _check_weights(model, plan)
+    untie(model, plan)
+    container, changes = _container(model, plan), []
     for group in progress(_groups(plan)):
-        fitted = _noise(model, group) if source == "noise" else _fitted(model, group)
-        for entry, factors, error in fitted:
-            changes.append(_install(model, entry, factors, error, container))
+        for entry, factors, error in _noise(model, group) if source == "noise" else _fitted(model, group):
+            old, new = _install(model, entry, container)
+            _fill(new, factors)
+            changes.append(Change(entry.site.path, entry.structure, _size(old), _size(new), error))
     tie(model)
+    model.config.quantization_config = describe(model, plan.recipe)
     return changes
 
 
-def prepare(model: PreTrainedModel, plan: Plan) -> None:
-    """Give an output head that is to be untied a matrix of its own."""
+def install_empty(model: PreTrainedModel, plan: Plan) -> None:
+    """Put empty layers at the sites of ``plan``: for pricing on the meta device and before a checkpoint is read."""
+    untie(model, plan)
+    container = _container(model, plan)
+    for entry in plan.entries.values():
+        _install(model, entry, container)
+    tie(model)
+
+
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel, plan: Plan) -> None:
+    for path in plan.entries:
+        weight = weight_of(model.get_submodule(path))
+        if weight.is_meta:
+            raise ValueError(f"the weight of {path} is not in memory (meta device or offloaded); load the model without")
+        if wrong := int((~torch.isfinite(weight)).sum()):
+            raise ValueError(f"the weight of {path} holds {wrong} values that are NaN or Inf; mend them first")
+
+
+@torch.no_grad()
+def untie(model: PreTrainedModel, plan: Plan) -> None:
+    """Give the output head a matrix of its own if the plan says so."""
     if not plan.untie or not is_tied(model):
         return
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    head, path = model.get_output_embeddings(), head_path(model)
+    if isinstance(head, TiedHead):
+        model.set_submodule(path, _own_head(head))
+    else:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    forget_tie(model, f"{path}.weight")
+    if not model.all_tied_weights_keys:  # BERT's bias and T5's other embeddings stay tied, and with them the setting
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
-def install_empty(model: PreTrainedModel, plan: Plan, device=None, dtype=None) -> None:
-    """Put empty layers at the sites of ``plan``: for pricing on the meta device and before a checkpoint is read."""
-    prepare(model, plan)
-    container = _container(model, plan, device, dtype)
-    for entry in plan.entries.values():
-        _install(model, entry, None, None, container, device, dtype)
-    tie(model)
+def _own_head(head: TiedHead) -> nn.Linear:
+    new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    new.weight, new.bias = nn.Parameter(head.dense()), head.bias
+    return new
 
 
 def _groups(plan: Plan) -> list[list[Entry]]:
@@ -85,26 +115,35 @@ def _groups(plan: Plan) -> list[list[Entry]]:
     return list(groups.values())
 
 
-def _container(model: PreTrainedModel, plan: Plan, device, dtype) -> SharedFactors | None:
+def _container(model: PreTrainedModel, plan: Plan) -> SharedFactors | None:
+    """A new container: the shared factors of ``plan``, and those that layers outside of it go on using."""
+    base = model.get_submodule(base_path(model).rstrip("."))
+    staying = [m for path, m in model.named_modules() if isinstance(m, FOLDED) and m.shared and path not in plan.entries]
+    kept = {key: layer._container[0].get_parameter(key) for layer in staying for key in layer.shared.values()}
     shapes = {
         key: entry.structure.factor_shapes()[name] for entry in plan.entries.values() for name, key in entry.shared.items()
     }
-    if not shapes:
+    if clash := sorted(kept.keys() & shapes.keys()):
+        raise ValueError(f"folded layers outside of the plan share {clash} already; fold all that share a factor at once")
+    if hasattr(base, CONTAINER):
+        delattr(base, CONTAINER)
+    if not kept and not shapes:
         return None
-    base = model.get_submodule(base_path(model).rstrip("."))
-    setattr(base, CONTAINER, SharedFactors(shapes, device, dtype))
-    return getattr(base, CONTAINER)
-
-
-def _weight(model: PreTrainedModel, entry: Entry) -> Tensor:
-    return weight_of(model.get_submodule(entry.site.path)).detach()
+    container = SharedFactors(shapes, model.device, dtype_of(model))
+    for key, parameter in kept.items():
+        container.register_parameter(key, parameter)
+    for layer in staying:
+        layer.attach(container)
+    setattr(base, CONTAINER, container)
+    return container
 
 
 @torch.no_grad()
 def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
     """The factors of one entry, or of several that share some, fitted in float32 or better."""
     first, names = group[0], tuple(group[0].shared)
-    weights = [_weight(model, entry).float() for entry in group]
+    weights = [weight_of(model.get_submodule(entry.site.path)) for entry in group]
+    weights = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     try:
         if len(group) == 1:
             sets = [factors_from(first.structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
@@ -132,79 +171,80 @@ def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Fact
     return made
 
 
-@torch.no_grad()
-def _install(
-    model: PreTrainedModel,
-    entry: Entry,
-    factors: Factors | None,
-    error: float | None,
-    container: SharedFactors | None,
-    device=None,
-    dtype=None,
-) -> Change:
-    """Swap the module of one site for a factorized one, its bias and scale taken along."""
-    old = model.get_submodule(entry.site.path)
-    like = next(old.parameters(), None)
-    place = {"device": device or like.device, "dtype": dtype or like.dtype} if like is not None else {"device": device, "dtype": dtype}
-    if entry.site.role == "embed":
-        scale = float(getattr(old, "scalar_embed_scale", 1.0))
-        new = FactorizedEmbedding(entry.structure, getattr(old, "padding_idx", None), scale, entry.shared, **place)
+def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | None) -> tuple[nn.Module, nn.Module]:
+    """Swap the module of one site for an empty factorized one that keeps its bias; returns both."""
+    path, old = entry.site.path, model.get_submodule(entry.site.path)
+    like = next(iter(old.factors().values())) if isinstance(old, FOLDED) else old.weight
+    given = {"shared": entry.shared, "frozen": entry.frozen, "device": like.device, "dtype": like.dtype}
+    if isinstance(old, nn.Embedding | FactorizedEmbedding):
+        scale = getattr(old, "scalar_embed_scale", getattr(old, "scale", 1.0))
+        new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
-        new = FactorizedLinear(entry.structure, entry.bias, entry.shared, **place)
-        if new.bias is not None and factors is not None:
-            new.bias.copy_(old.bias)
-    if container is not None:
+        new = FactorizedLinear(entry.structure, entry.bias, **given)
+        if entry.bias:
+            new.bias = old.bias  # the parameter itself: BERT's head shares it
+        else:
+            forget_tie(model, f"{path}.bias")
+    if container is not None and entry.shared:
         new.attach(container)
-        for name, key in entry.shared.items() if factors is not None else ():
-            container(key).copy_(factors[name])
-    if factors is not None:
-        new.set_factors(factors)
-    for name in entry.frozen:
-        new.factors()[name].requires_grad_(False)
-    before = sum(p.numel() for p in old.parameters())
-    model.set_submodule(entry.site.path, new.train(old.training))
-    return Change(entry.site.path, entry.structure, before, sum(p.numel() for p in new.parameters()), error)
+    new.freeze()
+    model.set_submodule(path, new.train(old.training))
+    return old, new
+
+
+@torch.no_grad()
+def _fill(layer: FactorizedLinear | FactorizedEmbedding, factors: Factors) -> None:
+    """Give ``layer`` its factors, the shared ones too."""
+    layer.set_factors(factors)
+    for name in layer.shared:
+        layer.factors()[name].copy_(factors[name])
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def tie(model: PreTrainedModel) -> None:
     """Let every other name of a folded embedding ask it: the tied head, and T5's two embeddings."""
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, FactorizedEmbedding):
         return
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    head = model.get_output_embeddings()
-    for target, source in list(model.all_tied_weights_keys.items()):
-        owner = target.removesuffix(".weight")
-        if source == f"{path}.weight" and owner != target:
-            old = model.get_submodule(owner)
+    own = next(path for path, module in model.named_modules() if module is embedding) + ".weight"
+    for pair in model.all_tied_weights_keys.items():
+        if own in pair:
+            path = pair[pair[0] == own].removesuffix(".weight")
+            old = model.get_submodule(path)
             new = TiedHead(embedding, getattr(old, "bias", None)) if old is head else TiedEmbedding(embedding)
-            model.set_submodule(owner, new)
-            del model.all_tied_weights_keys[target]
-    if isinstance(model._tied_weights_keys, dict):
-        kept = {k: v for k, v in model._tied_weights_keys.items() if v != f"{path}.weight"}
-        model._tied_weights_keys = kept
+            model.set_submodule(path, new)
+    for module in model.modules():
+        if isinstance(module, TiedHead | TiedEmbedding):  # of an embedding that was folded before
+            module.attach(embedding)
+    forget_tie(model, own)
 
 
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> PreTrainedModel:
     """Every folded layer as an ordinary one again, in place; the result is a plain checkpoint that needs no tenfold."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    tied = is_tied(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     with torch.device("meta"):
-        twin = type(model)(config)
+        twin = type(model)(model.config)
     for path, module in list(model.named_modules()):
-        if isinstance(module, FactorizedLinear | FactorizedEmbedding):
-            model.set_submodule(path, _plain(twin.get_submodule(path), module))
+        if isinstance(module, FOLDED):
+            model.set_submodule(path, _plain(twin.get_submodule(path), module).train(module.training))
     for path, module in list(model.named_modules()):
-        if isinstance(module, TiedHead):
-            model.set_submodule(path, _untied(module, model.get_input_embeddings()))
-        elif isinstance(module, TiedEmbedding):
-            model.set_submodule(path, model.get_input_embeddings())
+        if isinstance(module, TiedHead | TiedEmbedding):
+            model.set_submodule(path, _plain_tied(twin.get_submodule(path), module, model.get_input_embeddings()))
     base = model.get_submodule(base_path(model).rstrip("."))
     if hasattr(base, CONTAINER):
         delattr(base, CONTAINER)
-    model._tied_weights_keys, model.all_tied_weights_keys = type(model)._tied_weights_keys, twin.all_tied_weights_keys
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.__dict__.pop("_tied_weights_keys", None)  # those of the class are in force again
+    model.all_tied_weights_keys = twin.all_tied_weights_keys
+    if not tied and (head := head_path(model)):
+        forget_tie(model, f"{head}.weight")
     return model
 
 
@@ -225,7 +265,9 @@ def _plain(like: nn.Module, module: FactorizedLinear | FactorizedEmbedding) -> n
     return new
 
 
-def _untied(head: TiedHead, embedding: nn.Module) -> nn.Linear:
-    new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    new.weight, new.bias = embedding.weight, head.bias
-    return new
+def _plain_tied(like: nn.Module, module: TiedHead | TiedEmbedding, embedding: nn.Module) -> nn.Module:
+    """``like``, which is on the meta device, with the weight of the embedding and the bias of the head."""
+    like.weight = embedding.weight
+    if getattr(module, "bias", None) is not None:
+        like.bias = module.bias
+    return like.train(module.training)

@@ -22,10 +22,17 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """``paths``: role -> path patterns inside the base model. ``calls``: config -> runs of a block's module a pass."""
+    """One table.
+
+    Args:
+        paths: role -> path patterns inside the base model.
+        calls: config -> how often the module of a block runs in one forward pass.
+        interleaved: roles whose matrix holds several whose rows alternate, so that ``split`` can't part them.
+    """
 
     paths: dict[str, str | tuple[str, ...]]
     calls: Callable = lambda config: 1
+    interleaved: tuple[str, ...] = ()
 
 
 def _split_attention(block: str, attention: str, out: str = "o_proj") -> dict:
@@ -73,11 +80,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attn.out": "layers.*.attention.dense",
             "mlp.in": "layers.*.mlp.dense_h_to_4h",
             "mlp.out": "layers.*.mlp.dense_4h_to_h",
-        }
+        },
+        interleaved=("attn.qkv",),  # head by head: query, key and value of head 0, then those of head 1, ...
     ),
     "opt": Architecture(
         _split_attention("decoder.layers.*", "self_attn", "out_proj")
         | {"mlp.in": "decoder.layers.*.fc1", "mlp.out": "decoder.layers.*.fc2"}
+        | {"embed.project": ("decoder.project_in", "decoder.project_out")}  # where embeddings are narrower
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

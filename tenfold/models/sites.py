@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.models.roles import ARCHITECTURES
+from tenfold.models.roles import ARCHITECTURES, ROLES, Architecture
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
 LINEAR = (nn.Linear, Conv1D, FactorizedLinear)
+FOLDED = (FactorizedLinear, FactorizedEmbedding)
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Site:
     Args:
         path: its module, from the top of the model.
         role: what it is for; see ``roles.ROLES``.
-        layer: the number of its block, None for embeddings and heads.
+        layer: the number of its block, None for embeddings and heads; an encoder and a decoder both count from 0.
         shape: ``(out, in)``; a Conv1D is seen like a Linear, an embedding is ``(vocabulary, width)``.
         bias: whether its module has a bias.
         calls: how often the module runs in one forward pass.
+        interleaved: whether it holds several matrices whose rows alternate, so that it can't be split.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Site:
     shape: tuple[int, int]
     bias: bool
     calls: int = 1
+    interleaved: bool = False
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -46,7 +49,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """``W (out, in)`` of a linear layer or an embedding, dense or folded."""
-    if isinstance(module, FactorizedLinear | FactorizedEmbedding):
+    if isinstance(module, FOLDED):
         return module.dense()
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
@@ -63,57 +66,83 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     Raises:
         ValueError: the architecture has no table; the message lists the linear layers that were found.
     """
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
+    if model.config.model_type not in ARCHITECTURES:
         raise ValueError(_unknown(model))
-    table, prefix = ARCHITECTURES[kind], base_path(model)
-    patterns = [
+    table = ARCHITECTURES[model.config.model_type]
+    patterns, calls = _patterns(table, base_path(model)), table.calls(model.config)
+    embed, head, sites = model.get_input_embeddings(), model.get_output_embeddings(), []
+    for path, module in model.named_modules():
+        layer, role = None, "embed" if module is embed else "head" if module is head else None
+        if role is None and isinstance(module, LINEAR):
+            layer, role = _match(patterns, path)
+        if role is not None:
+            bias, runs = getattr(module, "bias", None) is not None, 1 if layer is None else calls
+            sites.append(Site(path, role, layer, shape_of(module), bias, runs, role in table.interleaved))
+    return sites
+
+
+def _patterns(table: Architecture, prefix: str) -> list[tuple[re.Pattern, str]]:
+    return [
         (re.compile(re.escape(prefix + path).replace(r"\*", r"(\d+)") + "$"), role)
         for role, paths in table.paths.items()
         for path in ([paths] if isinstance(paths, str) else paths)
     ]
-    calls, sites = table.calls(model.config), []
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for path, module in model.named_modules():
-        if module is embed:
-            sites.append(Site(path, "embed", None, shape_of(module), False))
-        elif module is head:
-            sites.append(Site(path, "head", None, shape_of(module), getattr(module, "bias", None) is not None))
-        elif isinstance(module, LINEAR) and (found := _match(patterns, path)):
-            layer, role = found
-            runs = 1 if layer is None else calls
-            sites.append(Site(path, role, layer, shape_of(module), getattr(module, "bias", None) is not None, runs))
-    return sites
 
 
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head has no matrix of its own."""
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return isinstance(head, TiedHead) or (head is not None and getattr(head, "weight", 0) is getattr(embed, "weight", 1)) or (
-        head is not None and bool(model.config.tie_word_embeddings) and not isinstance(head, FactorizedLinear)
-    )
-
-
-def _match(patterns, path: str) -> tuple[int | None, str] | None:
+def _match(patterns: list[tuple[re.Pattern, str]], path: str) -> tuple[int | None, str | None]:
     for pattern, role in patterns:
         if found := pattern.match(path):
             return (int(found[1]) if found.groups() else None), role
-    return None
+    return None, None
+
+
+def head_path(model: PreTrainedModel) -> str | None:
+    """The path of the output head, None where there is none."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head has no matrix of its own.
+
+    What transformers has noted for this very model counts, not its configuration: T5 says "tied" even where a
+    checkpoint brings a head of its own.
+    """
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or isinstance(head, TiedHead):
+        return head is not None
+    name = f"{head_path(model)}.weight"
+    return name in tied_names(model) or getattr(head, "weight", 0) is getattr(embed, "weight", 1)
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """The parameters that transformers ties to another one, or another one to."""
+    return {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+
+
+def forget_tie(model: PreTrainedModel, name: str) -> None:
+    """Take the parameter ``name`` out of what transformers ties, in this model and in the models inside it."""
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and isinstance(module._tied_weights_keys, dict):
+            own = name.removeprefix(f"{path}.") if path else name
+            module._tied_weights_keys = {k: v for k, v in module._tied_weights_keys.items() if own not in (k, v)}
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if name not in (k, v)}
 
 
 def _unknown(model: PreTrainedModel) -> str:
-    prefix = base_path(model)
+    kind, prefix = model.config.model_type, base_path(model)
     seen = {
-        re.sub(r"\d+", "*", path.removeprefix(prefix)): tuple(module.weight.shape)
+        re.sub(r"\b\d+\b", "*", path.removeprefix(prefix)): shape_of(module)
         for path, module in model.named_modules()
         if isinstance(module, LINEAR)
     }
-    layers = ", ".join(f"{path} {shape}" for path, shape in list(seen.items())[:24])
-    near = get_close_matches(model.config.model_type, ARCHITECTURES, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    layers = ", ".join(f"{path} {shape[0]}x{shape[1]}" for path, shape in list(seen.items())[:24])
+    near = get_close_matches(kind, ARCHITECTURES, 1)
+    hint = f" (is it like {near[0]!r}?)" if near else ""
     return (
-        f"there is no role table for model_type {model.config.model_type!r}{hint}; its linear layers are: {layers}; register one "
-        f'with tenfold.models.roles.ARCHITECTURES["{model.config.model_type}"] = Architecture({{"mlp.in": "<path with *>", ...}})'
+        f"there is no role table for model_type {kind!r}{hint}; its linear layers (out x in) are {layers}; write one, with "
+        f'the roles {", ".join(ROLES)}: tenfold.models.roles.ARCHITECTURES["{kind}"] = '
+        f'Architecture({{"mlp.in": "{next(iter(seen), "layers.*.up")}", ...}})'
     )
 
 

@@ -31,8 +31,6 @@ def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, opti
         near = get_close_matches(fit, STARTS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STARTS)}"
         raise ValueError(f"there is no start {fit!r}; {hint}")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"the weight holds {int((~torch.isfinite(weight)).sum())} values that are NaN or Inf; mend them first")
     factors = STARTS[fit](structure, weight, options)
     return restored(structure, factors, weight) if norm == "restore" else factors
 

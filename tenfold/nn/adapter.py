@@ -12,31 +12,42 @@ from tenfold.structure import Dense, LowRank, Sum
 class Adapter(FactorizedLinear):
     """``y = x @ (W + left @ right).T + bias``: a :class:`Sum` of what ``layer`` holds and a low-rank part.
 
-    The adapter's ``left`` starts at zero, so the function is at first that of ``layer``, whose factors are frozen.
+    The adapter's ``left`` starts at zero, so the function is at first that of ``layer``, whose factors and bias are
+    frozen. ``layer`` itself is left alone.
 
     Args:
         layer: an ``nn.Linear`` or a :class:`FactorizedLinear` without shared factors.
         rank: the rank of the adapter.
+        generator: draws ``right``.
+
+    Raises:
+        ValueError: ``layer`` is of another kind, or shares factors.
 
     Reference: arXiv 2106.09685 (LoRA); arXiv 2303.16753 (beside shared cores).
     """
 
     def __init__(self, layer: nn.Linear | FactorizedLinear, rank: int, generator: torch.Generator | None = None):
-        held = isinstance(layer, FactorizedLinear)
-        if held and layer.shared:
-            raise ValueError(f"the layer shares {sorted(layer.shared)}; add the adapter in the recipe (adapter: rank)")
-        base = layer.structure if held else Dense(out_features=layer.out_features, in_features=layer.in_features)
+        structure, factors = _held(layer)
         low = LowRank(out_features=layer.out_features, in_features=layer.in_features, rank=rank)
-        like = next(layer.parameters())
-        super().__init__(Sum(parts=(base, low)), layer.bias is not None, device=like.device, dtype=like.dtype)
-        factors = layer.factors() if held else {"matrix": layer.weight}
-        noise = low.init(layer.in_features**-0.5, generator)
-        self.set_factors(
-            {f"part_0_{name}": value for name, value in factors.items()}
-            | {"part_1_left": torch.zeros_like(noise["left"]), "part_1_right": noise["right"]}
+        kept = {f"part_0_{name}": value for name, value in factors.items()}
+        frozen = [name for name, value in kept.items() if value.is_floating_point()] + ["bias"] * (layer.bias is not None)
+        like = next(iter(factors.values()))
+        super().__init__(
+            Sum(parts=(structure, low)), layer.bias is not None, frozen=frozen, device=like.device, dtype=layer.weight.dtype
         )
+        right = low.init(layer.in_features**-0.5, generator)["right"]
+        self.set_factors(kept | {"part_1_left": right.new_zeros(layer.out_features, rank), "part_1_right": right})
         if layer.bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(layer.bias)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("part_1_"))
+            self.bias.data.copy_(layer.bias)
+        self.freeze()
+
+
+def _held(layer: nn.Module):
+    """The structure of a layer and its factors."""
+    if isinstance(layer, FactorizedLinear):
+        if layer.shared:
+            raise ValueError(f"the layer shares {sorted(layer.shared)}; add the adapter in the recipe (adapter: rank)")
+        return layer.structure, layer.factors()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"an adapter goes beside nn.Linear or FactorizedLinear, not {type(layer).__name__}; fold it first")
+    return Dense(out_features=layer.out_features, in_features=layer.in_features), {"matrix": layer.weight}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ class SharedFactors(nn.Module):
     """Factors that several layers use, registered once on the base model.
 
     Layers hold it in a plain list and fetch a factor by calling it, so that hooks of offloading and of FSDP fire.
+
+    Args:
+        shapes: ``{key: shape}``, a key for every group of layers and factor.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device=None, dtype=None):
@@ -20,15 +25,16 @@ class SharedFactors(nn.Module):
             self.register_parameter(key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def forward(self, key: str) -> Tensor:
+        """The factor of this key."""
         return getattr(self, key)
 
 
 class _Factorized(nn.Module):
     """What the layers have in common: a structure, its factors, and a ``weight`` that only tells shape and dtype."""
 
-    def __init__(self, structure: Structure, shared: dict[str, str] | None = None, device=None, dtype=None):
+    def __init__(self, structure: Structure, shared=None, frozen: Sequence[str] = (), device=None, dtype=None):
         super().__init__()
-        self.structure, self.shared = structure, dict(shared or {})
+        self.structure, self.shared, self.frozen = structure, dict(shared or {}), tuple(frozen)
         self._container: list[SharedFactors] = []  # a list, so that the container is not registered here too
         self._names = (*structure.factor_shapes(), *structure.index_shapes())
         for name, shape in structure.factor_shapes().items():
@@ -41,6 +47,12 @@ class _Factorized(nn.Module):
         """Take the shared factors from ``container``."""
         self._container[:] = [container]
 
+    def freeze(self) -> None:
+        """Take what ``frozen`` names, factors or ``bias``, out of training; again after a load, which makes new parameters."""
+        for name in self.frozen:
+            owner, key = (self._container[0], self.shared[name]) if name in self.shared else (self, name)
+            getattr(owner, key).requires_grad_(False)
+
     def factors(self) -> Factors:
         """The factors by name, shared ones fetched from their container."""
         return {
@@ -50,7 +62,11 @@ class _Factorized(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
-        """Copy ``factors`` into the parameters and index maps of this layer, the shared ones left out."""
+        """Copy ``factors`` into the parameters and index maps of this layer, the shared ones left out.
+
+        Raises:
+            ValueError: a factor is missing or has another shape.
+        """
         self.structure.check_factors(factors)
         for name in self._names:
             if name not in self.shared:
@@ -72,6 +88,7 @@ class _Factorized(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the factors."""
         holder = next(self.parameters(), None)
         return next(self._container[0].parameters()).dtype if holder is None else holder.dtype
 
@@ -86,14 +103,16 @@ class FactorizedLinear(_Factorized):
         structure: the structure of ``W``.
         bias: whether there is a bias ``(out,)``.
         shared: ``{factor name: key}`` of the factors that a :class:`SharedFactors` holds; call :meth:`attach` then.
+        frozen: names of factors that are not trained, and ``bias``; :meth:`freeze` carries it out.
     """
 
-    def __init__(self, structure: Structure, bias: bool = True, shared=None, device=None, dtype=None):
-        super().__init__(structure, shared, device, dtype)
+    def __init__(self, structure: Structure, bias: bool = True, shared=None, frozen=(), device=None, dtype=None):
+        super().__init__(structure, shared, frozen, device, dtype)
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in) -> y (..., out)``"""
         y = self.structure._apply(self.factors(), x)
         return y if self.bias is None else y + self.bias
 
@@ -104,40 +123,64 @@ class FactorizedEmbedding(_Factorized):
     Args:
         structure: the structure of ``W``.
         padding_idx: kept for tools that read it; the row of padding is trained like any other.
-        scale: what the model multiplies its embeddings by (Gemma), 1 elsewhere.
+        scale: what the model multiplies its embeddings by (Gemma), 1 elsewhere; the tied head does without it.
+        shared, frozen: as in :class:`FactorizedLinear`.
     """
 
-    def __init__(self, structure: Structure, padding_idx=None, scale: float = 1.0, shared=None, device=None, dtype=None):
-        super().__init__(structure, shared, device, dtype)
+    def __init__(
+        self, structure: Structure, padding_idx=None, scale: float = 1.0, shared=None, frozen=(), device=None, dtype=None
+    ):
+        super().__init__(structure, shared, frozen, device, dtype)
         self.num_embeddings, self.embedding_dim = structure.shape
         self.padding_idx, self.scale = padding_idx, scale
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.structure._rows(self.factors(), ids)
-        return rows if self.scale == 1.0 else rows * self.scale
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        """The rows of the ids ``x (...)``; ``as_head``: ``x @ W.T``, the logits of states ``x (..., width)``.
 
-    def logits(self, states: Tensor) -> Tensor:
-        """``states @ W.T``: the tied output head."""
-        return self.structure._apply(self.factors(), states)
+        A tied head calls the module, too, so that hooks of offloading and of FSDP fire.
+        """
+        if as_head:
+            return self.structure._apply(self.factors(), x)
+        rows = self.structure._rows(self.factors(), x)
+        return rows if self.scale == 1.0 else rows * rows.new_full((), self.scale)  # rounded like a dense Gemma's
 
 
-class TiedEmbedding(nn.Module):
-    """A second name of a folded embedding (T5's encoder and decoder): it has no parameters and asks the first."""
+class _Tied(nn.Module):
+    """A second name of a folded embedding: it has no matrix and asks the embedding."""
 
     def __init__(self, embedding: FactorizedEmbedding):
         super().__init__()
-        self._embedding = [embedding]
+        self.attach(embedding)
+
+    def attach(self, embedding: FactorizedEmbedding) -> None:
+        """Ask ``embedding`` from now on."""
+        self._embedding = [embedding]  # a list, so that the embedding is not registered here too
+
+    @property
+    def structure(self) -> Structure:
+        """That of the embedding."""
+        return self._embedding[0].structure
 
     @property
     def weight(self) -> Tensor:
+        """That of the embedding: a meta tensor."""
         return self._embedding[0].weight
 
+    def dense(self) -> Tensor:
+        """``W (vocabulary, width)``"""
+        return self._embedding[0].dense()
+
+
+class TiedEmbedding(_Tied):
+    """Another embedding that is the same as a folded one (T5's encoder and decoder)."""
+
     def forward(self, ids: Tensor) -> Tensor:
+        """The rows of ``ids``."""
         return self._embedding[0](ids)
 
 
-class TiedHead(nn.Module):
-    """The output head of a folded, tied embedding: it has no matrix and asks the embedding.
+class TiedHead(_Tied):
+    """The output head of a folded, tied embedding.
 
     Args:
         embedding: the folded embedding.
@@ -145,15 +188,11 @@ class TiedHead(nn.Module):
     """
 
     def __init__(self, embedding: FactorizedEmbedding, bias: nn.Parameter | None = None):
-        super().__init__()
-        self._embedding = [embedding]
+        super().__init__(embedding)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
 
-    @property
-    def weight(self) -> Tensor:
-        return self._embedding[0].weight
-
     def forward(self, states: Tensor) -> Tensor:
-        logits = self._embedding[0].logits(states)
+        """``states (..., width) -> logits (..., vocabulary)``"""
+        logits = self._embedding[0](states, as_head=True)
         return logits if self.bias is None else logits + self.bias

@@ -109,19 +109,17 @@ class Structure(ABC):
         """Random factors so that the entries of ``W`` have mean 0 and standard deviation ``std``.
 
         An entry is a sum of ``terms`` products, so ``std^2 = terms * product of the variances``; the factors share
-        the variance evenly. Index maps start at a random injection, drawn from ``generator``.
+        the variance evenly. Combinators start their parts, and index maps at a random injection from ``generator``.
         """
-        factors: Factors = {}
-        for place in self._placements:
-            diagram = place.diagram
-            random = [name for name in diagram.names if name not in diagram.ones]
-            share = (std**2 / (len(self._placements) * diagram.terms)) ** (0.5 / max(1, len(random)))
-            for name, shape in diagram.factor_shapes().items():
-                noise = torch.randn(shape, generator=generator, dtype=dtype) * share
-                factors[name] = noise if name in random else torch.ones(shape, dtype=dtype)
-            for name, length, into in place.maps:
-                factors[name] = torch.randperm(into, generator=generator)[:length].to(torch.int32)
-        return factors
+        diagram = self._placements[0].diagram
+        random = [name for name in diagram.names if name not in diagram.ones]
+        share = (std**2 / diagram.terms) ** (0.5 / len(random))
+        return {
+            name: torch.randn(shape, generator=generator, dtype=dtype) * share
+            if name in random
+            else torch.ones(shape, dtype=dtype)
+            for name, shape in diagram.factor_shapes().items()
+        }
 
     def apply(self, factors: Factors, x: Tensor) -> Tensor:
         """``x (..., in) @ W.T -> (..., out)``, by the plan that is cheapest for this many rows."""
@@ -190,7 +188,7 @@ class Structure(ABC):
         fields = family.complete(out, inner, {key: value for key, value in spec.items() if key != "kind"})
         made = cls.from_json({"kind": family.kind} | fields)
         if made.shape != (out, inner):
-            raise ValueError(f"{made} makes a matrix {made.shape}, but the weight is {(out, inner)} (out, in)")
+            raise ValueError(f"{made} makes a matrix {made.shape}, but the weight is {(out, inner)} (out, in): change its sizes")
         return made
 
     @classmethod

@@ -24,7 +24,7 @@ class Sum(Structure, kind="sum"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
+        return spec | {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
 
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
@@ -34,6 +34,10 @@ class Sum(Structure, kind="sum"):
         return tuple(
             place.renamed(_prefix(f"part_{k}_")) for k, part in enumerate(self.parts) for place in part.normal_form()
         )
+
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        """The parts share the variance evenly."""
+        return _started(self.parts, std / len(self.parts) ** 0.5, generator, dtype)
 
     def closed_form(self, weight: Tensor) -> Factors | None:
         """Greedy: every part is fitted to what the parts before it leave. A start, not an optimum."""
@@ -59,7 +63,7 @@ class Stacked(Structure, kind="stacked"):
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         parts = spec.get("parts", ())
-        return {"parts": [Structure.for_shape(out // len(parts), inner, part) for part in parts]}
+        return spec | {"parts": [Structure.for_shape(out // len(parts), inner, part) for part in parts]}
 
     def check(self) -> None:
         if not self.parts or len({part.shape[1] for part in self.parts}) != 1:
@@ -82,6 +86,10 @@ class Stacked(Structure, kind="stacked"):
             for place in part.normal_form()
         )
 
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        """Every part for itself: they do not overlap."""
+        return _started(self.parts, std, generator, dtype)
+
     def closed_form(self, weight: Tensor) -> Factors | None:
         """As near as those of the parts."""
         factors: Factors = {}
@@ -95,6 +103,11 @@ class Stacked(Structure, kind="stacked"):
 
 def _prefix(text: str):
     return lambda name: text + name
+
+
+def _started(parts: tuple[Structure, ...], std: float, generator: torch.Generator | None, dtype) -> Factors:
+    made = [part.init(std, generator, dtype) for part in parts]
+    return {f"part_{k}_{name}": value for k, factors in enumerate(made) for name, value in factors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +133,7 @@ class Placed(Structure, kind="placed"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        base = Structure.for_shape(out, inner, spec["base"]) if isinstance(spec.get("base"), dict) else spec["base"]
-        return {"out_features": out, "in_features": inner} | spec | {"base": base}
+        return {"out_features": out, "in_features": inner} | _based(out, inner, spec)
 
     def check(self) -> None:
         out, inner = self.base.shape
@@ -146,9 +158,20 @@ class Placed(Structure, kind="placed"):
             maps=place.maps + rows + columns,
         )
 
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        """The base, at random rows and columns."""
+        factors = {_inner(name): value for name, value in self.base.init(std, generator, dtype).items()}
+        for name, mapped, length, into in zip(
+            ("rows", "columns"), (self.map_rows, self.map_columns), self.base.shape, self.shape, strict=True
+        ):
+            if mapped:
+                factors[name] = torch.randperm(into, generator=generator)[:length].to(torch.int32)
+        return factors
+
     def closed_form(self, weight: Tensor) -> Factors | None:
         """With the first rows and columns as maps; :mod:`tenfold.structure.permute` searches for better ones."""
-        (out, inner), identity = self.base.shape, torch.arange(max(self.shape), dtype=torch.int32)
+        (out, inner), device = self.base.shape, weight.device
+        identity = torch.arange(max(self.shape), dtype=torch.int32, device=device)
         return self.fitted(weight, identity[:out], identity[:inner])
 
     def fitted(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Factors | None:
@@ -159,6 +182,11 @@ class Placed(Structure, kind="placed"):
         named = {_inner(name): value for name, value in factors.items()}
         maps = {"rows": rows.int()} if self.map_rows else {}
         return named | maps | ({"columns": columns.int()} if self.map_columns else {})
+
+
+def _based(out: int, inner: int, spec: dict) -> dict:
+    """A recipe's ``spec`` with its base made for a matrix ``(out, inner)``."""
+    return spec | ({"base": Structure.for_shape(out, inner, spec["base"])} if isinstance(spec.get("base"), dict) else {})
 
 
 def _inner(name: str) -> str:
@@ -174,7 +202,7 @@ class Transposed(Structure, kind="transposed"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return {"base": Structure.for_shape(inner, out, spec["base"])}
+        return _based(inner, out, spec)
 
     @property
     def optimal(self) -> bool:
@@ -182,6 +210,10 @@ class Transposed(Structure, kind="transposed"):
 
     def normal_form(self) -> tuple[Placement, ...]:
         return tuple(place.transposed() for place in self.base.normal_form())
+
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        """That of the base."""
+        return self.base.init(std, generator, dtype)
 
     def closed_form(self, weight: Tensor) -> Factors | None:
         """That of the base."""

@@ -1,7 +1,7 @@
 """How a diagram is evaluated: contraction plans, their cost, forward and backward.
 
 Few parameters do not mean few FLOPs, so the order of the pairwise contractions is chosen, never fixed. Candidates are
-opt_einsum's best order for ``x`` and the factors together, and the order that first rebuilds ``W`` and multiplies
+the order with the fewest FLOPs for ``x`` and the factors together, and the one that first rebuilds ``W`` and multiplies
 once. Each is priced as FLOPs plus ``BALANCE`` times the numbers it reads and writes, for the number of rows at hand.
 FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summed.
 
@@ -12,7 +12,8 @@ gradient ``dW = dy^T x``, which is then contracted with the other factors. Both 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from math import prod
 from string import ascii_letters
 
 import opt_einsum
@@ -23,6 +24,7 @@ from tenfold.structure.diagram import Diagram
 
 BALANCE = 4.0  # FLOPs that take as long as moving one number; small, so that it decides only between near equals
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
+LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
 BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
 
 
@@ -41,26 +43,69 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
-    """The best pairwise order for one contraction of labelled operands, by opt_einsum."""
+    """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
     letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    search = "optimal" if len(terms) <= 6 else "auto"
-    shapes = [tuple(size[letter] for letter in term) for term in terms]
-    path = [(0,)] if len(terms) == 1 else opt_einsum.contract_path(
-        ",".join(terms) + "->" + target, *shapes, shapes=True, optimize=search)[0]
-    steps, flops, moved = [], 0, 0
+    path, steps, flops, moved = _path(terms, target, size), [], 0, 0
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
         kept = target if number == len(path) - 1 else _kept(taken, terms, target)
         terms.append(kept)
         union = set("".join(taken))
-        flops += opt_einsum.helpers.flop_count(union, len(union) > len(kept), len(taken), size) if len(taken) > 1 else 0
-        moved += sum(opt_einsum.helpers.compute_size_by_dict(term, size) for term in [*taken, kept])
+        flops += _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
+        moved += sum(_size(term, size) for term in [*taken, kept])
         steps.append((tuple(sorted(chosen, reverse=True)), ",".join(taken[k] for k in _order(chosen)) + "->" + kept))
     return Plan(tuple(steps), int(flops), int(moved))
+
+
+def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
+    if len(terms) == 1:
+        return [(0,)]
+    if len(terms) <= LARGEST_SEARCH:
+        return opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size))
+    shapes = [tuple(size[letter] for letter in term) for term in terms]
+    return opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
+
+
+def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, int]]:
+    """The order with the fewest FLOPs, by dynamic programming over subsets (bit masks) of the operands.
+
+    opt_einsum's exact search errs, by up to a factor of 4, where a label is shared by more than two operands.
+    Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
+    """
+    everything = 2 ** len(terms) - 1
+    labels = {subset: _labels_of(subset, terms, target) for subset in range(1, everything + 1)}
+
+    def joined(one: int, other: int) -> tuple[int, int, tuple]:
+        union, kept = labels[one] | labels[other], labels[one | other]
+        flops = _size(union, size) * (2 if union != kept else 1)
+        moved = sum(_size(own, size) for own in (labels[one], labels[other], kept))
+        (flops_one, moved_one, pairs_one), (flops_other, moved_other, pairs_other) = best(one), best(other)
+        pairs = (*pairs_one, *pairs_other, (one, other))
+        return flops + flops_one + flops_other, moved + moved_one + moved_other, pairs
+
+    @cache
+    def best(subset: int) -> tuple[int, int, tuple]:  # FLOPs, numbers moved, the pairs of subsets in order
+        halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
+        return min((joined(half, subset - half) for half in halves), default=(0, 0, ()))
+
+    number = {1 << k: k for k in range(len(terms))}
+    for one, other in best(everything)[2]:
+        number[one | other] = len(number)
+    return [(number[one], number[other]) for one, other in best(everything)[2]]
+
+
+def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:
+    """What the contraction of ``subset`` keeps: the labels that the target or an operand outside it needs."""
+    inside, outside = ("".join(t for k, t in enumerate(terms) if (subset >> k & 1) == side) for side in (1, 0))
+    return frozenset(inside) if subset.bit_count() == 1 else frozenset(inside) & frozenset(outside + target)
+
+
+def _size(labels, size: dict[str, int]) -> int:
+    return prod(size[label] for label in labels)
 
 
 def _order(chosen) -> list[int]:

@@ -35,7 +35,7 @@ class Diagram:
             if label not in size:
                 raise ValueError(f"label {label!r} has no size; sizes are given for {sorted(size)}")
             if "(" in label:
-                raise ValueError(f"label {label!r} holds a bracket, which is kept for the package's own labels; rename it")
+                raise ValueError(f"label {label!r} holds a bracket, which only labels of the package do; rename it")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"two factors have one name in {self.names}; give each its own")
         for name, labels in self.factors:

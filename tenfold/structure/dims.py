@@ -22,8 +22,8 @@ def balanced(number: int, parts: int) -> tuple[int, ...]:
 
     The prime factors are dealt out from the largest, each to the factor that is smallest so far.
     """
-    if parts < 1:
-        raise ValueError(f"{number} can't be split into {parts} factors; ask for one or more")
+    if number < 1 or parts < 1:
+        raise ValueError(f"{number} can't be split into {parts} factors; ask for one or more, of a number from 1 up")
     result = [1] * parts
     for prime in reversed(primes(number)):
         result[result.index(min(result))] *= prime

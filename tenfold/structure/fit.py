@@ -48,26 +48,38 @@ def fit(
         The factors in float64. With several matrices a factor that is not shared has a leading axis, one slice each.
 
     Raises:
-        ValueError: a weight has another shape, or holds NaN or Inf.
+        ValueError: a weight or a metric has another shape, or holds NaN or Inf.
     """
     several = not isinstance(weights, Tensor)
-    targets = [_checked(structure, weight) for weight in (weights if several else [weights])]
-    norms = [None] * len(targets) if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
-    simple = len(targets) == 1 and norms == [None] and start is None
-    if simple and structure.optimal:
+    targets = [_checked("weight", structure, weight, structure.shape) for weight in (weights if several else [weights])]
+    norms = _checked_metrics(structure, metrics, len(targets))
+    if several and not shared:  # nothing in common
+        settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
+        each = [fit(structure, target, norm, **settings) for target, norm in zip(targets, norms, strict=True)]
+        return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
+    if not several and norms == [None] and start is None and structure.optimal:
         return structure.closed_form(targets[0])
     problem = Problem(structure, targets, norms, tuple(shared))
-    begins = [problem.begin(start, seed + k) for k in range(1 if start is not None else max(1, starts))]
+    begins = problem.begins(start, max(1, starts), seed)
     best = min((problem.solve(begin, sweeps, tolerance) for begin in begins), key=problem.objective)
     return {name: value[0] if not several or name in shared else value for name, value in best.items()}
 
 
-def _checked(structure: Structure, weight: Tensor) -> Tensor:
-    if tuple(weight.shape) != structure.shape:
-        raise ValueError(f"the weight has shape {tuple(weight.shape)} but {structure} is {structure.shape} (out, in)")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or Inf; mend or leave out the matrix")
-    return weight.double()
+def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(matrix.shape) != shape:
+        raise ValueError(f"the {what} has shape {tuple(matrix.shape)} but {structure} needs {shape}")
+    wrong = int((~torch.isfinite(matrix)).sum())
+    if wrong:
+        raise ValueError(f"{wrong} of the {matrix.numel()} entries of the {what} are NaN or Inf; mend or leave it out")
+    return matrix.detach().double()
+
+
+def _checked_metrics(structure: Structure, metrics, count: int) -> list[Tensor | None]:
+    shape = (structure.shape[1],) * 2
+    given = [None] * count if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
+    if len(given) != count:
+        raise ValueError(f"{count} weights need {count} metrics, not {len(given)}; None stands for the Frobenius norm")
+    return [None if metric is None else _checked("metric", structure, metric, shape) for metric in given]
 
 
 class Problem:
@@ -78,26 +90,32 @@ class Problem:
 
     def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, shared: tuple[str, ...]):
         self.structure, self.targets, self.shared = structure, targets, shared
-        self.metrics = [None if metric is None else metric.double() for metric in metrics]
+        self.metrics = metrics
         self.places = structure.normal_form()
         for name in shared:
             if name not in structure.factor_shapes():
                 raise ValueError(f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}")
 
-    def begin(self, start: Factors | None, seed: int) -> Factors:
-        """A state from given factors, from the closed form of the mean target, or from noise."""
-        if start is None:
-            mean = sum(self.targets[1:], self.targets[0]) / len(self.targets)
-            start = self.structure.closed_form(mean)
-        if start is None:
-            std, generator = float(mean.square().mean().sqrt()) or 1.0, torch.Generator().manual_seed(seed)
-            start = self.structure.init(std, generator, torch.float64)
-        count = len(self.targets)
+    def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
+        """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
+        if start is None:  # weighed unevenly, so that opposite targets do not cancel
+            together = sum(target / (s + 1) for s, target in enumerate(self.targets))
+            start = self.structure.closed_form(together)
+        if start is not None:
+            return [self.begin(start)]
+        std = float(together.square().mean().sqrt()) or 1.0
+        generators = [torch.Generator().manual_seed(seed + k) for k in range(starts)]
+        return [self.begin(self.structure.init(std, generator, torch.float64)) for generator in generators]
+
+    def begin(self, start: Factors) -> Factors:
+        """A state in which every target has the factors ``start``."""
+        device, count = self.targets[0].device, len(self.targets)
+        state = {name: value.detach().to(device)[None] for name, value in start.items()}
         return {
-            name: (value.double() if value.is_floating_point() else value)[None].repeat(
-                1 if name in self.shared else count, *[1] * value.ndim
+            name: (value.double() if value.is_floating_point() else value).repeat_interleave(
+                1 if name in self.shared else count, dim=0
             )
-            for name, value in start.items()
+            for name, value in state.items()
         }
 
     def slice(self, state: Factors, s: int) -> Factors:
@@ -139,7 +157,7 @@ class Problem:
         if name in self.shared:
             systems = [(sum(gram for gram, _ in systems), sum(right for _, right in systems))]
         labels, split = self._labels(place.diagram, name)
-        solved = [solve_symmetric(gram, right.flatten(len(split))) for gram, right in systems]
+        solved = [solve_symmetric(gram, right.reshape(gram.shape[:-1])) for gram, right in systems]
         shaped = [value.reshape(place.diagram.shape_of((*split, *labels))) for value in solved]
         order = [(*split, *labels).index(label) for label in dict(place.diagram.factors)[name]]
         return torch.stack([value.permute(order) for value in shaped])
@@ -156,7 +174,7 @@ class Problem:
         rest = self.targets[s] - self.structure.dense(factors) + place.dense(factors)
         metric = self.metrics[s]
         if metric is None and any(m is not None for m in self.metrics):
-            metric = torch.eye(self.structure.shape[1], dtype=torch.float64)
+            metric = torch.eye(self.structure.shape[1], dtype=torch.float64, device=rest.device)
         target, metric = _restricted(place, factors, rest if metric is None else rest @ metric, metric)
         others = [(labels, factors[n]) for n, labels in diagram.factors if n != name]
         ins, outs = diagram.ins, diagram.outs
@@ -170,8 +188,8 @@ class Problem:
         sizes = dict(diagram.sizes) | {twin[label]: size for label, size in diagram.sizes}
         mirrored = tuple(twin[label] for label in coupled)
         n = diagram.size(coupled)
-        left = _einsum(gram, (*split, *coupled, *mirrored), sizes)
-        return left.reshape(*diagram.shape_of(split), n, n), _einsum(right, (*split, *coupled), sizes)
+        left = _einsum(gram, (*split, *coupled, *mirrored), sizes, rest.device)
+        return left.reshape(*diagram.shape_of(split), n, n), _einsum(right, (*split, *coupled), sizes, rest.device)
 
     def polish(self, state: Factors, steps: int) -> Factors:
         """L-BFGS on every factor at once, through autograd."""
@@ -211,11 +229,12 @@ def _restricted(place: Placement, factors: Factors, target: Tensor, metric: Tens
     return target, metric
 
 
-def _einsum(operands: list[tuple[tuple[str, ...], Tensor]], output: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
-    """A labelled contraction; a label of the output that no operand has is filled by repetition."""
+def _einsum(operands: list, output: tuple[str, ...], sizes: dict[str, int], device: torch.device) -> Tensor:
+    """A contraction of ``(labels, tensor)``; a label of the output that no operand has is filled by repetition."""
     known = {label for labels, _ in operands for label in labels}
     missing = tuple(label for label in output if label not in known)
     if missing or not operands:
-        operands = [*operands, (missing, torch.ones([sizes[label] for label in missing], dtype=torch.float64))]
+        ones = torch.ones([sizes[label] for label in missing], dtype=torch.float64, device=device)
+        operands = [*operands, (missing, ones)]
     plan = plan_of(tuple(labels for labels, _ in operands), output, tuple(sizes.items()))
     return run(plan, [value for _, value in operands])

@@ -55,9 +55,9 @@ class Kronecker(Structure, kind="kronecker"):
 
     @classmethod
     def bound(cls, smallest: Structure) -> int:
-        """More terms than the smallest factor has entries add nothing (the rearranged matrix has full rank)."""
+        """More terms than all factors but the largest have entries add nothing: every matrix is such a sum."""
         sides = [a * c for a, c in zip(smallest.outs, smallest.ins, strict=True)]
-        return min(max(1, math.prod(sides) // max(sides)), min(smallest.shape) ** 2)
+        return math.prod(sides) // max(sides)
 
     def closed_form(self, weight: Tensor) -> Factors:
         """Optimal for two factors (Van Loan-Pitsianis 1993: SVD of the rearranged matrix).

@@ -38,6 +38,11 @@ class TensorTrain(Structure, kind="tensor_train"):
             spec["ranks"] = left_clipped(spec["outs"], spec["ins"], spec.pop("rank"))
         return spec
 
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        """The largest bond at which nothing is cut."""
+        return max(left_clipped(smallest.outs, smallest.ins, "full"), default=1)
+
     def check(self) -> None:
         if not len(self.outs) == len(self.ins) == len(self.ranks) + 1:
             raise ValueError(f"outs {self.outs}, ins {self.ins} need one rank between neighbours, not {self.ranks}")
@@ -100,6 +105,11 @@ class RowTrain(Structure, kind="row_train"):
             spec["ranks"] = full if rank == "full" else tuple(min(rank, bond) for bond in full)
         spec.pop("parts", None)
         return {key: value for key, value in spec.items() if key != "in_features"}
+
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        """The largest bond at which nothing is cut."""
+        return max(left_clipped((1,) * len(smallest.ins), smallest.ins, "full"), default=1)
 
     def check(self) -> None:
         if len(self.ins) != len(self.ranks) + 1:

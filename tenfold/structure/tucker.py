@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -48,6 +49,12 @@ class Tucker(Structure, kind="tucker"):
             spec["ranks"] = tuple(min(rank, mode) for mode in (*spec["outs"], *spec["ins"]))
         return spec
 
+    @classmethod
+    def bound(cls, smallest: Structure) -> int:
+        """An unfolding has at most this rank, in every mode."""
+        modes = smallest.outs + smallest.ins
+        return max(min(mode, math.prod(modes) // mode) for mode in modes)
+
     def check(self) -> None:
         modes = self.outs + self.ins
         if len(self.ranks) != len(modes) or any(r > mode for r, mode in zip(self.ranks, modes, strict=True)):
@@ -85,7 +92,9 @@ class CP(Structure, kind="cp"):
 
     @classmethod
     def bound(cls, smallest: Structure) -> int:
-        return max(smallest.shape)
+        """With one term per entry of all modes but the largest, every matrix is such a sum."""
+        modes = smallest.outs + smallest.ins
+        return math.prod(modes) // max(modes)
 
     def normal_form(self) -> tuple[Placement, ...]:
         outs, ins = _axes(self.outs, self.ins)

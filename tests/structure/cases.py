@@ -62,6 +62,7 @@ FAMILIES: dict[str, Structure] = {
 
 COMBINED: dict[str, Structure] = {
     "sum": Sum(parts=(KRONECKER, LOW_RANK)),
+    "sum-dense": Sum(parts=(Dense(out_features=4, in_features=6), LOW_RANK)),
     "sum-nested": Sum(parts=(Sum(parts=(LOW_RANK, SMALL_TRAIN)), LOW_RANK)),
     "placed": Placed(base=LOW_RANK, out_features=6, in_features=7),
     "placed-rows": Placed(base=LOW_RANK, out_features=6, in_features=6, map_columns=False),
@@ -79,7 +80,9 @@ COMBINED: dict[str, Structure] = {
     "stacked-sum": Stacked(parts=(LowRank(out_features=2, in_features=6, rank=1), Sum(parts=(LOW_RANK, KRONECKER)))),
     "transposed-stacked": Transposed(base=Stacked(parts=(LOW_RANK, LOW_RANK))),
     "placed-stacked": Placed(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
-    "sum-stacked": Sum(parts=(LowRank(out_features=8, in_features=6, rank=1), Stacked(parts=(LOW_RANK, KRONECKER)))),
+    "sum-stacked": Sum(
+        parts=(LowRank(out_features=6, in_features=6, rank=1), Stacked(parts=(KRONECKER, Dense(out_features=2, in_features=6))))
+    ),
 }
 
 

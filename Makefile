@@ -1,0 +1,32 @@
+# make demo [QUICK=1]   the main job on the small model that ships with the repository
+# make test             linter and tests
+# Both set up .venv first: torch's CPU build where there is no accelerator, everything else as in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test lint
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tenfold needs Python 3.11 or newer; call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the other libraries (a minute or two) ..."
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.13,<2.14'; \
+	else $(PIP) torch==2.13.0+cpu 2>/dev/null || $(PIP) torch==2.13.0+cpu --index-url $(CPU_WHEELS); fi
+	@$(PIP) -c constraints.txt -e '.[test]' 2>&1 | grep -v '^WARNING' || true
+	@$(BIN)/python -c 'import tenfold_cli'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py $(if $(QUICK),--quick)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest

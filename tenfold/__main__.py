@@ -1,0 +1,5 @@
+"""``python -m tenfold``: the command line."""
+
+from tenfold_cli import main
+
+main()

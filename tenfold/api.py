@@ -1,0 +1,93 @@
+"""The twins of the commands: names, folders and files in, models and plain dictionaries out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tenfold.compress.compress import compress as compress
+from tenfold.compress.compress import recipe_for as recipe_for
+from tenfold.evaluate.perplexity import comparable as comparable
+from tenfold.evaluate.perplexity import perplexity
+from tenfold.evaluate.speed import bench as bench
+from tenfold.models.card import save_folded
+from tenfold.models.cost import inspect as inspect
+from tenfold.models.cost import price as price
+from tenfold.models.cost import read_config
+from tenfold.models.hub import check_output, from_pretrained
+from tenfold.models.plan import load_recipe, make_plan
+from tenfold.train.heal import heal as heal
+from tenfold.train.pretrain import pretrain as pretrain
+
+save = save_folded
+evaluate = perplexity
+
+
+def plan(model: PreTrainedModel, recipe):
+    """What ``recipe`` (a name, a file or a mapping) becomes on ``model``: ``{site: structure}``; nothing is changed."""
+    return make_plan(model, load_recipe(recipe))
+
+
+def load(name: str | Path, device: str | None = None, dtype: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """A model of the class that its configuration names, in evaluation mode, and its tokenizer (None if it has none).
+
+    Args:
+        device: for instance ``cuda``; an accelerator where there is one, unless given.
+        dtype: for instance ``bfloat16``; that of the checkpoint unless given.
+    """
+    config = read_config(str(name))
+    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        tokenizer = None
+    return model.to(checked_device(device)).eval(), tokenizer
+
+
+def checked_dtype(dtype: str | None) -> torch.dtype | str:
+    if dtype in (None, "auto"):
+        return "auto"
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, auto")
+    return found
+
+
+def checked_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as reason:
+        raise ValueError(f"device {device!r} can't be used here ({str(reason).splitlines()[0]}); try --device cpu") from None
+
+
+def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
+    """``prompt`` and up to ``tokens`` more: the likeliest ones at temperature 0, drawn at random above it."""
+    ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    if ids["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty; give it at least one word")
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    written = model.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **how)
+    return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def texts(files: Sequence[str | Path]) -> list[Path]:
+    """``files``, all of which exist."""
+    for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})")
+    return list(map(Path, files))
+
+
+__all__ = [
+    "bench", "check_output", "comparable", "compress", "evaluate", "generate", "heal", "inspect", "load", "plan",
+    "pretrain", "price", "recipe_for", "save", "texts",
+]  # fmt: skip

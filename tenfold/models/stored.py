@@ -1,0 +1,81 @@
+"""The format of a checkpoint: what ``config.json`` says about a folded model, and the plan that this makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tenfold.models.plan import Entry, Plan
+from tenfold.models.sites import FOLDED, Site, is_tied, resolve
+from tenfold.structure import Structure
+
+METHOD, VERSION = "tenfold", 1
+
+
+class FoldedConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a folded model; unknown keys are kept out.
+
+    Args:
+        sites: ``{path: {structure, bias, shared, frozen}}``, the last two where there are any.
+        untied: whether the output head has a matrix of its own.
+        recipe: the name of the recipe.
+    """
+
+    def __init__(self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **more):
+        self.quant_method, self.format_version = METHOD, format_version
+        self.sites, self.untied, self.recipe = sites or {}, untied, recipe
+
+
+def describe(model: PreTrainedModel, recipe: str = "") -> FoldedConfig:
+    """What a checkpoint of ``model`` has to say, read off its layers."""
+    sites = {path: _site(module) for path, module in model.named_modules() if isinstance(module, FOLDED)}
+    return FoldedConfig(sites, model.get_output_embeddings() is not None and not is_tied(model), recipe)
+
+
+def _site(layer) -> dict[str, Any]:
+    extra = {"shared": layer.shared, "frozen": list(layer.frozen)}
+    bias = getattr(layer, "bias", None) is not None
+    return {"structure": layer.structure.to_json(), "bias": bias} | {key: value for key, value in extra.items() if value}
+
+
+def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
+    """The plan of a checkpoint on ``model``; sites that a head swap has removed are skipped.
+
+    Raises:
+        ValueError: the format is newer than this tenfold, or a structure is not known; the site is named.
+    """
+    entries = {}
+    for stored, structure in structures(config).items():
+        path, spec = resolve(model, stored), config.sites[stored]
+        if path is not None:
+            site = Site(path, "", None, structure.shape, spec["bias"])
+            shared, frozen = spec.get("shared", {}), tuple(spec.get("frozen", ()))
+            entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen)
+    return Plan(entries, config.untied, config.recipe)
+
+
+def structures(config: FoldedConfig) -> dict[str, Structure]:
+    """``{path: structure}`` of a checkpoint; raises as :func:`stored_plan`."""
+    if config.format_version > VERSION:
+        raise ValueError(
+            f"the checkpoint has format version {config.format_version}, this tenfold reads up to {VERSION}; install a "
+            "newer tenfold"
+        )
+    return {path: _structure(path, spec) for path, spec in config.sites.items()}
+
+
+def _structure(path: str, spec: dict[str, Any]) -> Structure:
+    try:
+        return Structure.from_json(spec["structure"])
+    except (ValueError, KeyError, TypeError) as reason:
+        raise ValueError(f"site {path} of the checkpoint: {reason}") from None
+
+
+def folded_config(config: Any) -> FoldedConfig | None:
+    """The folding that a model's configuration, or the mapping in ``config.json``, describes; None for a dense one."""
+    found = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        return FoldedConfig(**found)
+    return found if isinstance(found, FoldedConfig) else None

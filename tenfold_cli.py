@@ -1,0 +1,359 @@
+"""The command line: parse, call, print. A module of its own, so that ``tenfold --help`` does not import torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="tenfold",
+    help="Fold the weight matrices of transformer language models into small tensors.",
+    epilog="--debug, anywhere, shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds something already.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Text = Annotated[list[Path], typer.Option("--text", help="Text files: .txt, or .jsonl with a text field, also .xz, .gz.")]
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that ship with tenfold."""
+    from tenfold.models.plan import load_recipe, recipe_names
+
+    rows = [(name, load_recipe(name)) for name in recipe_names()]
+    if as_json:
+        return show_json([{"name": name, "on": recipe.on, "source": recipe.source} for name, recipe in rows])
+    return show_table(["recipe", "on", "source"], [[name, recipe.on or "", recipe.source] for name, recipe in rows])
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: Annotated[str | None, typer.Option(help="A recipe by name or file; without it the model as it is.")] = None,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Count parameters and FLOPs of a model, and of what a recipe makes of it; no weights are allocated."""
+    from tenfold.models.cost import inspect
+    from tenfold.models.plan import load_recipe
+
+    result = inspect(model, load_recipe(recipe) if recipe else None)
+    if as_json:
+        return show_json(result)
+    rows: dict[tuple, list[int]] = {}
+    for site in result["sites"]:
+        key = (site["role"], short(site["structure"]), "x".join(map(str, site["shape"])))
+        rows.setdefault(key, [0, 0])[0] += 1
+        rows[key][1] += site["parameters"]
+    table = [[*key, str(number), f"{size:,}"] for key, (number, size) in rows.items()]
+    show_table(["role", "structure", "out x in", "sites", "parameters"], table)
+    count, flops = result["parameters"], result["flops_per_token"]
+    print(f"parameters      {count['total']:>15,} with the head, {count['without_head']:,} without; trained {count['trainable']:,}")
+    print(f"dense           {count['dense']:>15,}")
+    for rows_a_call, number in flops.items():
+        dense = result["flops_per_token_dense"][rows_a_call]
+        print(f"FLOPs a token   {number:>15,} at {int(rows_a_call):,} rows a call (dense {dense:,})")
+    return None
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Output,
+    recipe: Annotated[str | None, typer.Option(help="A recipe by name or file.")] = None,
+    structure: Annotated[str | None, typer.Option(help="Instead of a recipe: one structure for all blocks.")] = None,
+    keep: Annotated[float | None, typer.Option(help="With --structure: the share of parameters that stays.")] = None,
+    of: Annotated[str, typer.Option(help="What --keep is a share of: model, or the replaced sites.")] = "model",
+    roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
+    source: Annotated[str, typer.Option(help="Factors from weights, or from noise.")] = "weights",
+    max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this size.")] = "5GB",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Fold a model without data and save it."""
+    from tenfold import api
+
+    api.check_output(output, overwrite)
+    if (recipe is None) == (structure is None) or (structure is not None and keep is None):
+        raise ValueError("give either --recipe NAME, or --structure KIND with --keep SHARE")
+    loaded, tokenizer = api.load(model, device, dtype)
+    chosen = recipe or api.recipe_for(structure, keep, of, roles.split(",") if roles else None, loaded)
+    folded, report = api.compress(loaded, chosen, source, tracked("folding"))
+    api.save(folded, output, tokenizer, report, command(), max_shard_size)
+    if as_json:
+        return show_json(report)
+    rows = [[s["path"], short(s["structure"]), f"{s['before']:,}", f"{s['after']:,}", _error(s["error"])] for s in report["sites"]]
+    show_table(["site", "structure", "before", "after", "relative error"], rows)
+    print(f"{count_line(report)}; {report['seconds']} s; saved in {output}")
+    return None
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or names.")],
+    text: Text,
+    window: Annotated[int | None, typer.Option(help="Tokens at once; the model's context, 1024 at most.")] = None,
+    stride: Annotated[int | None, typer.Option(help="How far the window moves; the window unless given.")] = None,
+    tokenised: Annotated[bool, typer.Option(help="The text is tokenised (WikiText's .tokens), not raw.")] = False,
+    per_word: Annotated[bool, typer.Option(help="Perplexity a word instead of a token.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Score only the first tokens.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A JSON file that this command wrote, to compare with.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Perplexity and bits per byte, under a protocol that is printed with them."""
+    from tenfold import api
+
+    files, results = api.texts(text), json.loads(against.read_text()) if against else []
+    for name in models:
+        model, tokenizer = api.load(name, device, dtype)
+        if tokenizer is None:
+            raise ValueError(f"{name} has no tokenizer; copy tokenizer.json and tokenizer_config.json there")
+        kinds = {"text": "tokenised" if tokenised else "raw", "normaliser": "words" if per_word else "tokens"}
+        scores = api.evaluate(model, tokenizer, files, window, stride, limit=limit, progress=tracked(name), **kinds)
+        results.append({"model": name} | scores)
+    api.comparable(results)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1))
+    if as_json:
+        return show_json(results)
+    show_table(
+        ["model", "perplexity", "bits per byte", "tokens"],
+        [[r["model"], f"{r['perplexity']:.3f}", f"{r['bits_per_byte']:.4f}", f"{r['tokens']:,}"] for r in results],
+    )
+    print("protocol:", ", ".join(f"{key} {value}" for key, value in results[0]["protocol"].items()))
+    return None
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to add at most.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Continue a text."""
+    from tenfold import api
+
+    loaded, tokenizer = api.load(model, device, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json there")
+    print(api.generate(loaded, tokenizer, prompt, tokens, temperature, seed))
+
+
+@app.command()
+def bench(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure tokens per second against the dense twin, in turns, in one run."""
+    from tenfold import api
+
+    loaded, _ = api.load(model, device, dtype)
+    result = api.bench(loaded, batch, length, new_tokens, repeats)
+    if as_json:
+        return show_json(result)
+    rows = [
+        [name, str(result["rows"][name]), f"{r['tokens_per_second']:,.0f}", f"{r['dense_tokens_per_second']:,.0f}", f"{r['ratio']:.2f}"]
+        for name in ("prefill", "decode")
+        for r in [result[name]]
+    ]
+    return show_table(["", "rows", "tokens/s", "dense tokens/s", "ratio"], rows)
+
+
+@app.command()
+def heal(
+    model: Annotated[str, typer.Argument(help="The folded model.")],
+    teacher: Annotated[str, typer.Option(help="The dense model that it came from.")],
+    text: Text,
+    output: Output,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
+    distill: Annotated[float, typer.Option(help="Weight of the teacher's distribution; the rest is cross entropy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
+    window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")] = None,
+) -> None:
+    """Distil the dense model into the folded one and save it."""
+    from tenfold import api
+    from tenfold.models.plan import Heal
+
+    api.check_output(output, overwrite)
+    files = api.texts(text)
+    student, tokenizer = api.load(model, device, "float32")
+    stored, _ = api.load(model, "cpu", dtype)
+    settings = Heal(
+        steps=steps,
+        learning_rate=learning_rate,
+        tokens_per_step=tokens_per_step,
+        distill=distill,
+        temperature=temperature,
+    )
+    with counted("healing") as advance:
+        report = api.heal(student, api.load(teacher, device, "float32")[0], tokenizer, files, settings, window, seed, advance)
+    before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
+    api.save(student.to(stored.dtype), output, tokenizer, before | {"heal": report}, f"{before.get('command', '')}\n{command()}".strip())
+    print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
+    data: Annotated[list[Path], typer.Option(help="Text files to train on.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
+) -> None:
+    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes."""
+    from tenfold import api
+
+    if not (output / "checkpoints").is_dir():
+        api.check_output(output, overwrite)
+    with counted("training") as advance:
+        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
+    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {report['curve'][-1][1]:.3f}; saved in {output}")
+
+
+@app.command()
+def densify(model: Model, output: Output, overwrite: Overwrite = False, device: Device = None, dtype: Dtype = None) -> None:
+    """Turn a folded model into a plain checkpoint that needs no tenfold."""
+    import tenfold
+    from tenfold import api
+
+    api.check_output(output, overwrite)
+    loaded, tokenizer = api.load(model, device, dtype)
+    tenfold.densify(loaded).save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    print(f"saved in {output}; it loads without tenfold")
+
+
+# printing ------------------------------------------------------------------------------------------------------------
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def show_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="left" if k == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def short(structure: dict) -> str:
+    fields = [f"{key}={value}".replace(" ", "") for key, value in structure.items() if key in ("rank", "ranks", "terms", "outs", "ins")]
+    return " ".join([structure["kind"], *fields])
+
+
+def count_line(report: dict) -> str:
+    count, dense = report["parameters"], report["parameters_dense"]
+    kept = [count[key] / dense[key] for key in ("total", "without_head")]
+    return (
+        f"parameters {dense['total']:,} -> {count['total']:,} with the head ({kept[0]:.1%} kept), "
+        f"{dense['without_head']:,} -> {count['without_head']:,} without ({kept[1]:.1%} kept)"
+    )
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
+
+
+def tracked(what: str) -> Callable[[Iterable], Iterable]:
+    """A progress bar around a list, on standard error."""
+
+    def wrap(items: Iterable) -> Iterable:
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(list(items), description=what, console=Console(stderr=True), transient=True)
+
+    return wrap
+
+
+class counted:
+    """A progress bar that is told ``(step, steps)``."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task(self.what)
+        return lambda step, steps: self.bar.update(task, completed=step, total=steps)
+
+    def __exit__(self, *reason) -> None:
+        self.bar.stop()
+
+
+def command() -> str:
+    return shlex.join(["tenfold", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run a command; what went wrong is one sentence on standard error and exit status 2."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if not debug:
+        _quiet()
+    try:
+        app()
+    except (ValueError, OSError, ImportError, NotImplementedError) as reason:
+        if debug:
+            raise
+        print(f"tenfold: {' '.join(str(reason).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """transformers' own bars and notes are not for users of this command."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""One tiny model per architecture: the class that carries its output head, and a configuration."""
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+SMALL = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SMALL, **BLOCKS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT = {**SMALL, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+ENCODER = {**SMALL, **BLOCKS, "max_position_embeddings": 64}
+T5 = {**SMALL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+OPT = {**SMALL, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 16}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+# name -> class, model_type, configuration
+TOYS: dict[str, tuple[str, str, dict]] = {
+    "gpt2": ("GPT2LMHeadModel", "gpt2", GPT),
+    "gpt2-untied": ("GPT2LMHeadModel", "gpt2", {**GPT, "tie_word_embeddings": False}),
+    "openai-gpt": ("OpenAIGPTLMHeadModel", "openai-gpt", GPT),
+    "gpt_neox": ("GPTNeoXForCausalLM", "gpt_neox", ENCODER),
+    "gpt_neox-tied": ("GPTNeoXForCausalLM", "gpt_neox", {**ENCODER, "tie_word_embeddings": True}),
+    "opt": ("OPTForCausalLM", "opt", {**OPT, "max_position_embeddings": 64}),
+    "opt-projected": ("OPTForCausalLM", "opt", {**OPT, "max_position_embeddings": 64, "word_embed_proj_dim": 16}),
+    "llama": ("LlamaForCausalLM", "llama", GROUPED),
+    "llama-tied": ("LlamaForCausalLM", "llama", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", "mistral", GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3_text": ("Gemma3ForCausalLM", "gemma3_text", GEMMA),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        "gemma3",
+        {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 96,
+         "boi_token_index": 94, "eoi_token_index": 95},
+    ),
+    "phi": ("PhiForCausalLM", "phi", GROUPED),
+    "bert": ("BertForMaskedLM", "bert", ENCODER),
+    "roberta": ("RobertaForMaskedLM", "roberta", ENCODER),
+    "albert": ("AlbertForMaskedLM", "albert", {**ENCODER, "embedding_size": 16}),
+    "albert-groups": ("AlbertForMaskedLM", "albert", {**ENCODER, "embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2}),
+    "t5": ("T5ForConditionalGeneration", "t5", T5),
+    "t5-gated": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+
+
+def config(name: str):
+    _, kind, settings = TOYS[name]
+    return AutoConfig.for_model(kind, **settings)
+
+
+def build(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """The toy ``name`` with random weights whose biases and norms are random too, ready to evaluate."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, TOYS[name][0])(config(name), **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(model) -> dict[str, torch.Tensor]:
+    ids = torch.arange(3, 27).reshape(2, 12)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids + 30} if model.config.is_encoder_decoder else {})
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """What ``model`` makes of a fixed input: logits, or hidden states where it has no head."""
+    return model(**inputs(model))[0]

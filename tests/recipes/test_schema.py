@@ -1,0 +1,241 @@
+"""What a recipe may not say: every mistake is refused in one sentence with the value and the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenfold.models.cost import inspect, meta_model, plan_of
+from tenfold.models.plan import Recipe, load_recipe, make_plan
+
+LOW_RANK = {"kind": "low_rank", "rank": 64}
+OPEN = {"kind": "low_rank"}
+FFN = ["mlp.in", "mlp.out"]
+C_FC = "transformer.h.0.mlp.c_fc (3072x768): "
+
+
+def one(role: str | list[str] = "mlp.in", structure: dict = LOW_RANK, **more) -> dict:
+    """A recipe of one rule."""
+    return {"replace": [{"role": role, "structure": structure} | more]}
+
+
+def refused(recipe: dict, *parts: str, model: str = "gpt2") -> str:
+    """The sentence of the ValueError, which holds all ``parts``."""
+    with pytest.raises(ValueError) as caught:
+        make_plan(meta_model(model), load_recipe(recipe))
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 400
+    for part in parts:
+        assert part in said, said
+    return said
+
+
+# ---------------------------------------------------------------------------------------------- the schema
+
+
+@pytest.mark.parametrize(
+    "recipe, key, near",
+    [
+        ({"nam": "x"}, "nam", "name"),
+        ({"replace": [{"role": "mlp.in", "structre": LOW_RANK}]}, "replace.0.structre", "structure"),
+        (one(start={"fit": "svd", "nrm": "keep"}), "replace.0.start.nrm", "norm"),
+        (one(share={"factors": ["left"], "acros": "roles"}), "replace.0.share.acros", "across"),
+        (one() | {"budget": {"keep": 0.5, "off": "model"}}, "budget.off", "of"),
+        (one() | {"heal": {"epoch": 3}}, "heal.epoch", "epochs"),
+    ],
+)
+def test_unknown_key_names_the_nearest(recipe, key, near):
+    refused(recipe, f"unknown key {key!r}", f"did you mean {near!r}?")
+
+
+def test_unknown_field_of_a_structure_names_the_site_and_the_fields():
+    refused(one(structure={"kind": "low_rank", "rnk": 4}), C_FC, "no field 'rnk'", "in_features, rank")
+
+
+def test_unknown_kind_lists_the_kinds():
+    refused(one(structure={"kind": "lowrank", "rank": 4}), "'lowrank'", "low_rank", "tensor_train")
+
+
+def test_unknown_role_names_the_nearest():
+    refused(one("mlp.inn"), "no role 'mlp.inn'", "did you mean 'mlp.in'?")
+    refused(one(["mlp.in", "xyz"]), "no role 'xyz'", "roles are attn.q,")
+
+
+@pytest.mark.parametrize("keep", [0, 1, -0.1, 1.5, float("nan")])
+def test_keep_is_between_zero_and_one(keep):
+    refused(one(structure=OPEN, keep=keep), "replace.0.keep", str(float(keep)), "between 0 and 1")
+    refused(one(structure=OPEN) | {"budget": {"keep": keep}}, "budget.keep", str(float(keep)), "between 0 and 1")
+
+
+def test_wrong_choice_is_shown():
+    refused(one() | {"budget": {"keep": 0.5, "of": "modle"}}, "budget.of", "'model' or 'sites'", "'modle'")
+    refused(one(bias="dropp"), "replace.0.bias", "'keep' or 'drop'", "'dropp'")
+
+
+def test_rule_needs_a_role_or_path_and_a_structure():
+    refused({"replace": [{"structure": LOW_RANK}]}, "role or a path")
+    refused({"replace": [{"role": "mlp.in"}]}, "structure", "for instance {kind: low_rank, rank: 64}")
+    refused(one(structure={"rank": 4}), "structure with its kind")
+
+
+# ---------------------------------------------------------------------------------------------- on a model
+
+
+def test_rule_that_matches_nothing_lists_the_roles():
+    refused(one("mlp.gate"), "gpt2", "role mlp.gate", "roles here: attn.out, attn.qkv, embed, mlp.in, mlp.out")
+    refused(one(layers=[99]), "layers [99]")
+    refused({"replace": [{"path": "fc_in", "structure": LOW_RANK}]}, "path fc_in")
+
+
+def test_later_rule_that_matches_nothing_is_refused_too():
+    refused({"replace": one()["replace"] + one("mlp.gate")["replace"]}, "role mlp.gate")
+
+
+def test_first_matching_rule_wins():
+    special = one(structure={"kind": "low_rank", "rank": 8}, layers=[2])["replace"]
+    plan = plan_of("gpt2", load_recipe({"replace": special + one()["replace"]}))
+    assert {path: entry.structure.rank for path, entry in plan.entries.items()} == {
+        f"transformer.h.{layer}.mlp.c_fc": 8 if layer == 2 else 64 for layer in range(12)
+    }
+
+
+@pytest.mark.parametrize(
+    "structure, made",
+    [
+        ({"kind": "kronecker", "outs": [1536, 3], "ins": [384, 2]}, "(4608, 768)"),
+        ({"kind": "kronecker", "outs": [768, 4], "ins": [1536, 2]}, "(3072, 3072)"),
+        ({"kind": "tensor_train", "outs": [8, 8, 8, 5], "ins": [8, 8, 12, 1], "rank": 8}, "(2560, 768)"),
+        ({"kind": "blast", "blocks": 5, "rank": 8}, "(3070, 765)"),
+    ],
+)
+def test_sizes_that_do_not_factor_name_the_site(structure, made):
+    refused(one(structure=structure), C_FC, f"makes a matrix {made}, but the weight is (3072, 768)", "change its sizes")
+
+
+def test_split_that_does_not_divide_names_the_site():
+    refused(one("attn.qkv", split=5), "transformer.h.0.attn.c_attn (2304x768): 2304 rows", "into 5 equal parts")
+
+
+@pytest.mark.parametrize(
+    "structure, parts",
+    [
+        ({"kind": "low_rank", "rank": 769}, ["rank 769", "from 1 to 768"]),
+        ({"kind": "low_rank", "rank": 0}, ["rank 0", "from 1 to 768"]),
+        ({"kind": "block_train", "outs": [48, 64], "ins": [24, 32], "rank": 33}, ["rank 33", "from 1 to 32"]),
+        ({"kind": "tucker", "parts": 1, "ranks": [3073, 4]}, ["(3073, 4)", "(3072, 768)"]),
+        ({"kind": "tensor_train", "outs": [48, 64], "ins": [24, 32], "ranks": [4, 4]}, ["(4, 4)", "one rank between"]),
+        ({"kind": "cp", "rank": -2}, ["-2", "whole numbers from 1 up"]),
+    ],
+)
+def test_rank_out_of_range_names_the_site(structure, parts):
+    refused(one(structure=structure), C_FC, *parts)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"kind": "low_rank", "rank": "full"},
+        {"kind": "tensor_train", "rank": "ful"},
+        {"kind": "kronecker", "outs": 3072, "ins": 768},
+        {"kind": "placed", "base": 7},
+        {"kind": "blast", "blocks": 0, "rank": 4},
+    ],
+)
+def test_structure_of_the_wrong_types_is_shown(structure):
+    refused(one(structure=structure), C_FC, repr(structure)[1:-1], "whole numbers or lists")
+
+
+def test_tied_head_is_not_folded_by_itself():
+    refused(one("head"), "tied", "fold role embed", "untie: true")
+    refused({"replace": [{"path": "lm_head", "structure": LOW_RANK}]}, "tied", "untie: true")
+    untied = inspect("gpt2", load_recipe(one("head") | {"untie": True}))["parameters"]
+    assert untied["total"] == 124_439_808 + 64 * (50257 + 768)
+    assert untied["without_head"] == 124_439_808
+
+
+def test_unknown_factor_to_share_or_freeze_lists_the_factors():
+    refused(one(share={"factors": ["lef"]}), "transformer.h.0.mlp.c_fc", "'lef'", "left, right")
+    refused(one(freeze=["core_2"]), "'core_2'", "left, right")
+
+
+def test_factor_of_two_shapes_is_not_shared():
+    said = refused(one(FFN, share={"factors": ["left"], "across": "roles"}), "'left'", "(3072, 64)", "(768, 64)")
+    assert "c_fc" in said and "c_proj" in said and "rules of their own" in said
+
+
+def test_two_rules_never_share():
+    """The same role in two rules: layers 0 to 5 use one factor, layers 6 to 11 another."""
+    share = {"factors": ["right"]}
+    halves = [one(share=share, layers=list(range(k, k + 6)))["replace"][0] for k in (0, 6)]
+    total = inspect("gpt2", load_recipe({"replace": halves}))["parameters"]["total"]
+    assert total == 124_439_808 - 12 * 3072 * 768 + 12 * 3072 * 64 + 2 * 64 * 768
+
+
+# ---------------------------------------------------------------------------------------------- budgets
+
+
+def test_keep_of_a_rule_is_of_each_site():
+    plan = plan_of("gpt2", load_recipe(one(FFN, OPEN, keep=0.25)))
+    assert {entry.structure.rank for entry in plan.entries.values()} == {3072 * 768 // 4 // (3072 + 768)}
+
+
+def test_budget_of_sites():
+    folded = inspect("gpt2", load_recipe(one(FFN, OPEN) | {"budget": {"keep": 0.5}}))["parameters"]
+    assert folded["total"] == 124_439_808 - 24 * (3072 * 768 - 307 * (3072 + 768))
+
+
+def test_budget_of_the_model_is_met_and_not_wasted():
+    folded = inspect("gpt2", load_recipe(one(FFN, OPEN) | {"budget": {"keep": 0.8, "of": "model"}}))["parameters"]
+    assert 0 <= 0.8 * 124_439_808 - folded["total"] < 24 * (3072 + 768)  # the next rank would be over it
+
+
+@pytest.mark.parametrize("first", [{"keep": 0.5}, {"structure": {"kind": "low_rank", "rank": 300}}])
+def test_budget_of_the_model_counts_what_other_rules_drop(first):
+    rules = [one("mlp.in", OPEN)["replace"][0] | first, one("mlp.out", OPEN)["replace"][0]]
+    folded = inspect("gpt2", load_recipe({"replace": rules, "budget": {"keep": 0.8, "of": "model"}}))["parameters"]
+    assert 0 <= 0.8 * 124_439_808 - folded["total"] < 12 * (3072 + 768)
+
+
+def test_budget_that_the_rules_can_not_meet_shows_both_numbers():
+    refused(one(FFN, OPEN) | {"budget": {"keep": 0.3, "of": "model"}}, "0.3", "87,107,866", "56,623,104", "fold more")
+    refused(one(FFN) | {"budget": {"keep": 0.5, "of": "model"}}, "which hold 0;", "change keep")
+
+
+def test_keep_below_the_smallest_structure():
+    refused(one(structure=OPEN, keep=1e-6), C_FC, "3840 parameters", "keep more")
+
+
+# ---------------------------------------------------------------------------------------------- names and files
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'krony-81': did you mean krony-81m\?"):
+        load_recipe("krony-81")
+    with pytest.raises(FileNotFoundError, match=r"there are .*ttm-64"):
+        load_recipe("nothing-like-it")
+
+
+def test_missing_file_shows_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe file .*mine\.yaml; check the path"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_unknown_model_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=r"no model 'no/such/model': no folder, not one of gpt2,.*llama-7b"):
+        inspect("no/such/model")
+
+
+def test_file_that_is_no_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("replace: [")
+    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
+        load_recipe(path)
+    path.write_text("- role: mlp.in")
+    with pytest.raises(ValueError, match=r"mine\.yaml holds no mapping"):
+        load_recipe(path)
+
+
+def test_file_may_say_on(tmp_path):
+    """In YAML 1.1 a plain ``on`` is the boolean true."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\non: gpt2\nuntie: true\nreplace: []\n")
+    assert load_recipe(path) == Recipe(name="mine", on="gpt2", untie=True)

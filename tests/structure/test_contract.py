@@ -1,0 +1,160 @@
+"""How a diagram is evaluated: the counted FLOPs are those of the cheapest order, and forward keeps nothing extra."""
+
+from itertools import combinations
+from math import prod
+
+import pytest
+import torch
+from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
+
+from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def fresh_plans():
+    """Plans made with changed prices must not stay."""
+    yield
+    contract.forward_plans.cache_clear()
+    contract._through_dense.cache_clear()
+
+
+# an independent count ---------------------------------------------------------------------------------------------
+
+
+def cheapest(operands: list[frozenset], output: frozenset, size: dict[str, int]) -> int:
+    """The least FLOPs over all orders of pairwise contractions: 2 for a multiply-add, 1 for a product that is not summed."""
+    if len(operands) == 1:
+        return 0
+    best = []
+    for i, j in combinations(range(len(operands)), 2):
+        others = [operand for k, operand in enumerate(operands) if k not in (i, j)]
+        both = operands[i] | operands[j]
+        kept = both & output.union(*others)
+        cost = prod(size[label] for label in both) * (2 if kept != both else 1)
+        best.append(cost + cheapest([*others, kept], output, size))
+    return min(best)
+
+
+def counted(structure, rows: int) -> tuple[int, int]:
+    """FLOPs of the best order, and of the best one that makes ``W`` first and multiplies once."""
+    (place,) = structure.normal_form()
+    diagram = place.diagram
+    size = dict(diagram.sizes) | {"rows": rows}
+    factors = [frozenset(labels) for _, labels in diagram.factors]
+    x, y, w = frozenset({"rows", *diagram.ins}), frozenset({"rows", *diagram.outs}), frozenset(diagram.outs + diagram.ins)
+    return cheapest([x, *factors], y, size), cheapest(factors, w, size) + cheapest([x, w], y, size)
+
+
+SEVERAL = {name: s for name, s in (FAMILIES | DIAGRAMS).items() if len(s.factor_shapes()) > 1}
+
+
+@each(SEVERAL)
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_flops_are_those_of_the_best_order_or_of_a_rebuild(structure, rows):
+    best, rebuilt = counted(structure, rows)
+    assert structure.flops(rows) in (best, rebuilt)
+    assert best <= rebuilt
+
+
+@each(SEVERAL)
+def test_flops_are_least_when_only_they_have_a_price(structure, monkeypatch, fresh_plans):
+    monkeypatch.setattr(contract, "BALANCE", 0.0)
+    contract.forward_plans.cache_clear()
+    assert structure.flops(7) == counted(structure, 7)[0]
+
+
+def test_flops_of_known_cases():
+    """By hand: a multiply-add is 2; ``O I`` for dense, ``R (O + I)`` for low rank, ``R (ABC + BCD)`` for a block train."""
+    assert FAMILIES["dense"].flops(5) == 2 * 5 * 3 * 4
+    assert LowRank(out_features=40, in_features=60, rank=2).flops(5) == 2 * 5 * 2 * (40 + 60)
+    assert BlockTrain(outs=(16, 16), ins=(16, 16), rank=1).flops(3) == 2 * 3 * 2 * 16**3
+    assert Kronecker(outs=(64, 2), ins=(64, 2)).flops(1) == 2 * (2 * 64 * 64 + 64 * 2 * 2)
+
+
+@each({"sum": Sum(parts=(KRONECKER, LOW_RANK)), "stacked": COMBINED["stacked"]})
+def test_flops_of_parts_add_up(structure):
+    out = structure.shape[0]
+    assert structure.flops(7) == sum(part.flops(7) for part in structure.parts) + 7 * out
+
+
+def test_flops_of_a_placed_matrix_are_those_of_its_base():
+    assert Placed(base=KRONECKER, out_features=9, in_features=9).flops(7) == KRONECKER.flops(7)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Kronecker(outs=(32, 24), ins=(64, 48), terms=64),
+        TensorTrain(outs=(12, 8, 8), ins=(16, 16, 12), ranks=(64, 64)),
+        Blast(outs=(4, 192), ins=(4, 768), rank=600),
+    ],
+)
+def test_many_rows_never_cost_much_more_than_dense(structure):
+    rows, (out, inner) = 2048, structure.shape
+    assert structure.flops(rows) <= 1.1 * 2 * rows * out * inner
+
+
+def test_the_price_decides_between_the_kinds_of_plans():
+    diagrams = [place.diagram for structure in ALL.values() for place in structure.normal_form()]
+    for rows in contract.BUCKETS[1:]:  # else the laws would say nothing about one of the kinds
+        assert {contract.forward_plans(diagram, rows)[1] is None for diagram in diagrams} == {True, False}
+    low_rank, terms = LowRank(out_features=400, in_features=400, rank=8), Kronecker(outs=(20, 20), ins=(20, 20), terms=64)
+    assert not contract._through_dense(low_rank.normal_form()[0].diagram, 32)
+    assert contract._through_dense(terms.normal_form()[0].diagram, 2048)
+
+
+def test_a_bucket_holds_its_numbers_of_rows():
+    assert [contract.bucket(rows) for rows in (0, 1, 4, 5, 128, 129, 10**6)] == [1, 1, 1, 32, 32, 2048, 2048]
+
+
+# forward ----------------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_forward_is_the_same_with_and_without_gradients(structure, rows):
+    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
+    with_gradients = structure.apply(factors, x.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(structure.apply(factors, x), with_gradients)
+
+
+def kept_by(structure, factors, x) -> list[torch.Tensor]:
+    """The numbers that forward keeps for backward."""
+    kept = []
+    leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in factors.items()}
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda value: value):
+        structure.apply(leaves, x.requires_grad_())
+    return [value for value in kept if value.is_floating_point()]
+
+
+def storages(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@each(ALL)
+@pytest.mark.parametrize("rows", [2, 300])
+def test_forward_keeps_x_and_the_factors_only(structure, rows):
+    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
+    kept = kept_by(structure, factors, x)
+    others = [value for value in kept if value.untyped_storage().data_ptr() not in storages([x, *factors.values()])]
+    assert kept
+    if not any(place.columns for place in structure.normal_form()):
+        assert not others
+    for value in others:  # a map of the columns keeps the columns of x that it takes
+        assert (value.shape[0], value.shape[1] <= x.shape[1]) == (rows, True)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_factors(rows):
+    structure = FAMILIES["kronecker"]
+    factors = {name: value.float().requires_grad_() for name, value in factors_of(structure).items()}
+    x = torch.randn(rows, structure.shape[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = structure.apply(factors, x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), x @ structure.dense(factors).T, rtol=0.05, atol=0.2)
+    y.sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in factors.values())
