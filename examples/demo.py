@@ -23,8 +23,7 @@ STRUCTURES = [
     ("Kronecker sum", {"kind": "kronecker", "parts": 2}),
     ("tensor train", {"kind": "tensor_train", "parts": 3}),
     ("block train (BTT)", {"kind": "block_train"}),
-    ("BLAST", {"kind": "blast", "blocks": 4}),
-    ("Tucker", {"kind": "tucker"}),
+    ("low rank + block train", {"kind": "sum", "parts": [{"kind": "low_rank"}, {"kind": "block_train"}]}),
 ]
 PRICED = ["ttm-64", "krony-81m", "tqcompressor", "kngpt2", "tensorgpt", "low-rank", "monarch"]
 PROMPT = "The old house stood at the end of the"

@@ -316,8 +316,7 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
 def _budgeted(rule: Rule) -> bool:
     """Whether a share to keep sets the rank of the rule's structures."""
     assert rule.structure is not None
-    grows = Structure.family(rule.structure["kind"]).grows
-    return grows is not None and not {grows, f"{grows}s"} & rule.structure.keys()
+    return Structure.family(rule.structure["kind"]).is_open(rule.structure)
 
 
 def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:

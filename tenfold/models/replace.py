@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, base_path, dtype_of, forget_tie, head_path, is_tied, weight_of
-from tenfold.models.starts import factors_from
+from tenfold.models.starts import QUICK, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.structure import Factors, Structure
@@ -148,7 +148,7 @@ def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Fac
         if len(group) == 1:
             sets = [factors_from(first.structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
         else:
-            joint = first.structure.fit(weights, shared=names, **{"sweeps": 50, "tolerance": 1e-6} | first.start.options)
+            joint = first.structure.fit(weights, shared=names, **QUICK | first.start.options)
             sets = [{n: v if n in names else v[k] for n, v in joint.items()} for k in range(len(group))]
     except ValueError as reason:
         raise ValueError(f"{', '.join(entry.site.path for entry in group)}: {reason}") from None

@@ -49,7 +49,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """``W (out, in)`` of a linear layer or an embedding, dense or folded."""
-    if isinstance(module, FOLDED):
+    if isinstance(module, (*FOLDED, TiedHead)):
         return module.dense()
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 

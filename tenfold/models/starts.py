@@ -14,6 +14,7 @@ from torch import Tensor
 from tenfold.structure import Factors, Kronecker, Placed, Structure
 from tenfold.structure.permute import search
 
+QUICK = {"sweeps": 20, "tolerance": 1e-4}  # alternating fits of a whole model; a recipe may ask for more
 STARTS: dict[str, Callable[[Structure, Tensor, dict], Factors]] = {}
 
 
@@ -49,7 +50,7 @@ def restored(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
 def nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """The closed form where there is one, else alternating least squares."""
     closed = structure.closed_form(weight)
-    return structure.fit(weight, **{"sweeps": 50, "tolerance": 1e-6} | options) if closed is None else closed
+    return structure.fit(weight, **QUICK | options) if closed is None else closed
 
 
 @start("svd", "van-loan", "tt-svd", "mpo", "block-svd", "hosvd", "row-trains")
@@ -64,7 +65,7 @@ def closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:
 @start("alternating")
 def alternating(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """Alternating least squares from the closed form, or from noise."""
-    return structure.fit(weight, **{"sweeps": 50, "tolerance": 1e-6} | options)
+    return structure.fit(weight, **QUICK | options)
 
 
 @start("prune")

@@ -195,16 +195,28 @@ class Structure(ABC):
     def within(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
         """The largest structure of ``spec`` with at most ``budget`` parameters: its rank, or its terms, are raised."""
         family = cls.family(spec.get("kind"))
-        if family.grows is None:
-            raise ValueError(f"{family.kind} has no rank that a budget could set; give its fields")
+        if not family.is_open(spec):
+            raise ValueError(f"{spec} leaves no rank open that a budget could set; leave the rank or the terms out")
+        return family.grown(out, inner, spec, budget)
+
+    @classmethod
+    def is_open(cls, spec: dict) -> bool:
+        """Whether a budget can set something in ``spec``."""
+        return cls.grows is not None and not {cls.grows, f"{cls.grows}s"} & spec.keys()
+
+    @classmethod
+    def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """The work of :meth:`within` for one family."""
 
         def make(number: int) -> Structure:
-            return cls.for_shape(out, inner, spec | {family.grows: number})
+            return cls.for_shape(out, inner, spec | {cls.grows: number})
 
-        number = dims.largest(lambda n: make(n).numel if n <= family.bound(make(1)) else 2**62, budget)
+        smallest = make(1)
+        bound = cls.bound(smallest)
+        number = dims.largest(lambda n: make(n).numel if n <= bound else 2**62, budget)
         if number == 0:
             raise ValueError(
-                f"{make(1)} has {make(1).numel} parameters, more than the {int(budget)} that are to be kept; keep more"
+                f"{smallest} has {smallest.numel} parameters, more than the {int(budget)} that are to be kept; keep more"
             )
         return make(number)
 

@@ -41,6 +41,12 @@ class Plan:
         return self.flops + BALANCE * self.moved
 
 
+@torch.compiler.assume_constant_result
+def looked_up(plans: str, *given):
+    """What the function ``plans`` of this module makes of ``given``, as a constant: the compiler can't trace a search."""
+    return globals()[plans](*given)
+
+
 @lru_cache(maxsize=4096)
 def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
     """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
@@ -143,7 +149,7 @@ def flops(diagram: Diagram, rows: int) -> int:
 
 def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
     """``W (out, in)``."""
-    plan = plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
+    plan = looked_up("plan_of", tuple([labels for _, labels in diagram.factors]), (*diagram.outs, *diagram.ins), diagram.sizes)
     return run(plan, factors).reshape(diagram.shape)
 
 
@@ -164,7 +170,8 @@ def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
         picked.append(factor)
         inputs.append(labels)
     sizes = (*diagram.sizes, (ROWS, bucket(len(index))))
-    return run(plan_of(tuple(inputs), (ROWS, *diagram.ins), sizes), picked).reshape(len(index), diagram.shape[1])
+    plan = looked_up("plan_of", tuple(inputs), (ROWS, *diagram.ins), sizes)
+    return run(plan, picked).reshape(len(index), diagram.shape[1])
 
 
 def lookup_flops(diagram: Diagram, rows: int) -> int:
@@ -192,7 +199,7 @@ def bucket(rows: int) -> int:
 
 
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
-    first, second = forward_plans(diagram, bucket(len(x)))
+    first, second = looked_up("forward_plans", diagram, bucket(len(x)))
     folded = x.reshape(len(x), *diagram.shape_of(diagram.ins))
     if second is None:
         return run(first, [folded, *factors]).reshape(len(x), diagram.shape[0])

@@ -54,7 +54,7 @@ class Diagram:
     def size(self, labels) -> int:
         """The number of values of a multi-index over ``labels``."""
         sizes = dict(self.sizes)
-        return math.prod(sizes[label] for label in labels)
+        return math.prod([sizes[label] for label in labels])  # a list: the compiler can't trace a generator here
 
     def shape_of(self, labels) -> tuple[int, ...]:
         sizes = dict(self.sizes)

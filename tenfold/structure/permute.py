@@ -26,9 +26,12 @@ such draw (a transversal of the blocks) can be improved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import chain, islice, repeat
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ from tenfold.structure.combinators import Placed
 from tenfold.structure.kronecker import Kronecker
 
 LARGEST = 2048  # rows in one exchange; of more so many are drawn, for an assignment costs up to the cube of them
+HOT, COLD = 0.3, 0.003  # temperatures of annealing, in spreads of the change that one swap makes
 SIDES = ("rows", "columns")
 
 Orders = dict[str, Tensor]  # side -> which row (column) of W lies at each place
@@ -105,6 +109,324 @@ def _solver() -> Callable:
 def _starts(first: Trial, rounds: int, seed: int) -> Iterator[Orders]:
     """Orders to start from, the most promising ones first."""
     generator = torch.Generator().manual_seed(seed)
-    staged = first.staged(rounds, seed)
-    drawn = ({side: torch.randperm(len(o), generator=generator) for side, o in first.orders.items()} for _ in repeat(0))
-    return chain([] if staged is None else [staged], [first.sorted(), first.orders], drawn)
+    drawn = ({side: torch.randperm(n, generator=generator) for side, n in first.lengths.items()} for _ in repeat(0))
+    return chain(first.staged(rounds, seed), [first.by_norm(), {}], drawn)
+
+
+# the two methods --------------------------------------------------------------------------------------------------
+
+
+def alternate(trial: Trial, assign: Callable, generator: torch.Generator, rounds: int, sweeps: int = 0) -> None:
+    """Exchanges of rows and of columns at the least cost, each followed by a fit; the error never grows."""
+    for _ in range(rounds):
+        for side in trial.sides:
+            for _ in range(trial.exchanges(side)):
+                exchange = trial.exchange(side, generator)
+                order = exchange.assigned(assign)
+                if exchange.gains(order).sum() > 0:  # the order was found in float32: it may be no gain at all
+                    trial.move(side, exchange, order)
+
+
+def anneal(trial: Trial, assign: Callable, generator: torch.Generator, rounds: int, sweeps: int) -> None:
+    """Random swaps, a worse one with probability ``exp(-growth / temperature)``, then the alternation."""
+    spread = {side: trial.exchange(side, generator).spread(generator) for side in trial.sides}
+    for sweep in range(sweeps):
+        for side in trial.sides:
+            exchange = trial.exchange(side, generator)
+            temperature = spread[side] * HOT * (COLD / HOT) ** (sweep / sweeps)
+            trial.move(side, exchange, exchange.swapped(temperature, generator))
+    alternate(trial, assign, generator, rounds)
+
+
+METHODS = {"alternate": alternate, "anneal": anneal}
+
+
+@dataclass
+class Exchange:
+    """Rows that may trade places: row ``i`` at place ``s`` costs ``own[i, s] + 2 <items[i], pulls[s]>``, exactly.
+
+    An order names for every place the row that comes there.
+    """
+
+    places: tuple[Tensor, ...]  # where the trial keeps them
+    items: Tensor  # (n, features)
+    pulls: Tensor  # (n, features)
+    own: Tensor  # (n, n)
+
+    def gains(self, order: Tensor) -> Tensor:
+        """What every place saves of the squared error ``(n,)``; they add up to what the order saves."""
+        moved = ((self.items - self.items[order]) * self.pulls).sum(1)
+        return self.own.diagonal() - self.own[order, torch.arange(len(order))] + 2 * moved
+
+    def assigned(self, assign: Callable) -> Tensor:
+        """The order of least cost, in float32."""
+        costs = self.own.float() + 2 * self.items.float() @ self.pulls.float().T
+        return torch.from_numpy(assign(costs.T.numpy())[1])
+
+    def swapped(self, temperature: float, generator: torch.Generator) -> Tensor:
+        """One Metropolis step for every pair of a random pairing: the pairs have no place in common, so costs add."""
+        order, here = _pairing(len(self.items), generator), torch.arange(len(self.items))
+        gains = self.gains(order)
+        draws = torch.rand(len(order), generator=generator, dtype=gains.dtype)
+        accepted = temperature * draws[torch.minimum(here, order)].log() < gains + gains[order]
+        return torch.where(accepted, order, here)
+
+    def spread(self, generator: torch.Generator) -> float:
+        """The root mean square of the changes that random swaps make."""
+        order = _pairing(len(self.items), generator)
+        gains = self.gains(order)
+        return float((gains + gains[order]).square().mean().sqrt())
+
+
+def _pairing(count: int, generator: torch.Generator) -> Tensor:
+    """A random permutation that is its own inverse; of an odd number one stays."""
+    drawn, order = torch.randperm(count, generator=generator), torch.arange(count)
+    one, other = drawn[: count // 2], drawn[count // 2 : count // 2 * 2]
+    order[one], order[other] = other, one
+    return order
+
+
+def _drawn(count: int, generator: torch.Generator) -> Tensor:
+    """All numbers below ``count``, or as many random ones as one exchange may hold."""
+    return torch.arange(count) if count <= LARGEST else torch.randperm(count, generator=generator)[:LARGEST]
+
+
+# what is searched -------------------------------------------------------------------------------------------------
+
+
+class AnyBase:
+    """An order of ``W`` for any base, with the best factors known for it and the squared error ``lost`` that they leave.
+
+    Exchanges hold ``What`` fixed, so they cost only what a fit costs, and stall early.
+    """
+
+    def __init__(self, structure: Placed, weight: Tensor):
+        self._know(structure, weight)
+        self.begin({})
+
+    def _know(self, structure: Placed, weight: Tensor) -> None:
+        self.structure, self.weight = structure, weight
+        self.lengths = dict(zip(SIDES, structure.shape, strict=True))
+        self.sides = tuple(side for side in SIDES if getattr(structure, f"map_{side}"))
+
+    def begun(self, orders: Orders) -> Self:
+        """Another trial, with these orders; a side without one stays as it is."""
+        trial = copy(self)
+        trial.begin(orders)
+        return trial
+
+    def begin(self, orders: Orders) -> None:
+        identity = {side: torch.arange(length) for side, length in self.lengths.items()}
+        self.orders = identity | {side: orders[side].clone() for side in self.sides if side in orders}
+        self.current, self.lost = None, math.inf
+        self.fit()
+
+    def fit(self) -> None:
+        """The closed form where it is the nearest, else alternating least squares from the factors so far."""
+        maps = {side: self.orders[side].int() for side in self.sides}
+        nearest = self.structure.base.optimal
+        if self.current is None or nearest:
+            self.current = self.structure.fitted(self.weight, *self.orders.values()) or self._noise()
+        self.current = self.current | maps
+        if not nearest:
+            self.current = self.structure.fit(self.weight, start=self.current, sweeps=5)
+        self.lost = float((self.weight - self.structure.dense(self.current)).square().sum())
+
+    def _noise(self) -> Factors:
+        return self.structure.init(float(self.weight.std()), torch.Generator().manual_seed(0), torch.float64)
+
+    def exchanges(self, side: str) -> int:
+        """How many of them are one round."""
+        return 1
+
+    def exchange(self, side: str, generator: torch.Generator) -> Exchange:
+        """All rows, or all columns: ``||w_i - What_s||^2`` less what does not depend on the order."""
+        places = _drawn(self.lengths[side], generator)
+        order, made = self.orders[side][places], self.structure.dense(self.current)
+        weight, made = (self.weight, made) if side == "rows" else (self.weight.T, made.T)
+        return Exchange((places,), weight[order], -made[order], weight.new_zeros(len(places), len(places)))
+
+    def move(self, side: str, exchange: Exchange, order: Tensor) -> None:
+        """Trade places, and fit."""
+        self.orders[side][exchange.places] = self.orders[side][exchange.places][order]
+        self.current[side] = self.orders[side].int()
+        self.fit()
+
+    def by_norm(self) -> Orders:
+        """Every side by falling norm."""
+        return {side: _falling(self.weight, side) for side in self.sides}
+
+    def staged(self, rounds: int, seed: int) -> list[Orders]:
+        """Orders found in steps, where there is a way to."""
+        return []
+
+    def factors(self) -> Factors:
+        """The factors and maps of the structure."""
+        return self.current
+
+
+class KroneckerBase(AnyBase):
+    """A sum of Kronecker products, its largest factor ``(A x C)`` eliminated; all others together are ``(B x D)``.
+
+    In here rows are numbered ``(a, b)`` and columns ``(c, d)``: ``groups["rows"] (A, B)`` and ``groups["columns"] (C, D)``
+    say which row and column of ``W`` is where, and ``blocks (A, C, B, D)`` is ``W`` in this order.
+    """
+
+    def __init__(self, structure: Placed, weight: Tensor):
+        base = structure.base
+        sizes = [a * c for a, c in zip(base.outs, base.ins, strict=True)]
+        self.axes = sorted(range(len(sizes)), key=lambda k: k != sizes.index(max(sizes)))  # the largest one first
+        self.sizes = {"rows": base.outs, "columns": base.ins}
+        self.block = {side: math.prod(s) // s[self.axes[0]] for side, s in self.sizes.items()}
+        outs, ins = ([s[k] for k in self.axes[1:]] for s in self.sizes.values())
+        self.small = Kronecker(outs=(math.prod(outs + ins), *outs), ins=(1, *ins), terms=base.terms)
+        self._know(structure, weight)
+        self.sides = tuple(side for side in self.sides if self.block[side] > 1)  # within blocks of one no order counts
+        self.source = self._settled(self._settled(weight, "rows").T, "columns").T
+        self.begin({})
+
+    def _grouped(self, order: Tensor, side: str) -> Tensor:
+        """``(A, B)``, from an order of the base."""
+        return order.reshape(self.sizes[side]).permute(self.axes).flatten(1)
+
+    def _flat(self, groups: Tensor, side: str) -> Tensor:
+        """The order of the base, from ``(A, B)``."""
+        sizes = [self.sizes[side][k] for k in self.axes]
+        return groups.reshape(sizes).permute([self.axes.index(k) for k in range(len(sizes))]).flatten()
+
+    def _settled(self, weight: Tensor, side: str) -> Tensor:
+        """``weight`` with rows that stay brought into groups ``(a, b)``, and the groups made few.
+
+        Only sums over ``a`` count, so the root of the Gram matrix of the groups says as much as they do: 50257 rows of
+        an embedding become as many as it has columns.
+        """
+        if side in self.sides:
+            return weight
+        flat = weight[self._grouped(torch.arange(len(weight)), side)].flatten(1)
+        few = flat if len(flat) <= flat.shape[1] else _root(flat.T @ flat)
+        return few.reshape(-1, weight.shape[1])
+
+    def begin(self, orders: Orders) -> None:
+        identity = {side: torch.arange(length) for side, length in self.lengths.items()}
+        self.groups = {side: self._grouped(order, side).clone() for side, order in (identity | orders).items()}
+        moved = self.source
+        for axis, side in enumerate(SIDES):
+            if side in self.sides:
+                moved = moved.index_select(axis, self.groups[side].flatten())
+        self.blocks, self.inner = self._cut(moved), None
+        self.fit()
+
+    def _cut(self, matrix: Tensor) -> Tensor:
+        """The blocks ``(A, C, B, D)`` of ``matrix (a b, c d)``."""
+        b, d = self.block.values()
+        return matrix.reshape(len(matrix) // b, b, -1, d).transpose(1, 2).contiguous()
+
+    def fit(self, sweeps: int = 3) -> None:
+        """The smaller factors, by a fit to the root of ``gram = sum over a, c of x[a, c] x[a, c]^T (B D, B D)``.
+
+        The root has as few rows as a block has entries and the same best factors as all the blocks below each other.
+        """
+        blocks = self.blocks.flatten(2).flatten(0, 1)
+        gram = blocks.T @ blocks
+        root = _root(gram).reshape(self.small.shape)
+        self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner, sweeps=sweeps)
+        self.rest = torch.eye(len(gram), dtype=gram.dtype) - _projection(self._spanning())
+        self.lost = float((self.rest * gram).sum())
+
+    def _spanning(self) -> Tensor:
+        """The Kronecker products of the smaller factors ``(terms, B D)``."""
+        parts = [self.inner[name] for name in self.small.factor_names[1:]]
+        return torch.stack([reduce(torch.kron, term).flatten() for term in zip(*parts, strict=True)])
+
+    def exchanges(self, side: str) -> int:
+        """Twice the rows of a block: each is drawn twice in a round on average."""
+        return 2 * self.block[side]
+
+    def exchange(self, side: str, generator: torch.Generator) -> Exchange:
+        """One row ``x (c d)`` of every block: at ``(a, b)`` it costs ``x^T Q[b, b] x + 2 x^T sum_b' Q[b, b'] x[a, b']``.
+
+        ``Q = 1 - P``, and the sum is over the rows ``b'`` of the block that stay.
+        """
+        blocks, rest = self._seen(side)
+        groups = _drawn(len(blocks), generator)
+        slots = torch.randint(blocks.shape[2], groups.shape, generator=generator)
+        items = blocks[groups, :, slots]  # (n, C, D)
+        own = torch.stack([rest[b, :, b] for b in range(len(rest))])  # (B, D, D)
+        pulls = torch.bmm(blocks[groups].flatten(2), rest[slots].flatten(2).mT) - items @ own[slots]
+        costs = torch.einsum("nde,bde->nb", items.mT @ items, own)
+        return Exchange((groups, slots), items.flatten(1), pulls.flatten(1), costs[:, slots])
+
+    def _seen(self, side: str) -> tuple[Tensor, Tensor]:
+        """``blocks (A, C, B, D)`` and ``Q (B, D, B, D)``; for columns ``(C, A, D, B)`` and ``(D, B, D, B)``."""
+        rest = self.rest.reshape(*self.block.values(), *self.block.values())
+        return (self.blocks, rest) if side == "rows" else (self.blocks.permute(1, 0, 3, 2), rest.permute(1, 0, 3, 2))
+
+    def move(self, side: str, exchange: Exchange, order: Tensor) -> None:
+        """Trade places, and fit."""
+        groups, slots = exchange.places
+        blocks, _ = self._seen(side)
+        blocks[groups, :, slots] = exchange.items[order].reshape(len(order), blocks.shape[1], -1)
+        self.groups[side][groups, slots] = self.groups[side][groups, slots][order]
+        self.fit()
+
+    def by_norm(self) -> Orders:
+        """The longest rows first in their blocks, so that one row of every block holds most of its energy."""
+        orders = {side: _falling(self.source, side).reshape(self.block[side], -1).T for side in self.sides}
+        return {side: self._flat(groups, side) for side, groups in orders.items()}
+
+    def staged(self, rounds: int, seed: int) -> list[Orders]:
+        """For three factors or more: the last one split off, then the table that is left folded by itself.
+
+        Reference: the stages 0 and 2 of TQCompressor, whose two orders of the features are one.
+        """
+        (*outs, b), (*ins, d) = self.sizes.values()
+        if len(outs) == 1:
+            return []
+        pairs = search(self._like((math.prod(outs), b), (math.prod(ins), d)), self.weight, rounds=rounds, seed=seed)
+        folded = search(self._like(outs, ins), pairs["outer"][0], rounds=rounds, seed=seed)
+        sizes = zip(SIDES, (b, d), strict=True)
+        return [{s: pairs[s].reshape(-1, n)[folded[s].long()].flatten().long() for s, n in sizes if s in self.sides}]
+
+    def _like(self, outs: Sequence[int], ins: Sequence[int]) -> Placed:
+        base = Kronecker(outs=tuple(outs), ins=tuple(ins))
+        return replace(self.structure, base=base, out_features=base.shape[0], in_features=base.shape[1])
+
+    def factors(self) -> Factors:
+        """The factors and maps of the structure; the factors of one term have the same norm."""
+        self.fit(sweeps=200)
+        ordered = self.weight[self.groups["rows"].flatten()][:, self.groups["columns"].flatten()]
+        outer = self._cut(ordered).flatten(2).flatten(0, 1) @ torch.linalg.pinv(self._spanning(), rtol=1e-10)
+        found = [outer.T, *(self.inner[name] for name in self.small.factor_names[1:])]
+        base, maps = self.structure.base, {"rows": self.structure.map_rows, "columns": self.structure.map_columns}
+        named = {base.factor_names[k]: value for k, value in zip(self.axes, _balanced(found), strict=True)}
+        shaped = {name: named[name].reshape(base.factor_shapes()[name]) for name in base.factor_names}
+        scale = {"scale": outer.new_ones(base.terms)} if base.scaled else {}
+        return shaped | scale | {s: self._flat(self.groups[s], s).int() for s, mapped in maps.items() if mapped}
+
+
+Trial = AnyBase | KroneckerBase
+
+
+def _falling(weight: Tensor, side: str) -> Tensor:
+    """The rows (columns) of ``weight`` by falling norm."""
+    return weight.square().sum(1 - SIDES.index(side)).argsort(descending=True, stable=True)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The symmetric ``S`` with ``S S = gram``."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def _projection(rows: Tensor) -> Tensor:
+    """Onto the space that ``rows (terms, n)`` span."""
+    _, values, basis = torch.linalg.svd(rows, full_matrices=False)
+    basis = basis[values > 1e-10 * values[0]]
+    return basis.T @ basis
+
+
+def _balanced(factors: list[Tensor]) -> list[Tensor]:
+    """The same products, with factors ``(terms, ...)`` of one norm each."""
+    norms = torch.stack([factor.flatten(1).norm(dim=1) for factor in factors])
+    shared = norms.prod(0) ** (1 / len(factors)) / norms.clamp_min(1e-300)
+    return [factor.flatten(1) * share[:, None] for factor, share in zip(factors, shared, strict=True)]

@@ -307,7 +307,7 @@ def test_recipe_loads_plans_and_prices(name):
     kinds = {site["path"]: site["structure"]["kind"] for site in result["sites"]}
     for path, entry in plan.entries.items():
         assert entry.start.fit in STARTS and kinds[path] == entry.structure.kind
-    assert set(plan.entries) == {path for path, kind in kinds.items() if kind != "dense"}
+    assert set(plan.entries) == {path for path, kind in kinds.items() if kind != "dense"} - {"lm_head"}  # may be tied
 
 
 def test_result_is_json_with_the_promised_keys():

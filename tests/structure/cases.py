@@ -81,7 +81,10 @@ COMBINED: dict[str, Structure] = {
     "transposed-stacked": Transposed(base=Stacked(parts=(LOW_RANK, LOW_RANK))),
     "placed-stacked": Placed(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
     "sum-stacked": Sum(
-        parts=(LowRank(out_features=6, in_features=6, rank=1), Stacked(parts=(KRONECKER, Dense(out_features=2, in_features=6))))
+        parts=(
+            LowRank(out_features=6, in_features=6, rank=1),
+            Stacked(parts=(KRONECKER, Dense(out_features=2, in_features=6))),
+        )
     ),
 }
 
@@ -98,9 +101,10 @@ def random_diagram(seed: int) -> Written:
     outs, ins = labels[: draw.randint(1, 2)], labels[-1:] if len(labels) < 5 else labels[-2:]
     holders = {label: draw.sample(names, draw.randint(1, len(names))) for label in labels}
     for name in names:  # no factor is a scalar
-        if all(name not in held for held in holders.values()):
+        if not any(name in holder for holder in holders.values()):
             holders[draw.choice(labels)].append(name)
-    factors = [(name, draw.sample(own, len(own))) for name in names for own in [[x for x in labels if name in holders[x]]]]
+    held = {name: [label for label in labels if name in holders[label]] for name in names}
+    factors = [(name, draw.sample(own, len(own))) for name, own in held.items()]
     return Written(factors=factors, outs=outs, ins=ins, sizes=[(label, draw.randint(1, 3)) for label in labels])
 
 

@@ -40,9 +40,10 @@ def dense(s, f):
 
 
 def low_rank(s, f):
-    return filled(
-        [s.out_features], [s.in_features], lambda o, i: sum(f["left"][o[0], r] * f["right"][r, i[0]] for r in range(s.rank))
-    )
+    def entry(o, i):
+        return sum(f["left"][o[0], r] * f["right"][r, i[0]] for r in range(s.rank))
+
+    return filled([s.out_features], [s.in_features], entry)
 
 
 def kronecker(s, f):
@@ -109,14 +110,17 @@ def written(s, f):
     w = np.zeros([int(np.prod([size[label] for label in side])) for side in (s.outs, s.ins)])
     for values in every([size[label] for label in labels]):
         at = dict(zip(labels, values, strict=True))
-        place = tuple(number([at[label] for label in side], [size[label] for label in side]) for side in (s.outs, s.ins))
-        w[place] += np.prod([f[name][tuple(at[label] for label in own)] for name, own in s.factors])
+        row, column = (number([at[x] for x in side], [size[x] for x in side]) for side in (s.outs, s.ins))
+        w[row, column] += np.prod([f[name][tuple(at[label] for label in own)] for name, own in s.factors])
     return w
 
 
 def parts(s, f) -> list[np.ndarray]:
-    own = [{n.removeprefix(f"part_{k}_"): v for n, v in f.items() if n.startswith(f"part_{k}_")} for k in range(len(s.parts))]
-    return [matrix(part, factors) for part, factors in zip(s.parts, own, strict=True)]
+    made = []
+    for k, part in enumerate(s.parts):
+        mine = f"part_{k}_"
+        made.append(matrix(part, {name.removeprefix(mine): v for name, v in f.items() if name.startswith(mine)}))
+    return made
 
 
 def placed(s, f):

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 import tensorly.decomposition
 import torch
-from cases import ALL, each, factors_of, member
+from cases import ALL, each, member
 
-from tenfold.structure import BlockTrain, Dense, Kronecker, LowRank, Placed, RowTrain, Stacked, TensorTrain, Transposed, Tucker
+from tenfold.structure import (
+    BlockTrain,
+    Dense,
+    Kronecker,
+    LowRank,
+    Placed,
+    RowTrain,
+    Stacked,
+    TensorTrain,
+    Transposed,
+    Tucker,
+)
 
 F64 = torch.float64
 
@@ -30,7 +41,8 @@ def dropped(matrix, rank: int) -> float:
 def stacked_blocks(w, outs, ins):
     """Van Loan's rearrangement: a row for every block of ``W``, which holds the block's entries."""
     (a, b), (c, d) = outs, ins
-    return np.array([w[i * b : (i + 1) * b, j * d : (j + 1) * d].numpy().ravel() for i in range(a) for j in range(c)])
+    rows, columns = np.split(w.numpy(), a), range(c)
+    return np.array([row[:, j * d : (j + 1) * d].ravel() for row in rows for j in columns]).reshape(a * c, b * d)
 
 
 def unfoldings(w, outs, ins) -> list[np.ndarray]:
@@ -47,7 +59,9 @@ def unfoldings(w, outs, ins) -> list[np.ndarray]:
 @pytest.mark.parametrize("out, inner, rank", [(6, 9, 3), (9, 6, 3), (5, 5, 5), (4, 7, 1)])
 def test_low_rank_is_the_truncated_svd(out, inner, rank):
     w = weight(out, inner)
-    assert error(LowRank(out_features=out, in_features=inner, rank=rank), w) == pytest.approx(dropped(w, rank), abs=1e-10)
+    assert error(LowRank(out_features=out, in_features=inner, rank=rank), w) == pytest.approx(
+        dropped(w, rank), abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 8])
@@ -60,9 +74,9 @@ def test_kronecker_is_the_svd_of_the_rearranged_matrix(outs, ins, terms):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_block_train_is_optimal_in_every_block(rank):
-    (a, b), (c, d) = outs, ins = (3, 2), (2, 4)
+    (_, b), (c, d) = outs, ins = (3, 2), (2, 4)
     w = weight(6, 8)
-    blocks = [w[np.ix_([i * b + j for i in range(a)], [k * d + m for m in range(d)])] for j in range(b) for k in range(c)]
+    blocks = [w[j::b, k * d : (k + 1) * d] for j in range(b) for k in range(c)]
     expected = sum(dropped(block, rank) for block in blocks)
     assert error(BlockTrain(outs=outs, ins=ins, rank=rank), w) == pytest.approx(expected, abs=1e-10)
 
@@ -90,7 +104,7 @@ TRAINS = [((2, 3, 2), (2, 2, 3), (3, 2)), ((2, 2, 2, 2), (3, 1, 2, 2), (4, 3, 2)
 
 @pytest.mark.parametrize("outs, ins, ranks", TRAINS)
 def test_tt_svd_keeps_its_bound(outs, ins, ranks):
-    """The error is at least that of the worst bond and at most that of all bonds together (Oseledets 2011, theorem 2.2)."""
+    """The error is at least that of the worst bond, at most that of all bonds together (Oseledets 2011)."""
     w = weight(prod(outs), prod(ins))
     lost = [dropped(matrix, rank) for matrix, rank in zip(unfoldings(w, outs, ins), ranks, strict=True)]
     assert max(lost) - 1e-10 <= error(TensorTrain(outs=outs, ins=ins, ranks=ranks), w) <= sum(lost) + 1e-10
@@ -105,8 +119,9 @@ def test_tt_svd_is_that_of_tensorly(outs, ins, ranks):
 
 def test_row_trains_are_those_of_tensorly():
     w, train = weight(3, 24), RowTrain(out_features=3, ins=(2, 4, 3), ranks=(2, 2))
-    theirs = [tensorly.decomposition.tensor_train(row.numpy().reshape(2, 4, 3), rank=(1, 2, 2, 1)).to_tensor() for row in w]
-    np.testing.assert_allclose(train.dense(train.closed_form(w)), np.stack(theirs).reshape(3, 24), atol=1e-10)
+    theirs = [tensorly.decomposition.tensor_train(row.reshape(2, 4, 3), rank=(1, 2, 2, 1)) for row in w.numpy()]
+    expected = np.stack([row.to_tensor().ravel() for row in theirs])
+    np.testing.assert_allclose(train.dense(train.closed_form(w)), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [(6, 9), (20, 3), (4, 4)])
@@ -140,9 +155,16 @@ def test_ranks_by_tolerance_are_those_of_a_member():
 # Tucker -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "outs, ins, ranks", [((4,), (5,), (2, 3)), ((2, 3), (3, 4), (2, 2, 2, 2)), ((6,), (2, 5), (3, 2, 2)), ((6,), (2, 2), (5, 1, 2))]
-)
+TUCKERS = [
+    ((4,), (5,), (2, 3)),
+    ((2, 3), (3, 4), (2, 2, 2, 2)),
+    ((6,), (2, 5), (3, 2, 2)),
+    ((6,), (2, 2), (5, 1, 2)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Trying to compute SVD")  # tensorly's remark on ranks above the bound
+@pytest.mark.parametrize("outs, ins, ranks", TUCKERS)
 def test_tucker_is_no_worse_than_tensorly(outs, ins, ranks):
     w = weight(prod(outs), prod(ins))
     tensor = w.numpy().reshape(*outs, *ins)
@@ -174,16 +196,6 @@ def test_a_member_is_recovered(structure):
 def test_any_scale_will_do(structure, scale):
     w = scale * member(structure)
     assert error(structure, w) <= (1e-10 * w.norm()) ** 2
-
-
-@each({name: s for name, s in ALL.items() if s.closed_form(member(s)) is not None})
-def test_closed_forms_fit_the_structure(structure):
-    """The factors have their shapes, also where the weight is float32 or belongs to a layer."""
-    parameter = torch.nn.Parameter(torch.randn(structure.shape))
-    factors = structure.fit(parameter, sweeps=2)
-    structure.check_factors(factors)
-    assert all(value.dtype in (F64, torch.int32) and not value.requires_grad for value in factors.values())
-    assert factors.keys() == factors_of(structure).keys()
 
 
 @pytest.mark.parametrize("rank", range(1, 10))

@@ -24,7 +24,7 @@ def fresh_plans():
 
 
 def cheapest(operands: list[frozenset], output: frozenset, size: dict[str, int]) -> int:
-    """The least FLOPs over all orders of pairwise contractions: 2 for a multiply-add, 1 for a product that is not summed."""
+    """The least FLOPs over all orders of pairwise contractions: 2 for a multiply-add, 1 for a product without a sum."""
     if len(operands) == 1:
         return 0
     best = []
@@ -43,7 +43,8 @@ def counted(structure, rows: int) -> tuple[int, int]:
     diagram = place.diagram
     size = dict(diagram.sizes) | {"rows": rows}
     factors = [frozenset(labels) for _, labels in diagram.factors]
-    x, y, w = frozenset({"rows", *diagram.ins}), frozenset({"rows", *diagram.outs}), frozenset(diagram.outs + diagram.ins)
+    outs, ins = frozenset(diagram.outs), frozenset(diagram.ins)
+    x, y, w = ins | {"rows"}, outs | {"rows"}, outs | ins
     return cheapest([x, *factors], y, size), cheapest(factors, w, size) + cheapest([x, w], y, size)
 
 
@@ -66,7 +67,7 @@ def test_flops_are_least_when_only_they_have_a_price(structure, monkeypatch, fre
 
 
 def test_flops_of_known_cases():
-    """By hand: a multiply-add is 2; ``O I`` for dense, ``R (O + I)`` for low rank, ``R (ABC + BCD)`` for a block train."""
+    """By hand, as on the definition page: ``O I`` multiply-adds, ``R (O + I)``, ``R (ABC + BCD)``."""
     assert FAMILIES["dense"].flops(5) == 2 * 5 * 3 * 4
     assert LowRank(out_features=40, in_features=60, rank=2).flops(5) == 2 * 5 * 2 * (40 + 60)
     assert BlockTrain(outs=(16, 16), ins=(16, 16), rank=1).flops(3) == 2 * 3 * 2 * 16**3
@@ -100,9 +101,10 @@ def test_the_price_decides_between_the_kinds_of_plans():
     diagrams = [place.diagram for structure in ALL.values() for place in structure.normal_form()]
     for rows in contract.BUCKETS[1:]:  # else the laws would say nothing about one of the kinds
         assert {contract.forward_plans(diagram, rows)[1] is None for diagram in diagrams} == {True, False}
-    low_rank, terms = LowRank(out_features=400, in_features=400, rank=8), Kronecker(outs=(20, 20), ins=(20, 20), terms=64)
-    assert not contract._through_dense(low_rank.normal_form()[0].diagram, 32)
-    assert contract._through_dense(terms.normal_form()[0].diagram, 2048)
+    few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].diagram
+    many = Kronecker(outs=(20, 20), ins=(20, 20), terms=64).normal_form()[0].diagram
+    assert not contract._through_dense(few, 32)
+    assert contract._through_dense(many, 2048)
 
 
 def test_a_bucket_holds_its_numbers_of_rows():

@@ -1,5 +1,7 @@
 """The iterative fit: every step is the exact minimiser of one factor, so the objective never grows."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tensorly.decomposition
@@ -58,7 +60,10 @@ def test_a_step_is_the_exact_minimiser_of_its_factor(structure, moments):
             assert slope.abs().max() <= 1e-8 * slopes(structure, state, problem.objective)[name].abs().max() + 1e-8
 
 
-@each({name: FAMILIES[name] for name in ("low_rank", "kronecker-three-scaled", "tensor_train-three", "blast", "tucker-four")})
+SHARING = ("low_rank", "kronecker-three-scaled", "tensor_train-three", "blast", "tucker-four")
+
+
+@each({name: FAMILIES[name] for name in SHARING})
 @pytest.mark.parametrize("moments", [(False, False), (True, True), (True, False)])
 def test_a_step_on_a_shared_factor_is_exact_for_all_matrices_together(structure, moments):
     metrics = [metric_of(structure, s) if given else None for s, given in enumerate(moments)]
@@ -80,7 +85,17 @@ def test_more_sweeps_are_never_worse(structure, moments):
     w, metric, start = weight(structure), metric_of(structure) if moments else None, factors_of(structure)
     fits = [start] + [structure.fit(w, metric, start=start, sweeps=n, tolerance=0.0) for n in (1, 2, 4, 8)]
     values = [float(objective(structure, w, factors, metric)) for factors in fits]
-    assert all(after <= before * (1 + 1e-9) + 1e-12 for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before * (1 + 1e-9) + 1e-12 for before, after in pairwise(values))
+
+
+@each(ALL)
+def test_the_result_fits_the_structure(structure):
+    """The factors have their shapes, also where the weight is float32 or belongs to a layer."""
+    parameter = torch.nn.Parameter(torch.randn(structure.shape))
+    factors = structure.fit(parameter, sweeps=2)
+    structure.check_factors(factors)
+    assert factors.keys() == factors_of(structure).keys()
+    assert all(value.dtype in (F64, torch.int32) and not value.requires_grad for value in factors.values())
 
 
 @each(DIAGRAMS | {name: FAMILIES[name] for name in ("blast", "cp", "tucker-four", "written")})
@@ -110,10 +125,8 @@ def test_cp_is_no_worse_than_tensorly():
     cp = CP(outs=(4, 3), ins=(5,), rank=3)
     w = weight(cp)
     tensor = w.numpy().reshape(4, 3, 5)
-    theirs = [
-        tensorly.decomposition.parafac(tensor, 3, n_iter_max=200, init="random", random_state=seed, tol=1e-8).to_tensor()
-        for seed in range(2)
-    ]
+    settings = {"n_iter_max": 200, "init": "random", "tol": 1e-8}
+    theirs = [tensorly.decomposition.parafac(tensor, 3, random_state=seed, **settings).to_tensor() for seed in range(2)]
     ours = objective(cp, w, cp.fit(w, starts=4, sweeps=200))
     assert ours <= 1.01 * min(((tensor - one) ** 2).sum() for one in theirs)
 
@@ -175,8 +188,9 @@ def test_a_metric_gains(structure):
 @each({name: FAMILIES[name] for name in ("low_rank", "blast", "tucker-four")} | {"sum": COMBINED["sum"]})
 def test_the_identity_is_the_frobenius_norm(structure):
     w, start = weight(structure), factors_of(structure)
-    plain, metric = (structure.fit(w, m, start=start, sweeps=3) for m in (None, torch.eye(structure.shape[1], dtype=F64)))
-    torch.testing.assert_close(structure.dense(plain), structure.dense(metric))
+    eye = torch.eye(structure.shape[1], dtype=F64)
+    plain, metric = (structure.dense(structure.fit(w, m, start=start, sweeps=3)) for m in (None, eye))
+    torch.testing.assert_close(plain, metric)
 
 
 # joint fits -------------------------------------------------------------------------------------------------------

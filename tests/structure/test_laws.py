@@ -52,7 +52,8 @@ def test_apply_multiplies_by_the_transpose(structure):
 def test_rows_are_looked_up(structure):
     factors = factors_of(structure)
     expected, out = torch.from_numpy(oracle.matrix(structure, factors)), structure.shape[0]
-    for index in (torch.arange(out), torch.tensor([[out - 1, 0], [0, out - 1]]), torch.tensor(0), torch.tensor([], dtype=int)):
+    for index in (range(out), [[out - 1, 0], [0, out - 1]], 0, []):
+        index = torch.tensor(index, dtype=torch.long)
         torch.testing.assert_close(structure.rows(factors, index), expected[index])
 
 

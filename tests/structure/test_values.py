@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tenfold.structure
 import torch
 from cases import ALL, FAMILIES, LOW_RANK, each, factors_of
 
+import tenfold.structure
 from tenfold.structure import Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
 
 F64 = torch.float64
