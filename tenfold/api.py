@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
@@ -42,12 +44,26 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
     """
     config = read_config(str(name))
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
+    place = checked_device(device)
+    with _silent():
+        model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         tokenizer = None
-    return model.to(checked_device(device)).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def _silent():
+    """No progress bar of transformers: libraries are silent."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | str:

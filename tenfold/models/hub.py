@@ -23,6 +23,8 @@ from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
 from tenfold.models.stored import METHOD, FoldedConfig, describe, folded_config, stored_plan, structures
 
+APART = "its weights and its config.json do not belong together: save it again from the model"
+
 register_quantization_config(METHOD)(FoldedConfig)
 
 
@@ -32,7 +34,7 @@ class FoldedLoader(HfQuantizer):
 
     def validate_environment(self, *args, **kwargs) -> None:
         if not self.pre_quantized:
-            raise ValueError("this configuration describes a folded checkpoint; fold a dense model with tenfold.compress")
+            raise ValueError("the configuration is that of a folded checkpoint; fold a dense one with tenfold.compress")
         structures(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
@@ -80,8 +82,7 @@ def check_read(model: PreTrainedModel) -> None:
     ]
     if unread:
         raise ValueError(
-            f"the checkpoint lacks {', '.join(unread[:4])} ({len(unread)} tensors of folded layers); its weights and its "
-            "config.json do not belong together: save it again from the model"
+            f"the checkpoint lacks {', '.join(unread[:4])} ({len(unread)} tensors of folded layers); {APART}"
         )
 
 
@@ -91,7 +92,7 @@ def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     for path in files:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     return shapes
 
 
@@ -102,8 +103,8 @@ def check_shapes(config: FoldedConfig, shapes: dict[str, tuple[int, ...]]) -> No
             key = f"{path}.{factor}"
             if shapes.get(key, shape) != shape:
                 raise ValueError(
-                    f"{key} has shape {shapes[key]}, but config.json says {structure}, which needs {shape}; restore the "
-                    "config.json that was saved with these weights"
+                    f"{key} has shape {shapes[key]}, but config.json says {structure}, which needs {shape}; restore "
+                    "the config.json that was saved with these weights"
                 )
 
 
@@ -126,8 +127,8 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
     if missing and same and folded_config(model.config) is not None:
         left = sorted(report["unexpected_keys"])
         raise ValueError(
-            f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) and has {', '.join(left[:4]) or 'none'} left "
-            "over; its weights and its config.json do not belong together: save it again from the model"
+            f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) and has {', '.join(left[:4]) or 'none'} "
+            f"left over; {APART}"
         )
     return model
 

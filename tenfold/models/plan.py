@@ -373,7 +373,7 @@ def _structure(rule: Rule, site: Site, keep: float | None) -> Structure:
     (out, inner), spec = site.shape, rule.structure
     assert spec is not None
     if rule.split > 1 and site.interleaved:
-        raise ValueError(f"its rows alternate between its parts head by head, so split: {rule.split} can't part them; leave it out")
+        raise ValueError(f"its parts alternate head by head, so split: {rule.split} can't part them; leave split out")
     if out % rule.split:
         raise ValueError(f"{out} rows can't be split into {rule.split} equal parts")
     rows = out // rule.split

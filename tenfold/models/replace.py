@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.plan import Entry, Plan
-from tenfold.models.sites import FOLDED, base_path, dtype_of, forget_tie, head_path, is_tied, weight_of
+from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, weight_of
 from tenfold.models.starts import QUICK, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
@@ -81,7 +81,7 @@ def _check_weights(model: PreTrainedModel, plan: Plan) -> None:
     for path in plan.entries:
         weight = weight_of(model.get_submodule(path))
         if weight.is_meta:
-            raise ValueError(f"the weight of {path} is not in memory (meta device or offloaded); load the model without")
+            raise ValueError(f"the weight of {path} is not in memory (meta device or offloaded); load it first")
         if wrong := int((~torch.isfinite(weight)).sum()):
             raise ValueError(f"the weight of {path} holds {wrong} values that are NaN or Inf; mend them first")
 
@@ -117,25 +117,32 @@ def _groups(plan: Plan) -> list[list[Entry]]:
 
 def _container(model: PreTrainedModel, plan: Plan) -> SharedFactors | None:
     """A new container: the shared factors of ``plan``, and those that layers outside of it go on using."""
-    base = model.get_submodule(base_path(model).rstrip("."))
-    staying = [m for path, m in model.named_modules() if isinstance(m, FOLDED) and m.shared and path not in plan.entries]
+    staying = [layer for path, layer in _folded(model) if layer.shared and path not in plan.entries]
     kept = {key: layer._container[0].get_parameter(key) for layer in staying for key in layer.shared.values()}
-    shapes = {
-        key: entry.structure.factor_shapes()[name] for entry in plan.entries.values() for name, key in entry.shared.items()
-    }
-    if clash := sorted(kept.keys() & shapes.keys()):
-        raise ValueError(f"folded layers outside of the plan share {clash} already; fold all that share a factor at once")
-    if hasattr(base, CONTAINER):
-        delattr(base, CONTAINER)
-    if not kept and not shapes:
+    new = {}
+    for entry in plan.entries.values():
+        new |= {key: entry.structure.factor_shapes()[name] for name, key in entry.shared.items()}
+    if clash := sorted(kept.keys() & new.keys()):
+        raise ValueError(f"layers outside of the plan share {clash} already; fold all that share a factor at once")
+    _drop_container(model)
+    if not kept and not new:
         return None
-    container = SharedFactors(shapes, model.device, dtype_of(model))
+    container = SharedFactors(new, model.device, dtype_of(model))
     for key, parameter in kept.items():
         container.register_parameter(key, parameter)
     for layer in staying:
         layer.attach(container)
-    setattr(base, CONTAINER, container)
+    setattr(base_model(model), CONTAINER, container)
     return container
+
+
+def _drop_container(model: PreTrainedModel) -> None:
+    if hasattr(base_model(model), CONTAINER):
+        delattr(base_model(model), CONTAINER)
+
+
+def _folded(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, FOLDED)]
 
 
 @torch.no_grad()
@@ -230,15 +237,12 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         del model.config.quantization_config
     with torch.device("meta"):
         twin = type(model)(model.config)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, FOLDED):
-            model.set_submodule(path, _plain(twin.get_submodule(path), module).train(module.training))
+    for path, module in _folded(model):
+        model.set_submodule(path, _plain(twin.get_submodule(path), module).train(module.training))
     for path, module in list(model.named_modules()):
         if isinstance(module, TiedHead | TiedEmbedding):
             model.set_submodule(path, _plain_tied(twin.get_submodule(path), module, model.get_input_embeddings()))
-    base = model.get_submodule(base_path(model).rstrip("."))
-    if hasattr(base, CONTAINER):
-        delattr(base, CONTAINER)
+    _drop_container(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.__dict__.pop("_tied_weights_keys", None)  # those of the class are in force again

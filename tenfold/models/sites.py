@@ -60,6 +60,11 @@ def base_path(model: PreTrainedModel) -> str:
     return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
+def base_model(model: PreTrainedModel) -> nn.Module:
+    """The base model, ``model`` itself where it is one."""
+    return model.get_submodule(base_path(model).rstrip("."))
+
+
 def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every matrix of ``model`` that a rule may name, in the model's order, embedding and head included.
 
@@ -140,8 +145,8 @@ def _unknown(model: PreTrainedModel) -> str:
     near = get_close_matches(kind, ARCHITECTURES, 1)
     hint = f" (is it like {near[0]!r}?)" if near else ""
     return (
-        f"there is no role table for model_type {kind!r}{hint}; its linear layers (out x in) are {layers}; write one, with "
-        f'the roles {", ".join(ROLES)}: tenfold.models.roles.ARCHITECTURES["{kind}"] = '
+        f"there is no role table for model_type {kind!r}{hint}; its linear layers (out x in) are {layers}; write one, "
+        f'with the roles {", ".join(ROLES)}: tenfold.models.roles.ARCHITECTURES["{kind}"] = '
         f'Architecture({{"mlp.in": "{next(iter(seen), "layers.*.up")}", ...}})'
     )
 

@@ -23,7 +23,9 @@ class FoldedConfig(QuantizationConfigMixin):
         recipe: the name of the recipe.
     """
 
-    def __init__(self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **more):
+    def __init__(
+        self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **more
+    ):
         self.quant_method, self.format_version = METHOD, format_version
         self.sites, self.untied, self.recipe = sites or {}, untied, recipe
 
@@ -35,9 +37,9 @@ def describe(model: PreTrainedModel, recipe: str = "") -> FoldedConfig:
 
 
 def _site(layer) -> dict[str, Any]:
-    extra = {"shared": layer.shared, "frozen": list(layer.frozen)}
-    bias = getattr(layer, "bias", None) is not None
-    return {"structure": layer.structure.to_json(), "bias": bias} | {key: value for key, value in extra.items() if value}
+    site = {"structure": layer.structure.to_json(), "bias": getattr(layer, "bias", None) is not None}
+    more = {"shared": layer.shared, "frozen": list(layer.frozen)}
+    return site | {key: value for key, value in more.items() if value}
 
 
 def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
@@ -69,13 +71,18 @@ def structures(config: FoldedConfig) -> dict[str, Structure]:
 def _structure(path: str, spec: dict[str, Any]) -> Structure:
     try:
         return Structure.from_json(spec["structure"])
-    except (ValueError, KeyError, TypeError) as reason:
+    except ValueError as reason:
         raise ValueError(f"site {path} of the checkpoint: {reason}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"site {path} of the checkpoint: {spec.get('structure')} is no structure; restore the config.json that was "
+            "saved with these weights"
+        ) from None
 
 
 def folded_config(config: Any) -> FoldedConfig | None:
-    """The folding that a model's configuration, or the mapping in ``config.json``, describes; None for a dense one."""
-    found = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    """The folding that a model's configuration describes, None for a dense one."""
+    found = getattr(config, "quantization_config", None)
     if isinstance(found, dict) and found.get("quant_method") == METHOD:
         return FoldedConfig(**found)
     return found if isinstance(found, FoldedConfig) else None

@@ -29,15 +29,13 @@ class Adapter(FactorizedLinear):
     def __init__(self, layer: nn.Linear | FactorizedLinear, rank: int, generator: torch.Generator | None = None):
         structure, factors = _held(layer)
         low = LowRank(out_features=layer.out_features, in_features=layer.in_features, rank=rank)
-        kept = {f"part_0_{name}": value for name, value in factors.items()}
-        frozen = [name for name, value in kept.items() if value.is_floating_point()] + ["bias"] * (layer.bias is not None)
-        like = next(iter(factors.values()))
-        super().__init__(
-            Sum(parts=(structure, low)), layer.bias is not None, frozen=frozen, device=like.device, dtype=layer.weight.dtype
-        )
+        bias, like = layer.bias is not None, next(iter(factors.values()))
+        frozen = [f"part_0_{name}" for name in structure.factor_shapes()] + ["bias"] * bias
+        super().__init__(Sum(parts=(structure, low)), bias, frozen=frozen, device=like.device, dtype=like.dtype)
         right = low.init(layer.in_features**-0.5, generator)["right"]
-        self.set_factors(kept | {"part_1_left": right.new_zeros(layer.out_features, rank), "part_1_right": right})
-        if layer.bias is not None:
+        new = {"part_1_left": right.new_zeros(layer.out_features, rank), "part_1_right": right}
+        self.set_factors(new | {f"part_0_{name}": value for name, value in factors.items()})
+        if bias:
             self.bias.data.copy_(layer.bias)
         self.freeze()
 
@@ -49,5 +47,5 @@ def _held(layer: nn.Module):
             raise ValueError(f"the layer shares {sorted(layer.shared)}; add the adapter in the recipe (adapter: rank)")
         return layer.structure, layer.factors()
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"an adapter goes beside nn.Linear or FactorizedLinear, not {type(layer).__name__}; fold it first")
+        raise ValueError(f"an adapter goes beside nn.Linear or FactorizedLinear, not {type(layer).__name__}; fold it")
     return Dense(out_features=layer.out_features, in_features=layer.in_features), {"matrix": layer.weight}

@@ -48,7 +48,7 @@ class _Factorized(nn.Module):
         self._container[:] = [container]
 
     def freeze(self) -> None:
-        """Take what ``frozen`` names, factors or ``bias``, out of training; again after a load, which makes new parameters."""
+        """Take what ``frozen`` names out of training; again after a load, which makes new parameters."""
         for name in self.frozen:
             owner, key = (self._container[0], self.shared[name]) if name in self.shared else (self, name)
             getattr(owner, key).requires_grad_(False)
@@ -128,7 +128,14 @@ class FactorizedEmbedding(_Factorized):
     """
 
     def __init__(
-        self, structure: Structure, padding_idx=None, scale: float = 1.0, shared=None, frozen=(), device=None, dtype=None
+        self,
+        structure: Structure,
+        padding_idx=None,
+        scale: float = 1.0,
+        shared=None,
+        frozen=(),
+        device=None,
+        dtype=None,
     ):
         super().__init__(structure, shared, frozen, device, dtype)
         self.num_embeddings, self.embedding_dim = structure.shape

@@ -41,12 +41,6 @@ class Plan:
         return self.flops + BALANCE * self.moved
 
 
-@torch.compiler.assume_constant_result
-def looked_up(plans: str, *given):
-    """What the function ``plans`` of this module makes of ``given``, as a constant: the compiler can't trace a search."""
-    return globals()[plans](*given)
-
-
 @lru_cache(maxsize=4096)
 def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
     """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
@@ -65,6 +59,17 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         moved += sum(_size(term, size) for term in [*taken, kept])
         steps.append((tuple(sorted(chosen, reverse=True)), ",".join(taken[k] for k in _order(chosen)) + "->" + kept))
     return Plan(tuple(steps), int(flops), int(moved))
+
+
+@torch.compiler.assume_constant_result
+def _known_plan(inputs, output, sizes) -> Plan:
+    """:func:`plan_of` for code that is compiled: a search can't be traced, and what it is given are constants."""
+    return plan_of(inputs, output, sizes)
+
+
+@torch.compiler.assume_constant_result
+def _known_forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
+    return forward_plans(diagram, rows)
 
 
 def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
@@ -149,7 +154,7 @@ def flops(diagram: Diagram, rows: int) -> int:
 
 def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
     """``W (out, in)``."""
-    plan = looked_up("plan_of", tuple([labels for _, labels in diagram.factors]), (*diagram.outs, *diagram.ins), diagram.sizes)
+    plan = plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
     return run(plan, factors).reshape(diagram.shape)
 
 
@@ -170,7 +175,7 @@ def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
         picked.append(factor)
         inputs.append(labels)
     sizes = (*diagram.sizes, (ROWS, bucket(len(index))))
-    plan = looked_up("plan_of", tuple(inputs), (ROWS, *diagram.ins), sizes)
+    plan = _known_plan(tuple(inputs), (ROWS, *diagram.ins), sizes)
     return run(plan, picked).reshape(len(index), diagram.shape[1])
 
 
@@ -199,7 +204,7 @@ def bucket(rows: int) -> int:
 
 
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
-    first, second = looked_up("forward_plans", diagram, bucket(len(x)))
+    first, second = _known_forward_plans(diagram, bucket(len(x)))
     folded = x.reshape(len(x), *diagram.shape_of(diagram.ins))
     if second is None:
         return run(first, [folded, *factors]).reshape(len(x), diagram.shape[0])

@@ -54,6 +54,7 @@ def heal(
             weight_decay=settings.weight_decay,
             adam_beta2=0.95,
             save_strategy="no",
+            logging_steps=max(1, (settings.steps or 200) // 20),
             seed=seed,
             **length,
         )

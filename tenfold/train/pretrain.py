@@ -53,6 +53,8 @@ def pretrain(
     length = recipe.model["n_positions"] if "n_positions" in recipe.model else recipe.model["max_position_embeddings"]
     tokenizer = _tokenizer(folder, data, recipe, length)
     tokens = _tokens(folder, data, tokenizer, settings.tokens)
+    windows = Windows(tokens, length)
+    steps = len(windows) // (settings.batch * settings.accumulate)
     torch.manual_seed(settings.seed)
     model = new_model(recipe, tokenizer)
     arguments = training_arguments(
@@ -64,12 +66,12 @@ def pretrain(
         warmup_steps=settings.warmup,
         torch_compile=settings.compile,
         num_train_epochs=1,
-        logging_steps=50,
+        logging_steps=max(1, min(50, steps // 10)),
         save_steps=200,
         seed=settings.seed,
     )
     optimizer = MuonAdamW(model, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95))
-    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(tokens, length), optimizers=(optimizer, None))
+    trainer = Trainer(model=model, args=arguments, train_dataset=windows, optimizers=(optimizer, None))
     trainer.remove_callback(PrinterCallback)
     if advance is not None:
         trainer.add_callback(Progress(advance))

@@ -59,7 +59,9 @@ def _placed(structure, f):
 
 def _parts(structure, f):
     return [
-        matrix(part, {name.removeprefix(f"part_{k}_"): value for name, value in f.items() if name.startswith(f"part_{k}_")})
+        matrix(
+            part, {name.removeprefix(f"part_{k}_"): value for name, value in f.items() if name.startswith(f"part_{k}_")}
+        )
         for k, part in enumerate(structure["parts"])
     ]
 
@@ -81,7 +83,9 @@ def reference(dense, folded):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     for path, layer in folded.named_modules():
         if isinstance(layer, FactorizedLinear | FactorizedEmbedding):
-            factors = {name: value.double().numpy() for name, value in layer.factors().items() if value.is_floating_point()}
+            factors = {
+                name: value.double().numpy() for name, value in layer.factors().items() if value.is_floating_point()
+            }
             maps = {name: value.numpy() for name, value in layer.factors().items() if not value.is_floating_point()}
             w = torch.from_numpy(matrix(layer.structure.to_json(), factors | maps))
             plain = model.get_submodule(path)

@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import toys
 import torch
+import toys
 from folding import EMBED, KRONECKER, LOW_RANK, MLP, TRAIN, fold, reference, rules
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import tenfold.models.hub
 from tenfold.models.cost import count
 from tenfold.models.replace import CONTAINER, densify
-from tenfold.nn import FactorizedLinear, TiedHead
+from tenfold.models.stored import describe
+from tenfold.nn import Adapter, FactorizedLinear, TiedHead
 
 SHARED = {"role": "mlp.in", "structure": TRAIN, "share": {"factors": ["core_1"]}, "freeze": ["core_1", "core_0"]}
 PLACED = {"role": "attn.out", "structure": {"kind": "placed", "base": KRONECKER}}
@@ -67,10 +68,10 @@ def test_every_way_to_load_gives_the_same_bits(way, mixed):
 OFFLOADED = ("transformer.h.0", "transformer.h.1", "transformer.wte", f"transformer.{CONTAINER}", "lm_head")
 
 
-@pytest.mark.parametrize("away", [(), *((name,) for name in OFFLOADED), OFFLOADED], ids=lambda names: "+".join(names) or "none")
+@pytest.mark.parametrize("away", [(), *((name,) for name in OFFLOADED), OFFLOADED], ids="+".join)
 def test_offloaded_parts_are_read_from_disk_when_they_are_used(away, mixed, tmp_path):
     _, expected, folder = mixed
-    places = {f"transformer.{part}": "cpu" for part in ("wte", "wpe", "drop", "h.0", "h.1", "ln_f", CONTAINER)} | {"lm_head": "cpu"}
+    places = dict.fromkeys((*OFFLOADED, "transformer.wpe", "transformer.drop", "transformer.ln_f"), "cpu")
     places |= dict.fromkeys(away, "disk")
     again = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert torch.equal(toys.logits(again), expected)
@@ -129,7 +130,7 @@ def test_a_fresh_process_that_imports_tenfold_reads_the_same_bits(tmp_path):
         text=True,
         cwd=Path(tenfold.models.hub.__file__).parents[2],
     )
-    assert done.stdout.split("\n")[:-1] == [f"{name} {way} True" for name, _, way, *_ in map(str.split, jobs)], done.stderr
+    assert done.stdout.split("\n")[:-1] == [" ".join([*job.split()[::2][:2], "True"]) for job in jobs], done.stderr
 
 
 # number types ------------------------------------------------------------------------------------------------------
@@ -161,7 +162,10 @@ def test_index_maps_stay_int32(mixed):
     again = AutoModelForCausalLM.from_pretrained(mixed[2], dtype=torch.bfloat16)
     maps = [buffer for name, buffer in again.named_buffers() if name.endswith((".rows", ".columns"))]
     assert [m.dtype for m in maps] == [torch.int32] * 4
-    assert [m.dtype for m in again.to(torch.float16).get_submodule("transformer.h.0.attn.c_proj").buffers()] == [torch.int32] * 2
+    again.to(torch.float16)
+    assert {again.get_buffer(f"transformer.h.1.attn.c_proj.{name}").dtype for name in ("rows", "columns")} == {
+        torch.int32
+    }
 
 
 # what a loaded model can do ----------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def loaded(mixed):
 
 def test_it_generates_with_and_without_a_cache(loaded):
     ids = torch.arange(3, 9)[None]
-    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": ids * 0 + 1}
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     cached, plain = (loaded.generate(ids, use_cache=use, **how) for use in (True, False))
     assert cached.shape == (1, 12)
     assert torch.equal(cached, plain)
@@ -279,8 +283,8 @@ def test_another_head_takes_the_folded_layers_along(mixed):
 
 
 def test_a_base_model_is_saved_and_finds_its_head_again(mixed, tmp_path):
-    model, expected, _ = mixed
-    base = AutoModel.from_pretrained(mixed[2])
+    _, expected, folder = mixed
+    base = AutoModel.from_pretrained(folder)
     base.save_pretrained(tmp_path)
     assert "h.0.mlp.c_fc" in json.loads((tmp_path / "config.json").read_text())["quantization_config"]["sites"]
     assert torch.equal(toys.logits(AutoModel.from_pretrained(tmp_path)), toys.logits(base))
@@ -299,6 +303,18 @@ def test_a_head_that_only_the_checkpoint_has_unties_t5(tmp_path):
     torch.testing.assert_close(toys.logits(model), toys.logits(reference(dense, model)), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert torch.equal(toys.logits(type(model).from_pretrained(tmp_path)), toys.logits(model))
+
+
+def test_an_adapter_is_saved_with_what_it_stands_beside(tmp_path):
+    model = folded("llama", [MLP])
+    for path in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):  # a folded layer and a dense one
+        model.set_submodule(path, Adapter(model.get_submodule(path), rank=2))
+        torch.nn.init.normal_(model.get_submodule(path).part_1_left)
+    model.config.quantization_config = describe(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(toys.logits(again), toys.logits(model))
+    assert count(again) == count(model)
 
 
 def test_a_dense_copy_needs_no_tenfold(mixed, tmp_path):
@@ -334,5 +350,5 @@ def test_a_folded_model_is_folded_on(tmp_path):
 def test_two_stages_may_not_use_one_shared_factor():
     model = toys.build("gpt2")
     fold(model, [{**SHARED, "layers": [0]}])
-    with pytest.raises(ValueError, match="share .*fold all that share a factor at once"):
+    with pytest.raises(ValueError, match=r"share .*fold all that share a factor at once"):
         fold(model, [{**SHARED, "layers": [1]}])

@@ -14,41 +14,37 @@ GROUPED = {**SMALL, **BLOCKS, "num_key_value_heads": 2, "max_position_embeddings
 GPT = {**SMALL, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 ENCODER = {**SMALL, **BLOCKS, "max_position_embeddings": 64}
 T5 = {**SMALL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-OPT = {**SMALL, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+OPT = {**ENCODER, "ffn_dim": 48}
 GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 16}
-VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-}  # fmt: skip
+IMAGES = {"boi_token_index": 94, "eoi_token_index": 95, "image_token_index": 96, "mm_tokens_per_image": 4}
+VISION = {**BLOCKS, "hidden_size": 16, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+ALBERT = {**ENCODER, "embedding_size": 16}
+OWN_HEAD, TIED_HEAD = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
 # name -> class, model_type, configuration
 TOYS: dict[str, tuple[str, str, dict]] = {
     "gpt2": ("GPT2LMHeadModel", "gpt2", GPT),
-    "gpt2-untied": ("GPT2LMHeadModel", "gpt2", {**GPT, "tie_word_embeddings": False}),
+    "gpt2-untied": ("GPT2LMHeadModel", "gpt2", {**GPT, **OWN_HEAD}),
     "openai-gpt": ("OpenAIGPTLMHeadModel", "openai-gpt", GPT),
     "gpt_neox": ("GPTNeoXForCausalLM", "gpt_neox", ENCODER),
-    "gpt_neox-tied": ("GPTNeoXForCausalLM", "gpt_neox", {**ENCODER, "tie_word_embeddings": True}),
-    "opt": ("OPTForCausalLM", "opt", {**OPT, "max_position_embeddings": 64}),
-    "opt-projected": ("OPTForCausalLM", "opt", {**OPT, "max_position_embeddings": 64, "word_embed_proj_dim": 16}),
+    "gpt_neox-tied": ("GPTNeoXForCausalLM", "gpt_neox", {**ENCODER, **TIED_HEAD}),
+    "opt": ("OPTForCausalLM", "opt", OPT),
+    "opt-projected": ("OPTForCausalLM", "opt", {**OPT, "word_embed_proj_dim": 16}),
     "llama": ("LlamaForCausalLM", "llama", GROUPED),
-    "llama-tied": ("LlamaForCausalLM", "llama", {**GROUPED, "tie_word_embeddings": True}),
+    "llama-tied": ("LlamaForCausalLM", "llama", {**GROUPED, **TIED_HEAD}),
     "mistral": ("MistralForCausalLM", "mistral", GROUPED),
     "qwen2": ("Qwen2ForCausalLM", "qwen2", GROUPED),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", {**GROUPED, "head_dim": 16, **TIED_HEAD}),
     "gemma3_text": ("Gemma3ForCausalLM", "gemma3_text", GEMMA),
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        "gemma3",
-        {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 96,
-         "boi_token_index": 94, "eoi_token_index": 95},
-    ),
+    "gemma3": ("Gemma3ForConditionalGeneration", "gemma3", {**IMAGES, "text_config": GEMMA, "vision_config": VISION}),
     "phi": ("PhiForCausalLM", "phi", GROUPED),
     "bert": ("BertForMaskedLM", "bert", ENCODER),
     "roberta": ("RobertaForMaskedLM", "roberta", ENCODER),
-    "albert": ("AlbertForMaskedLM", "albert", {**ENCODER, "embedding_size": 16}),
-    "albert-groups": ("AlbertForMaskedLM", "albert", {**ENCODER, "embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2}),
+    "albert": ("AlbertForMaskedLM", "albert", ALBERT),
+    "albert-groups": ("AlbertForMaskedLM", "albert", {**ALBERT, "num_hidden_layers": 4, "num_hidden_groups": 2}),
     "t5": ("T5ForConditionalGeneration", "t5", T5),
-    "t5-gated": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-}  # fmt: skip
+    "t5-gated": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", **OWN_HEAD}),
+}
 
 
 def config(name: str):

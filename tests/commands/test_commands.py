@@ -1,0 +1,121 @@
+"""The commands, run in this process: what they print, what they write, and one sentence for what goes wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import small
+import tenfold_cli
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return small.folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command; its exit status, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            tenfold_cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_help_needs_no_torch():
+    code = "import sys, tenfold_cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_inspect_prices_a_recipe(call):
+    status, out, _ = call("inspect", "gpt2", "--recipe", "krony-81m", "--json")
+    result = json.loads(out)
+    assert status == 0 and result["parameters"]["total"] == 81_972_576 and result["parameters"]["dense"] == 124_439_808
+    status, out, _ = call("inspect", "gpt2", "--recipe", "krony-81m")
+    assert status == 0 and "81,972,576" in out and "mlp.in" in out
+
+
+def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
+    folded, plain, figures = tmp_path / "folded", tmp_path / "plain", tmp_path / "figures.json"
+    status, out, _ = call("compress", dense, "-o", folded, "--structure", "low_rank", "--keep", "0.8")
+    assert status == 0 and "with the head" in out and "without" in out
+    status, out, _ = call("evaluate", dense, folded, "--text", dense / "text.txt", "--limit", "300", "-o", figures)
+    assert status == 0 and "protocol" in out and len(json.loads(figures.read_text())) == 2
+    status, _, err = call("evaluate", folded, "--text", dense / "text.txt", "--limit", 300, "--window", 16, "--against", figures)
+    assert status == 2 and "can't be compared" in err
+    status, out, _ = call("generate", folded, "the old house", "--tokens", "4")
+    assert status == 0 and out.startswith("the old house")
+    status, out, _ = call("bench", folded, "--repeats", "1", "--new-tokens", "2", "--json")
+    assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
+    status, _, _ = call("densify", folded, "-o", plain)
+    ids = torch.arange(12)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]
+    assert status == 0 and torch.allclose(*logits, atol=1e-5)
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+
+
+def test_the_card_has_command_import_figures(call, dense, tmp_path):
+    call("compress", dense, "-o", tmp_path / "x", "--structure", "kronecker", "--keep", "0.8", "--roles", "mlp.in,mlp.out")
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "tenfold compress" in card and "--keep 0.8" in card and "import tenfold" in card and "without the head" in card
+
+
+def test_heal(call, dense, tmp_path):
+    folded, healed = tmp_path / "folded", tmp_path / "healed"
+    call("compress", dense, "-o", folded, "--structure", "low_rank", "--keep", "0.7")
+    text = ("--text", dense / "text.txt", "--steps", "2", "--tokens-per-step", "64")
+    status, out, err = call("heal", folded, "--teacher", dense, *text, "-o", healed)
+    assert status == 0, err
+    assert "2 steps" in out and "tenfold heal" in (healed / "README.md").read_text()
+
+
+def test_pretrain(call, tmp_path):
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        "model: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1, n_positions: 16}\n"
+        "tokenizer: {vocab_size: 300}\ntrain: {tokens: 640, batch: 4}\n"
+    )
+    (tmp_path / "text.txt").write_text(small.text(1000))
+    status, out, err = call("pretrain", recipe, "--data", tmp_path / "text.txt", "-o", tmp_path / "model")
+    assert status == 0, err
+    assert "640 tokens" in out and (tmp_path / "model" / "training.json").exists()
+
+
+KRONY = ("--recipe", "krony-81m")
+WRONG = {
+    "no such model": (("inspect", "./nothing"), "nothing"),
+    "no such recipe": (("inspect", "gpt2", "--recipe", "krony-81"), "did you mean krony-"),
+    "keep of one": (("compress", "{dense}", "-o", "{new}", "--structure", "low_rank", "--keep", "1.0"), "between 0 and 1"),
+    "no structure": (("compress", "{dense}", "-o", "{new}"), "give either --recipe"),
+    "unknown structure": (("compress", "{dense}", "-o", "{new}", "--structure", "lowrank", "--keep", "0.5"), "low_rank"),
+    "sizes that don't fit": (("compress", "{dense}", "-o", "{new}", *KRONY), "transformer.h.0.mlp.c_fc"),
+    "folder in use": (("compress", "{dense}", "-o", "{dense}", "--structure", "low_rank", "--keep", "0.5"), "--overwrite"),
+    "missing text": (("evaluate", "{dense}", "--text", "{new}.txt"), "there is no file"),
+    "unknown dtype": (("generate", "{dense}", "the", "--dtype", "float99"), "float99"),
+    "unknown device": (("generate", "{dense}", "the", "--device", "abacus"), "abacus"),
+    "window too long": (("evaluate", "{dense}", "--text", "{dense}/text.txt", "--window", "64"), "context of 32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
+    arguments, wanted = WRONG[name]
+    before = sorted(path.name for path in dense.iterdir())
+    status, _, err = call(*(part.format(dense=dense, new=tmp_path / "new") for part in arguments))
+    assert status == 2 and wanted in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert sorted(path.name for path in dense.iterdir()) == before and not (tmp_path / "new").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tenfold", "inspect", "./nothing", "--debug"])
+    with pytest.raises(FileNotFoundError):
+        tenfold_cli.main()

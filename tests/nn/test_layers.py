@@ -1,0 +1,323 @@
+"""Layers: they compute what their dense twins do, and carry their factors through casts, copies and checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tenfold.nn import Adapter, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
+from tenfold.structure import BlockTrain, Kronecker, LowRank, Placed, Stacked, TensorTrain
+
+OUT, IN = 12, 8
+STRUCTURES = {
+    "low_rank": LowRank(out_features=OUT, in_features=IN, rank=3),
+    "kronecker": Kronecker(outs=(4, 3), ins=(2, 4), terms=2),
+    "tensor_train": TensorTrain(outs=(2, 3, 2), ins=(2, 2, 2), ranks=(3, 2)),
+    "block_train": BlockTrain(outs=(4, 3), ins=(4, 2), rank=2),
+    "stacked": Stacked(parts=(LowRank(out_features=6, in_features=IN, rank=2), Kronecker(outs=(3, 2), ins=(4, 2)))),
+    "placed": Placed(base=LowRank(out_features=9, in_features=6, rank=2), out_features=OUT, in_features=IN),
+}
+each = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+TRAIN = STRUCTURES["tensor_train"]
+
+
+def linear(structure, **more):
+    layer = FactorizedLinear(structure, **more)
+    layer.set_factors(structure.init(1.0))
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def embedding(structure, **more):
+    layer = FactorizedEmbedding(structure, **more)
+    layer.set_factors(structure.init(1.0))
+    return layer
+
+
+def dense_gradients(layer, function, *given):
+    """Gradients of the factors by way of ``W`` alone."""
+    factors = {name: value.detach().clone() for name, value in layer.factors().items()}
+    leaves = {name: value.requires_grad_() for name, value in factors.items() if value.is_floating_point()}
+    return torch.autograd.grad(function(layer.structure.dense(factors), *given).square().sum(), list(leaves.values()))
+
+
+# FactorizedLinear ----------------------------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3), (40,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_multiplies_by_its_matrix(structure, rows, bias):
+    layer, x = linear(structure, bias=bias), torch.randn(*rows, IN)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense(), layer.bias))
+    assert (layer.bias is not None) == bias
+
+
+@each
+def test_gradients_are_those_of_the_matrix(structure):
+    layer, x = linear(structure, bias=False), torch.randn(7, IN)
+    layer(x).square().sum().backward()
+    for ours, dense in zip(layer.parameters(), dense_gradients(layer, lambda w: x @ w.T), strict=True):
+        torch.testing.assert_close(ours.grad, dense)
+
+
+@each
+def test_parameters_and_buffers_have_the_names_of_the_factors(structure):
+    layer = linear(structure)
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    assert {name: p.shape for name, p in parameters.items()} == structure.factor_shapes() | {"bias": (OUT,)}
+    assert {name: b.shape for name, b in buffers.items()} == structure.index_shapes()
+    twin = linear(structure)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(3, IN)
+    assert torch.equal(twin(x), layer(x))
+    assert repr(layer) == f"FactorizedLinear({structure!r})"
+
+
+def test_wrong_factors_are_refused():
+    factors = TRAIN.init(1.0)
+    with pytest.raises(ValueError, match=r"factor 'core_1' has shape \(3, 3, 2, 1\)"):
+        FactorizedLinear(TRAIN).set_factors(factors | {"core_1": factors["core_1"][..., :1]})
+
+
+@each
+def test_index_maps_stay_int32_in_every_type(structure):
+    layer = linear(structure).to(torch.bfloat16)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert all(b.dtype == torch.int32 for b in layer.half().double().buffers())
+    assert layer(torch.randn(3, IN, dtype=torch.float64)).dtype == torch.float64
+
+
+@each
+@pytest.mark.parametrize("kind", [FactorizedLinear, FactorizedEmbedding])
+def test_the_weight_tells_shape_and_type_and_nothing_else(structure, kind):
+    weight = kind(structure, dtype=torch.bfloat16).weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((OUT, IN), torch.bfloat16, "meta")
+    assert weight._is_hf_initialized
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (weight + torch.ones(OUT, IN, dtype=torch.bfloat16)).sum().item()
+    nn.init.normal_(weight)  # what initialisers do to it has no effect
+
+
+@each
+def test_a_layer_is_compiled_as_one_graph(structure):
+    layer, x = linear(structure), torch.randn(6, IN)
+    layer(x).sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    torch._dynamo.reset()
+
+
+def test_frozen_factors_are_not_trained_and_are_frozen_again_after_a_load():
+    layer = linear(TRAIN, frozen=("core_0", "bias"))
+    assert all(p.requires_grad for p in layer.parameters())  # until freeze is called
+    layer.freeze()
+    assert {name for name, p in layer.named_parameters() if not p.requires_grad} == {"core_0", "bias"}
+    layer.core_0 = nn.Parameter(layer.core_0.detach())  # what transformers does
+    layer.freeze()
+    assert not layer.core_0.requires_grad
+
+
+# FactorizedEmbedding -------------------------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_an_embedding_looks_up_rows_and_its_head_multiplies(structure, scale):
+    layer, ids = embedding(structure, scale=scale), torch.tensor([[0, 11, 3], [3, 3, 5]])
+    torch.testing.assert_close(layer(ids), layer.dense()[ids] * scale)
+    states = torch.randn(2, 3, IN)
+    torch.testing.assert_close(layer(states, as_head=True), states @ layer.dense().T)  # without the scale
+
+
+@each
+def test_gradients_of_an_embedding_are_those_of_the_matrix(structure):
+    layer, ids = embedding(structure), torch.tensor([0, 11, 3, 3])
+    layer(ids).square().sum().backward()
+    for ours, dense in zip(layer.parameters(), dense_gradients(layer, lambda w: w[ids]), strict=True):
+        torch.testing.assert_close(ours.grad, dense)
+
+
+@each
+def test_a_token_outside_of_the_vocabulary_is_refused(structure):
+    with pytest.raises((IndexError, RuntimeError)):
+        embedding(structure)(torch.tensor([OUT]))
+
+
+def test_the_row_of_padding_is_a_row_like_any_other():
+    layer = embedding(TRAIN, padding_idx=4)
+    assert (layer.padding_idx, layer.num_embeddings, layer.embedding_dim) == (4, OUT, IN)
+    torch.testing.assert_close(layer(torch.tensor([4])), layer.dense()[4:5])
+    layer(torch.tensor([4])).sum().backward()
+    assert layer.core_0.grad.abs().sum() > 0  # factors have no row of padding to leave out
+
+
+def test_the_scale_is_rounded_to_the_type():
+    layer = embedding(TRAIN, scale=3.3).to(torch.bfloat16)
+    rows = TRAIN.rows(layer.factors(), torch.arange(OUT))
+    assert torch.equal(layer(torch.arange(OUT)), rows * torch.tensor(3.3).bfloat16())
+
+
+# second names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_head_has_no_matrix_and_follows_the_embedding(bias):
+    layer = embedding(TRAIN, scale=2.0)
+    head = TiedHead(layer, nn.Parameter(torch.randn(OUT)) if bias else None)
+    states = torch.randn(5, IN)
+    torch.testing.assert_close(head(states), nn.functional.linear(states, layer.dense(), head.bias))
+    assert [name for name, _ in head.named_parameters()] == ["bias"] * bias
+    assert (head.in_features, head.out_features, head.weight.shape) == (IN, OUT, (OUT, IN))
+    with torch.no_grad():
+        layer.core_0.mul_(2)
+    torch.testing.assert_close(head(states), nn.functional.linear(states, layer.dense(), head.bias))
+    head.attach(other := embedding(TRAIN))
+    torch.testing.assert_close(head.dense(), other.dense())
+
+
+def test_a_tied_embedding_is_the_embedding():
+    layer, ids = embedding(TRAIN, scale=2.0), torch.tensor([1, 2])
+    second = TiedEmbedding(layer)
+    assert torch.equal(second(ids), layer(ids))
+    assert not list(second.parameters())
+
+
+def test_hooks_of_the_embedding_fire_for_its_head():
+    """Offloading and FSDP bring the factors in a hook of the module that owns them."""
+    layer, calls = embedding(TRAIN), []
+    layer.register_forward_pre_hook(lambda *_: calls.append("embedding"))
+    TiedHead(layer)(torch.randn(1, IN))
+    TiedEmbedding(layer)(torch.tensor([0]))
+    assert calls == ["embedding"] * 2
+
+
+# SharedFactors -------------------------------------------------------------------------------------------------------
+
+
+GROUPS = ("first", "first", "second", "second")
+
+
+def two_groups():
+    """Four layers, the middle core shared by two and two."""
+    torch.manual_seed(3)
+    container = SharedFactors(dict.fromkeys(GROUPS, (3, 3, 2, 2)))
+    layers = nn.ModuleList(FactorizedLinear(TRAIN, shared={"core_1": key}) for key in GROUPS)
+    model = nn.ModuleDict({"container": container, "layers": layers})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    for layer in layers:
+        layer.attach(container)
+    return model
+
+
+def run(model, x):
+    for layer in model["layers"]:
+        x = layer(x)[..., :IN]
+    return x
+
+
+def test_layers_of_one_group_share_one_tensor_and_groups_do_not():
+    model = two_groups()
+    names = [name for name, _ in model.named_parameters()]
+    assert names[:2] == ["container.first", "container.second"]
+    assert not any(name.endswith("core_1") for name in names)
+    assert sum(p.numel() for p in model.parameters()) == 4 * (TRAIN.numel - 36 + OUT) + 2 * 36
+    for layer, key in zip(model["layers"], GROUPS, strict=True):
+        assert layer.factors()["core_1"] is model["container"].get_parameter(key)
+
+
+def test_a_shared_tensor_collects_the_gradients_of_its_layers():
+    model, x = two_groups(), torch.randn(5, IN)
+    run(model, x).square().sum().backward()
+    cores = [model["container"].first.detach().clone().requires_grad_() for _ in range(2)]
+    y = x
+    for layer, core in zip(model["layers"], [*cores, None, None], strict=True):
+        factors = layer.factors() | ({} if core is None else {"core_1": core})
+        y = nn.functional.linear(y, TRAIN.dense(factors), layer.bias)[..., :IN]
+    y.square().sum().backward()
+    torch.testing.assert_close(model["container"].first.grad, cores[0].grad + cores[1].grad)
+
+
+def test_copies_and_casts_keep_to_their_own_container():
+    model, x = two_groups(), torch.randn(5, IN)
+    before, twin = run(model, x), copy.deepcopy(model)
+    assert twin["layers"][0]._container[0] is twin["container"]
+    nn.init.zeros_(twin["container"].first)
+    assert torch.equal(run(model, x), before)
+    assert run(twin.double(), x.double()).dtype == torch.float64
+    other = two_groups()
+    nn.init.zeros_(other["container"].first)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other, x), before)
+
+
+def test_a_shared_factor_is_frozen_where_it_lies_and_not_set_by_one_layer():
+    model = two_groups()
+    layer = model["layers"][0]
+    layer.frozen = ("core_1",)
+    layer.freeze()
+    assert not model["container"].first.requires_grad
+    assert model["container"].second.requires_grad
+    kept = model["container"].first.clone()
+    layer.set_factors(TRAIN.init(1.0))
+    assert torch.equal(model["container"].first, kept)
+
+
+def test_a_layer_that_shares_everything_knows_its_type():
+    structure = Kronecker(outs=(4, 3), ins=(2, 4))
+    layer = FactorizedLinear(structure, bias=False, shared={"outer": "a", "inner": "b"})
+    layer.attach(SharedFactors({"a": (1, 4, 2), "b": (1, 3, 4)}, dtype=torch.bfloat16))
+    assert layer.weight.dtype == torch.bfloat16
+    assert not list(layer.parameters())
+
+
+# Adapter -------------------------------------------------------------------------------------------------------------
+
+
+def adapted():
+    yield "linear", nn.Linear(IN, OUT)
+    yield "linear-no-bias", nn.Linear(IN, OUT, bias=False)
+    yield from ((name, linear(structure)) for name, structure in STRUCTURES.items())
+
+
+@pytest.mark.parametrize("layer", [layer for _, layer in adapted()], ids=[name for name, _ in adapted()])
+def test_an_adapter_starts_as_its_layer_and_trains_only_itself(layer):
+    x, dense = torch.randn(6, IN), layer.weight.detach() if isinstance(layer, nn.Linear) else layer.dense().detach()
+    adapter = Adapter(layer, rank=2, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(adapter(x), layer(x))
+    trained = {name for name, p in adapter.named_parameters() if p.requires_grad}
+    assert trained == {"part_1_left", "part_1_right"}
+    assert adapter.part_1_right.std() > 0
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapter(x).square().sum().backward()
+        optimizer.step()
+    expected = dense + adapter.part_1_left @ adapter.part_1_right
+    torch.testing.assert_close(adapter(x), nn.functional.linear(x, expected, adapter.bias))
+    assert not torch.allclose(adapter.dense(), dense)
+    for name, value in layer.named_parameters():
+        assert torch.equal(value, before[name])
+        assert value.requires_grad
+
+
+def test_an_adapter_keeps_the_type_of_its_layer():
+    adapter = Adapter(nn.Linear(IN, OUT).to(torch.bfloat16), rank=1)
+    assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_beside_what_it_can_not_hold_is_refused():
+    with pytest.raises(ValueError, match=r"^the layer shares \['core_1'\]; add the adapter in the recipe"):
+        Adapter(two_groups()["layers"][0], rank=1)
+    with pytest.raises(ValueError, match=r"not Conv2d; fold it$"):
+        Adapter(nn.Conv2d(1, 1, 1), rank=1)
