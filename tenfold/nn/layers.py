@@ -55,10 +55,8 @@ class _Factorized(nn.Module):
 
     def factors(self) -> Factors:
         """The factors by name, shared ones fetched from their container."""
-        return {
-            name: self._container[0](self.shared[name]) if name in self.shared else getattr(self, name)
-            for name in self._names
-        }
+        shared = {name: self._container[0](key).to(self.dtype) for name, key in self.shared.items()}
+        return {name: getattr(self, name) for name in self._names if name not in shared} | shared
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
@@ -88,7 +86,7 @@ class _Factorized(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the factors."""
+        """That of the factors; in half precision T5 keeps some layers in float32, but not what they share."""
         holder = next(self.parameters(), None)
         return next(self._container[0].parameters()).dtype if holder is None else holder.dtype
 

@@ -26,6 +26,22 @@ class Sum(Structure, kind="sum"):
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         return spec | {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
 
+    @classmethod
+    def is_open(cls, spec: dict) -> bool:
+        return any(Structure.family(part.get("kind")).is_open(part) for part in spec.get("parts", ()))
+
+    @classmethod
+    def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """What the fixed parts leave of the budget goes to the open ones in equal shares."""
+        fixed = [not Structure.family(part.get("kind")).is_open(part) for part in spec["parts"]]
+        made = [cls.for_shape(out, inner, part) if own else None for own, part in zip(fixed, spec["parts"], strict=True)]
+        left = budget - sum(part.numel for part in made if part is not None)
+        for k, part in enumerate(spec["parts"]):
+            if made[k] is None:
+                made[k] = cls.within(out, inner, part, left / made.count(None))
+                left -= made[k].numel
+        return cls(parts=tuple(made))
+
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
             raise ValueError(f"the parts of a sum must be matrices of one shape, not {[part.shape for part in self.parts]}")
@@ -134,6 +150,15 @@ class Placed(Structure, kind="placed"):
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         return {"out_features": out, "in_features": inner} | _based(out, inner, spec)
+
+    @classmethod
+    def is_open(cls, spec: dict) -> bool:
+        return "base" in spec and Structure.family(spec["base"].get("kind")).is_open(spec["base"])
+
+    @classmethod
+    def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """A base of the full shape grows; permutations cost nothing."""
+        return cls.for_shape(out, inner, spec | {"base": cls.within(out, inner, spec["base"], budget).to_json()})
 
     def check(self) -> None:
         out, inner = self.base.shape

@@ -174,9 +174,9 @@ def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
             factor, labels = factor[tuple(at[label] for label in looked)], (ROWS, *inner)
         picked.append(factor)
         inputs.append(labels)
-    sizes = (*diagram.sizes, (ROWS, bucket(len(index))))
+    sizes = (*diagram.sizes, (ROWS, bucket(index.shape[0])))
     plan = _known_plan(tuple(inputs), (ROWS, *diagram.ins), sizes)
-    return run(plan, picked).reshape(len(index), diagram.shape[1])
+    return run(plan, picked).reshape(index.shape[0], diagram.shape[1])
 
 
 def lookup_flops(diagram: Diagram, rows: int) -> int:
@@ -199,15 +199,17 @@ def apply(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
 
 
 def bucket(rows: int) -> int:
-    """The number of rows that a call with ``rows`` rows is planned for."""
+    """The number of rows that a call with ``rows`` rows is planned for; an exported program has one plan, no branch."""
+    if torch.compiler.is_exporting():
+        return BUCKETS[-1]
     return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
 
 
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
-    first, second = _known_forward_plans(diagram, bucket(len(x)))
-    folded = x.reshape(len(x), *diagram.shape_of(diagram.ins))
+    first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
+    folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None:
-        return run(first, [folded, *factors]).reshape(len(x), diagram.shape[0])
+        return run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape))
 
 
@@ -236,7 +238,7 @@ class _Apply(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         needs, diagram = ctx.needs_input_grad[1:], ctx.diagram
         with torch.autocast(x.device.type, enabled=False):
-            if _through_dense(diagram, bucket(len(x))):
+            if _through_dense(diagram, bucket(x.shape[0])):
                 return None, *_dense_gradient(diagram, x, factors, dy, needs)
             return None, *_gradients(lambda x, *f: _forward(diagram, list(f), x), (x, *factors), dy, needs)
 

@@ -40,7 +40,7 @@ from tenfold.structure.base import Factors
 from tenfold.structure.combinators import Placed
 from tenfold.structure.kronecker import Kronecker
 
-LARGEST = 2048  # rows in one exchange; of more so many are drawn, for an assignment costs up to the cube of them
+LARGEST = 512  # rows in one exchange; of more, so many are drawn: the price of an assignment is nearly cubic in them
 HOT, COLD = 0.3, 0.003  # temperatures of annealing, in spreads of the change that one swap makes
 SIDES = ("rows", "columns")
 
@@ -339,8 +339,8 @@ class KroneckerBase(AnyBase):
         return torch.stack([reduce(torch.kron, term).flatten() for term in zip(*parts, strict=True)])
 
     def exchanges(self, side: str) -> int:
-        """Twice the rows of a block: each is drawn twice in a round on average."""
-        return 2 * self.block[side]
+        """Twice the rows of a block, and more where one exchange can't hold a row of every block."""
+        return 2 * self.block[side] * max(1, len(self.groups[side]) // LARGEST)
 
     def exchange(self, side: str, generator: torch.Generator) -> Exchange:
         """One row ``x (c d)`` of every block: at ``(a, b)`` it costs ``x^T Q[b, b] x + 2 x^T sum_b' Q[b, b'] x[a, b']``.

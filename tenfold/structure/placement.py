@@ -88,4 +88,4 @@ class Placement:
 
 def _spread(y: Tensor, index: Tensor, size: int) -> Tensor:
     """``y (n, k)`` at the columns ``index`` of zeros ``(n, size)``."""
-    return y.new_zeros(len(y), size).scatter(-1, index.expand(y.shape), y)  # index_copy would keep y for backward
+    return y.new_zeros(y.shape[0], size).scatter(-1, index.expand(y.shape), y)  # index_copy would keep y for backward

@@ -211,6 +211,32 @@ def test_at_its_bound_a_structure_holds_every_matrix(spec, shape):
     assert min((w - fitted).norm() for fitted in fits) < 1e-6 * w.norm()
 
 
-def test_what_does_not_grow_has_no_budget():
-    with pytest.raises(ValueError, match="dense has no rank"):
-        Structure.within(8, 8, {"kind": "dense"}, 64)
+def test_a_sum_gives_what_its_fixed_parts_leave_to_the_open_ones():
+    fixed, low, terms = {"kind": "low_rank", "rank": 2}, {"kind": "low_rank"}, {"kind": "kronecker"}
+    found = Structure.within(24, 36, {"kind": "sum", "parts": [fixed, low, terms]}, 600)
+    assert found.parts[0] == LowRank(out_features=24, in_features=36, rank=2)
+    assert found.parts[1] == Structure.within(24, 36, low, (600 - 120) / 2)
+    assert found.parts[2] == Structure.within(24, 36, terms, 600 - 120 - found.parts[1].numel)
+    assert found.numel <= 600
+
+
+def test_a_placed_matrix_grows_as_its_base_does():
+    found = Structure.within(24, 36, {"kind": "placed", "base": {"kind": "low_rank"}}, 600)
+    assert found == Placed(base=LowRank(out_features=24, in_features=36, rank=10), out_features=24, in_features=36)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "dense"},
+        {"kind": "low_rank", "rank": 2},
+        {"kind": "tensor_train", "outs": [4, 2], "ins": [4, 2], "ranks": [3]},
+        {"kind": "sum", "parts": [{"kind": "low_rank", "rank": 2}]},
+        {"kind": "placed", "base": {"kind": "low_rank", "rank": 2}},
+        {"kind": "placed"},
+        {"kind": "sum"},
+    ],
+)
+def test_what_does_not_grow_has_no_budget(spec):
+    with pytest.raises(ValueError, match=f"{spec['kind']}.* no rank open"):
+        Structure.within(8, 8, spec, 64)
