@@ -181,7 +181,7 @@ def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Fact
 def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | None) -> tuple[nn.Module, nn.Module]:
     """Swap the module of one site for an empty factorized one that keeps its bias; returns both."""
     path, old = entry.site.path, model.get_submodule(entry.site.path)
-    like = next(iter(old.factors().values())) if isinstance(old, FOLDED) else old.weight
+    like = old.like if isinstance(old, FOLDED) else old.weight
     given = {"shared": entry.shared, "frozen": entry.frozen, "device": like.device, "dtype": like.dtype}
     if isinstance(old, nn.Embedding | FactorizedEmbedding):
         scale = getattr(old, "scalar_embed_scale", getattr(old, "scale", 1.0))
@@ -203,8 +203,8 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
 def _fill(layer: FactorizedLinear | FactorizedEmbedding, factors: Factors) -> None:
     """Give ``layer`` its factors, the shared ones too."""
     layer.set_factors(factors)
-    for name in layer.shared:
-        layer.factors()[name].copy_(factors[name])
+    for name, key in layer.shared.items():
+        layer._container[0].get_parameter(key).copy_(factors[name])
 
 
 def _size(module: nn.Module) -> int:

@@ -116,13 +116,8 @@ def is_tied(model: PreTrainedModel) -> bool:
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or isinstance(head, TiedHead):
         return head is not None
-    name = f"{head_path(model)}.weight"
-    return name in tied_names(model) or getattr(head, "weight", 0) is getattr(embed, "weight", 1)
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """The parameters that transformers ties to another one, or another one to."""
-    return {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    name, ties = f"{head_path(model)}.weight", model.all_tied_weights_keys
+    return name in {*ties, *ties.values()} or getattr(head, "weight", 0) is getattr(embed, "weight", 1)
 
 
 def forget_tie(model: PreTrainedModel, name: str) -> None:

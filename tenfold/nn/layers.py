@@ -85,10 +85,15 @@ class _Factorized(nn.Module):
         return weight
 
     @property
+    def like(self) -> Tensor:
+        """A factor, for its type and its device: one of its own, or a shared one if it has none."""
+        own = next(self.parameters(), None)
+        return next(self._container[0].parameters()) if own is None else own
+
+    @property
     def dtype(self) -> torch.dtype:
         """That of the factors; in half precision T5 keeps some layers in float32, but not what they share."""
-        holder = next(self.parameters(), None)
-        return next(self._container[0].parameters()).dtype if holder is None else holder.dtype
+        return self.like.dtype
 
     def extra_repr(self) -> str:
         return repr(self.structure)

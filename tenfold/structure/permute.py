@@ -109,7 +109,7 @@ def _solver() -> Callable:
 def _starts(first: Trial, rounds: int, seed: int) -> Iterator[Orders]:
     """Orders to start from, the most promising ones first."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = ({side: torch.randperm(n, generator=generator) for side, n in first.lengths.items()} for _ in repeat(0))
+    drawn = ({s: torch.randperm(first.lengths[s], generator=generator) for s in first.sides} for _ in repeat(0))
     return chain(first.staged(rounds, seed), [first.by_norm(), {}], drawn)
 
 
@@ -307,8 +307,8 @@ class KroneckerBase(AnyBase):
         return few.reshape(-1, weight.shape[1])
 
     def begin(self, orders: Orders) -> None:
-        identity = {side: torch.arange(length) for side, length in self.lengths.items()}
-        self.groups = {side: self._grouped(order, side).clone() for side, order in (identity | orders).items()}
+        identity = {side: orders.get(side, torch.arange(length)) for side, length in self.lengths.items()}
+        self.groups = {side: self._grouped(order, side).clone() for side, order in identity.items()}
         moved = self.source
         for axis, side in enumerate(SIDES):
             if side in self.sides:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.plan import Heal
-from tenfold.train.trainer import Progress, Windows, training_arguments
+from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
 
 
 def heal(
@@ -64,7 +64,7 @@ def heal(
             trainer.add_callback(Progress(advance))
         begun = time.perf_counter()
         trainer.train()
-    model.eval()
+    unwrapped(trainer).eval()
     steps = trainer.state.global_step
     return {
         "steps": steps,

@@ -20,7 +20,7 @@ from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.plan import Recipe, load_recipe, make_plan
 from tenfold.models.replace import replace
 from tenfold.train.optimizer import MuonAdamW
-from tenfold.train.trainer import Progress, Windows, training_arguments
+from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
 
 END = "<|endoftext|>"
 
@@ -77,7 +77,7 @@ def pretrain(
         trainer.add_callback(Progress(advance))
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")) or None)
-    model.to(dtype).save_pretrained(folder)
+    unwrapped(trainer).to(dtype).save_pretrained(folder)
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
         "tokens": len(tokens) // length * length,

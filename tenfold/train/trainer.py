@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class Windows(torch.utils.data.Dataset):
@@ -52,3 +52,10 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "log_level": "error",
     }
     return TrainingArguments(**(defaults | more))
+
+
+def unwrapped(trainer: Trainer):
+    """The trained model with its own ``forward`` again: accelerate's would go on computing in bfloat16."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+    return model

@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+import transformers
 from folding import EMBED, KRONECKER, LOW_RANK, MLP, TRAIN, fold, reference, rules
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import tenfold.models.hub
 from tenfold.models.cost import count
 from tenfold.models.replace import CONTAINER, densify
+from tenfold.models.sites import FOLDED
 from tenfold.models.stored import describe
 from tenfold.nn import Adapter, FactorizedLinear, TiedHead
 
@@ -76,6 +85,16 @@ def test_offloaded_parts_are_read_from_disk_when_they_are_used(away, mixed, tmp_
     again = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert torch.equal(toys.logits(again), expected)
     assert torch.equal(toys.logits(again), expected)  # and once more, after they went back
+
+
+def test_what_does_not_fit_into_memory_is_read_from_disk_and_can_be_saved(mixed, tmp_path):
+    _, expected, folder = mixed
+    how = {"device_map": "auto", "max_memory": {"cpu": 30_000}, "offload_folder": tmp_path / "offload"}
+    again = AutoModelForCausalLM.from_pretrained(folder, **how)
+    assert "disk" in again.hf_device_map.values()
+    assert torch.equal(toys.logits(again), expected)
+    again.save_pretrained(tmp_path / "saved")
+    assert torch.equal(toys.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
 
 
 def test_a_model_that_was_loaded_is_saved_as_it_was(mixed, tmp_path):
@@ -139,9 +158,10 @@ def test_a_fresh_process_that_imports_tenfold_reads_the_same_bits(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_fitted_in_float32_and_kept(dtype, tmp_path):
     """Nothing but the rounding of the factors is lost."""
-    model, plain = folded(recipe=MIXED, dtype=dtype), toys.build("gpt2").to(dtype)
-    floats = copy.deepcopy(plain).float()
-    fold(floats, MIXED)
+    plain = toys.build("gpt2").to(dtype)
+    model, floats = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    errors = [[change.error for change in fold(either, MIXED)] for either in (model, floats)]
+    assert errors[0] == errors[1]
     for name, value in floats.to(dtype).state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     model.save_pretrained(tmp_path)
@@ -150,6 +170,19 @@ def test_half_precision_is_fitted_in_float32_and_kept(dtype, tmp_path):
     assert torch.equal(toys.logits(again), toys.logits(model))
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(toys.logits(wide), toys.logits(reference(plain.float(), wide)))
+
+
+def test_layers_that_t5_keeps_in_float32_share_half_precision_factors(tmp_path):
+    shared = {"role": "mlp.out", "structure": TRAIN, "share": {"factors": ["core_1"]}}
+    toys.build("t5").save_pretrained(tmp_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    fold(model, [shared])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    layer = again.get_submodule("encoder.block.1.layer.1.DenseReluDense.wo")
+    assert (layer.core_0.dtype, layer.like.dtype) == (torch.float32, torch.float32)
+    assert {p.dtype for p in again.get_submodule(CONTAINER).parameters()} == {torch.float16}
+    assert torch.equal(toys.logits(again), toys.logits(model))
 
 
 def test_half_and_float_after_loading(mixed):
@@ -193,7 +226,10 @@ def test_a_deep_copy_shares_nothing_and_stays_whole(loaded):
         for parameter in twin.parameters():
             parameter.zero_()
     assert torch.equal(toys.logits(loaded), before)
-    assert not toys.logits(twin).any()  # the head asks the embedding of the copy, the layers its container
+    for layer in twin.modules():  # the head asks the embedding of the copy, the layers its container
+        if isinstance(layer, FOLDED):
+            assert not any(value.any() for value in layer.factors().values() if value.is_floating_point())
+    assert not twin.lm_head.dense().any()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(loaded):
@@ -263,11 +299,14 @@ def test_the_compiler_sees_one_graph(name, mixed, loaded):
     torch._dynamo.reset()
 
 
-def test_it_is_exported(loaded):
-    ids = toys.inputs(loaded)["input_ids"]
-    program = torch.export.export(loaded, (ids,), {"use_cache": False}, strict=False)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(ids, use_cache=False)[0], toys.logits(loaded))
+def test_it_is_exported_for_any_length(loaded):
+    given = {"input_ids": toys.inputs(loaded)["input_ids"], "use_cache": False}
+    dynamic = {"input_ids": {1: torch.export.Dim("length", min=2, max=60)}, "use_cache": None}
+    program = torch.export.export(loaded, (), given, dynamic_shapes=dynamic, strict=False).module()
+    for length in (2, 12, 60):
+        ids = torch.arange(2 * length).reshape(2, length) % 97
+        with torch.no_grad():
+            torch.testing.assert_close(program(input_ids=ids, use_cache=False)[0], loaded(ids)[0])
 
 
 # other heads, other forms ------------------------------------------------------------------------------------------
@@ -280,6 +319,32 @@ def test_another_head_takes_the_folded_layers_along(mixed):
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert torch.equal(toys.logits(classifier.transformer), toys.logits(model.transformer))
     assert classifier.score.weight.shape == (3, 32)
+
+
+@pytest.mark.parametrize("kind", ["T5EncoderModel", "T5ForSequenceClassification"])
+def test_parts_of_t5_take_the_folded_layers_along(kind, tmp_path):
+    """The second of them holds the whole of T5 under a name of its own, ties included."""
+    whole = folded("t5")
+    whole.save_pretrained(tmp_path)
+    part = getattr(transformers, kind).from_pretrained(tmp_path)
+    part.tie_weights()  # accelerate calls it
+    part.save_pretrained(tmp_path)
+    again = getattr(transformers, kind).from_pretrained(tmp_path)
+    ids = toys.inputs(whole)["input_ids"]
+    for model in (part, again):
+        assert torch.equal(model.get_encoder()(ids)[0], whole.encoder(ids)[0])
+
+
+def test_an_embedding_that_is_tied_to_the_head_is_folded_for_both(tmp_path):
+    """One class of transformers ties the other way round."""
+    torch.manual_seed(0)
+    model = transformers.OpenAIGPTDoubleHeadsModel(toys.config("openai-gpt")).eval()
+    assert model.all_tied_weights_keys == {"transformer.tokens_embed.weight": "lm_head.weight"}
+    dense = copy.deepcopy(model)
+    fold(model, [EMBED, MLP])
+    torch.testing.assert_close(toys.logits(model), toys.logits(reference(dense, model)))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(toys.logits(type(model).from_pretrained(tmp_path)), toys.logits(model))
 
 
 def test_a_base_model_is_saved_and_finds_its_head_again(mixed, tmp_path):

@@ -48,6 +48,9 @@ def test_healing_brings_the_model_nearer_to_its_teacher(tmp_path):
     seen = []
     settings = Heal(steps=12, learning_rate=5e-3, tokens_per_step=256)
     report = heal(student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda k, n: seen.append((k, n)))
+    student.save_pretrained(tmp_path / "healed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert torch.equal(*(m(input_ids=torch.arange(8)[None]).logits for m in (student, again))), "still in autocast"
     assert report["steps"] == 12 and report["tokens"] == 12 * 256 and seen[-1] == (12, 12)
     assert report["curve"][-1][1] < 0.6 * report["curve"][0][1] or report["curve"][-1][1] < 1e-3
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
