@@ -78,14 +78,15 @@ def search(
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r} of search; choose one of {', '.join(METHODS)}")
     _check(structure, weight)
-    assign, weight = _solver(), weight.double()
-    first = (KroneckerBase if isinstance(structure.base, Kronecker) else AnyBase)(structure, weight)
+    assign, kind = _solver(), KroneckerBase if isinstance(structure.base, Kronecker) else AnyBase
+    first = kind(structure, weight.detach().double().cpu())
     trials = [first]
     for number, orders in enumerate(islice(_starts(first, rounds, seed), starts)):
         generator = torch.Generator().manual_seed(seed + number)
         trials.append(first.begun(orders))
         METHODS[method](trials[-1], assign, generator, rounds, sweeps)
-    return min(trials, key=lambda trial: trial.lost).factors()
+    found = min(trials, key=lambda trial: trial.lost).factors()
+    return {name: value.to(weight.device) for name, value in found.items()}
 
 
 def _check(structure: Placed, weight: Tensor) -> None:
@@ -93,6 +94,8 @@ def _check(structure: Placed, weight: Tensor) -> None:
         raise ValueError(f"the weight has shape {tuple(weight.shape)} but {structure} is {structure.shape} (out, in)")
     if structure.base.shape != structure.shape:
         raise ValueError(f"a permutation needs whole maps, but the base is {structure.base.shape} of {structure.shape}")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or Inf; mend or leave out the matrix")
 
 
 def _solver() -> Callable:

@@ -55,7 +55,8 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
 
 
 def unwrapped(trainer: Trainer):
-    """The trained model with its own ``forward`` again: accelerate's would go on computing in bfloat16."""
+    """The trained model as it was before Trainer: its own ``forward``, not one in bfloat16, and its cache on."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.__dict__.pop("forward", None)
+    model.config.use_cache = True
     return model

@@ -220,6 +220,7 @@ def test_folded_saved_read_and_made_dense_again(name, untie, tmp_path):
     torch.testing.assert_close(toys.logits(plain), expected, rtol=1e-4, atol=1e-5)
     plain.save_pretrained(tmp_path)
     last = type(model).from_pretrained(tmp_path)
+    assert count(plain) == count(last)
     assert torch.equal(toys.logits(last), toys.logits(plain))
     assert count(last)["total"] == count(dense)["total"] + untie * dense.get_output_embeddings().weight.numel()
     assert [type(module) for module in last.modules()] == [type(module) for module in dense.modules()]

@@ -212,11 +212,13 @@ def loaded(mixed):
 def test_it_generates_with_and_without_a_cache(loaded):
     ids = torch.arange(3, 9)[None]
     how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    cached, plain = (loaded.generate(ids, use_cache=use, **how) for use in (True, False))
-    assert cached.shape == (1, 12)
-    assert torch.equal(cached, plain)
-    static = loaded.generate(ids, cache_implementation="static", disable_compile=True, **how)
-    assert torch.equal(static, cached)
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    plain = loaded.generate(ids, use_cache=False, **how)
+    assert plain.sequences.shape == (1, 12)
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        cached = loaded.generate(ids, **cache, **how)
+        assert torch.equal(cached.sequences, plain.sequences)
+        torch.testing.assert_close(cached.logits, plain.logits)
 
 
 def test_a_deep_copy_shares_nothing_and_stays_whole(loaded):
@@ -390,7 +392,8 @@ def test_a_dense_copy_needs_no_tenfold(mixed, tmp_path):
     assert not any(isinstance(module, FactorizedLinear | TiedHead) for module in again.modules())
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     torch.testing.assert_close(toys.logits(again), expected)
-    assert again.lm_head.weight is again.transformer.wte.weight
+    for one in (dense, again):
+        assert one.lm_head.weight is one.transformer.wte.weight
     assert count(again) == count(toys.build("gpt2"))
     assert hasattr(model.config, "quantization_config")  # the model that was copied is as it was
     assert torch.equal(toys.logits(model), expected)

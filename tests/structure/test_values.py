@@ -1,6 +1,8 @@
 """A structure is a value: it compares, hashes, prints as its own call and goes to JSON; and it says how to start."""
 
 import json
+from copy import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -25,8 +27,17 @@ def test_prints_as_its_own_call(structure):
     assert eval(repr(structure), vars(tenfold.structure)) == structure
 
 
-def test_values_differ():
-    assert len(set(ALL.values())) == len(ALL)
+@each(ALL)
+def test_every_number_counts(structure):
+    """Structures that differ in one field are not equal."""
+    for field in fields(structure):
+        value = getattr(structure, field.name)
+        if isinstance(value, int):
+            other = copy(structure)
+            object.__setattr__(other, field.name, not value if isinstance(value, bool) else value + 1)
+            assert other != structure
+            assert hash(other) != hash(structure)
+    assert list(ALL.values()).count(structure) == 1
 
 
 def test_every_family_is_a_case():

@@ -51,6 +51,7 @@ def test_healing_brings_the_model_nearer_to_its_teacher(tmp_path):
     student.save_pretrained(tmp_path / "healed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert torch.equal(*(m(input_ids=torch.arange(8)[None]).logits for m in (student, again))), "still in autocast"
+    assert student.config.use_cache, "Trainer turned the cache off"
     assert report["steps"] == 12 and report["tokens"] == 12 * 256 and seen[-1] == (12, 12)
     assert report["curve"][-1][1] < 0.6 * report["curve"][0][1] or report["curve"][-1][1] < 1e-3
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
