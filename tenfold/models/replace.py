@@ -264,8 +264,10 @@ def _plain(like: nn.Module, module: FactorizedLinear | FactorizedEmbedding) -> n
         new = nn.Linear(module.in_features, module.out_features, getattr(like, "bias", None) is not None)
     new = new.to(device=weight.device, dtype=weight.dtype)
     new.weight.copy_(weight)
-    if getattr(new, "bias", None) is not None:  # a bias that the recipe dropped comes back as zeros
-        new.bias.zero_() if module.bias is None else new.bias.copy_(module.bias)
+    if getattr(module, "bias", None) is not None:
+        new.bias = module.bias  # the parameter itself: BERT's head shares it
+    elif getattr(new, "bias", None) is not None:
+        new.bias.zero_()  # the recipe has dropped it
     return new
 
 

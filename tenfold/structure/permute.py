@@ -3,24 +3,24 @@
 ``minimise || W[rows][:, columns] - What ||_F^2`` over both permutations and the factors of ``What``.
 
 Reference: TQCompressor, arXiv 2401.16367. Of its search the published code holds a signature only (five iterations,
-"annealing" or "random"); all it does is to draw random permutations, and the weights come from a checkpoint. Rebuilt
+"annealing" or "random"): all it does is to draw random permutations, and the weights come from a checkpoint. Rebuilt
 here is an alternation of two steps that never raise the error:
 
 1. *Fit*: the factors for the order at hand.
 2. *Exchange*: choose rows that may trade places, and assign them to these places at the least cost (a linear
    assignment). Columns likewise.
 
-The plain exchange holds ``What`` fixed: place ``s`` costs row ``i`` the distance ``||w_i - What_s||^2``. It stalls early,
-because ``What`` was fitted to the rows where they are; only bases without a formula of their own are left with it
-(:class:`AnyBase`). For sums of Kronecker products the largest factor is eliminated (:class:`KroneckerBase`): ``W`` is cut
-into blocks ``x[a, c] (b d)``, the other factors span a space of blocks with projection ``P``, and the best largest factor
-leaves
+The plain exchange holds ``What`` fixed: place ``s`` costs row ``i`` the distance ``||w_i - What_s||^2``. It stalls
+early, because ``What`` was fitted to the rows where they are, and is left to bases without a better one
+(:class:`AnyBase`). For sums of Kronecker products the largest factor is eliminated (:class:`KroneckerBase`): ``W`` is
+cut into blocks ``x[a, c] (b d)``, the other factors span a space of blocks with projection ``P``, and the best largest
+factor leaves
 
     sum over a, c of  x[a, c]^T (1 - P) x[a, c].
 
-If no two of the chosen rows lie in one block, then this sum is linear in their assignment: the exchange is exact although
+If no two of the chosen rows lie in one block, this sum is linear in their assignment: the exchange is exact although
 the largest factor follows every move. One row of every block is drawn anew each time, so the search ends only where no
-such draw (a transversal of the blocks) can be improved.
+such draw (a transversal of the blocks) can be improved. That is still a local optimum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import chain, islice, repeat
 from typing import Self
 
@@ -41,7 +41,8 @@ from tenfold.structure.combinators import Placed
 from tenfold.structure.kronecker import Kronecker
 
 LARGEST = 512  # rows in one exchange; of more, so many are drawn: the price of an assignment is nearly cubic in them
-HOT, COLD = 0.3, 0.003  # temperatures of annealing, in spreads of the change that one swap makes
+MOST = 16  # exchanges of one side in one round: what blocks with many rows would need is too much
+HOT, COLD = 0.3, 0.003  # temperatures of annealing, in root mean squares of the changes that swaps make
 SIDES = ("rows", "columns")
 
 Orders = dict[str, Tensor]  # side -> which row (column) of W lies at each place
@@ -63,8 +64,8 @@ def search(
         structure: a base with whole maps: of rows, of columns, or of both.
         rounds: of fits and exchanges, from every start.
         method: "alternate", or "anneal", which swaps at random first, ever more rarely for the worse.
-        starts: how many orders are tried. The first is by falling norm (with three factors or more: the nearest pairing,
-            then a pairing of the pairs, as in the paper's two stages), then come the identity and random ones.
+        starts: how many orders are tried: by falling norm, the identity, then random ones. With three factors or more
+            the first is the one that the paper's two stages find: a pairing, then a pairing of the pairs.
         sweeps: of annealing; each may swap every chosen row with another one.
         seed: the same seed gives the same result.
 
@@ -106,17 +107,11 @@ def _solver() -> Callable:
     return linear_sum_assignment
 
 
-# where to start ---------------------------------------------------------------------------------------------------
-
-
 def _starts(first: Trial, rounds: int, seed: int) -> Iterator[Orders]:
     """Orders to start from, the most promising ones first."""
     generator = torch.Generator().manual_seed(seed)
     drawn = ({s: torch.randperm(first.lengths[s], generator=generator) for s in first.sides} for _ in repeat(0))
     return chain(first.staged(rounds, seed), [first.by_norm(), {}], drawn)
-
-
-# the two methods --------------------------------------------------------------------------------------------------
 
 
 def alternate(trial: Trial, assign: Callable, generator: torch.Generator, rounds: int, sweeps: int = 0) -> None:
@@ -132,12 +127,11 @@ def alternate(trial: Trial, assign: Callable, generator: torch.Generator, rounds
 
 def anneal(trial: Trial, assign: Callable, generator: torch.Generator, rounds: int, sweeps: int) -> None:
     """Random swaps, a worse one with probability ``exp(-growth / temperature)``, then the alternation."""
-    spread = {side: trial.exchange(side, generator).spread(generator) for side in trial.sides}
     for sweep in range(sweeps):
+        heat = HOT * (COLD / HOT) ** (sweep / sweeps)
         for side in trial.sides:
             exchange = trial.exchange(side, generator)
-            temperature = spread[side] * HOT * (COLD / HOT) ** (sweep / sweeps)
-            trial.move(side, exchange, exchange.swapped(temperature, generator))
+            trial.move(side, exchange, exchange.swapped(heat, generator))
     alternate(trial, assign, generator, rounds)
 
 
@@ -166,51 +160,27 @@ class Exchange:
         costs = self.own.float() + 2 * self.items.float() @ self.pulls.float().T
         return torch.from_numpy(assign(costs.T.numpy())[1])
 
-    def swapped(self, temperature: float, generator: torch.Generator) -> Tensor:
-        """One Metropolis step for every pair of a random pairing: the pairs have no place in common, so costs add."""
-        order, here = _pairing(len(self.items), generator), torch.arange(len(self.items))
+    def swapped(self, heat: float, generator: torch.Generator) -> Tensor:
+        """One Metropolis step for every pair of a random pairing: the pairs have no place in common, so gains add."""
+        here = torch.arange(len(self.items))
+        drawn, order = torch.randperm(len(here), generator=generator), here.clone()
+        one, other = drawn[: len(here) // 2], drawn[len(here) // 2 : len(here) // 2 * 2]
+        order[one], order[other] = other, one
         gains = self.gains(order)
-        draws = torch.rand(len(order), generator=generator, dtype=gains.dtype)
-        accepted = temperature * draws[torch.minimum(here, order)].log() < gains + gains[order]
-        return torch.where(accepted, order, here)
-
-    def spread(self, generator: torch.Generator) -> float:
-        """The root mean square of the changes that random swaps make."""
-        order = _pairing(len(self.items), generator)
-        gains = self.gains(order)
-        return float((gains + gains[order]).square().mean().sqrt())
-
-
-def _pairing(count: int, generator: torch.Generator) -> Tensor:
-    """A random permutation that is its own inverse; of an odd number one stays."""
-    drawn, order = torch.randperm(count, generator=generator), torch.arange(count)
-    one, other = drawn[: count // 2], drawn[count // 2 : count // 2 * 2]
-    order[one], order[other] = other, one
-    return order
-
-
-def _drawn(count: int, generator: torch.Generator) -> Tensor:
-    """All numbers below ``count``, or as many random ones as one exchange may hold."""
-    return torch.arange(count) if count <= LARGEST else torch.randperm(count, generator=generator)[:LARGEST]
-
-
-# what is searched -------------------------------------------------------------------------------------------------
+        gains = gains + gains[order]
+        draws = torch.rand(len(order), generator=generator, dtype=gains.dtype)[torch.minimum(here, order)]
+        return torch.where(heat * gains.square().mean().sqrt() * draws.log() < gains, order, here)
 
 
 class AnyBase:
-    """An order of ``W`` for any base, with the best factors known for it and the squared error ``lost`` that they leave.
+    """An order of ``W``, the best factors known for it, and the squared error ``lost`` that they leave."""
 
-    Exchanges hold ``What`` fixed, so they cost only what a fit costs, and stall early.
-    """
-
-    def __init__(self, structure: Placed, weight: Tensor):
-        self._know(structure, weight)
-        self.begin({})
-
-    def _know(self, structure: Placed, weight: Tensor) -> None:
+    def __init__(self, structure: Placed, weight: Tensor, block: dict[str, int] | None = None):
         self.structure, self.weight = structure, weight
         self.lengths = dict(zip(SIDES, structure.shape, strict=True))
-        self.sides = tuple(side for side in SIDES if getattr(structure, f"map_{side}"))
+        self.block = block or self.lengths  # within blocks of one row the order of rows makes no difference
+        self.sides = [side for side in SIDES if getattr(structure, f"map_{side}") and self.block[side] > 1]
+        self.begin({})
 
     def begun(self, orders: Orders) -> Self:
         """Another trial, with these orders; a side without one stays as it is."""
@@ -229,14 +199,12 @@ class AnyBase:
         maps = {side: self.orders[side].int() for side in self.sides}
         nearest = self.structure.base.optimal
         if self.current is None or nearest:
-            self.current = self.structure.fitted(self.weight, *self.orders.values()) or self._noise()
+            start = self.structure.fitted(self.weight, *self.orders.values())
+            self.current = start or self.structure.init(1.0, torch.Generator().manual_seed(0), torch.float64)
         self.current = self.current | maps
         if not nearest:
             self.current = self.structure.fit(self.weight, start=self.current, sweeps=5)
         self.lost = float((self.weight - self.structure.dense(self.current)).square().sum())
-
-    def _noise(self) -> Factors:
-        return self.structure.init(float(self.weight.std()), torch.Generator().manual_seed(0), torch.float64)
 
     def exchanges(self, side: str) -> int:
         """How many of them are one round."""
@@ -271,8 +239,8 @@ class AnyBase:
 class KroneckerBase(AnyBase):
     """A sum of Kronecker products, its largest factor ``(A x C)`` eliminated; all others together are ``(B x D)``.
 
-    In here rows are numbered ``(a, b)`` and columns ``(c, d)``: ``groups["rows"] (A, B)`` and ``groups["columns"] (C, D)``
-    say which row and column of ``W`` is where, and ``blocks (A, C, B, D)`` is ``W`` in this order.
+    In here rows are numbered ``(a, b)`` and columns ``(c, d)``: ``groups["rows"] (A, B)`` and ``groups["columns"]
+    (C, D)`` say which row and column of ``W`` is where, and ``blocks (A, C, B, D)`` is ``W`` in this order.
     """
 
     def __init__(self, structure: Placed, weight: Tensor):
@@ -280,13 +248,14 @@ class KroneckerBase(AnyBase):
         sizes = [a * c for a, c in zip(base.outs, base.ins, strict=True)]
         self.axes = sorted(range(len(sizes)), key=lambda k: k != sizes.index(max(sizes)))  # the largest one first
         self.sizes = {"rows": base.outs, "columns": base.ins}
-        self.block = {side: math.prod(s) // s[self.axes[0]] for side, s in self.sizes.items()}
         outs, ins = ([s[k] for k in self.axes[1:]] for s in self.sizes.values())
         self.small = Kronecker(outs=(math.prod(outs + ins), *outs), ins=(1, *ins), terms=base.terms)
-        self._know(structure, weight)
-        self.sides = tuple(side for side in self.sides if self.block[side] > 1)  # within blocks of one no order counts
-        self.source = self._settled(self._settled(weight, "rows").T, "columns").T
-        self.begin({})
+        super().__init__(structure, weight, {"rows": math.prod(outs), "columns": math.prod(ins)})
+
+    @cached_property
+    def source(self) -> Tensor:
+        """``W``, settled where it is not to be ordered."""
+        return self._settled(self._settled(self.weight, "rows").T, "columns").T
 
     def _grouped(self, order: Tensor, side: str) -> Tensor:
         """``(A, B)``, from an order of the base."""
@@ -343,10 +312,10 @@ class KroneckerBase(AnyBase):
 
     def exchanges(self, side: str) -> int:
         """Twice the rows of a block, and more where one exchange can't hold a row of every block."""
-        return 2 * self.block[side] * max(1, len(self.groups[side]) // LARGEST)
+        return min(MOST, 2 * self.block[side] * max(1, len(self.groups[side]) // LARGEST))
 
     def exchange(self, side: str, generator: torch.Generator) -> Exchange:
-        """One row ``x (c d)`` of every block: at ``(a, b)`` it costs ``x^T Q[b, b] x + 2 x^T sum_b' Q[b, b'] x[a, b']``.
+        """One row ``x (c d)`` of every block: at ``(a, b)`` it costs ``x^T Q[b, b] x + 2 x^T sum Q[b, b'] x[a, b']``.
 
         ``Q = 1 - P``, and the sum is over the rows ``b'`` of the block that stay.
         """
@@ -385,14 +354,16 @@ class KroneckerBase(AnyBase):
         (*outs, b), (*ins, d) = self.sizes.values()
         if len(outs) == 1:
             return []
-        pairs = search(self._like((math.prod(outs), b), (math.prod(ins), d)), self.weight, rounds=rounds, seed=seed)
-        folded = search(self._like(outs, ins), pairs["outer"][0], rounds=rounds, seed=seed)
+
+        def stage(outs: Sequence[int], ins: Sequence[int], weight: Tensor) -> Factors:
+            (out, inner), base = weight.shape, Kronecker(outs=tuple(outs), ins=tuple(ins))
+            placed = replace(self.structure, base=base, out_features=out, in_features=inner)
+            return search(placed, weight, rounds=rounds, seed=seed)
+
+        pairs = stage((math.prod(outs), b), (math.prod(ins), d), self.weight)
+        folded = stage(outs, ins, pairs["outer"][0])
         sizes = zip(SIDES, (b, d), strict=True)
         return [{s: pairs[s].reshape(-1, n)[folded[s].long()].flatten().long() for s, n in sizes if s in self.sides}]
-
-    def _like(self, outs: Sequence[int], ins: Sequence[int]) -> Placed:
-        base = Kronecker(outs=tuple(outs), ins=tuple(ins))
-        return replace(self.structure, base=base, out_features=base.shape[0], in_features=base.shape[1])
 
     def factors(self) -> Factors:
         """The factors and maps of the structure; the factors of one term have the same norm."""
@@ -400,14 +371,19 @@ class KroneckerBase(AnyBase):
         ordered = self.weight[self.groups["rows"].flatten()][:, self.groups["columns"].flatten()]
         outer = self._cut(ordered).flatten(2).flatten(0, 1) @ torch.linalg.pinv(self._spanning(), rtol=1e-10)
         found = [outer.T, *(self.inner[name] for name in self.small.factor_names[1:])]
-        base, maps = self.structure.base, {"rows": self.structure.map_rows, "columns": self.structure.map_columns}
+        base, maps = self.structure.base, self.structure.index_shapes()
         named = {base.factor_names[k]: value for k, value in zip(self.axes, _balanced(found), strict=True)}
         shaped = {name: named[name].reshape(base.factor_shapes()[name]) for name in base.factor_names}
         scale = {"scale": outer.new_ones(base.terms)} if base.scaled else {}
-        return shaped | scale | {s: self._flat(self.groups[s], s).int() for s, mapped in maps.items() if mapped}
+        return shaped | scale | {side: self._flat(self.groups[side], side).int() for side in maps}
 
 
 Trial = AnyBase | KroneckerBase
+
+
+def _drawn(count: int, generator: torch.Generator) -> Tensor:
+    """All numbers below ``count``, or as many random ones as one exchange may hold."""
+    return torch.arange(count) if count <= LARGEST else torch.randperm(count, generator=generator)[:LARGEST]
 
 
 def _falling(weight: Tensor, side: str) -> Tensor:
