@@ -25,7 +25,9 @@ Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds so
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Text = Annotated[list[Path], typer.Option("--text", help="Text files: .txt, or .jsonl with a text field, also .xz, .gz.")]
+Text = Annotated[
+    list[Path], typer.Option("--text", help="Text files: .txt, or .jsonl with a text field, also .xz, .gz.")
+]
 
 
 @app.command()
@@ -62,7 +64,9 @@ def inspect(
     table = [[*key, str(number), f"{size:,}"] for key, (number, size) in rows.items()]
     show_table(["role", "structure", "out x in", "sites", "parameters"], table)
     count, flops = result["parameters"], result["flops_per_token"]
-    print(f"parameters      {count['total']:>15,} with the head, {count['without_head']:,} without; trained {count['trainable']:,}")
+    print(
+        f"parameters      {count['total']:>15,} with the head, {count['without_head']:,} without; trained {count['trainable']:,}"
+    )
     print(f"dense           {count['dense']:>15,}")
     for rows_a_call, number in flops.items():
         dense = result["flops_per_token_dense"][rows_a_call]
@@ -98,7 +102,10 @@ def compress(
     api.save(folded, output, tokenizer, report, command(), max_shard_size)
     if as_json:
         return show_json(report)
-    rows = [[s["path"], short(s["structure"]), f"{s['before']:,}", f"{s['after']:,}", _error(s["error"])] for s in report["sites"]]
+    rows = [
+        [s["path"], short(s["structure"]), f"{s['before']:,}", f"{s['after']:,}", _error(s["error"])]
+        for s in report["sites"]
+    ]
     show_table(["site", "structure", "before", "after", "relative error"], rows)
     print(f"{count_line(report)}; {report['seconds']} s; saved in {output}")
     return None
@@ -181,7 +188,13 @@ def bench(
     if as_json:
         return show_json(result)
     rows = [
-        [name, str(result["rows"][name]), f"{r['tokens_per_second']:,.0f}", f"{r['dense_tokens_per_second']:,.0f}", f"{r['ratio']:.2f}"]
+        [
+            name,
+            str(result["rows"][name]),
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['dense_tokens_per_second']:,.0f}",
+            f"{r['ratio']:.2f}",
+        ]
         for name in ("prefill", "decode")
         for r in [result[name]]
     ]
@@ -197,13 +210,17 @@ def heal(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
     learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
-    distill: Annotated[float, typer.Option(help="Weight of the teacher's distribution; the rest is cross entropy.")] = 1.0,
+    distill: Annotated[
+        float, typer.Option(help="Weight of the teacher's distribution; the rest is cross entropy.")
+    ] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
     window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
     overwrite: Overwrite = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")
+    ] = None,
 ) -> None:
     """Distil the dense model into the folded one and save it."""
     from tenfold import api
@@ -221,9 +238,17 @@ def heal(
         temperature=temperature,
     )
     with counted("healing") as advance:
-        report = api.heal(student, api.load(teacher, device, "float32")[0], tokenizer, files, settings, window, seed, advance)
+        report = api.heal(
+            student, api.load(teacher, device, "float32")[0], tokenizer, files, settings, window, seed, advance
+        )
     before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
-    api.save(student.to(stored.dtype), output, tokenizer, before | {"heal": report}, f"{before.get('command', '')}\n{command()}".strip())
+    api.save(
+        student.to(stored.dtype),
+        output,
+        tokenizer,
+        before | {"heal": report},
+        f"{before.get('command', '')}\n{command()}".strip(),
+    )
     print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
 
 
@@ -243,11 +268,14 @@ def pretrain(
         api.check_output(output, overwrite)
     with counted("training") as advance:
         report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
-    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {report['curve'][-1][1]:.3f}; saved in {output}")
+    loss = report["curve"][-1][1]
+    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
 
 
 @app.command()
-def densify(model: Model, output: Output, overwrite: Overwrite = False, device: Device = None, dtype: Dtype = None) -> None:
+def densify(
+    model: Model, output: Output, overwrite: Overwrite = False, device: Device = None, dtype: Dtype = None
+) -> None:
     """Turn a folded model into a plain checkpoint that needs no tenfold."""
     import tenfold
     from tenfold import api
@@ -280,7 +308,11 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def short(structure: dict) -> str:
-    fields = [f"{key}={value}".replace(" ", "") for key, value in structure.items() if key in ("rank", "ranks", "terms", "outs", "ins")]
+    fields = [
+        f"{key}={value}".replace(" ", "")
+        for key, value in structure.items()
+        if key in ("rank", "ranks", "terms", "outs", "ins")
+    ]
     return " ".join([structure["kind"], *fields])
 
 

@@ -53,7 +53,12 @@ for recipe in json.loads(measured(tenfold, "recipes", "--json")["output"]):
     if recipe["on"]:
         run = measured(tenfold, "inspect", recipe["on"], "--recipe", recipe["name"], "--json")
         counts = json.loads(run["output"])["parameters"]
-        inspected[recipe["name"]] = {"on": recipe["on"], "seconds": round(run["seconds"], 2), "mb": round(run["mb"]), **counts}
+        inspected[recipe["name"]] = {
+            "on": recipe["on"],
+            "seconds": round(run["seconds"], 2),
+            "mb": round(run["mb"]),
+            **counts,
+        }
         print(recipe["name"], inspected[recipe["name"]], file=sys.stderr)
 
 fold = """
@@ -72,14 +77,22 @@ print(time.perf_counter() - begun, (peak - before) / size, report["parameters"][
 folded = {}
 for recipe in ("krony-81m", "krony-96m", "ttm-16", "ttm-64"):
     seconds, share, total = measured(sys.executable, "-c", fold, recipe)["output"].split()
-    folded[recipe] = {"seconds": round(float(seconds), 1), "peak_over_model": round(float(share), 2), "parameters": int(total)}
+    folded[recipe] = {
+        "seconds": round(float(seconds), 1),
+        "peak_over_model": round(float(share), 2),
+        "parameters": int(total),
+    }
     print(recipe, folded[recipe], file=sys.stderr)
 
 target.parent.mkdir(exist_ok=True)
 target.write_text(
     json.dumps(
         {
-            "help": {"seconds": median(help_runs, "seconds"), "mb": median(help_runs, "mb"), "imports_torch": light == "True"},
+            "help": {
+                "seconds": median(help_runs, "seconds"),
+                "mb": median(help_runs, "mb"),
+                "imports_torch": light == "True",
+            },
             "import_tenfold_after_quantizers": {"seconds": round(statistics.median(import_seconds), 3)},
             "inspect": inspected,
             "fold_gpt2_small": folded,

@@ -30,7 +30,9 @@ PROMPT = "The old house stood at the end of the"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--quick", action="store_true", help="less text, a shorter healing")
-parser.add_argument("--output", type=Path, help="where the healed model and demo.json go; a temporary folder unless given")
+parser.add_argument(
+    "--output", type=Path, help="where the healed model and demo.json go; a temporary folder unless given"
+)
 quick, output = parser.parse_args().quick, parser.parse_args().output
 if output is not None and output.exists():
     sys.exit(f"{output} is there already; choose another folder")

@@ -1,5 +1,6 @@
-import tenfold
 from transformers import AutoModelForCausalLM
+
+import tenfold
 
 model, tokenizer = tenfold.load("tenfold/demo")  # a folder, or a name on the hub such as gpt2
 recipe = {"replace": [{"role": ["mlp.in", "mlp.out"], "keep": 0.7, "structure": {"kind": "low_rank"}}]}

@@ -81,7 +81,9 @@ def checked_device(device: str | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as reason:
-        raise ValueError(f"device {device!r} can't be used here ({str(reason).splitlines()[0]}); try --device cpu") from None
+        raise ValueError(
+            f"device {device!r} can't be used here ({str(reason).splitlines()[0]}); try --device cpu"
+        ) from None
 
 
 def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:

@@ -8,7 +8,29 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold.train.pretrain import train_tokenizer
 
-WORDS = "the old house stood at end of a long road and nobody had lived in it for many years but wind".split()
+WORDS = [
+    "the",
+    "old",
+    "house",
+    "stood",
+    "at",
+    "end",
+    "of",
+    "a",
+    "long",
+    "road",
+    "and",
+    "nobody",
+    "had",
+    "lived",
+    "in",
+    "it",
+    "for",
+    "many",
+    "years",
+    "but",
+    "wind",
+]
 
 
 def text(words: int = 4000, seed: int = 0) -> str:
@@ -19,9 +41,10 @@ def text(words: int = 4000, seed: int = 0) -> str:
 def model(vocabulary: int = 300, seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,  # logits that differ
-    )  # fmt: skip
+        vocab_size=vocabulary, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    config.initializer_range = 0.2  # logits that differ
     return GPT2LMHeadModel(config).eval()
 
 

@@ -54,7 +54,9 @@ def compress(
     }
 
 
-def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None, model=None) -> Recipe:
+def recipe_for(
+    structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None, model=None
+) -> Recipe:
     """One structure for every matrix of the blocks, at one share of parameters.
 
     Args:

@@ -34,9 +34,13 @@ class Protocol:
 
     def __post_init__(self):
         if not 1 <= self.stride <= self.window or self.window < 2:
-            raise ValueError(f"stride {self.stride} must be from 1 to the window, {self.window}, which must be 2 or more")
+            raise ValueError(
+                f"stride {self.stride} must be from 1 to the window, {self.window}, which must be 2 or more"
+            )
         if self.text not in ("raw", "tokenised") or self.normaliser not in ("tokens", "words"):
-            raise ValueError(f"text is raw or tokenised, not {self.text!r}; normaliser tokens or words, not {self.normaliser!r}")
+            raise ValueError(
+                f"text is raw or tokenised, not {self.text!r}; normaliser tokens or words, not {self.normaliser!r}"
+            )
 
 
 def perplexity(
@@ -75,7 +79,9 @@ def perplexity(
     check_tokens(tokens, model, window)
     nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch, progress)
     seen = texts if limit is None else [tokenizer.decode(tokens, skip_special_tokens=True)]
-    size, words = (sum(len(part) for part in parts) for parts in ([t.encode() for t in seen], [t.split() for t in seen]))
+    size, words = (
+        sum(len(part) for part in parts) for parts in ([t.encode() for t in seen], [t.split() for t in seen])
+    )
     part = scored / len(tokens)  # bytes and words of what was scored, in proportion
     return {
         "perplexity": math.exp(nats / (scored if normaliser == "tokens" else words * part)),
@@ -92,7 +98,9 @@ def perplexity(
 def check_tokens(tokens: np.ndarray, model, window: int) -> None:
     """Refuse a text shorter than a window and tokens that the model does not know."""
     if len(tokens) < window:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {window}: give more text or --window")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {window}: give more text or --window"
+        )
     known = model.get_input_embeddings().weight.shape[0]
     if len(tokens) and int(tokens.max()) >= known:
         raise ValueError(

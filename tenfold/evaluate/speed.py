@@ -38,12 +38,16 @@ def bench(model, batch: int = 1, length: int | None = None, new_tokens: int = 16
         "rows": {"prefill": batch * length, "decode": batch},
         "device": str(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        **{name: _ratio(run, model, twin, ids, new_tokens, tokens, repeats) for name, (run, tokens) in measured.items()},
+        **{
+            name: _ratio(run, model, twin, ids, new_tokens, tokens, repeats) for name, (run, tokens) in measured.items()
+        },
     }
 
 
 def _ratio(run: Callable, model, twin, ids, new_tokens: int, tokens: int, repeats: int) -> dict[str, float]:
-    turns = [(_seconds(run, model, ids, new_tokens), _seconds(run, twin, ids, new_tokens)) for _ in range(repeats + 1)][1:]
+    turns = [(_seconds(run, model, ids, new_tokens), _seconds(run, twin, ids, new_tokens)) for _ in range(repeats + 1)][
+        1:
+    ]
     return {
         "tokens_per_second": tokens / statistics.median(ours for ours, _ in turns),
         "dense_tokens_per_second": tokens / statistics.median(dense for _, dense in turns),

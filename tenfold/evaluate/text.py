@@ -39,7 +39,7 @@ def _text(line: str, file: Path, number: int) -> str:
     try:
         return json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}, line {number}, is not a JSON object with a \"text\" field") from None
+        raise ValueError(f'{file}, line {number}, is not a JSON object with a "text" field') from None
 
 
 def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None, batch: int = 256) -> np.ndarray:
@@ -51,7 +51,7 @@ def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None, batc
         encoded = tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]
         parts.extend(np.asarray(ids + end, dtype=np.int32) for ids in encoded)
         pending.clear()
-        return sum(len(part) for part in parts[-len(encoded):])
+        return sum(len(part) for part in parts[-len(encoded) :])
 
     for text in texts:
         pending.append(text)

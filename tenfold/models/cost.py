@@ -53,7 +53,9 @@ def read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as reason:
         known = ", ".join(known_models())
-        raise FileNotFoundError(f"there is no model {name!r}: no folder, not one of {known}, and {_first(reason)}") from None
+        raise FileNotFoundError(
+            f"there is no model {name!r}: no folder, not one of {known}, and {_first(reason)}"
+        ) from None
 
 
 def _first(reason: Exception) -> str:

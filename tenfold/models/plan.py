@@ -196,7 +196,9 @@ def load_recipe(name: str | Path | dict) -> Recipe:
     shipped = resources.files("tenfold") / "recipes" / f"{name}.yaml"
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
-        raise FileNotFoundError(f"there is no recipe file {name}; check the path, or use a name: tenfold recipes lists them")
+        raise FileNotFoundError(
+            f"there is no recipe file {name}; check the path, or use a name: tenfold recipes lists them"
+        )
     if not path.is_file() and not shipped.is_file():
         near = get_close_matches(str(name), recipe_names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
@@ -226,7 +228,9 @@ def _complaint(error) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
-        return f"unknown key {place!r}" + (f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}")
+        return f"unknown key {place!r}" + (
+            f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}"
+        )
     given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
     return f"{place}: {error['msg'].removeprefix('Value error, ')}{given}"
 
@@ -288,7 +292,8 @@ def _nothing_matched(rule: Rule, model, sites: list[Site]) -> str:
     present = ", ".join(sorted({site.role for site in sites}))
     if is_tied(model) and any(site.role == "head" and rule.matches(site) for site in find_sites(model)):
         return "the head of this model is tied to its embedding: fold role embed, or set untie: true to give it its own matrix"
-    return f"no matrix of this {model.config.model_type} matches role {rule.role}, path {rule.path}, layers {rule.layers}; roles here: {present}"
+    sought = f"role {rule.role}, path {rule.path}, layers {rule.layers}"
+    return f"no matrix of this {model.config.model_type} matches {sought}; roles here: {present}"
 
 
 def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | None:

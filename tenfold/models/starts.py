@@ -76,7 +76,9 @@ def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
     inner = torch.full((1, structure.outs[1], structure.ins[1]), options.get("rest", 0.1), dtype=torch.float64)
     inner[0, 0, 0] = 1.0
     outer = weight[:: structure.outs[1], :: structure.ins[1]].double()[None]
-    return {"outer": outer, "inner": inner} | ({"scale": torch.ones(1, dtype=torch.float64)} if structure.scaled else {})
+    return {"outer": outer, "inner": inner} | (
+        {"scale": torch.ones(1, dtype=torch.float64)} if structure.scaled else {}
+    )
 
 
 @start("permute")

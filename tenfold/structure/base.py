@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Structure(ABC):
         """Whether the closed form is the nearest member in the Frobenius norm."""
         return False
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most families have nothing to add
         """Raise ValueError for integers that make no matrix."""
 
     @classmethod
@@ -176,7 +176,9 @@ class Structure(ABC):
         for name in data:
             if name not in names:
                 raise ValueError(f"{family.kind} has no field {name!r}; its fields are {', '.join(names)}")
-        missing = [f.name for f in dataclasses.fields(family) if f.default is dataclasses.MISSING and f.name not in data]
+        missing = [
+            f.name for f in dataclasses.fields(family) if f.default is dataclasses.MISSING and f.name not in data
+        ]
         if missing:
             raise ValueError(f"{family.kind} needs {', '.join(missing)}; given were {', '.join(data) or 'no fields'}")
         return family(**{name: _structures(value) for name, value in data.items()})
@@ -188,7 +190,9 @@ class Structure(ABC):
         fields = family.complete(out, inner, {key: value for key, value in spec.items() if key != "kind"})
         made = cls.from_json({"kind": family.kind} | fields)
         if made.shape != (out, inner):
-            raise ValueError(f"{made} makes a matrix {made.shape}, but the weight is {(out, inner)} (out, in): change its sizes")
+            raise ValueError(
+                f"{made} makes a matrix {made.shape}, but the weight is {(out, inner)} (out, in): change its sizes"
+            )
         return made
 
     @classmethod

@@ -33,7 +33,9 @@ class BlockTrain(Structure, kind="block_train"):
         if len(self.outs) != 2 or len(self.ins) != 2:
             raise ValueError(f"outs {self.outs} and ins {self.ins} of a block train are two numbers each")
         if not 1 <= self.rank <= min(self.outs[0], self.ins[1]):
-            raise ValueError(f"rank {self.rank} must be from 1 to {min(self.outs[0], self.ins[1])}, the side of a block")
+            raise ValueError(
+                f"rank {self.rank} must be from 1 to {min(self.outs[0], self.ins[1])}, the side of a block"
+            )
 
     @property
     def optimal(self) -> bool:

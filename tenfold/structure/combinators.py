@@ -34,7 +34,9 @@ class Sum(Structure, kind="sum"):
     def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
         """What the fixed parts leave of the budget goes to the open ones in equal shares."""
         fixed = [not Structure.family(part.get("kind")).is_open(part) for part in spec["parts"]]
-        made = [cls.for_shape(out, inner, part) if own else None for own, part in zip(fixed, spec["parts"], strict=True)]
+        made = [
+            cls.for_shape(out, inner, part) if own else None for own, part in zip(fixed, spec["parts"], strict=True)
+        ]
         left = budget - sum(part.numel for part in made if part is not None)
         for k, part in enumerate(spec["parts"]):
             if made[k] is None:
@@ -44,7 +46,9 @@ class Sum(Structure, kind="sum"):
 
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
-            raise ValueError(f"the parts of a sum must be matrices of one shape, not {[part.shape for part in self.parts]}")
+            raise ValueError(
+                f"the parts of a sum must be matrices of one shape, not {[part.shape for part in self.parts]}"
+            )
 
     def normal_form(self) -> tuple[Placement, ...]:
         return tuple(
@@ -167,7 +171,9 @@ class Placed(Structure, kind="placed"):
             ("columns", self.map_columns, inner, self.in_features),
         ):
             if small > large or (small < large and not mapped):
-                raise ValueError(f"{small} {side} of the base can't be placed in {large} {side} with map_{side}={mapped}")
+                raise ValueError(
+                    f"{small} {side} of the base can't be placed in {large} {side} with map_{side}={mapped}"
+                )
 
     def normal_form(self) -> tuple[Placement, ...]:
         return tuple(self._place(place.renamed(_inner)) for place in self.base.normal_form())
@@ -211,7 +217,9 @@ class Placed(Structure, kind="placed"):
 
 def _based(out: int, inner: int, spec: dict) -> dict:
     """A recipe's ``spec`` with its base made for a matrix ``(out, inner)``."""
-    return spec | ({"base": Structure.for_shape(out, inner, spec["base"])} if isinstance(spec.get("base"), dict) else {})
+    return spec | (
+        {"base": Structure.for_shape(out, inner, spec["base"])} if isinstance(spec.get("base"), dict) else {}
+    )
 
 
 def _inner(name: str) -> str:
@@ -264,9 +272,11 @@ class Written(Structure, kind="diagram"):
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         """A recipe writes factors and sizes as mappings, and labels as lists or as words in one string."""
-        return spec | {name: _pairs(spec[name]) for name in ("factors", "sizes") if name in spec} | {
-            name: _words(spec[name]) for name in ("outs", "ins") if name in spec
-        }
+        return (
+            spec
+            | {name: _pairs(spec[name]) for name in ("factors", "sizes") if name in spec}
+            | {name: _words(spec[name]) for name in ("outs", "ins") if name in spec}
+        )
 
     def normal_form(self) -> tuple[Placement, ...]:
         return (Placement(Diagram(self.outs, self.ins, self.factors, self.sizes)),)

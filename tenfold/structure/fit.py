@@ -94,7 +94,9 @@ class Problem:
         self.places = structure.normal_form()
         for name in shared:
             if name not in structure.factor_shapes():
-                raise ValueError(f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}")
+                raise ValueError(
+                    f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}"
+                )
 
     def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
         """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
@@ -133,7 +135,9 @@ class Problem:
         """Alternate until a sweep gains less than ``tolerance``; L-BFGS where a system is too large."""
         blocks = [(place, name) for place in self.places for name in place.diagram.names]
         small = [block for block in blocks if self.unknowns(*block) <= LARGEST_SYSTEM]
-        scale = self.objective({name: value * 0 if value.is_floating_point() else value for name, value in state.items()})
+        scale = self.objective(
+            {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
+        )
         now = self.objective(state)
         for _ in range(sweeps):
             before = now
@@ -148,7 +152,9 @@ class Problem:
 
     def unknowns(self, place: Placement, name: str) -> int:
         """The size of one of the linear systems of a factor."""
-        split = place.diagram.outs if any(m is not None for m in self.metrics) else place.diagram.outs + place.diagram.ins
+        split = (
+            place.diagram.outs if any(m is not None for m in self.metrics) else place.diagram.outs + place.diagram.ins
+        )
         return place.diagram.size(label for label in dict(place.diagram.factors)[name] if label not in split)
 
     def best(self, state: Factors, place: Placement, name: str) -> Tensor:
@@ -218,7 +224,9 @@ def solve_symmetric(gram: Tensor, right: Tensor) -> Tensor:
     return (vectors @ (inverse[..., None] * (vectors.mT @ right[..., None])))[..., 0]
 
 
-def _restricted(place: Placement, factors: Factors, target: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _restricted(
+    place: Placement, factors: Factors, target: Tensor, metric: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Target and metric at the rows and columns where the placement lies."""
     rows, columns = place.index(factors, "rows"), place.index(factors, "columns")
     if rows is not None:

@@ -66,7 +66,10 @@ class Kronecker(Structure, kind="kronecker"):
         """
         parts = _split(rearrange(weight, self.outs, self.ins)[None], self.terms)
         shapes = zip(self.outs, self.ins, strict=True)
-        factors = {name: part.reshape(self.terms, a, c) for name, part, (a, c) in zip(self.factor_names, parts, shapes, strict=True)}
+        factors = {
+            name: part.reshape(self.terms, a, c)
+            for name, part, (a, c) in zip(self.factor_names, parts, shapes, strict=True)
+        }
         return factors | ({"scale": torch.ones(self.terms, dtype=torch.float64)} if self.scaled else {})
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``rank`` singular triples of ``matrix (..., m, n)``: ``u (..., m, rank)``, ``s (..., rank)``, ``v (..., rank, n)``.
+    """The first ``rank`` singular triples of ``matrix (..., m, n)``.
+
+    They are ``u (..., m, rank)``, ``s (..., rank)`` and ``v (..., rank, n)``.
 
     From the eigenvectors of the Gram matrix of the shorter side, in float64: on float32 weights as good as a full
     SVD and several times as fast. Beyond the matrix bound the triples are zero, so that any rank may be asked for.
@@ -74,7 +76,9 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
-def hooi(tensor: Tensor, ranks: tuple[int, ...], sweeps: int = 20, tolerance: float = 1e-9) -> tuple[Tensor, list[Tensor]]:
+def hooi(
+    tensor: Tensor, ranks: tuple[int, ...], sweeps: int = 20, tolerance: float = 1e-9
+) -> tuple[Tensor, list[Tensor]]:
     """Tucker: ``core (r_1, ..., r_d)`` and orthonormal ``factors (m_k, r_k)``; HOSVD, then orthogonal iteration.
 
     Reference: De Lathauwer, De Moor, Vandewalle 2000 (both halves).

@@ -207,7 +207,7 @@ class AnyBase:
         self.lost = float((self.weight - self.structure.dense(self.current)).square().sum())
 
     def exchanges(self, side: str) -> int:
-        """How many of them are one round."""
+        """How many make one round."""
         return 1
 
     def exchange(self, side: str, generator: torch.Generator) -> Exchange:
@@ -225,7 +225,7 @@ class AnyBase:
 
     def by_norm(self) -> Orders:
         """Every side by falling norm."""
-        return {side: _falling(self.weight, side) for side in self.sides}
+        return {s: self.weight.norm(dim=1 - SIDES.index(s)).argsort(descending=True, stable=True) for s in self.sides}
 
     def staged(self, rounds: int, seed: int) -> list[Orders]:
         """Orders found in steps, where there is a way to."""
@@ -252,11 +252,6 @@ class KroneckerBase(AnyBase):
         self.small = Kronecker(outs=(math.prod(outs + ins), *outs), ins=(1, *ins), terms=base.terms)
         super().__init__(structure, weight, {"rows": math.prod(outs), "columns": math.prod(ins)})
 
-    @cached_property
-    def source(self) -> Tensor:
-        """``W``, settled where it is not to be ordered."""
-        return self._settled(self._settled(self.weight, "rows").T, "columns").T
-
     def _grouped(self, order: Tensor, side: str) -> Tensor:
         """``(A, B)``, from an order of the base."""
         return order.reshape(self.sizes[side]).permute(self.axes).flatten(1)
@@ -265,6 +260,11 @@ class KroneckerBase(AnyBase):
         """The order of the base, from ``(A, B)``."""
         sizes = [self.sizes[side][k] for k in self.axes]
         return groups.reshape(sizes).permute([self.axes.index(k) for k in range(len(sizes))]).flatten()
+
+    @cached_property
+    def source(self) -> Tensor:
+        """``W``, from which the blocks of every start are cut."""
+        return self._settled(self._settled(self.weight, "rows").T, "columns").T
 
     def _settled(self, weight: Tensor, side: str) -> Tensor:
         """``weight`` with rows that stay brought into groups ``(a, b)``, and the groups made few.
@@ -302,7 +302,9 @@ class KroneckerBase(AnyBase):
         gram = blocks.T @ blocks
         root = _root(gram).reshape(self.small.shape)
         self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner, sweeps=sweeps)
-        self.rest = torch.eye(len(gram), dtype=gram.dtype) - _projection(self._spanning())
+        _, values, basis = torch.linalg.svd(self._spanning(), full_matrices=False)
+        basis = basis[values > 1e-10 * values[0]]
+        self.rest = torch.eye(len(gram), dtype=gram.dtype) - basis.T @ basis
         self.lost = float((self.rest * gram).sum())
 
     def _spanning(self) -> Tensor:
@@ -343,8 +345,7 @@ class KroneckerBase(AnyBase):
 
     def by_norm(self) -> Orders:
         """The longest rows first in their blocks, so that one row of every block holds most of its energy."""
-        orders = {side: _falling(self.source, side).reshape(self.block[side], -1).T for side in self.sides}
-        return {side: self._flat(groups, side) for side, groups in orders.items()}
+        return {s: self._flat(order.reshape(self.block[s], -1).T, s) for s, order in super().by_norm().items()}
 
     def staged(self, rounds: int, seed: int) -> list[Orders]:
         """For three factors or more: the last one split off, then the table that is left folded by itself.
@@ -386,22 +387,10 @@ def _drawn(count: int, generator: torch.Generator) -> Tensor:
     return torch.arange(count) if count <= LARGEST else torch.randperm(count, generator=generator)[:LARGEST]
 
 
-def _falling(weight: Tensor, side: str) -> Tensor:
-    """The rows (columns) of ``weight`` by falling norm."""
-    return weight.square().sum(1 - SIDES.index(side)).argsort(descending=True, stable=True)
-
-
 def _root(gram: Tensor) -> Tensor:
     """The symmetric ``S`` with ``S S = gram``."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
-
-
-def _projection(rows: Tensor) -> Tensor:
-    """Onto the space that ``rows (terms, n)`` span."""
-    _, values, basis = torch.linalg.svd(rows, full_matrices=False)
-    basis = basis[values > 1e-10 * values[0]]
-    return basis.T @ basis
 
 
 def _balanced(factors: list[Tensor]) -> list[Tensor]:

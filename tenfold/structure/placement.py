@@ -36,7 +36,9 @@ class Placement:
 
     def renamed(self, rename) -> Placement:
         maps = tuple((rename(name), length, into) for name, length, into in self.maps)
-        rows, columns = (tuple(rename(x) if isinstance(x, str) else x for x in side) for side in (self.rows, self.columns))
+        rows, columns = (
+            tuple(rename(x) if isinstance(x, str) else x for x in side) for side in (self.rows, self.columns)
+        )
         return Placement(self.diagram.renamed(rename), rows, columns, self.outer, maps)
 
     def transposed(self) -> Placement:

@@ -57,7 +57,9 @@ class TensorTrain(Structure, kind="tensor_train"):
         return (Placement(Diagram(outs, ins, factors, tuple(sizes))),)
 
     @classmethod
-    def within_tolerance(cls, weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...], tolerance: float) -> TensorTrain:
+    def within_tolerance(
+        cls, weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...], tolerance: float
+    ) -> TensorTrain:
         """The least ranks for which the fit errs by at most ``tolerance * ||weight||_F``."""
         return cls(outs=outs, ins=ins, ranks=tt_ranks(rearrange(weight, outs, ins), tolerance))
 

@@ -98,7 +98,11 @@ def distillation_loss(logits: Tensor, wanted: Tensor, targets: Tensor, settings:
     loss = logits.new_zeros((), dtype=torch.float32)
     if settings.distill > 0:
         student, teacher = (torch.log_softmax(values / hot, -1) for values in (flat, goal))
-        loss = settings.distill * hot**2 * torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        loss = (
+            settings.distill
+            * hot**2
+            * torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        )
     if settings.distill < 1:
         loss = loss + (1 - settings.distill) * torch.nn.functional.cross_entropy(flat, targets.flatten())
     return loss

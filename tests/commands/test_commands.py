@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import small
 import torch
 from transformers import AutoModelForCausalLM
 
-import small
 import tenfold_cli
 
 
@@ -50,7 +50,9 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
     assert status == 0 and "with the head" in out and "without" in out
     status, out, _ = call("evaluate", dense, folded, "--text", dense / "text.txt", "--limit", "300", "-o", figures)
     assert status == 0 and "protocol" in out and len(json.loads(figures.read_text())) == 2
-    status, _, err = call("evaluate", folded, "--text", dense / "text.txt", "--limit", 300, "--window", 16, "--against", figures)
+    status, _, err = call(
+        "evaluate", folded, "--text", dense / "text.txt", "--limit", 300, "--window", 16, "--against", figures
+    )
     assert status == 2 and "can't be compared" in err
     status, out, _ = call("generate", folded, "the old house", "--tokens", "4")
     assert status == 0 and out.startswith("the old house")
@@ -64,9 +66,22 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
 
 
 def test_the_card_has_command_import_figures(call, dense, tmp_path):
-    call("compress", dense, "-o", tmp_path / "x", "--structure", "kronecker", "--keep", "0.8", "--roles", "mlp.in,mlp.out")
+    call(
+        "compress",
+        dense,
+        "-o",
+        tmp_path / "x",
+        "--structure",
+        "kronecker",
+        "--keep",
+        "0.8",
+        "--roles",
+        "mlp.in,mlp.out",
+    )
     card = (tmp_path / "x" / "README.md").read_text()
-    assert "tenfold compress" in card and "--keep 0.8" in card and "import tenfold" in card and "without the head" in card
+    assert (
+        "tenfold compress" in card and "--keep 0.8" in card and "import tenfold" in card and "without the head" in card
+    )
 
 
 def test_heal(call, dense, tmp_path):
@@ -94,11 +109,20 @@ KRONY = ("--recipe", "krony-81m")
 WRONG = {
     "no such model": (("inspect", "./nothing"), "nothing"),
     "no such recipe": (("inspect", "gpt2", "--recipe", "krony-81"), "did you mean krony-"),
-    "keep of one": (("compress", "{dense}", "-o", "{new}", "--structure", "low_rank", "--keep", "1.0"), "between 0 and 1"),
+    "keep of one": (
+        ("compress", "{dense}", "-o", "{new}", "--structure", "low_rank", "--keep", "1.0"),
+        "between 0 and 1",
+    ),
     "no structure": (("compress", "{dense}", "-o", "{new}"), "give either --recipe"),
-    "unknown structure": (("compress", "{dense}", "-o", "{new}", "--structure", "lowrank", "--keep", "0.5"), "low_rank"),
+    "unknown structure": (
+        ("compress", "{dense}", "-o", "{new}", "--structure", "lowrank", "--keep", "0.5"),
+        "low_rank",
+    ),
     "sizes that don't fit": (("compress", "{dense}", "-o", "{new}", *KRONY), "transformer.h.0.mlp.c_fc"),
-    "folder in use": (("compress", "{dense}", "-o", "{dense}", "--structure", "low_rank", "--keep", "0.5"), "--overwrite"),
+    "folder in use": (
+        ("compress", "{dense}", "-o", "{dense}", "--structure", "low_rank", "--keep", "0.5"),
+        "--overwrite",
+    ),
     "missing text": (("evaluate", "{dense}", "--text", "{new}.txt"), "there is no file"),
     "unknown dtype": (("generate", "{dense}", "the", "--dtype", "float99"), "float99"),
     "unknown device": (("generate", "{dense}", "the", "--device", "abacus"), "abacus"),

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+import small
 import torch
 
-import small
 from tenfold.evaluate.perplexity import Protocol, comparable, perplexity
 
 
@@ -58,7 +58,9 @@ def test_bits_per_byte_counts_utf8_bytes(setting, tmp_path):
 def test_words_as_normaliser(setting):
     model, tokenizer, file = setting
     result = perplexity(model, tokenizer, [file], normaliser="words", limit=200)
-    assert math.log(result["perplexity"]) == pytest.approx(result["nats"] / result["words"], rel=0.02)  # words are rounded
+    assert math.log(result["perplexity"]) == pytest.approx(
+        result["nats"] / result["words"], rel=0.02
+    )  # words are rounded
 
 
 def test_figures_of_different_protocols_are_refused(setting):

@@ -2,9 +2,9 @@
 
 import copy
 
+import small
 import torch
 
-import small
 from tenfold.api import bench, compress
 
 

@@ -25,7 +25,7 @@ def test_a_plain_file_is_one_document(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file .*gone.txt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.txt"):
         list(documents([tmp_path / "gone.txt"]))
 
 

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
+import small
 import torch
 from transformers import AutoModelForCausalLM
 
-import small
 from tenfold.api import compress, evaluate
 from tenfold.models.plan import Heal
 from tenfold.train.heal import distillation_loss, heal
@@ -47,7 +47,9 @@ def test_healing_brings_the_model_nearer_to_its_teacher(tmp_path):
     frozen = {name: value.clone() for name, value in teacher.state_dict().items()}
     seen = []
     settings = Heal(steps=12, learning_rate=5e-3, tokens_per_step=256)
-    report = heal(student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda k, n: seen.append((k, n)))
+    report = heal(
+        student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda k, n: seen.append((k, n))
+    )
     student.save_pretrained(tmp_path / "healed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert torch.equal(*(m(input_ids=torch.arange(8)[None]).logits for m in (student, again))), "still in autocast"
@@ -95,4 +97,7 @@ def test_every_parameter_is_in_one_group_and_schedulers_reach_all():
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     optimizer.load_state_dict(optimizer.state_dict())
-    assert all(a is b for a, b in zip(optimizer.param_groups, [g for p in optimizer.parts for g in p.param_groups], strict=True))
+    assert all(
+        a is b
+        for a, b in zip(optimizer.param_groups, [g for p in optimizer.parts for g in p.param_groups], strict=True)
+    )
