@@ -191,10 +191,10 @@ class AnyBase:
     def begin(self, orders: Orders) -> None:
         identity = {side: torch.arange(length) for side, length in self.lengths.items()}
         self.orders = identity | {side: orders[side].clone() for side in self.sides if side in orders}
-        self.current, self.lost = None, math.inf
-        self.fit()
+        self.current = None
+        self.fit(sweeps=50)
 
-    def fit(self) -> None:
+    def fit(self, sweeps: int = 5) -> None:
         """The closed form where it is the nearest, else alternating least squares from the factors so far."""
         maps = {side: self.orders[side].int() for side in self.sides}
         nearest = self.structure.base.optimal
@@ -203,7 +203,7 @@ class AnyBase:
             self.current = start or self.structure.init(1.0, torch.Generator().manual_seed(0), torch.float64)
         self.current = self.current | maps
         if not nearest:
-            self.current = self.structure.fit(self.weight, start=self.current, sweeps=5)
+            self.current = self.structure.fit(self.weight, start=self.current, sweeps=sweeps)
         self.lost = float((self.weight - self.structure.dense(self.current)).square().sum())
 
     def exchanges(self, side: str) -> int:

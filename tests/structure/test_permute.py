@@ -1,0 +1,301 @@
+"""The permutation search finds planted orders, beats chance, and never makes things worse."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tenfold.structure
+from tenfold.structure import BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, permute
+from tenfold.structure.permute import search
+
+F64 = torch.float64
+DEMO = Path(tenfold.structure.__file__).parent.parent / "demo" / "model.safetensors"
+METHODS = pytest.mark.parametrize("method", ["alternate", "anneal"])
+
+
+def placed(base, rows: bool = True, columns: bool = True) -> Placed:
+    return Placed(base=base, out_features=base.shape[0], in_features=base.shape[1], map_rows=rows, map_columns=columns)
+
+
+def kronecker(outs, ins, terms: int = 1, **more) -> Placed:
+    """Rows are mapped unless every block has one row only, as of an embedding."""
+    return placed(Kronecker(outs=outs, ins=ins, terms=terms, **more), rows=sum(outs[1:]) > len(outs[1:]))
+
+
+def error(structure, factors, weight) -> float:
+    return float((weight - structure.dense(factors)).norm() / weight.norm())
+
+
+def planted(structure: Placed, noise: float, seed: int):
+    """A permuted member with noise on it, and its own error."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = structure.init(1.0, generator, F64)
+    weight = structure.dense(factors)
+    weight = weight + noise * torch.randn(weight.shape, generator=generator, dtype=F64)
+    maps = [factors.get(side, torch.arange(n)) for side, n in zip(("rows", "columns"), weight.shape, strict=True)]
+    return weight, error(structure, structure.fitted(weight, *maps), weight)
+
+
+def trained_like(out: int, inner: int, seed: int = 0) -> torch.Tensor:
+    """Singular values that fall like a power, in bases that are not the axes', and rows and columns of unequal norm."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(out, inner, generator=generator, dtype=F64)
+    u, _, v = torch.linalg.svd(noise, full_matrices=False)
+    spectrum = torch.arange(1, len(v) + 1, dtype=F64) ** -0.5
+    scales = [torch.randn(n, generator=generator, dtype=F64).mul(0.4).exp() for n in (out, inner)]
+    return scales[0][:, None] * ((u * spectrum) @ v) * scales[1]
+
+
+def best_of_random(structure: Placed, weight: torch.Tensor, draws: int = 100) -> float:
+    generator = torch.Generator().manual_seed(0)
+    identity = [torch.arange(n) for n in weight.shape]
+    errors = []
+    for _ in range(draws):
+        maps = [torch.randperm(len(i), generator=generator) for i in identity]
+        maps = [m if mapped else i for m, i, mapped in zip(maps, identity, (structure.map_rows, True), strict=True)]
+        errors.append(error(structure, structure.fitted(weight, *maps), weight))
+    return min(errors)
+
+
+# what it finds ----------------------------------------------------------------------------------------------------
+
+
+PLANTED = {"columns": (kronecker((48, 1), (24, 2)), 0.1, 0), "large inner": (kronecker((2, 16), (2, 24)), 0.1, 2)}
+
+
+@METHODS
+@pytest.mark.parametrize(("structure", "noise", "seed"), PLANTED.values(), ids=PLANTED)
+def test_planted_order_is_found_under_noise(structure, noise, seed, method):
+    weight, reached = planted(structure, noise, seed)
+    assert error(structure, structure.closed_form(weight), weight) > 2 * reached
+    assert error(structure, search(structure, weight, method=method, starts=3), weight) <= reached + 1e-9
+
+
+def test_planted_order_of_rows_and_columns_is_found_exactly():
+    structure = kronecker((64, 2), (48, 2))
+    weight, _ = planted(structure, noise=0.0, seed=1)
+    assert error(structure, search(structure, weight), weight) < 1e-6
+
+
+def test_planted_order_of_three_factors_is_found_exactly():
+    structure = kronecker((48, 1, 1), (16, 2, 2))
+    weight, _ = planted(structure, noise=0.0, seed=1)
+    assert error(structure, search(structure, weight), weight) < 1e-6
+
+
+TRAINED = {
+    "rows and columns": (kronecker((64, 4), (32, 2), terms=4), 0.9),
+    "one term": (kronecker((64, 2), (32, 2), terms=1), 0.95),
+    "columns": (kronecker((256, 1), (32, 2)), 0.9),
+    "three factors": (kronecker((256, 1, 1), (16, 2, 2)), 0.95),
+    "three factors, rows too": (kronecker((16, 2, 2), (12, 1, 2), terms=2), 0.95),
+}
+
+
+@METHODS
+@pytest.mark.parametrize(("structure", "share"), TRAINED.values(), ids=TRAINED)
+def test_beats_the_identity_and_the_best_of_a_hundred_random_orders(structure, share, method):
+    weight = trained_like(*structure.shape)
+    found = error(structure, search(structure, weight, method=method, sweeps=50), weight)
+    assert found < share * error(structure, structure.closed_form(weight), weight)
+    assert found < share * best_of_random(structure, weight)
+
+
+DEMO_SITES = {
+    "h.1.mlp.c_fc.weight": kronecker((256, 4), (128, 2), terms=4),
+    "h.1.mlp.c_proj.weight": kronecker((128, 2), (256, 4), terms=4),
+    "wte.weight": kronecker((4096, 1), (128, 2)),
+}
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="the demo model is not there")
+@pytest.mark.parametrize("site", DEMO_SITES)
+def test_beats_the_best_of_a_hundred_random_orders_on_trained_weights(site):
+    from safetensors import safe_open
+
+    structure = DEMO_SITES[site]
+    with safe_open(DEMO, "pt") as file:
+        weight = file.get_tensor(f"transformer.{site}").double()
+    weight = weight if site.startswith("wte") else weight.T.contiguous()
+    found = error(structure, search(structure, weight), weight)
+    assert found < 0.9 * error(structure, structure.closed_form(weight), weight)
+    assert found < 0.9 * best_of_random(structure, weight, draws=100 if weight.numel() < 2**18 else 20)
+
+
+# what it never does -----------------------------------------------------------------------------------------------
+
+
+BASES = {
+    "kronecker": Kronecker(outs=(8, 2), ins=(6, 2), terms=2),
+    "kronecker-large-inner": Kronecker(outs=(2, 8), ins=(2, 6), terms=2),
+    "kronecker-three": Kronecker(outs=(6, 2, 2), ins=(5, 1, 2), terms=2),
+    "kronecker-last": Kronecker(outs=(2, 2, 6), ins=(2, 1, 5), terms=2, scaled=True),
+    "tensor_train": TensorTrain(outs=(4, 4), ins=(3, 4), ranks=(3,)),
+    "block_train": BlockTrain(outs=(4, 4), ins=(4, 3), rank=1),
+    "sum": Sum(parts=(LowRank(out_features=16, in_features=12, rank=1), Kronecker(outs=(8, 2), ins=(6, 2)))),
+}
+EACH = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+
+
+@EACH
+@METHODS
+def test_never_farther_than_with_the_identity(base, method):
+    structure, weight = placed(base), torch.randn(base.shape, dtype=F64)
+    found = error(structure, search(structure, weight, method=method, sweeps=3, rounds=1), weight)
+    assert found <= error(structure, structure.fit(weight, sweeps=50), weight) + 1e-9
+
+
+@EACH
+def test_a_member_in_order_stays_as_it_is(base):
+    structure = placed(base)
+    weight = base.dense(base.init(1.0, torch.Generator().manual_seed(0), F64))
+    assert error(structure, search(structure, weight, rounds=1), weight) < 1e-4
+
+
+@EACH
+def test_the_error_never_grows_and_is_what_the_factors_leave(base):
+    structure, weight = placed(base), trained_like(*base.shape)
+    assign, generator = permute._solver(), torch.Generator().manual_seed(0)
+    kind = permute.KroneckerBase if isinstance(base, Kronecker) else permute.AnyBase
+    orders = {side: torch.randperm(n) for side, n in zip(permute.SIDES, base.shape, strict=True)}
+    trial = kind(structure, weight).begun(orders)
+    first = trial.lost
+    for step in range(12):
+        before, side = trial.lost, permute.SIDES[step % 2]
+        exchange = trial.exchange(side, generator)
+        order = exchange.assigned(assign)
+        saved = float(exchange.gains(order).sum())
+        assert saved >= -1e-5 * first  # of float32
+        trial.move(side, exchange, order)
+        assert trial.lost <= before - saved + 1e-9 * first  # the fit that follows can only add to it
+    assert error(structure, trial.factors(), weight) ** 2 * weight.square().sum() == pytest.approx(trial.lost)
+    assert trial.lost < 0.999 * first or not isinstance(base, Kronecker)
+
+
+@pytest.mark.parametrize("side", permute.SIDES)
+def test_an_exchange_knows_its_gain_before_any_fit(side):
+    """``sum x^T (1 - P) x`` over the blocks, before and after: random orders, so the gain may be a loss."""
+    structure = kronecker((6, 3), (5, 2), terms=2)
+    trial = permute.KroneckerBase(structure, torch.randn(structure.shape, dtype=F64))
+    generator = torch.Generator().manual_seed(0)
+    rest = trial.rest
+    for _ in range(5):
+        exchange = trial.exchange(side, generator)
+        order = torch.randperm(len(exchange.items))
+        lost = [left_by(rest, trial.blocks)]
+        trial.fit = lambda: None  # the projection stays
+        trial.move(side, exchange, order)
+        lost.append(left_by(rest, trial.blocks))
+        assert float(exchange.gains(order).sum()) == pytest.approx(lost[0] - lost[1], abs=1e-9)
+
+
+def left_by(rest, blocks) -> float:
+    flat = blocks.flatten(2).flatten(0, 1)
+    return float(torch.einsum("nb,bc,nc->", flat, rest, flat))
+
+
+@METHODS
+def test_more_rounds_are_never_worse(method):
+    structure, weight = kronecker((16, 4), (16, 2), terms=2), trained_like(64, 32)
+    errors = [error(structure, search(structure, weight, rounds=n, method=method, sweeps=9), weight) for n in range(5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[1]
+
+
+def test_more_starts_are_never_worse():
+    structure, weight = kronecker((16, 1), (12, 2)), trained_like(16, 24, seed=3)
+    errors = [error(structure, search(structure, weight, rounds=1, starts=n), weight) for n in range(6)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[5] < errors[1] < errors[0]
+
+
+@METHODS
+def test_a_seed_fixes_everything(method):
+    structure, weight = kronecker((16, 2), (12, 2)), trained_like(32, 24)
+    one, same, other = (
+        search(structure, weight, method=method, starts=3, rounds=1, sweeps=5, seed=s) for s in (3, 3, 4)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["rows"], other["rows"])
+
+
+# what comes back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "kronecker-last", "block_train"])
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", ""])
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", ""])
+def test_maps_are_whole_permutations_of_the_mapped_sides(kind, rows, columns):
+    structure = placed(BASES[kind], rows, columns)
+    weight = torch.randn(structure.shape)
+    factors = search(structure, weight, starts=3, rounds=1)
+    structure.check_factors(factors)
+    assert {side for side in permute.SIDES if side in factors} == set(structure.index_shapes())
+    for side in structure.index_shapes():
+        assert factors[side].dtype == torch.int32
+        assert factors[side].sort().values.equal(torch.arange(len(factors[side]), dtype=torch.int32))
+    others = [value for name, value in factors.items() if name not in permute.SIDES]
+    assert all(value.dtype == F64 for value in others)
+    assert (
+        error(structure, factors, weight.double()) <= error(structure, structure.fit(weight, sweeps=50), weight) + 1e-9
+    )
+
+
+def test_factors_share_their_norm_and_the_scalars_are_one():
+    structure = kronecker((6, 2), (5, 2), terms=2, scaled=True)
+    factors = search(structure, torch.randn(12, 10))
+    assert factors["outer"].norm(dim=(1, 2)).tolist() == pytest.approx(factors["inner"].norm(dim=(1, 2)).tolist())
+    assert factors["scale"].tolist() == [1, 1]
+
+
+def test_two_stages_are_one_order():
+    """What both stages lose adds up: the table that the second folds is a projection of the weight."""
+    whole, weight = kronecker((24, 2, 2), (12, 1, 2)), trained_like(96, 24)
+    trial = permute.KroneckerBase(whole, weight)
+    [orders] = trial.staged(rounds=2, seed=0)
+    pairs, folded = kronecker((48, 2), (12, 2)), kronecker((24, 2), (12, 1))
+    first = search(pairs, weight, rounds=2)
+    table = first["outer"][0] * first["inner"].norm()
+    second = search(folded, table, rounds=2)
+    lost = error(pairs, first, weight) ** 2 + (error(folded, second, table) * table.norm() / weight.norm()) ** 2
+    assert trial.begun(orders).lost / weight.square().sum() <= lost + 1e-9
+
+
+def test_a_large_matrix_is_exchanged_in_parts(monkeypatch):
+    monkeypatch.setattr(permute, "LARGEST", 10)
+    structure, weight = kronecker((32, 2), (24, 2)), trained_like(64, 48)
+    assert len(permute.KroneckerBase(structure, weight).exchange("rows", torch.Generator()).items) == 10
+    found = error(structure, search(structure, weight, rounds=3), weight)
+    assert found < 0.97 * best_of_random(structure, weight)
+
+
+def test_many_rows_that_stay_cost_no_more_than_their_gram_matrix():
+    structure, weight = kronecker((500, 1), (6, 2)), trained_like(500, 12)
+    trial = permute.KroneckerBase(structure, weight)
+    assert trial.source.shape == (12, 12)
+    assert trial.lost == pytest.approx(float(weight.square().sum()) * error(structure, trial.factors(), weight) ** 2)
+
+
+# what it refuses --------------------------------------------------------------------------------------------------
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'tenfold\[search\]'"):
+        search(kronecker((4, 2), (3, 2)), torch.randn(8, 6))
+
+
+@pytest.mark.parametrize(
+    ("structure", "weight", "options", "words"),
+    [
+        (kronecker((4, 2), (3, 2)), torch.ones(6, 8), {}, r"\(6, 8\)"),
+        (kronecker((4, 2), (3, 2)), torch.full((8, 6), torch.nan), {}, "NaN"),
+        (kronecker((4, 2), (3, 2)), torch.ones(8, 6), {"method": "random"}, "'random'.*alternate, anneal"),
+        (Placed(base=Kronecker(outs=(4, 2), ins=(3, 2)), out_features=9, in_features=6), torch.ones(9, 6), {}, "whole"),
+    ],
+)
+def test_refuses_what_it_cannot_search(structure, weight, options, words):
+    with pytest.raises(ValueError, match=words):
+        search(structure, weight, **options)
