@@ -220,7 +220,6 @@ class AnyBase:
     def move(self, side: str, exchange: Exchange, order: Tensor) -> None:
         """Trade places, and fit."""
         self.orders[side][exchange.places] = self.orders[side][exchange.places][order]
-        self.current[side] = self.orders[side].int()
         self.fit()
 
     def by_norm(self) -> Orders:

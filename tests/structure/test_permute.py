@@ -15,6 +15,17 @@ DEMO = Path(tenfold.structure.__file__).parent.parent / "demo" / "model.safetens
 METHODS = pytest.mark.parametrize("method", ["alternate", "anneal"])
 
 
+BASES = {
+    "kronecker": Kronecker(outs=(8, 2), ins=(6, 2), terms=2),
+    "kronecker-large-inner": Kronecker(outs=(2, 8), ins=(2, 6), terms=2),
+    "kronecker-three": Kronecker(outs=(6, 2, 2), ins=(5, 1, 2), terms=2),
+    "kronecker-last": Kronecker(outs=(2, 2, 6), ins=(2, 1, 5), terms=2, scaled=True),
+    "tensor_train": TensorTrain(outs=(4, 4), ins=(3, 4), ranks=(3,)),
+    "block_train": BlockTrain(outs=(4, 4), ins=(4, 3), rank=1),
+    "sum": Sum(parts=(LowRank(out_features=16, in_features=12, rank=1), Kronecker(outs=(8, 2), ins=(6, 2)))),
+}
+
+
 def placed(base, rows: bool = True, columns: bool = True) -> Placed:
     return Placed(base=base, out_features=base.shape[0], in_features=base.shape[1], map_rows=rows, map_columns=columns)
 
@@ -26,6 +37,10 @@ def kronecker(outs, ins, terms: int = 1, **more) -> Placed:
 
 def error(structure, factors, weight) -> float:
     return float((weight - structure.dense(factors)).norm() / weight.norm())
+
+
+def search_error(structure, weight, **options) -> float:
+    return error(structure, search(structure, weight, **options), weight)
 
 
 def planted(structure: Placed, noise: float, seed: int):
@@ -44,7 +59,7 @@ def trained_like(out: int, inner: int, seed: int = 0) -> torch.Tensor:
     noise = torch.randn(out, inner, generator=generator, dtype=F64)
     u, _, v = torch.linalg.svd(noise, full_matrices=False)
     spectrum = torch.arange(1, len(v) + 1, dtype=F64) ** -0.5
-    scales = [torch.randn(n, generator=generator, dtype=F64).mul(0.4).exp() for n in (out, inner)]
+    scales = [torch.randn(n, generator=generator, dtype=F64).mul(0.2).exp() for n in (out, inner)]
     return scales[0][:, None] * ((u * spectrum) @ v) * scales[1]
 
 
@@ -70,27 +85,27 @@ PLANTED = {"columns": (kronecker((48, 1), (24, 2)), 0.1, 0), "large inner": (kro
 def test_planted_order_is_found_under_noise(structure, noise, seed, method):
     weight, reached = planted(structure, noise, seed)
     assert error(structure, structure.closed_form(weight), weight) > 2 * reached
-    assert error(structure, search(structure, weight, method=method, starts=3), weight) <= reached + 1e-9
+    assert search_error(structure, weight, method=method, starts=3) <= reached + 1e-9
 
 
 def test_planted_order_of_rows_and_columns_is_found_exactly():
     structure = kronecker((64, 2), (48, 2))
     weight, _ = planted(structure, noise=0.0, seed=1)
-    assert error(structure, search(structure, weight), weight) < 1e-6
+    assert search_error(structure, weight) < 1e-6
 
 
 def test_planted_order_of_three_factors_is_found_exactly():
     structure = kronecker((48, 1, 1), (16, 2, 2))
     weight, _ = planted(structure, noise=0.0, seed=1)
-    assert error(structure, search(structure, weight), weight) < 1e-6
+    assert search_error(structure, weight) < 1e-6
 
 
-TRAINED = {
-    "rows and columns": (kronecker((64, 4), (32, 2), terms=4), 0.9),
-    "one term": (kronecker((64, 2), (32, 2), terms=1), 0.95),
-    "columns": (kronecker((256, 1), (32, 2)), 0.9),
-    "three factors": (kronecker((256, 1, 1), (16, 2, 2)), 0.95),
-    "three factors, rows too": (kronecker((16, 2, 2), (12, 1, 2), terms=2), 0.95),
+TRAINED = {  # shares of the random one's error that falling norms alone do not reach
+    "rows and columns": (kronecker((64, 4), (32, 2), terms=4), 0.75),
+    "one term": (kronecker((64, 2), (32, 2), terms=1), 0.8),
+    "columns": (kronecker((256, 1), (32, 2)), 0.83),
+    "three factors": (kronecker((256, 1, 1), (16, 2, 2)), 0.88),
+    "three factors, rows too": (kronecker((16, 2, 2), (12, 1, 2), terms=2), 0.8),
 }
 
 
@@ -98,9 +113,16 @@ TRAINED = {
 @pytest.mark.parametrize(("structure", "share"), TRAINED.values(), ids=TRAINED)
 def test_beats_the_identity_and_the_best_of_a_hundred_random_orders(structure, share, method):
     weight = trained_like(*structure.shape)
-    found = error(structure, search(structure, weight, method=method, sweeps=50), weight)
+    found = search_error(structure, weight, method=method, sweeps=50)
     assert found < share * error(structure, structure.closed_form(weight), weight)
     assert found < share * best_of_random(structure, weight)
+
+
+@pytest.mark.parametrize(("kind", "method", "share"), [("sum", "alternate", 0.89), ("tensor_train", "anneal", 0.85)])
+def test_a_general_base_gains_too(kind, method, share):
+    structure, weight = placed(BASES[kind]), trained_like(16, 12)
+    assert search_error(structure, weight, method=method, sweeps=20) < share * search_error(structure, weight, starts=0)
+    assert search_error(structure, weight, rounds=0) > share * search_error(structure, weight, starts=0)
 
 
 DEMO_SITES = {
@@ -119,7 +141,7 @@ def test_beats_the_best_of_a_hundred_random_orders_on_trained_weights(site):
     with safe_open(DEMO, "pt") as file:
         weight = file.get_tensor(f"transformer.{site}").double()
     weight = weight if site.startswith("wte") else weight.T.contiguous()
-    found = error(structure, search(structure, weight), weight)
+    found = search_error(structure, weight)
     assert found < 0.9 * error(structure, structure.closed_form(weight), weight)
     assert found < 0.9 * best_of_random(structure, weight, draws=100 if weight.numel() < 2**18 else 20)
 
@@ -127,15 +149,6 @@ def test_beats_the_best_of_a_hundred_random_orders_on_trained_weights(site):
 # what it never does -----------------------------------------------------------------------------------------------
 
 
-BASES = {
-    "kronecker": Kronecker(outs=(8, 2), ins=(6, 2), terms=2),
-    "kronecker-large-inner": Kronecker(outs=(2, 8), ins=(2, 6), terms=2),
-    "kronecker-three": Kronecker(outs=(6, 2, 2), ins=(5, 1, 2), terms=2),
-    "kronecker-last": Kronecker(outs=(2, 2, 6), ins=(2, 1, 5), terms=2, scaled=True),
-    "tensor_train": TensorTrain(outs=(4, 4), ins=(3, 4), ranks=(3,)),
-    "block_train": BlockTrain(outs=(4, 4), ins=(4, 3), rank=1),
-    "sum": Sum(parts=(LowRank(out_features=16, in_features=12, rank=1), Kronecker(outs=(8, 2), ins=(6, 2)))),
-}
 EACH = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 
 
@@ -143,7 +156,7 @@ EACH = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @METHODS
 def test_never_farther_than_with_the_identity(base, method):
     structure, weight = placed(base), torch.randn(base.shape, dtype=F64)
-    found = error(structure, search(structure, weight, method=method, sweeps=3, rounds=1), weight)
+    found = search_error(structure, weight, method=method, sweeps=3, rounds=1)
     assert found <= error(structure, structure.fit(weight, sweeps=50), weight) + 1e-9
 
 
@@ -151,7 +164,7 @@ def test_never_farther_than_with_the_identity(base, method):
 def test_a_member_in_order_stays_as_it_is(base):
     structure = placed(base)
     weight = base.dense(base.init(1.0, torch.Generator().manual_seed(0), F64))
-    assert error(structure, search(structure, weight, rounds=1), weight) < 1e-4
+    assert search_error(structure, weight, rounds=1) < 1e-4
 
 
 @EACH
@@ -199,14 +212,14 @@ def left_by(rest, blocks) -> float:
 @METHODS
 def test_more_rounds_are_never_worse(method):
     structure, weight = kronecker((16, 4), (16, 2), terms=2), trained_like(64, 32)
-    errors = [error(structure, search(structure, weight, rounds=n, method=method, sweeps=9), weight) for n in range(5)]
+    errors = [search_error(structure, weight, rounds=n, method=method, sweeps=9) for n in range(5)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[1]
 
 
 def test_more_starts_are_never_worse():
     structure, weight = kronecker((16, 1), (12, 2)), trained_like(16, 24, seed=3)
-    errors = [error(structure, search(structure, weight, rounds=1, starts=n), weight) for n in range(6)]
+    errors = [search_error(structure, weight, rounds=1, starts=n) for n in range(6)]
     assert errors == sorted(errors, reverse=True)
     assert errors[5] < errors[1] < errors[0]
 
@@ -267,7 +280,7 @@ def test_a_large_matrix_is_exchanged_in_parts(monkeypatch):
     monkeypatch.setattr(permute, "LARGEST", 10)
     structure, weight = kronecker((32, 2), (24, 2)), trained_like(64, 48)
     assert len(permute.KroneckerBase(structure, weight).exchange("rows", torch.Generator()).items) == 10
-    found = error(structure, search(structure, weight, rounds=3), weight)
+    found = search_error(structure, weight, rounds=3)
     assert found < 0.97 * best_of_random(structure, weight)
 
 
