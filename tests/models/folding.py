@@ -13,7 +13,6 @@ from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 LOW_RANK = {"kind": "low_rank", "rank": 5}
 KRONECKER = {"kind": "kronecker", "terms": 3}
 TRAIN = {"kind": "tensor_train", "parts": 3, "rank": 4}
-ATTENTION = {"path": "*[ckoqv]*", "role": ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out"], "structure": LOW_RANK}
 MLP = {"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": KRONECKER}
 EMBED = {"role": "embed", "structure": LOW_RANK}
 

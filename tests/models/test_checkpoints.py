@@ -273,7 +273,7 @@ def train(model, folder, steps, resume=False):
     return trainer
 
 
-def test_trainer_saves_resumes_and_leaves_frozen_factors_alone(mixed, tmp_path, capsys):
+def test_trainer_saves_resumes_and_leaves_frozen_factors_alone(mixed, tmp_path):
     def start():
         return AutoModelForCausalLM.from_pretrained(mixed[2], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
