@@ -43,7 +43,7 @@ from tenfold.structure.kronecker import Kronecker
 LARGEST = 512  # rows in one exchange; of more, so many are drawn: the price of an assignment is nearly cubic in them
 MOST = 16  # exchanges of one side in one round: what blocks with many rows would need is too much
 HOT, COLD = 0.3, 0.003  # temperatures of annealing, in root mean squares of the changes that swaps make
-SIDES = ("rows", "columns")
+SIDES: tuple[str, str] = ("rows", "columns")
 
 Orders = dict[str, Tensor]  # side -> which row (column) of W lies at each place
 
@@ -63,7 +63,7 @@ def search(
     Args:
         structure: a base with whole maps: of rows, of columns, or of both.
         rounds: of fits and exchanges, from every start.
-        method: "alternate", or "anneal", which swaps at random first, ever more rarely for the worse.
+        method: "alternate"; or "anneal" to swap at random before: slower, and worth it where the base is no Kronecker.
         starts: how many orders are tried: by falling norm, the identity, then random ones. With three factors or more
             the first is the one that the paper's two stages find: a pairing, then a pairing of the pairs.
         sweeps: of annealing; each may swap every chosen row with another one.
