@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -28,5 +28,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: setup
+	$(BIN)/pyright
+
+# the shapes that signatures promise are checked at run time, but where torch.compile traces
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not traced' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
+	$(BIN)/python -m pytest -m traced

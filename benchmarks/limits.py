@@ -13,10 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-import transformers
 
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "results/limits.json")
 tenfold = str(Path(sys.executable).parent / "tenfold")
@@ -63,24 +61,39 @@ for recipe in json.loads(measured(tenfold, "recipes", "--json")["output"]):
 
 fold = """
 import resource, sys, time
-import tenfold, torch
+import torch
+from tenfold import compress
+from tenfold.models.plan import Start, load_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config())
 size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1024
 begun = time.perf_counter()
-_, report = tenfold.compress(model, sys.argv[1])
+recipe = load_recipe(sys.argv[1])
+for rule in recipe.replace:
+    rule.start = Start(fit=sys.argv[2])
+_, report = compress(model, recipe)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(time.perf_counter() - begun, (peak - before) / size, report["parameters"]["total"])
+print(sum(site["error"] for site in report["sites"]) / len(report["sites"]))
 """
+FITS = {
+    "krony-81m": "van-loan",
+    "krony-96m": "van-loan",
+    "ttm-16": "tt-svd",
+    "ttm-64": "tt-svd",
+    "monarch": "block-svd",
+}
 folded = {}
-for recipe in ("krony-81m", "krony-96m", "ttm-16", "ttm-64"):
-    seconds, share, total = measured(sys.executable, "-c", fold, recipe)["output"].split()
+for recipe, fit in FITS.items():
+    seconds, share, total, error = measured(sys.executable, "-c", fold, recipe, fit)["output"].split()
     folded[recipe] = {
+        "fit": fit,
         "seconds": round(float(seconds), 1),
         "peak_over_model": round(float(share), 2),
         "parameters": int(total),
+        "mean_relative_error": round(float(error), 4),
     }
     print(recipe, folded[recipe], file=sys.stderr)
 
@@ -97,7 +110,7 @@ target.write_text(
             "inspect": inspected,
             "fold_gpt2_small": folded,
             "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {name: version(name) for name in ("torch", "transformers")},
         },
         indent=1,
     )

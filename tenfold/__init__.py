@@ -1,19 +1,49 @@
 """tenfold folds the weight matrices of transformer language models into small tensors.
 
 The public names are twins of the commands. Importing the package teaches transformers to load folded checkpoints:
-after ``import tenfold`` plain ``AutoModelForCausalLM.from_pretrained(folder)`` works.
+after ``import tenfold`` plain ``AutoModelForCausalLM.from_pretrained(folder)`` works. Everything else is imported when
+it is first asked for.
 """
 
-from tenfold.api import bench as bench
-from tenfold.api import compress as compress
-from tenfold.api import evaluate as evaluate
-from tenfold.api import generate as generate
-from tenfold.api import heal as heal
-from tenfold.api import inspect as inspect
-from tenfold.api import load as load
-from tenfold.api import plan as plan
-from tenfold.api import pretrain as pretrain
-from tenfold.api import save as save
-from tenfold.models.hub import from_pretrained as from_pretrained
-from tenfold.models.replace import densify as densify
-from tenfold.models.replace import replace as replace
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import tenfold.models.hook as _hook  # noqa: F401 - registers it
+
+if TYPE_CHECKING:
+    from tenfold.api import bench, compress, evaluate, generate, heal, inspect, load, plan, pretrain, save
+    from tenfold.models.hub import from_pretrained
+    from tenfold.models.replace import densify, replace
+
+_HOME = {
+    "from_pretrained": "tenfold.models.hub",
+    "densify": "tenfold.models.replace",
+    "replace": "tenfold.models.replace",
+}
+
+__all__ = [
+    "bench", "compress", "densify", "evaluate", "from_pretrained", "generate", "heal", "inspect", "load", "plan",
+    "pretrain", "replace", "save",
+]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """The functions ``compress`` and ``evaluate`` win over the folders of the same names."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str):
+        if name not in __all__:
+            raise AttributeError(f"module 'tenfold' has no attribute {name!r}; it has {', '.join(__all__)}")
+        setattr(self, name, getattr(import_module(_HOME.get(name, "tenfold.api")), name))
+        return vars(self)[name]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,9 +1,9 @@
-"""Checkpoints: the hook that lets plain ``from_pretrained`` rebuild folded layers, and the guard.
+"""Reading and writing checkpoints: what the loading hook does (:mod:`tenfold.models.hook`), and the guard.
 
 ``config.json`` keeps its ``model_type`` and says in ``quantization_config`` which sites have which structures
-(:mod:`tenfold.models.stored`). Importing this module registers the hook with transformers. Nothing is ever unpickled.
+(:mod:`tenfold.models.stored`). Nothing is ever unpickled.
 
-The hook itself refuses factors that are missing or have another shape, unknown structures and newer formats. What it
+The hook refuses factors that are missing or have another shape, unknown structures and newer formats. What it
 can't see is left to the guard :func:`from_pretrained`: a missing file, and missing tensors of the ordinary layers,
 which transformers only warns of and draws at random.
 """
@@ -17,58 +17,37 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
-from tenfold.models.stored import METHOD, FoldedConfig, describe, folded_config, stored_plan, structures
+from tenfold.models.stored import FoldedConfig, describe, folded_config, stored_plan, structures
 
 APART = "its weights and its config.json do not belong together: save it again from the model"
 
-register_quantization_config(METHOD)(FoldedConfig)
+
+def check_stored(config: FoldedConfig) -> None:
+    """Raise ValueError for a format or a structure that is not known."""
+    structures(config)
 
 
-@register_quantizer(METHOD)
-class FoldedLoader(HfQuantizer):
-    """Puts empty factorized layers into the model before its weights are read, then steps aside."""
+def make_room(model: PreTrainedModel, config: FoldedConfig, files: Iterable[str | Path]) -> None:
+    """Put empty factorized layers into ``model``, whose weights are about to be read from ``files``."""
+    check_shapes(config, stored_shapes(files))
+    install_empty(model, stored_plan(model, config))
 
-    def validate_environment(self, *args, **kwargs) -> None:
-        if not self.pre_quantized:
-            raise ValueError("the configuration is that of a folded checkpoint; fold a dense one with tenfold.compress")
-        structures(self.quantization_config)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
-        check_shapes(self.quantization_config, stored_shapes(checkpoint_files or ()))
-        install_empty(model, stored_plan(model, self.quantization_config))
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
-        """The model is an ordinary one from here on: it trains, casts and saves like any other."""
-        check_read(model)
-        for layer in model.modules():
-            if isinstance(layer, FOLDED):
-                layer.freeze()
-        model.config.quantization_config = describe(model, self.quantization_config.recipe)
-        model.is_quantized = False
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
-        del model.hf_quantizer, model.quantization_method  # save_pretrained would discard a caller's state_dict
-        return model
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
+def step_aside(model: PreTrainedModel, config: FoldedConfig) -> None:
+    """After the weights are read: the model is an ordinary one from here on, it trains, casts and saves like any other."""
+    check_read(model)
+    for layer in model.modules():
+        if isinstance(layer, FOLDED):
+            layer.freeze()
+    model.config.quantization_config = describe(model, config.recipe)
+    model.is_quantized = False
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    del model.hf_quantizer, model.quantization_method  # save_pretrained would discard a caller's state_dict
 
 
 def check_read(model: PreTrainedModel) -> None:

@@ -5,29 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tenfold.models.hook import METHOD, VERSION, FoldedConfig
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, Site, is_tied, resolve
 from tenfold.structure import Structure
-
-METHOD, VERSION = "tenfold", 1
-
-
-class FoldedConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a folded model; unknown keys are kept out.
-
-    Args:
-        sites: ``{path: {structure, bias, shared, frozen}}``, the last two where there are any.
-        untied: whether the output head has a matrix of its own.
-        recipe: the name of the recipe.
-    """
-
-    def __init__(
-        self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **more
-    ):
-        self.quant_method, self.format_version = METHOD, format_version
-        self.sites, self.untied, self.recipe = sites or {}, untied, recipe
 
 
 def describe(model: PreTrainedModel, recipe: str = "") -> FoldedConfig:

@@ -35,7 +35,7 @@ class Adapter(FactorizedLinear):
         right = low.init(layer.in_features**-0.5, generator)["right"]
         new = {"part_1_left": right.new_zeros(layer.out_features, rank), "part_1_right": right}
         self.set_factors(new | {f"part_0_{name}": value for name, value in factors.items()})
-        if bias:
+        if self.bias is not None and layer.bias is not None:
             self.bias.data.copy_(layer.bias)
         self.freeze()
 

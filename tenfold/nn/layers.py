@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from tenfold.structure import Factors, Structure
@@ -70,7 +71,7 @@ class _Factorized(nn.Module):
             if name not in self.shared:
                 getattr(self, name).copy_(factors[name])
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "out inner"]:
         """``W (out, in)``"""
         return self.structure.dense(self.factors())
 
@@ -114,7 +115,7 @@ class FactorizedLinear(_Factorized):
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
         y = self.structure._apply(self.factors(), x)
         return y if self.bias is None else y + self.bias
@@ -144,7 +145,7 @@ class FactorizedEmbedding(_Factorized):
         self.num_embeddings, self.embedding_dim = structure.shape
         self.padding_idx, self.scale = padding_idx, scale
 
-    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+    def forward(self, x: Num[Tensor, "*rows"], as_head: bool = False) -> Float[Tensor, "..."]:
         """The rows of the ids ``x (...)``; ``as_head``: ``x @ W.T``, the logits of states ``x (..., width)``.
 
         A tied head calls the module, too, so that hooks of offloading and of FSDP fire.
@@ -176,7 +177,7 @@ class _Tied(nn.Module):
         """That of the embedding: a meta tensor."""
         return self._embedding[0].weight
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "out inner"]:
         """``W (vocabulary, width)``"""
         return self._embedding[0].dense()
 
@@ -184,7 +185,7 @@ class _Tied(nn.Module):
 class TiedEmbedding(_Tied):
     """Another embedding that is the same as a folded one (T5's encoder and decoder)."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows width"]:
         """The rows of ``ids``."""
         return self._embedding[0](ids)
 
@@ -202,7 +203,7 @@ class TiedHead(_Tied):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """``states (..., width) -> logits (..., vocabulary)``"""
         logits = self._embedding[0](states, as_head=True)
         return logits if self.bias is None else logits + self.bias

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure import contract, dims
@@ -34,7 +35,7 @@ class Structure(ABC):
     def normal_form(self) -> tuple[Placement, ...]:
         """Diagrams that add up to ``W``, and where their matrices lie; factor names are the checkpoint keys."""
 
-    def closed_form(self, weight: Tensor) -> Factors | None:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """The best known fit to ``weight (out, in)`` that needs no iteration; None where no such fit is known."""
         return None
 
@@ -121,7 +122,7 @@ class Structure(ABC):
             for name, shape in diagram.factor_shapes().items()
         }
 
-    def apply(self, factors: Factors, x: Tensor) -> Tensor:
+    def apply(self, factors: Factors, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) @ W.T -> (..., out)``, by the plan that is cheapest for this many rows."""
         self.check_factors(factors)
         if x.shape[-1] != self.shape[1]:
@@ -134,7 +135,7 @@ class Structure(ABC):
         parts = [place.apply(factors, flat) for place in self._placements]
         return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
 
-    def rows(self, factors: Factors, index: Tensor) -> Tensor:
+    def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """``W[index] (..., in)``, without ``W``."""
         self.check_factors(factors)
         return self._rows(factors, index)
@@ -144,7 +145,7 @@ class Structure(ABC):
         parts = [place.rows_at(factors, flat) for place in self._placements]
         return sum(parts[1:], parts[0]).reshape(*index.shape, self.shape[1])
 
-    def dense(self, factors: Factors) -> Tensor:
+    def dense(self, factors: Factors) -> Float[Tensor, "out inner"]:
         """``W (out, in)``"""
         self.check_factors(factors)
         parts = [place.dense(factors) for place in self._placements]
@@ -152,8 +153,8 @@ class Structure(ABC):
 
     def fit(
         self,
-        weights: Tensor | Sequence[Tensor],
-        metrics: Tensor | Sequence[Tensor] | None = None,
+        weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
+        metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
         shared: Sequence[str] = (),
         **settings,
     ) -> Factors:
@@ -225,7 +226,7 @@ class Structure(ABC):
         return make(number)
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """The largest useful value of the field that grows: beyond the smaller side nothing is gained."""
         return min(smallest.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -48,10 +49,10 @@ class BlockTrain(Structure, kind="block_train"):
         return (Placement(Diagram(("a", "b"), ("c", "d"), factors, sizes)),)
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         return min(smallest.outs[0], smallest.ins[1])
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Optimal: the blocks do not share parameters, and each is a truncated SVD."""
         blocks = weight.reshape(*self.outs, *self.ins).permute(1, 2, 0, 3)  # (b, c, a, d)
         left, right = halves(blocks, self.rank)  # (b, c, a, r), (b, c, r, d)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -33,16 +34,14 @@ class Sum(Structure, kind="sum"):
     @classmethod
     def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
         """What the fixed parts leave of the budget goes to the open ones in equal shares."""
-        fixed = [not Structure.family(part.get("kind")).is_open(part) for part in spec["parts"]]
-        made = [
-            cls.for_shape(out, inner, part) if own else None for own, part in zip(fixed, spec["parts"], strict=True)
-        ]
-        left = budget - sum(part.numel for part in made if part is not None)
-        for k, part in enumerate(spec["parts"]):
-            if made[k] is None:
-                made[k] = cls.within(out, inner, part, left / made.count(None))
-                left -= made[k].numel
-        return cls(parts=tuple(made))
+        specs = spec["parts"]
+        growing = [k for k, part in enumerate(specs) if Structure.family(part.get("kind")).is_open(part)]
+        made = {k: cls.for_shape(out, inner, part) for k, part in enumerate(specs) if k not in growing}
+        left = budget - sum(part.numel for part in made.values())
+        for done, k in enumerate(growing):
+            made[k] = cls.within(out, inner, specs[k], left / (len(growing) - done))
+            left -= made[k].numel
+        return cls(parts=tuple(made[k] for k in range(len(specs))))
 
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
@@ -59,7 +58,7 @@ class Sum(Structure, kind="sum"):
         """The parts share the variance evenly."""
         return _started(self.parts, std / len(self.parts) ** 0.5, generator, dtype)
 
-    def closed_form(self, weight: Tensor) -> Factors | None:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """Greedy: every part is fitted to what the parts before it leave. A start, not an optimum."""
         rest, factors = weight.double(), {}
         for k, part in enumerate(self.parts):
@@ -110,7 +109,7 @@ class Stacked(Structure, kind="stacked"):
         """Every part for itself: they do not overlap."""
         return _started(self.parts, std, generator, dtype)
 
-    def closed_form(self, weight: Tensor) -> Factors | None:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """As near as those of the parts."""
         factors: Factors = {}
         for k, part in enumerate(self.parts):
@@ -199,13 +198,15 @@ class Placed(Structure, kind="placed"):
                 factors[name] = torch.randperm(into, generator=generator)[:length].to(torch.int32)
         return factors
 
-    def closed_form(self, weight: Tensor) -> Factors | None:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """With the first rows and columns as maps; :mod:`tenfold.structure.permute` searches for better ones."""
         (out, inner), device = self.base.shape, weight.device
         identity = torch.arange(max(self.shape), dtype=torch.int32, device=device)
         return self.fitted(weight, identity[:out], identity[:inner])
 
-    def fitted(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Factors | None:
+    def fitted(
+        self, weight: Float[Tensor, "out inner"], rows: Int[Tensor, "a"], columns: Int[Tensor, "b"]
+    ) -> Factors | None:
         """The base's closed form for ``weight[rows][:, columns]``, with these maps."""
         factors = self.base.closed_form(weight[rows.long()][:, columns.long()])
         if factors is None:
@@ -248,7 +249,7 @@ class Transposed(Structure, kind="transposed"):
         """That of the base."""
         return self.base.init(std, generator, dtype)
 
-    def closed_form(self, weight: Tensor) -> Factors | None:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """That of the base."""
         return self.base.closed_form(weight.mT)
 

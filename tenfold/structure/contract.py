@@ -18,6 +18,7 @@ from string import ascii_letters
 
 import opt_einsum
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
@@ -76,9 +77,10 @@ def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int
     if len(terms) == 1:
         return [(0,)]
     if len(terms) <= LARGEST_SEARCH:
-        return opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size))
+        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size))]
     shapes = [tuple(size[letter] for letter in term) for term in terms]
-    return opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
+    path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
+    return [tuple(pair) for pair in path]
 
 
 def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, int]]:
@@ -152,13 +154,13 @@ def flops(diagram: Diagram, rows: int) -> int:
     return sum(plan.flops for plan in forward_plans(diagram, rows) if plan is not None)
 
 
-def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
+def dense(diagram: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
     """``W (out, in)``."""
     plan = plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
     return run(plan, factors).reshape(diagram.shape)
 
 
-def rows_of(diagram: Diagram, factors: list[Tensor], index: Tensor) -> Tensor:
+def rows_of(diagram: Diagram, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
     """``W[index] (n, in)`` without ``W``: every factor is looked up along its output labels, then contracted."""
     at, rest = {}, index
     for label in reversed(diagram.outs[1:]):
@@ -188,7 +190,7 @@ def lookup_flops(diagram: Diagram, rows: int) -> int:
     return plan_of(tuple(inputs), (ROWS, *diagram.ins), (*diagram.sizes, (ROWS, rows))).flops
 
 
-def apply(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
+def apply(diagram: Diagram, factors: list[Tensor], x: Float[Tensor, "n inner"]) -> Float[Tensor, "n out"]:
     """``x (n, in) @ W.T -> (n, out)``, by the plan that is cheapest for this many rows."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -23,8 +24,8 @@ LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is l
 
 def fit(
     structure: Structure,
-    weights: Tensor | Sequence[Tensor],
-    metrics: Tensor | Sequence[Tensor] | None = None,
+    weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
+    metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
     shared: Sequence[str] = (),
     *,
     start: Factors | None = None,
@@ -57,8 +58,9 @@ def fit(
         settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
         each = [fit(structure, target, norm, **settings) for target, norm in zip(targets, norms, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
-    if not several and norms == [None] and start is None and structure.optimal:
-        return structure.closed_form(targets[0])
+    plain = not several and norms == [None] and start is None and structure.optimal
+    if plain and (known := structure.closed_form(targets[0])) is not None:
+        return known
     problem = Problem(structure, targets, norms, tuple(shared))
     begins = problem.begins(start, max(1, starts), seed)
     best = min((problem.solve(begin, sweeps, tolerance) for begin in begins), key=problem.objective)
@@ -75,7 +77,7 @@ def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, 
 
 
 def _checked_metrics(structure: Structure, metrics, count: int) -> list[Tensor | None]:
-    shape = (structure.shape[1],) * 2
+    shape = (structure.shape[1], structure.shape[1])
     given = [None] * count if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
     if len(given) != count:
         raise ValueError(f"{count} weights need {count} metrics, not {len(given)}; None stands for the Frobenius norm")
@@ -101,11 +103,11 @@ class Problem:
     def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
         """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
         if start is None:  # weighed unevenly, so that opposite targets do not cancel
-            together = sum(target / (s + 1) for s, target in enumerate(self.targets))
+            together = torch.stack([target / (s + 1) for s, target in enumerate(self.targets)]).sum(0)
             start = self.structure.closed_form(together)
+            std = float(together.square().mean().sqrt()) or 1.0
         if start is not None:
             return [self.begin(start)]
-        std = float(together.square().mean().sqrt()) or 1.0
         generators = [torch.Generator().manual_seed(seed + k) for k in range(starts)]
         return [self.begin(self.structure.init(std, generator, torch.float64)) for generator in generators]
 
@@ -125,7 +127,7 @@ class Problem:
 
     def objective(self, state: Factors) -> Tensor:
         """``sum_s || (W_s - What_s) L_s ||_F^2``"""
-        total = 0.0
+        total = self.targets[0].new_zeros(())
         for s, (target, metric) in enumerate(zip(self.targets, self.metrics, strict=True)):
             rest = target - self.structure.dense(self.slice(state, s))
             total = total + (rest * (rest if metric is None else rest @ metric)).sum()
@@ -161,7 +163,7 @@ class Problem:
         """The minimiser over one factor with all others fixed."""
         systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
         if name in self.shared:
-            systems = [(sum(gram for gram, _ in systems), sum(right for _, right in systems))]
+            systems = [(torch.stack([s[0] for s in systems]).sum(0), torch.stack([s[1] for s in systems]).sum(0))]
         labels, split = self._labels(place.diagram, name)
         solved = [solve_symmetric(gram, right.reshape(gram.shape[:-1])) for gram, right in systems]
         shaped = [value.reshape(place.diagram.shape_of((*split, *labels))) for value in solved]
@@ -216,7 +218,7 @@ class Problem:
         return after if self.objective(after) <= self.objective(state) else state
 
 
-def solve_symmetric(gram: Tensor, right: Tensor) -> Tensor:
+def solve_symmetric(gram: Float[Tensor, "*s n n"], right: Float[Tensor, "*s n"]) -> Float[Tensor, "*s n"]:
     """``x (..., n)`` with ``gram (..., n, n) x = right (..., n)`` in the least-squares sense; never fails."""
     values, vectors = torch.linalg.eigh(gram)
     cut = 1e-13 * values[..., -1:].abs().clamp_min(1e-300)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -54,12 +55,12 @@ class Kronecker(Structure, kind="kronecker"):
         return (Placement(Diagram(outs, ins, factors + scale, sizes, ("scale",) if scale else ())),)
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """More terms than all factors but the largest have entries add nothing: every matrix is such a sum."""
         sides = [a * c for a, c in zip(smallest.outs, smallest.ins, strict=True)]
         return math.prod(sides) // max(sides)
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Optimal for two factors (Van Loan-Pitsianis 1993: SVD of the rearranged matrix).
 
         With more factors the first is split off optimally and the rest term by term, which is a good start only.
@@ -73,7 +74,7 @@ class Kronecker(Structure, kind="kronecker"):
         return factors | ({"scale": torch.ones(self.terms, dtype=torch.float64)} if self.scaled else {})
 
 
-def rearrange(weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...]) -> Tensor:
+def rearrange(weight: Float[Tensor, "out inner"], outs: tuple[int, ...], ins: tuple[int, ...]) -> Float[Tensor, "..."]:
     """``W (a b .., c d ..)`` as a tensor ``(a c, b d, ..)``, in which a Kronecker product has rank one."""
     count = len(outs)
     pairs = [axis for k in range(count) for axis in (k, count + k)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def svd(
+    matrix: Float[Tensor, "*s m n"], rank: int
+) -> tuple[Float[Tensor, "*s m {rank}"], Float[Tensor, "*s {rank}"], Float[Tensor, "*s {rank} n"]]:
     """The first ``rank`` singular triples of ``matrix (..., m, n)``.
 
     They are ``u (..., m, rank)``, ``s (..., rank)`` and ``v (..., rank, n)``.
@@ -33,14 +36,25 @@ def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return pad(u, (0, missing)), pad(s, (0, missing)), pad(v, (0, 0, 0, missing))
 
 
-def halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def halves(
+    matrix: Float[Tensor, "*s m n"], rank: int
+) -> tuple[Float[Tensor, "*s m {rank}"], Float[Tensor, "*s {rank} n"]]:
     """The nearest ``left (..., m, rank) @ right (..., rank, n)``, the singular values shared evenly (Eckart-Young)."""
     u, s, v = svd(matrix, rank)
     root = s.sqrt()
     return u * root[..., None, :], root[..., :, None] * v
 
 
-def tt_svd(tensor: Tensor, ranks: tuple[int, ...], batch: int = 0) -> list[Tensor]:
+def leading(matrix: Float[Tensor, "*s m n"], rank: int) -> Float[Tensor, "*s m {rank}"]:
+    """The first ``rank`` left singular vectors ``(..., m, rank)`` of ``matrix (..., m, n)``, zero beyond the bound."""
+    matrix = matrix.double()
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return svd(matrix, rank)[0]
+    vectors = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)[..., :rank]
+    return torch.nn.functional.pad(vectors, (0, rank - vectors.shape[-1]))
+
+
+def tt_svd(tensor: Float[Tensor, "..."], ranks: tuple[int, ...], batch: int = 0) -> list[Tensor]:
     """Tensor-train cores ``(*batch, r_k, m_k, r_{k+1})`` of ``tensor (*batch, m_1, ..., m_d)`` by successive SVDs.
 
     The squared error is at most the sum of the squared singular values dropped at every cut, and at most ``d - 1``
@@ -51,13 +65,14 @@ def tt_svd(tensor: Tensor, ranks: tuple[int, ...], batch: int = 0) -> list[Tenso
     lead, modes = tensor.shape[:batch], tensor.shape[batch:]
     carry, cores, left = tensor.double().reshape(*lead, 1, -1), [], 1
     for mode, rank in zip(modes[:-1], ranks, strict=True):
-        u, s, v = svd(carry.reshape(*lead, left * mode, -1), rank)
+        carry = carry.reshape(*lead, left * mode, -1)
+        u = leading(carry, rank)
         cores.append(u.reshape(*lead, left, mode, rank))
-        carry, left = s[..., :, None] * v, rank
+        carry, left = u.mT @ carry, rank
     return [*cores, carry.reshape(*lead, left, modes[-1], 1)]
 
 
-def tt_ranks(tensor: Tensor, tolerance: float) -> tuple[int, ...]:
+def tt_ranks(tensor: Float[Tensor, "..."], tolerance: float) -> tuple[int, ...]:
     """The least ranks for which TT-SVD stays within ``tolerance * ||tensor||_F``, the error shared evenly by the cuts."""
     modes = tensor.shape
     allowed = (tolerance * tensor.double().norm()) ** 2 / max(1, len(modes) - 1)
@@ -72,7 +87,7 @@ def tt_ranks(tensor: Tensor, tolerance: float) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def unfold(tensor: Tensor, mode: int) -> Tensor:
+def unfold(tensor: Float[Tensor, "..."], mode: int) -> Float[Tensor, "k rest"]:
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -27,7 +28,7 @@ class Dense(Structure, kind="dense"):
         sizes = (("o", self.out_features), ("i", self.in_features))
         return (Placement(Diagram(("o",), ("i",), (("matrix", ("o", "i")),), sizes)),)
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Exact."""
         return {"matrix": weight.clone()}
 
@@ -61,7 +62,7 @@ class LowRank(Structure, kind="low_rank"):
         factors = (("left", ("o", "r")), ("right", ("r", "i")))
         return (Placement(Diagram(("o",), ("i",), factors, sizes)),)
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Optimal in the Frobenius norm (truncated SVD, Eckart-Young 1936)."""
         left, right = halves(weight, self.rank)
         return {"left": left, "right": right}

@@ -31,9 +31,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import chain, islice, repeat
-from typing import Self
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors
@@ -50,7 +51,7 @@ Orders = dict[str, Tensor]  # side -> which row (column) of W lies at each place
 
 def search(
     structure: Placed,
-    weight: Tensor,
+    weight: Float[Tensor, "out inner"],
     *,
     rounds: int = 5,
     method: str = "alternate",
@@ -182,7 +183,7 @@ class AnyBase:
         self.sides = [side for side in SIDES if getattr(structure, f"map_{side}") and self.block[side] > 1]
         self.begin({})
 
-    def begun(self, orders: Orders) -> Self:
+    def begun(self, orders: Orders) -> Trial:
         """Another trial, with these orders; a side without one stays as it is."""
         trial = copy(self)
         trial.begin(orders)
@@ -191,14 +192,14 @@ class AnyBase:
     def begin(self, orders: Orders) -> None:
         identity = {side: torch.arange(length) for side, length in self.lengths.items()}
         self.orders = identity | {side: orders[side].clone() for side in self.sides if side in orders}
-        self.current = None
+        self.current: Factors = {}
         self.fit(sweeps=50)
 
     def fit(self, sweeps: int = 5) -> None:
         """The closed form where it is the nearest, else alternating least squares from the factors so far."""
         maps = {side: self.orders[side].int() for side in self.sides}
         nearest = self.structure.base.optimal
-        if self.current is None or nearest:
+        if not self.current or nearest:
             start = self.structure.fitted(self.weight, *self.orders.values())
             self.current = start or self.structure.init(1.0, torch.Generator().manual_seed(0), torch.float64)
         self.current = self.current | maps
@@ -243,7 +244,7 @@ class KroneckerBase(AnyBase):
     """
 
     def __init__(self, structure: Placed, weight: Tensor):
-        base = structure.base
+        base: Any = structure.base  # a Kronecker
         sizes = [a * c for a, c in zip(base.outs, base.ins, strict=True)]
         self.axes = sorted(range(len(sizes)), key=lambda k: k != sizes.index(max(sizes)))  # the largest one first
         self.sizes = {"rows": base.outs, "columns": base.ins}
@@ -284,7 +285,8 @@ class KroneckerBase(AnyBase):
         for axis, side in enumerate(SIDES):
             if side in self.sides:
                 moved = moved.index_select(axis, self.groups[side].flatten())
-        self.blocks, self.inner = self._cut(moved), None
+        self.blocks = self._cut(moved)
+        self.inner: Factors = {}
         self.fit()
 
     def _cut(self, matrix: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ class KroneckerBase(AnyBase):
         blocks = self.blocks.flatten(2).flatten(0, 1)
         gram = blocks.T @ blocks
         root = _root(gram).reshape(self.small.shape)
-        self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner, sweeps=sweeps)
+        self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner or None, sweeps=sweeps)
         _, values, basis = torch.linalg.svd(self._spanning(), full_matrices=False)
         basis = basis[values > 1e-10 * values[0]]
         self.rest = torch.eye(len(gram), dtype=gram.dtype) - basis.T @ basis
@@ -371,11 +373,13 @@ class KroneckerBase(AnyBase):
         ordered = self.weight[self.groups["rows"].flatten()][:, self.groups["columns"].flatten()]
         outer = self._cut(ordered).flatten(2).flatten(0, 1) @ torch.linalg.pinv(self._spanning(), rtol=1e-10)
         found = [outer.T, *(self.inner[name] for name in self.small.factor_names[1:])]
-        base, maps = self.structure.base, self.structure.index_shapes()
+        base: Any = self.structure.base
         named = {base.factor_names[k]: value for k, value in zip(self.axes, _balanced(found), strict=True)}
         shaped = {name: named[name].reshape(base.factor_shapes()[name]) for name in base.factor_names}
         scale = {"scale": outer.new_ones(base.terms)} if base.scaled else {}
-        return shaped | scale | {side: self._flat(self.groups[side], side).int() for side in maps}
+        return (
+            shaped | scale | {side: self._flat(self.groups[side], side).int() for side in self.structure.index_shapes()}
+        )
 
 
 Trial = AnyBase | KroneckerBase

@@ -42,7 +42,7 @@ class Placement:
         return Placement(self.diagram.renamed(rename), rows, columns, self.outer, maps)
 
     def transposed(self) -> Placement:
-        outer = None if self.outer is None else self.outer[::-1]
+        outer = None if self.outer is None else (self.outer[1], self.outer[0])
         return Placement(self.diagram.transposed(), self.columns, self.rows, outer, self.maps)
 
     def index(self, factors: dict[str, Tensor], side: str) -> Tensor | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure import dims
@@ -39,7 +41,7 @@ class TensorTrain(Structure, kind="tensor_train"):
         return spec
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """The largest bond at which nothing is cut."""
         return max(left_clipped(smallest.outs, smallest.ins, "full"), default=1)
 
@@ -58,12 +60,12 @@ class TensorTrain(Structure, kind="tensor_train"):
 
     @classmethod
     def within_tolerance(
-        cls, weight: Tensor, outs: tuple[int, ...], ins: tuple[int, ...], tolerance: float
+        cls, weight: Float[Tensor, "out inner"], outs: tuple[int, ...], ins: tuple[int, ...], tolerance: float
     ) -> TensorTrain:
         """The least ranks for which the fit errs by at most ``tolerance * ||weight||_F``."""
         return cls(outs=outs, ins=ins, ranks=tt_ranks(rearrange(weight, outs, ins), tolerance))
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """TT-SVD: within a factor ``sqrt(d - 1)`` of the nearest one."""
         cores = tt_svd(rearrange(weight, self.outs, self.ins), self.ranks)
         bonds = (1, *self.ranks, 1)
@@ -72,7 +74,7 @@ class TensorTrain(Structure, kind="tensor_train"):
         }
 
 
-def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | str) -> tuple[int, ...]:
+def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | Literal["full"]) -> tuple[int, ...]:
     """The bonds ``r_k = min(rank, r_{k-1} a_k c_k)``; ``rank="full"`` also clips from the right, so nothing is cut."""
     sides = [a * c for a, c in zip(outs, ins, strict=True)]
     if rank == "full":
@@ -109,7 +111,7 @@ class RowTrain(Structure, kind="row_train"):
         return {key: value for key, value in spec.items() if key != "in_features"}
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """The largest bond at which nothing is cut."""
         return max(left_clipped((1,) * len(smallest.ins), smallest.ins, "full"), default=1)
 
@@ -124,7 +126,7 @@ class RowTrain(Structure, kind="row_train"):
         factors = tuple((f"core_{k}", ("t", f"r{k}", f"c{k}", f"r{k + 1}")) for k in range(count))
         return (Placement(Diagram(("t",), tuple(f"c{k}" for k in range(count)), factors, sizes)),)
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """TT-SVD of every row: within a factor ``sqrt(d - 1)`` of the nearest one."""
         cores = tt_svd(weight.reshape(self.out_features, *self.ins), self.ranks, batch=1)
         return {f"core_{k}": core for k, core in enumerate(cores)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
@@ -50,7 +51,7 @@ class Tucker(Structure, kind="tucker"):
         return spec
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """An unfolding has at most this rank, in every mode."""
         modes = smallest.outs + smallest.ins
         return max(min(mode, math.prod(modes) // mode) for mode in modes)
@@ -68,7 +69,7 @@ class Tucker(Structure, kind="tucker"):
         sizes = (*zip(outs + ins, self.outs + self.ins, strict=True), *zip(ranks, self.ranks, strict=True))
         return (Placement(Diagram(outs, ins, factors, sizes)),)
 
-    def closed_form(self, weight: Tensor) -> Factors:
+    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """HOSVD and orthogonal iteration (HOOI): a stationary point, near the optimum in practice."""
         core, factors = hooi(weight.reshape(*self.outs, *self.ins), self.ranks)
         return {"core": core} | dict(zip(_factor_names(self.outs, self.ins), factors, strict=True))
@@ -91,7 +92,7 @@ class CP(Structure, kind="cp"):
     grows = "rank"
 
     @classmethod
-    def bound(cls, smallest: Structure) -> int:
+    def bound(cls, smallest) -> int:
         """With one term per entry of all modes but the largest, every matrix is such a sum."""
         modes = smallest.outs + smallest.ins
         return math.prod(modes) // max(modes)

@@ -290,6 +290,7 @@ def test_trainer_saves_resumes_and_leaves_frozen_factors_alone(mixed, tmp_path):
         assert moved == ("core_0" not in name and "core_1" not in name), name
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_the_compiler_sees_one_graph(name, mixed, loaded):
     model = loaded if name == "gpt2" else folded(name)

@@ -101,6 +101,7 @@ def test_the_weight_tells_shape_and_type_and_nothing_else(structure, kind):
     nn.init.normal_(weight)  # what initialisers do to it has no effect
 
 
+@pytest.mark.traced
 @each
 def test_a_layer_is_compiled_as_one_graph(structure):
     layer, x = linear(structure), torch.randn(6, IN)

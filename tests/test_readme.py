@@ -1,0 +1,28 @@
+"""The program on the README's first screen is the one in examples/, and prints what the README says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_program_prints_what_is_written_there(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    program, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.S).groups()
+    lines = [sorted(text.split()) for text in (program, (ROOT / "examples/first.py").read_text())]
+    assert lines[0] == lines[1]  # only the order of the imports may differ
+    assert len([line for line in program.splitlines() if line]) <= 12
+    (tmp_path / "tenfold").symlink_to(ROOT / "tenfold")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    ran = subprocess.run(
+        [sys.executable, ROOT / "examples/first.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    for got, said in zip(ran.stdout.splitlines(), shown.splitlines(), strict=True):
+        if re.fullmatch(r"[\d.]+", said):
+            assert abs(float(got) / float(said) - 1) < 1e-3
+        else:
+            assert got == said
