@@ -47,7 +47,7 @@ from tenfold import api  # noqa: E402
 
 demo = Path(tenfold.__file__).parent / "demo"
 limit = 12_000 if quick else 40_000
-steps = 24 if quick else 70
+steps = 24 if quick else 140
 
 print("\n1. What the published recipes make of GPT-2 small, counted without allocating a weight\n")
 rows = []

@@ -7,7 +7,8 @@ from types import FunctionType
 
 import pytest
 
-import tenfold
+import tenfold.nn
+import tenfold.structure
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "tenfold").rglob("*.py"), *ROOT.glob("tenfold_*.py")])

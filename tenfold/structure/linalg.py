@@ -117,3 +117,9 @@ def _project(tensor: Tensor, factors: list[Tensor], skip: int | None = None) -> 
         if k != skip:
             tensor = torch.tensordot(factor.T, tensor.movedim(k, 0), 1).movedim(0, k)
     return tensor
+
+
+def square_root(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The symmetric ``S`` with ``S S = gram``."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T

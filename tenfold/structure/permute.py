@@ -40,6 +40,7 @@ from torch import Tensor
 from tenfold.structure.base import Factors
 from tenfold.structure.combinators import Placed
 from tenfold.structure.kronecker import Kronecker
+from tenfold.structure.linalg import square_root
 
 LARGEST = 512  # rows in one exchange; of more, so many are drawn: the price of an assignment is nearly cubic in them
 MOST = 16  # exchanges of one side in one round: what blocks with many rows would need is too much
@@ -275,7 +276,7 @@ class KroneckerBase(AnyBase):
         if side in self.sides:
             return weight
         flat = weight[self._grouped(torch.arange(len(weight)), side)].flatten(1)
-        few = flat if len(flat) <= flat.shape[1] else _root(flat.T @ flat)
+        few = flat if len(flat) <= flat.shape[1] else square_root(flat.T @ flat)
         return few.reshape(-1, weight.shape[1])
 
     def begin(self, orders: Orders) -> None:
@@ -301,7 +302,7 @@ class KroneckerBase(AnyBase):
         """
         blocks = self.blocks.flatten(2).flatten(0, 1)
         gram = blocks.T @ blocks
-        root = _root(gram).reshape(self.small.shape)
+        root = square_root(gram).reshape(self.small.shape)
         self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner or None, sweeps=sweeps)
         _, values, basis = torch.linalg.svd(self._spanning(), full_matrices=False)
         basis = basis[values > 1e-10 * values[0]]
@@ -388,12 +389,6 @@ Trial = AnyBase | KroneckerBase
 def _drawn(count: int, generator: torch.Generator) -> Tensor:
     """All numbers below ``count``, or as many random ones as one exchange may hold."""
     return torch.arange(count) if count <= LARGEST else torch.randperm(count, generator=generator)[:LARGEST]
-
-
-def _root(gram: Tensor) -> Tensor:
-    """The symmetric ``S`` with ``S S = gram``."""
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 def _balanced(factors: list[Tensor]) -> list[Tensor]:
