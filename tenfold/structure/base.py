@@ -39,9 +39,21 @@ class Structure(ABC):
         """The best known fit to ``weight (out, in)`` that needs no iteration; None where no such fit is known."""
         return None
 
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
+        """A good fit in the norm ``||outputs^(1/2) (W - What) inputs^(1/2)||`` that needs no iteration; None: not known.
+
+        ``inputs (in, in)`` and ``outputs (out, out)`` are positive definite.
+        """
+        return None
+
     @property
     def optimal(self) -> bool:
         """Whether the closed form is the nearest member in the Frobenius norm."""
+        return False
+
+    @property
+    def optimal_in_metric(self) -> bool:
+        """Whether the metric form is the nearest member in its norm."""
         return False
 
     def check(self) -> None:  # noqa: B027 - most families have nothing to add
@@ -155,13 +167,14 @@ class Structure(ABC):
         self,
         weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
         metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
+        row_metrics: Float[Tensor, "m m"] | Sequence[Float[Tensor, "m m"] | None] | None = None,
         shared: Sequence[str] = (),
         **settings,
     ) -> Factors:
         """The factors nearest to ``weights``; see :func:`tenfold.structure.fit.fit`."""
         from tenfold.structure.fit import fit  # the fit needs this class: imported where it is called
 
-        return fit(self, weights, metrics, shared, **settings)
+        return fit(self, weights, metrics, row_metrics, shared, **settings)
 
     def to_json(self) -> dict:
         """The fields and the kind, as plain JSON."""

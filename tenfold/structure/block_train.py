@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
 from tenfold.structure.diagram import Diagram
-from tenfold.structure.linalg import halves
+from tenfold.structure.linalg import halves, roots
 from tenfold.structure.placement import Placement
 
 
@@ -55,5 +56,22 @@ class BlockTrain(Structure, kind="block_train"):
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Optimal: the blocks do not share parameters, and each is a truncated SVD."""
         blocks = weight.reshape(*self.outs, *self.ins).permute(1, 2, 0, 3)  # (b, c, a, d)
-        left, right = halves(blocks, self.rank)  # (b, c, a, r), (b, c, r, d)
+        return self._named(*halves(blocks, self.rank))  # (b, c, a, r), (b, c, r, d)
+
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors:
+        """A start: every block in its own diagonal blocks of the metrics, what couples blocks left out."""
+        (a, b), (c, d) = self.outs, self.ins
+        row, row_back = _block_roots(outputs.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).permute(2, 0, 1))
+        column, column_back = _block_roots(inputs.reshape(c, d, c, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        blocks = weight.double().reshape(*self.outs, *self.ins).permute(1, 2, 0, 3)
+        left, right = halves(row[:, None] @ blocks @ column, self.rank)
+        return self._named(row_back[:, None] @ left, right @ column_back)
+
+    @staticmethod
+    def _named(left: Tensor, right: Tensor) -> Factors:
         return {"left": left.permute(0, 2, 1, 3), "right": right.permute(1, 0, 3, 2)}
+
+
+def _block_roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = [roots(block) for block in blocks]
+    return torch.stack([root for root, _ in pairs]), torch.stack([back for _, back in pairs])

@@ -60,9 +60,18 @@ class Sum(Structure, kind="sum"):
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """Greedy: every part is fitted to what the parts before it leave. A start, not an optimum."""
+        return self._greedy(weight, lambda part, rest: part.closed_form(rest))
+
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
+        """Greedy, too."""
+        return self._greedy(
+            weight, lambda part, rest: part.metric_form(rest, inputs, outputs) or part.closed_form(rest)
+        )
+
+    def _greedy(self, weight: Tensor, form) -> Factors | None:
         rest, factors = weight.double(), {}
         for k, part in enumerate(self.parts):
-            fitted = part.closed_form(rest)
+            fitted = form(part, rest)
             if fitted is None:
                 return None
             rest = rest - part.dense(fitted)
@@ -111,9 +120,16 @@ class Stacked(Structure, kind="stacked"):
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """As near as those of the parts."""
+        return self._by_parts(lambda part, place: part.closed_form(weight[place]))
+
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
+        """That of the parts: what couples the outputs of two parts is left out."""
+        return self._by_parts(lambda part, at: part.metric_form(weight[at], inputs, outputs[at, at]))
+
+    def _by_parts(self, form) -> Factors | None:
         factors: Factors = {}
         for k, part in enumerate(self.parts):
-            fitted = part.closed_form(weight[self.starts[k] : self.starts[k + 1]])
+            fitted = form(part, slice(self.starts[k], self.starts[k + 1]))
             if fitted is None:
                 return None
             factors |= {f"part_{k}_{name}": value for name, value in fitted.items()}
@@ -141,7 +157,8 @@ class Placed(Structure, kind="placed"):
         map_columns: likewise ``columns (base in) int32``.
 
     With whole maps this is a permuted matrix (TQCompressor); with shorter ones pruned units and sliced widths. Every
-    index of a map must occur once: the maps are injective.
+    index of a map must occur once: the maps are injective. Without a map the base lies in the first rows (columns), which
+    costs no index at all: the others are the pruned ones.
     """
 
     base: Structure
@@ -165,14 +182,9 @@ class Placed(Structure, kind="placed"):
 
     def check(self) -> None:
         out, inner = self.base.shape
-        for side, mapped, small, large in (
-            ("rows", self.map_rows, out, self.out_features),
-            ("columns", self.map_columns, inner, self.in_features),
-        ):
-            if small > large or (small < large and not mapped):
-                raise ValueError(
-                    f"{small} {side} of the base can't be placed in {large} {side} with map_{side}={mapped}"
-                )
+        for side, small, large in (("rows", out, self.out_features), ("columns", inner, self.in_features)):
+            if small > large:
+                raise ValueError(f"{small} {side} of the base can't be placed in {large} {side}")
 
     def normal_form(self) -> tuple[Placement, ...]:
         return tuple(self._place(place.renamed(_inner)) for place in self.base.normal_form())
@@ -182,8 +194,8 @@ class Placed(Structure, kind="placed"):
         columns = (("columns", self.base.shape[1], self.in_features),) if self.map_columns else ()
         return replace(
             place,
-            rows=place.rows + ("rows",) * self.map_rows,
-            columns=place.columns + ("columns",) * self.map_columns,
+            rows=place.rows + _steps("rows", self.map_rows, self.base.shape[0] < self.out_features),
+            columns=place.columns + _steps("columns", self.map_columns, self.base.shape[1] < self.in_features),
             outer=(self.out_features, self.in_features),
             maps=place.maps + rows + columns,
         )
@@ -214,6 +226,11 @@ class Placed(Structure, kind="placed"):
         named = {_inner(name): value for name, value in factors.items()}
         maps = {"rows": rows.int()} if self.map_rows else {}
         return named | maps | ({"columns": columns.int()} if self.map_columns else {})
+
+
+def _steps(name: str, mapped: bool, shorter: bool) -> tuple[str | int, ...]:
+    """An index map, a shift by nothing, or no step at all."""
+    return (name,) if mapped else (0,) if shorter else ()
 
 
 def _based(out: int, inner: int, spec: dict) -> dict:

@@ -26,6 +26,7 @@ def fit(
     structure: Structure,
     weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
     metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
+    row_metrics: Float[Tensor, "m m"] | Sequence[Float[Tensor, "m m"] | None] | None = None,
     shared: Sequence[str] = (),
     *,
     start: Factors | None = None,
@@ -34,11 +35,12 @@ def fit(
     starts: int = 1,
     seed: int = 0,
 ) -> Factors:
-    """Minimise ``sum_s || (W_s - What_s) L_s ||_F^2`` with ``L_s L_s^T = metrics[s] (in, in)``.
+    """Minimise ``sum_s || R_s (W_s - What_s) L_s ||_F^2``, ``L_s L_s^T = metrics[s]`` and ``R_s^T R_s = row_metrics[s]``.
 
     Args:
         weights: one matrix ``(out, in)``, or several that are fitted together.
         metrics: the second moment of the inputs of each matrix; None for the Frobenius norm.
+        row_metrics: likewise ``(out, out)`` of its outputs: what an error there costs.
         shared: names of factors that all matrices use in common.
         start: factors to start from; without them the closed form, or noise.
         sweeps: at most this many rounds over all factors.
@@ -53,15 +55,17 @@ def fit(
     """
     several = not isinstance(weights, Tensor)
     targets = [_checked("weight", structure, weight, structure.shape) for weight in (weights if several else [weights])]
-    norms = _checked_metrics(structure, metrics, len(targets))
+    norms = _checked_metrics("metric", structure, metrics, len(targets), structure.shape[1])
+    rows = _checked_metrics("row metric", structure, row_metrics, len(targets), structure.shape[0])
     if several and not shared:  # nothing in common
         settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
-        each = [fit(structure, target, norm, **settings) for target, norm in zip(targets, norms, strict=True)]
+        each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
-    plain = not several and norms == [None] and start is None and structure.optimal
-    if plain and (known := structure.closed_form(targets[0])) is not None:
-        return known
-    problem = Problem(structure, targets, norms, tuple(shared))
+    problem = Problem(structure, targets, norms, rows, tuple(shared))
+    if not several and start is None:
+        start, exact = problem.known()
+        if exact and start is not None:
+            return start
     begins = problem.begins(start, max(1, starts), seed)
     best = min((problem.solve(begin, sweeps, tolerance) for begin in begins), key=problem.objective)
     return {name: value[0] if not several or name in shared else value for name, value in best.items()}
@@ -76,12 +80,12 @@ def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, 
     return matrix.detach().double()
 
 
-def _checked_metrics(structure: Structure, metrics, count: int) -> list[Tensor | None]:
-    shape = (structure.shape[1], structure.shape[1])
+def _checked_metrics(what: str, structure: Structure, metrics, count: int, size: int) -> list[Tensor | None]:
+    shape = (size, size)
     given = [None] * count if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
     if len(given) != count:
-        raise ValueError(f"{count} weights need {count} metrics, not {len(given)}; None stands for the Frobenius norm")
-    return [None if metric is None else _checked("metric", structure, metric, shape) for metric in given]
+        raise ValueError(f"{count} weights need {count} {what}s, not {len(given)}; None stands for the Frobenius norm")
+    return [None if metric is None else _checked(what, structure, metric, shape) for metric in given]
 
 
 class Problem:
@@ -90,15 +94,27 @@ class Problem:
     A state maps every factor name to a tensor with a leading axis: one slice per target, or a single one if shared.
     """
 
-    def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, shared: tuple[str, ...]):
+    def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, rows: list, shared: tuple[str, ...]):
         self.structure, self.targets, self.shared = structure, targets, shared
-        self.metrics = metrics
+        self.metrics, self.rows = metrics, rows
         self.places = structure.normal_form()
         for name in shared:
             if name not in structure.factor_shapes():
                 raise ValueError(
                     f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}"
                 )
+
+    def known(self) -> tuple[Factors | None, bool]:
+        """The factors of a single target that need no iteration, and whether they are the nearest."""
+        (target,), (metric,), (row,) = self.targets, self.metrics, self.rows
+        if metric is None and row is None:
+            return self.structure.closed_form(target), self.structure.optimal
+        sides = [
+            torch.eye(size, dtype=target.dtype, device=target.device) if given is None else given
+            for given, size in zip((metric, row), target.shape[::-1], strict=True)
+        ]
+        form = self.structure.metric_form(target, *sides)
+        return form or self.structure.closed_form(target), form is not None and self.structure.optimal_in_metric
 
     def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
         """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
@@ -128,9 +144,10 @@ class Problem:
     def objective(self, state: Factors) -> Tensor:
         """``sum_s || (W_s - What_s) L_s ||_F^2``"""
         total = self.targets[0].new_zeros(())
-        for s, (target, metric) in enumerate(zip(self.targets, self.metrics, strict=True)):
+        for s, (target, metric, row) in enumerate(zip(self.targets, self.metrics, self.rows, strict=True)):
             rest = target - self.structure.dense(self.slice(state, s))
-            total = total + (rest * (rest if metric is None else rest @ metric)).sum()
+            weighed = rest if metric is None else rest @ metric
+            total = total + (rest * (weighed if row is None else row @ weighed)).sum()
         return total
 
     def solve(self, state: Factors, sweeps: int, tolerance: float) -> Factors:
@@ -150,7 +167,8 @@ class Problem:
                     state, now = tried, after
             if before - now <= tolerance * scale:
                 break
-        return state if len(small) == len(blocks) else self.polish(state, sweeps)
+        finished = len(small) == len(blocks) and all(row is None for row in self.rows)
+        return state if finished else self.polish(state, sweeps)
 
     def unknowns(self, place: Placement, name: str) -> int:
         """The size of one of the linear systems of a factor."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
 from tenfold.structure.diagram import Diagram
-from tenfold.structure.linalg import halves
+from tenfold.structure.linalg import halves, roots
 from tenfold.structure.placement import Placement
 
 
@@ -31,6 +31,14 @@ class Dense(Structure, kind="dense"):
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Exact."""
         return {"matrix": weight.clone()}
+
+    @property
+    def optimal_in_metric(self) -> bool:
+        return True
+
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors:
+        """Exact."""
+        return self.closed_form(weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +74,13 @@ class LowRank(Structure, kind="low_rank"):
         """Optimal in the Frobenius norm (truncated SVD, Eckart-Young 1936)."""
         left, right = halves(weight, self.rank)
         return {"left": left, "right": right}
+
+    @property
+    def optimal_in_metric(self) -> bool:
+        return True
+
+    def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors:
+        """Optimal: the truncated SVD of the weight between the roots of both metrics, taken back through them."""
+        (row, row_back), (column, column_back) = roots(outputs), roots(inputs)
+        left, right = halves(row @ weight.double() @ column, self.rank)
+        return {"left": row_back @ left, "right": right @ column_back}

@@ -60,12 +60,17 @@ class Placement:
 
     def apply(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
         """``x (n, in) @ W.T -> (n, out)``"""
-        columns = self.index(factors, "columns")
-        y = contract.apply(self.diagram, self.tensors(factors), x if columns is None else x.index_select(-1, columns))
+        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x))
         if len(self.rows) == 1 and isinstance(self.rows[0], int):  # a block of rows: no index needed
             return torch.nn.functional.pad(y, (self.rows[0], self.shape[0] - self.rows[0] - y.shape[-1]))
         rows = self.index(factors, "rows")
         return y if rows is None else _spread(y, rows, self.shape[0])
+
+    def _picked(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
+        if len(self.columns) == 1 and isinstance(self.columns[0], int):  # a block of columns: no index needed
+            return x.narrow(-1, self.columns[0], self.diagram.shape[1])
+        columns = self.index(factors, "columns")
+        return x if columns is None else x.index_select(-1, columns)
 
     def rows_at(self, factors: dict[str, Tensor], index: Tensor) -> Tensor:
         """``W[index] (n, in)``"""

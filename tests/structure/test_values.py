@@ -108,7 +108,6 @@ def test_scalars_start_at_one(structure):
         (lambda: Sum(parts=(LOW_RANK, LowRank(out_features=6, in_features=4, rank=1))), r"\(4, 6\), \(6, 4\)"),
         (lambda: Stacked(parts=(LOW_RANK, LowRank(out_features=4, in_features=5, rank=1))), r"\(4, 6\), \(4, 5\)"),
         (lambda: Placed(base=LOW_RANK, out_features=3, in_features=6), "4 rows .* 3 rows"),
-        (lambda: Placed(base=LOW_RANK, out_features=4, in_features=7, map_columns=False), "6 columns .* 7 columns"),
     ],
 )
 def test_integers_that_make_no_matrix_are_refused(make, says):

@@ -1,0 +1,87 @@
+"""Calibration text as batches of tokens, cut the way the model reads text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.evaluate.text import documents, token_stream
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Calibration:
+    """Batches ``{"input_ids": (samples, window), "attention_mask": ..}``, and where they came from."""
+
+    batches: list[Batch]
+    source: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count: padding does not."""
+        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+
+
+def calibration(
+    model, tokenizer, files: Sequence[str | Path], samples: int = 128, window: int | None = None, batch: int = 8
+) -> Calibration:
+    """The first ``samples`` samples of ``files``.
+
+    A causal model reads windows of ``window`` tokens cut from the text as one stream, evenly spread over it; any other
+    model reads one document (one line of a plain text file) a sample, cut to the window and padded.
+
+    Raises:
+        ValueError: there is no text, or not enough for one window, or the tokenizer is another model's.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or 1024
+    window = min(window or min(longest, 1024), longest)
+    if samples < 1 or batch < 1:
+        raise ValueError(f"{samples} samples in batches of {batch} can't be drawn; ask for one or more")
+    cut = _windows if reads_streams(model) else _documents
+    batches = cut(tokenizer, files, samples, window, batch)
+    largest, known = max(int(b["input_ids"].max()) for b in batches), model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise ValueError(
+            f"the calibration text has token {largest} but the model knows {known}: use the tokenizer that the model was "
+            "trained with"
+        )
+    source = {"files": [Path(f).name for f in files], "samples": samples, "window": window}
+    return Calibration(batches, source)
+
+
+def reads_streams(model) -> bool:
+    """Whether the model is a causal language model, which is trained on one long stream."""
+    return any("CausalLM" in name or "LMHeadModel" in name for name in [type(model).__name__, *_architectures(model)])
+
+
+def _architectures(model) -> Sequence[str]:
+    return model.config.architectures or ()
+
+
+def _windows(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
+    tokens = torch.from_numpy(token_stream(documents(files), tokenizer)).long()
+    whole = len(tokens) // window
+    if whole == 0:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens, fewer than one window of {window}: give more text"
+        )
+    chosen = torch.linspace(0, whole - 1, min(samples, whole)).round().long()
+    rows = tokens[: whole * window].reshape(whole, window)[chosen]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch)]
+
+
+def _documents(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
+    texts = [line for text in documents(files) for line in text.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
+    chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()
+    texts = sorted((texts[k] for k in chosen), key=len)  # of like length, so that little is padded
+    groups = [texts[k : k + batch] for k in range(0, len(texts), batch)]
+    encoded = [tokenizer(g, truncation=True, max_length=window, padding=True, return_tensors="pt") for g in groups]
+    return [dict(batch) for batch in encoded]

@@ -1,0 +1,208 @@
+"""The hidden states of the calibration tokens in front of one block after another, and the moments of its inputs.
+
+Two streams run side by side: what the original model computes, and what the model computes whose blocks so far are
+compressed. Both are needed: a compressed site shall give the original outputs from the inputs that it now gets.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.compress.calibration import Batch
+from tenfold.models.sites import Site, base_model
+
+
+@dataclass
+class Moments:
+    """What is known of the inputs of one site, the original ones ``x`` and those that it now gets, ``z``, in float64.
+
+    Args:
+        second: mean of ``z z^T (in, in)``.
+        cross: mean of ``x z^T (in, in)``.
+        original: mean of ``x x^T (in, in)``.
+        mean: mean of ``z (in,)``.
+        mean_original: mean of ``x (in,)``.
+        tokens: how many vectors were seen.
+    """
+
+    second: Tensor
+    cross: Tensor
+    original: Tensor
+    mean: Tensor
+    mean_original: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, width: int) -> Moments:
+        """No vector seen."""
+        square, flat = (torch.zeros(shape, dtype=torch.float64) for shape in ((width, width), (width,)))
+        return cls(square, square.clone(), square.clone(), flat, flat.clone())
+
+    def add(self, x: Tensor, z: Tensor) -> None:
+        """Sum up rows of ``x`` and ``z (n, in)``: products in float32, sums in float64."""
+        self.second += z.T @ z
+        self.cross += x.T @ z
+        self.original += x.T @ x
+        self.mean += z.sum(0)
+        self.mean_original += x.sum(0)
+        self.tokens += len(z)
+
+    def averaged(self) -> Moments:
+        """Means instead of sums."""
+        sums = (self.second, self.cross, self.original, self.mean, self.mean_original)
+        return Moments(*(value / max(1, self.tokens) for value in sums), self.tokens)
+
+
+@dataclass
+class Call:
+    """How a block was called with one batch, its hidden states left out."""
+
+    arguments: tuple
+    keywords: dict
+
+
+class _Stop(Exception):
+    """The input that was wanted has been seen."""
+
+
+class Streams:
+    """Both streams of every batch, in front of one block after another.
+
+    Args:
+        model: is run once as it is, to see how its blocks are called.
+        blocks: paths of the blocks, in the order in which they run.
+        batches: of calibration tokens.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[str], batches: list[Batch]):
+        self.blocks = [model.get_submodule(path) for path in blocks]
+        self.kept = [batch["attention_mask"].flatten().bool() for batch in batches]
+        self.calls: list[list[Call]] = [[] for _ in blocks]
+        self.original: list[Tensor] = []
+        device = next(model.parameters()).device
+        for batch in batches:
+            self._record(model, {name: value.to(device) for name, value in batch.items()})
+        self.now = list(self.original)
+
+    @torch.no_grad()
+    def _record(self, model: nn.Module, batch: Batch) -> None:
+        seen: list[Tensor] = []
+
+        def before(number: int):
+            def hook(module, arguments, keywords):
+                states, call = _split(arguments, keywords)
+                seen.append(states)
+                self.calls[number].append(call)
+
+            return hook
+
+        hooks = [block.register_forward_pre_hook(before(k), with_kwargs=True) for k, block in enumerate(self.blocks)]
+        try:
+            base_model(model)(**batch, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.original.append(seen[0])
+
+    def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
+        """The output of ``block``, called as block ``number`` was."""
+        call = self.calls[number][batch]
+        out = block(states, *call.arguments, **call.keywords)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, number: int, original: nn.Module) -> None:
+        """Both streams through block ``number``; ``original`` is the block as it was."""
+        for k in range(len(self.now)):
+            self.original[k] = self.run(number, original, self.original[k], k)
+            self.now[k] = self.run(number, self.blocks[number], self.now[k], k)
+
+    @torch.no_grad()
+    def moments(self, number: int, original: nn.Module, path: str) -> Moments:
+        """Of the inputs of the site ``path`` inside block ``number``."""
+        found = None
+        for k in range(len(self.now)):
+            pair = []
+            for block, states in ((original, self.original[k]), (self.blocks[number], self.now[k])):
+                with stopping_at(block.get_submodule(path)) as seen:
+                    self.run(number, block, states, k)
+                pair.append(seen[0].flatten(0, -2)[self.kept[k]].float())
+            found = found or Moments.empty(pair[0].shape[-1])
+            found.add(*pair)
+        assert found is not None
+        if not all(bool(torch.isfinite(value).all()) for value in (found.second, found.cross)):
+            raise ValueError(
+                f"the inputs of {path} in block {number} hold NaN or Inf; try --dtype float32 or other text"
+            )
+        return found.averaged()
+
+    def stages(self, number: int, paths: list[str]) -> list[list[str]]:
+        """``paths`` inside block ``number`` in the order in which they run, those with one input together."""
+        seen: list[tuple[int, str]] = []
+        block = self.blocks[number]
+        hooks = [
+            block.get_submodule(path).register_forward_pre_hook(
+                lambda module, arguments, path=path: seen.append((id(arguments[0]), path))
+            )
+            for path in paths
+        ]
+        kept: list[Tensor] = []  # so that no address is used twice
+        hooks += [block.get_submodule(p).register_forward_pre_hook(lambda m, a: kept.append(a[0])) for p in paths]
+        try:
+            with torch.no_grad():
+                self.run(number, block, self.now[0][:1], 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stages: dict[int, list[str]] = {}
+        for key, path in seen:
+            stages.setdefault(key, []).append(path)
+        return list(stages.values())
+
+
+def _split(arguments: tuple, keywords: dict) -> tuple[Tensor, Call]:
+    if arguments:
+        return arguments[0], Call(arguments[1:], keywords)
+    rest = dict(keywords)
+    return rest.pop("hidden_states"), Call((), rest)
+
+
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Run until ``module`` is called; its input is in the list."""
+    seen: list[Tensor] = []
+
+    def hook(module, arguments):
+        seen.append(arguments[0])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield seen
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+def blocks_of(sites: list[Site]) -> dict[str, list[Site]]:
+    """``{path of a block: its sites}`` in the order of the model."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.layer is not None:
+            block = re.match(rf"(.*?\.|){site.layer}(?=\.)", site.path)
+            assert block is not None
+            found.setdefault(block[0], []).append(site)
+    return found
+
+
+def twin(block: nn.Module) -> nn.Module:
+    """A copy that stays as the block is now."""
+    return copy.deepcopy(block).requires_grad_(False)
