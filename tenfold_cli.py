@@ -33,7 +33,7 @@ Text = Annotated[
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with tenfold."""
-    from tenfold.models.plan import load_recipe, recipe_names
+    from tenfold.models.recipe import load_recipe, recipe_names
 
     rows = [(name, load_recipe(name)) for name in recipe_names()]
     if as_json:
@@ -51,7 +51,7 @@ def inspect(
 ) -> None:
     """Count parameters and FLOPs of a model, and of what a recipe makes of it; no weights are allocated."""
     from tenfold.models.cost import inspect
-    from tenfold.models.plan import load_recipe
+    from tenfold.models.recipe import load_recipe
 
     result = inspect(model, load_recipe(recipe) if recipe else None)
     if as_json:
@@ -224,7 +224,7 @@ def heal(
 ) -> None:
     """Distil the dense model into the folded one and save it."""
     from tenfold import api
-    from tenfold.models.plan import Heal
+    from tenfold.models.recipe import Heal
 
     api.check_output(output, overwrite)
     files = api.texts(text)

@@ -63,7 +63,7 @@ fold = """
 import resource, sys, time
 import torch
 from tenfold import compress
-from tenfold.models.plan import Start, load_recipe
+from tenfold.models.recipe import Start, load_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 torch.manual_seed(0)

@@ -52,7 +52,7 @@ steps = 24 if quick else 140
 print("\n1. What the published recipes make of GPT-2 small, counted without allocating a weight\n")
 rows = []
 for name in cli.tracked("pricing")(PRICED):
-    priced = tenfold.inspect("gpt2", tenfold.models.plan.load_recipe(name))
+    priced = tenfold.inspect("gpt2", tenfold.models.recipe.load_recipe(name))
     count, flops = priced["parameters"], priced["flops_per_token"]
     rows.append([name, f"{count['total']:,}", f"{count['without_head']:,}", *(f"{flops[k] / 1e6:,.0f}" for k in flops)])
 cli.show_table(["recipe", "parameters", "without head", "MFLOPs/token, 1 row", "1,024 rows"], rows)
@@ -79,7 +79,7 @@ for label, structure in STRUCTURES:
 best = min(results[1:], key=lambda row: row["scores"]["perplexity"])["label"]
 print(f"3. Healing the best one, {best}, by distillation from the dense model", file=sys.stderr)
 healed, report = models[best]
-settings = tenfold.models.plan.Heal(steps=steps, learning_rate=1e-3, tokens_per_step=2048)
+settings = tenfold.models.recipe.Heal(steps=steps, learning_rate=1e-3, tokens_per_step=2048)
 with cli.counted("healing") as advance:
     healing = api.heal(healed, dense, tokenizer, [demo / "healing.jsonl"], settings, advance=advance)
 results.append(measure(f"{best}, healed", healed, report["seconds"] + healing["seconds"]))

@@ -22,7 +22,8 @@ from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.cost import read_config
 from tenfold.models.hub import check_output, from_pretrained
-from tenfold.models.plan import load_recipe, make_plan
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import load_recipe
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from tenfold.models.cost import price
 from tenfold.models.hub import from_pretrained
-from tenfold.models.plan import Recipe, load_recipe, make_plan
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.models.sites import find_sites
 

@@ -89,11 +89,13 @@ class Streams:
         device = next(model.parameters()).device
         for batch in batches:
             self._record(model, {name: value.to(device) for name, value in batch.items()})
+        self.first = list(self.original)
         self.now = list(self.original)
 
     @torch.no_grad()
     def _record(self, model: nn.Module, batch: Batch) -> None:
         seen: list[Tensor] = []
+        made: list[Tensor] = []
 
         def before(number: int):
             def hook(module, arguments, keywords):
@@ -110,6 +112,7 @@ class Streams:
             for hook in hooks:
                 hook.remove()
         self.original.append(seen[0])
+        self.chained = all(one is other for one, other in zip(made, seen[1:], strict=False))
 
     def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
         """The output of ``block``, called as block ``number`` was."""
@@ -118,30 +121,51 @@ class Streams:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def advance(self, number: int, original: nn.Module) -> None:
-        """Both streams through block ``number``; ``original`` is the block as it was."""
+    def advance(self, number: int, original: nn.Module | None = None) -> None:
+        """Both streams through block ``number``; ``original`` is the block as it was, None: as it is."""
         for k in range(len(self.now)):
-            self.original[k] = self.run(number, original, self.original[k], k)
             self.now[k] = self.run(number, self.blocks[number], self.now[k], k)
+            if original is None:
+                self.original[k] = self.now[k]
+            else:
+                self.original[k] = self.run(number, original, self.original[k], k)
 
     @torch.no_grad()
-    def moments(self, number: int, original: nn.Module, path: str) -> Moments:
-        """Of the inputs of the site ``path`` inside block ``number``."""
+    def check_chain(self) -> None:
+        """Raise ValueError unless every block runs once a batch, on what the one before it returns."""
+        if any(len(calls) != len(self.kept) for calls in self.calls) or not self.chained:
+            raise ValueError(
+                "the blocks of this model do not follow one another, each once, so that they can't be calibrated one by one; "
+                "compress it without --calibrate"
+            )
+
+    def rewind(self) -> None:
+        """Both streams in front of the first block again."""
+        self.original, self.now = list(self.first), list(self.first)
+
+    @torch.no_grad()
+    def moments(self, number: int, original: nn.Module | None, path: str) -> Moments:
+        """Of the inputs of the site ``path`` inside block ``number``; without ``original`` both streams are one."""
         found = None
         for k in range(len(self.now)):
-            pair = []
-            for block, states in ((original, self.original[k]), (self.blocks[number], self.now[k])):
-                with stopping_at(block.get_submodule(path)) as seen:
-                    self.run(number, block, states, k)
-                pair.append(seen[0].flatten(0, -2)[self.kept[k]].float())
+            pair = [
+                self._input(number, block, path, states, k)
+                for block, states in ((original, self.original[k]), (self.blocks[number], self.now[k]))
+                if block is not None
+            ]
             found = found or Moments.empty(pair[0].shape[-1])
-            found.add(*pair)
+            found.add(pair[0], pair[-1])
         assert found is not None
-        if not all(bool(torch.isfinite(value).all()) for value in (found.second, found.cross)):
+        if not bool(torch.isfinite(found.second).all() & torch.isfinite(found.cross).all()):
             raise ValueError(
                 f"the inputs of {path} in block {number} hold NaN or Inf; try --dtype float32 or other text"
             )
         return found.averaged()
+
+    def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
+        with stopping_at(block.get_submodule(path)) as seen:
+            self.run(number, block, states, batch)
+        return seen[0].flatten(0, -2)[self.kept[batch]].float()
 
     def stages(self, number: int, paths: list[str]) -> list[list[str]]:
         """``paths`` inside block ``number`` in the order in which they run, those with one input together."""

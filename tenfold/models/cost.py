@@ -11,7 +11,8 @@ import transformers
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
-from tenfold.models.plan import Plan, Recipe, make_plan
+from tenfold.models.plan import Plan, make_plan
+from tenfold.models.recipe import Recipe
 from tenfold.models.replace import install_empty
 from tenfold.models.sites import Site, find_sites, is_tied
 from tenfold.models.stored import folded_config, stored_plan

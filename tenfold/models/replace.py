@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.plan import Entry, Plan
-from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, weight_of
+from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
 from tenfold.models.starts import QUICK, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
@@ -62,8 +62,7 @@ def replace(
             old, new = _install(model, entry, container)
             _fill(new, factors)
             changes.append(Change(entry.site.path, entry.structure, _size(old), _size(new), error))
-    tie(model)
-    model.config.quantization_config = describe(model, plan.recipe)
+    finish(model, plan.recipe)
     return changes
 
 
@@ -200,6 +199,33 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
 
 
 @torch.no_grad()
+def install(model: PreTrainedModel, entry: Entry, factors: Factors, bias: Tensor | None) -> None:
+    """Fold one site with factors that are known already; :func:`finish` when all are done."""
+    old, new = _install(model, entry, None)
+    _fill(new, factors)
+    if bias is not None and isinstance(new, FactorizedLinear):
+        like = old.like if isinstance(old, FOLDED) else old.weight
+        new.bias = nn.Parameter(bias.to(like), requires_grad=like.requires_grad)
+
+
+@torch.no_grad()
+def set_matrix(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
+    """Give a dense layer another matrix ``(out, in)`` and bias."""
+    if isinstance(module, FactorizedLinear):
+        module.set_factors({"matrix": matrix})
+    else:
+        module.weight.copy_(matrix.T if isinstance(module, Conv1D) else matrix)
+    if bias is not None:
+        module.bias.copy_(bias)
+
+
+def finish(model: PreTrainedModel, recipe: str) -> None:
+    """After sites were folded one by one: tie what is tied, and note it in the model's configuration."""
+    tie(model)
+    model.config.quantization_config = describe(model, recipe)
+
+
+@torch.no_grad()
 def _fill(layer: FactorizedLinear | FactorizedEmbedding, factors: Factors) -> None:
     """Give ``layer`` its factors, the shared ones too."""
     layer.set_factors(factors)
@@ -253,22 +279,27 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _plain(like: nn.Module, module: FactorizedLinear | FactorizedEmbedding) -> nn.Module:
-    """The layer that the architecture itself has at this place, holding ``W``."""
-    weight = module.dense().to(module.dtype)
+    """The layer that the architecture itself has at this place, holding ``W``; where that is narrower, zeros around it."""
+    weight = _padded(module.dense().to(module.dtype), shape_of(like))
     if isinstance(module, FactorizedEmbedding):
         scale = (module.scale,) if hasattr(like, "scalar_embed_scale") else ()
         new = type(like)(*module.structure.shape, module.padding_idx, *scale)
     elif isinstance(like, Conv1D):
-        new, weight = Conv1D(*module.structure.shape), weight.T.contiguous()
+        new, weight = Conv1D(*weight.shape), weight.T.contiguous()
     else:
-        new = nn.Linear(module.in_features, module.out_features, getattr(like, "bias", None) is not None)
+        new = nn.Linear(*weight.shape[::-1], getattr(like, "bias", None) is not None)
     new = new.to(device=weight.device, dtype=weight.dtype)
     new.weight.copy_(weight)
     if getattr(module, "bias", None) is not None:
-        new.bias = module.bias  # the parameter itself: BERT's head shares it
+        narrow = len(module.bias) < len(new.bias)  # else the parameter itself: BERT's head shares it
+        new.bias = nn.Parameter(_padded(module.bias[None], (1, len(new.bias)))[0]) if narrow else module.bias
     elif getattr(new, "bias", None) is not None:
         new.bias.zero_()  # the recipe has dropped it
     return new
+
+
+def _padded(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
+    return nn.functional.pad(matrix, (0, shape[1] - matrix.shape[1], 0, shape[0] - matrix.shape[0]))
 
 
 def _plain_tied(like: nn.Module, module: TiedHead | TiedEmbedding, embedding: nn.Module) -> nn.Module:

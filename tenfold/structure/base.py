@@ -18,6 +18,22 @@ from tenfold.structure import contract, dims
 from tenfold.structure.placement import Placement
 
 Factors = dict[str, Tensor]
+SHARES = (
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+    0.45,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # at which an error curve is sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +232,20 @@ class Structure(ABC):
         if not family.is_open(spec):
             raise ValueError(f"{spec} leaves no rank open that a budget could set; leave the rank or the terms out")
         return family.grown(out, inner, spec, budget)
+
+    @classmethod
+    def sizes(cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor) -> list[tuple[Structure, float]]:
+        """Structures of ``spec`` from small to large, and the squared error of each in the norm of both metrics."""
+        (out, inner), found = weight.shape, {}
+        for share in SHARES:
+            try:
+                structure = cls.within(out, inner, spec, share * weight.numel())
+            except ValueError:  # nothing is as small as this
+                continue
+            factors = structure.metric_form(weight, inputs, outputs) or structure.closed_form(weight)
+            rest = weight - structure.dense(factors or structure.fit(weight, inputs, sweeps=3))
+            found[structure] = float((rest * (outputs @ rest @ inputs)).sum())
+        return list(found.items())
 
     @classmethod
     def is_open(cls, spec: dict) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,6 +61,15 @@ class LowRank(Structure, kind="low_rank"):
                 f"rank {self.rank} of a {self.out_features}x{self.in_features} matrix must be from 1 to "
                 f"{min(self.out_features, self.in_features)}"
             )
+
+    @classmethod
+    def sizes(cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor) -> list[tuple[Structure, float]]:
+        """Every rank that is smaller than the dense matrix, from one decomposition."""
+        (out, inner), (row, _), (column, _) = weight.shape, roots(outputs), roots(inputs)
+        squares = torch.linalg.svdvals(row @ weight.double() @ column).square()
+        left = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        ranks = range(1, max(2, -(-out * inner // (out + inner))))
+        return [(cls(out_features=out, in_features=inner, rank=rank), left[rank]) for rank in ranks]
 
     @property
     def optimal(self) -> bool:

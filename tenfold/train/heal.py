@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.plan import Heal
+from tenfold.models.recipe import Heal
 from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
 
 

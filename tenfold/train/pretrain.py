@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.plan import Recipe, load_recipe, make_plan
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.train.optimizer import MuonAdamW
 from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
@@ -35,7 +36,7 @@ def pretrain(
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes.
 
     The recipe has ``model`` (a ``model_type`` and arguments of its configuration), ``tokenizer`` (``vocab_size`` of a
-    byte-level BPE that is trained on the first ``documents``), ``train`` (see :class:`tenfold.models.plan.Train`), and
+    byte-level BPE that is trained on the first ``documents``), ``train`` (see :class:`tenfold.models.recipe.Train`), and
     may have ``replace``: then the model is folded from noise before it is trained.
 
     Args:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.models.plan import make_plan, parse_recipe
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import parse_recipe
 from tenfold.models.replace import replace
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import tenfold.models.hub  # noqa: F401 - registers the hook
 from tenfold.models.cost import count, site_flops
-from tenfold.models.plan import make_plan, parse_recipe
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import parse_recipe
 from tenfold.models.replace import densify, install_empty
 from tenfold.models.roles import ARCHITECTURES, Architecture
 from tenfold.models.sites import base_path, find_sites, is_tied

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tenfold.models.cost import inspect, meta_model, plan_of
-from tenfold.models.plan import load_recipe, recipe_names
+from tenfold.models.recipe import load_recipe, recipe_names
 from tenfold.models.starts import STARTS
 
 # ---------------------------------------------------------------------------------------------- arithmetic

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tenfold.models.cost import inspect, meta_model, plan_of
-from tenfold.models.plan import Recipe, load_recipe, make_plan
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import Recipe, load_recipe
 
 LOW_RANK = {"kind": "low_rank", "rank": 64}
 OPEN = {"kind": "low_rank"}

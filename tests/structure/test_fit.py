@@ -68,7 +68,9 @@ SHARING = ("low_rank", "kronecker-three-scaled", "tensor_train-three", "blast", 
 def test_a_step_on_a_shared_factor_is_exact_for_all_matrices_together(structure, moments):
     metrics = [metric_of(structure, s) if given else None for s, given in enumerate(moments)]
     for shared in structure.factor_shapes():
-        problem = fitting.Problem(structure, [weight(structure, 3), weight(structure, 4)], metrics, [None] * 2, (shared,))
+        problem = fitting.Problem(
+            structure, [weight(structure, 3), weight(structure, 4)], metrics, [None] * 2, (shared,)
+        )
         state = problem.begin(factors_of(structure))
         for place in problem.places:
             after = state | {shared: problem.best(state, place, shared)}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tenfold.api import compress, evaluate
-from tenfold.models.plan import Heal
+from tenfold.models.recipe import Heal
 from tenfold.train.heal import distillation_loss, heal
 from tenfold.train.optimizer import MuonAdamW
 from tenfold.train.pretrain import pretrain, train_tokenizer

@@ -1,0 +1,170 @@
+"""One block while it is compressed: the moments of its inputs, what its sites should become, and putting that in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tenfold.compress.streams import Moments, Streams
+from tenfold.models.plan import Entry
+from tenfold.models.recipe import Calibrate
+from tenfold.models.replace import install, set_matrix
+from tenfold.models.sites import Site, weight_of
+from tenfold.structure import Factors, Structure
+
+
+@dataclass
+class Target:
+    """What one site should become: ``minimise ||outputs^(1/2) (weight - What) inputs^(1/2)||``.
+
+    Args:
+        weight: ``(out, in)``: the best dense matrix for the inputs that the site now gets.
+        inputs: their damped metric ``(in, in)``.
+        outputs: the metric of the outputs ``(out, out)``.
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+    def loss(self, near: Tensor) -> float:
+        """Nats a token, where ``outputs`` is a Fisher information."""
+        rest = self.weight - near
+        return float((rest * (self.outputs @ rest @ self.inputs)).sum()) / 2
+
+
+class Block:
+    """Block ``number`` of ``model`` in both streams.
+
+    Args:
+        path: of the block.
+        sites: all matrices in it.
+        sensitivity: ``{path: G}``; a site without one counts every output alike.
+        original: the block as it was; None while the original model is surveyed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        sites: list[Site],
+        streams: Streams,
+        number: int,
+        settings: Calibrate,
+        sensitivity: dict[str, Tensor],
+        original: nn.Module | None,
+    ):
+        self.model, self.path, self.sites = model, path, {site.path: site for site in sites}
+        self.streams, self.number, self.settings, self.sensitivity = streams, number, settings, sensitivity
+        self.original = original
+        inner = {site.path.removeprefix(f"{path}."): site.path for site in sites}
+        self.stages = [[inner[p] for p in stage] for stage in streams.stages(number, list(inner))]
+        self._known: dict[int, Moments] = {}
+
+    def role(self, *roles: str) -> list[Site]:
+        """The sites of these roles."""
+        return [site for site in self.sites.values() if site.role in roles]
+
+    def stage(self, path: str) -> int:
+        """The number of the stage in which the site ``path`` runs."""
+        return next(k for k, stage in enumerate(self.stages) if path in stage)
+
+    def moments(self, path: str) -> Moments:
+        """Of the inputs of a site as the block now is; of sites that read the same, once."""
+        stage = self.stage(path)
+        if stage not in self._known:
+            inner = self.stages[stage][0].removeprefix(f"{self.path}.")
+            self._known[stage] = self.streams.moments(self.number, self.original, inner)
+        return self._known[stage]
+
+    def weight(self, path: str) -> Tensor:
+        """``W (out, in)`` of the original model, in float64."""
+        block = self.original or self.streams.blocks[self.number]
+        return weight_of(block.get_submodule(path.removeprefix(f"{self.path}."))).detach().double()
+
+    def bias(self, path: str) -> Tensor | None:
+        """The bias of the original model."""
+        block = self.original or self.streams.blocks[self.number]
+        bias = block.get_submodule(path.removeprefix(f"{self.path}.")).bias
+        return None if bias is None else bias.detach().double()
+
+    def target(self, path: str) -> Target:
+        """What the site should become, from the moments of its inputs as the block now is."""
+        weight, moments = self.weight(path), self.moments(path)
+        second, cross = centred(moments, self.centres(path))
+        if not self.settings.refit:
+            second = cross = centred_original(moments, self.centres(path))
+        inputs = self.metric(second)
+        if self.settings.refit:
+            damping = self.damping(second)
+            weight = torch.linalg.solve(second + damping, ((weight @ (cross + damping)).T)).T
+        return Target(weight, inputs, self.outputs(path))
+
+    def centres(self, path: str) -> bool:
+        """Whether the mean of the inputs is left to the bias."""
+        return self.settings.center and self.sites[path].bias
+
+    def damping(self, second: Tensor) -> Tensor:
+        """What is added to a second moment."""
+        size = len(second)
+        return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12)) * torch.eye(size).to(second)
+
+    def metric(self, second: Tensor) -> Tensor:
+        """The metric of inputs with this second moment."""
+        damped = second + self.damping(second)
+        if self.settings.inputs == "second":
+            return damped
+        diagonal = damped.diagonal() if self.settings.inputs == "diagonal" else torch.ones(len(second)).to(second)
+        return torch.diag(diagonal**self.settings.power)
+
+    def outputs(self, path: str) -> Tensor:
+        """The metric of the outputs of a site."""
+        known = self.sensitivity.get(path)
+        if known is None or self.settings.outputs == "none":
+            return torch.eye(self.sites[path].shape[0], dtype=torch.float64)
+        if self.settings.outputs == "row":
+            return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
+        return known + self.damping(known)
+
+    def new_bias(self, path: str, near: Tensor) -> Tensor | None:
+        """The bias that makes the mean of the outputs right when the matrix is ``near``."""
+        bias = self.bias(path)
+        if bias is None or not self.centres(path):
+            return bias
+        moments = self.moments(path)
+        mean = moments.mean if self.settings.refit else moments.mean_original
+        return bias + self.weight(path) @ moments.mean_original - near @ mean
+
+    def put(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
+        """Give the site a dense matrix of its own size."""
+        set_matrix(self.model.get_submodule(path), matrix, bias)
+        self._changed(path)
+
+    def fold(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
+        """Give the site a structure."""
+        install(self.model, Entry(self.sites[path], structure, bias is not None), factors, bias)
+        self._changed(path)
+
+    def _changed(self, path: str) -> None:
+        """What runs behind the stage of ``path`` gets other inputs now."""
+        here = self.stage(path)
+        self._known = {stage: known for stage, known in self._known.items() if stage <= here}
+
+
+def centred(moments: Moments, center: bool) -> tuple[Tensor, Tensor]:
+    """Second and cross moments, about the means if ``center``."""
+    if not center:
+        return moments.second, moments.cross
+    return (
+        moments.second - torch.outer(moments.mean, moments.mean),
+        moments.cross - torch.outer(moments.mean_original, moments.mean),
+    )
+
+
+def centred_original(moments: Moments, center: bool) -> Tensor:
+    """The second moment of the original inputs, about their mean if ``center``."""
+    mean = moments.mean_original
+    return moments.original - torch.outer(mean, mean) if center else moments.original

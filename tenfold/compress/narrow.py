@@ -1,0 +1,85 @@
+"""Narrowing: fewer hidden units in an MLP, fewer dimensions in the heads of an attention, and the neighbours follow.
+
+Both work on products of two matrices with something between them. A **hidden unit** that goes takes a row of the matrix
+before it and a column of the one behind it along; what it contributed is made up for by the units that stay, as far as
+they can tell (least squares). Units are chosen one at a time: the one whose activation, given those chosen so far, lowers
+the weighed error at the output most. **Heads** are expressed in the basis in which few dimensions carry most of what
+matters, queries with keys and values with the output matrix, and the last dimensions go.
+
+All errors are in nats a token: ``1/2 tr(G E C E^T)``, see :mod:`tenfold.compress.sensitivity`.
+
+Reference: the three modules of MoDeGPT (arXiv 2408.09632) choose units by ridge leverage scores, dimensions of queries
+and keys by norms, and values by an SVD, all without regard to the loss behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.structure.linalg import roots
+
+
+def choose_units(weight: Tensor, outputs: Tensor, second: Tensor) -> tuple[list[int], np.ndarray]:
+    """An order of the units, and the loss ``(units + 1,)`` that is left when its first ``k`` stay.
+
+    Args:
+        weight: ``W (out, units)`` that reads the units.
+        outputs: ``G (out, out)``.
+        second: ``C (units, units)``, positive definite.
+    """
+    reader = roots(outputs)[0] @ weight
+    rest, seen = second.clone(), reader @ second  # covariances that the chosen units do not explain
+    losses, order = [float((seen * reader).sum())], []
+    for _ in range(len(second)):
+        variance = rest.diagonal().clamp_min(1e-12 * float(second.diagonal().mean()))
+        gains = seen.square().sum(0) / variance
+        gains[order] = -1.0
+        unit = int(gains.argmax())
+        order.append(unit)
+        along, out = rest[:, unit] / variance[unit].sqrt(), seen[:, unit] / variance[unit].sqrt()
+        rest.addr_(along, along, alpha=-1.0)
+        seen.addr_(out, along, alpha=-1.0)
+        losses.append(losses[-1] - float(out.square().sum()))
+    return order, np.maximum(losses, 0.0) / 2
+
+
+@dataclass
+class Basis:
+    """A basis of one head: ``x -> there x`` and back; the first dimensions carry most.
+
+    Args:
+        there: ``(size, size)``.
+        back: its inverse.
+        losses: ``(size + 1,)``: what it costs in nats when only the first ``k`` dimensions stay.
+    """
+
+    there: Tensor
+    back: Tensor
+    losses: np.ndarray
+
+
+def best_basis(outputs: Tensor, second: Tensor) -> Basis:
+    """The basis in which ``tr(G (1 - P) C (1 - P)^T)`` is least for every number of dimensions that stay.
+
+    With ``R^2 = G``, ``L^2 = C`` and ``R L = U S V^T``: ``there = U^T R`` and ``back = R^-1 U``.
+    """
+    (root, inverse), (other, _) = roots(outputs), roots(second)
+    left, values, _ = torch.linalg.svd(root @ other)
+    return Basis(left.T @ root, inverse @ left, _tails(values.square()))
+
+
+def best_units(outputs: Tensor, second: Tensor, units: list[list[int]]) -> tuple[list[int], np.ndarray]:
+    """Where no basis is free: the order of ``units`` (sets of dimensions), and the losses as in :class:`Basis`."""
+    shares = outputs.diagonal() * second.diagonal()
+    weights = torch.stack([shares[unit].sum() for unit in units])
+    order = weights.argsort(descending=True, stable=True)
+    return order.tolist(), _tails(weights[order])
+
+
+def _tails(squares: Tensor) -> np.ndarray:
+    ahead = squares.flip(0).cumsum(0).flip(0)
+    return np.append(ahead.cpu().numpy(), 0.0) / 2

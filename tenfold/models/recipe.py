@@ -1,0 +1,276 @@
+"""Recipes: what a person writes and shares. The schema is strict: an unknown key is refused with the nearest known one."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tenfold.models.roles import ROLES
+from tenfold.models.sites import Site
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Start(_Strict):
+    """Where the factors come from.
+
+    ``fit`` names a start of :mod:`tenfold.models.starts`; ``norm`` says what is done about the norm that a fit loses.
+    """
+
+    fit: str = "nearest"
+    norm: Literal["keep", "restore"] = "keep"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Share(_Strict):
+    """Factors that several sites of a rule use in common.
+
+    Args:
+        factors: their names.
+        across: ``layers`` (one set per role) or ``roles`` (one set per layer).
+        group: how many neighbouring layers share; all of them without it.
+    """
+
+    factors: list[str]
+    across: Literal["layers", "roles"] = "layers"
+    group: int | None = Field(None, ge=1)
+
+
+class Rule(_Strict):
+    """Which sites get which structure; of several rules the first that matches a site wins.
+
+    ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
+    leaves fewer hidden units, or fewer dimensions per head; see :mod:`tenfold.compress.narrow`.
+    """
+
+    narrow: Literal["mlp", "attention"] | None = None
+
+    role: str | list[str] | None = None
+    path: str | None = None
+    layers: list[int] | None = None
+    structure: dict[str, Any] | None = None
+    keep: float | None = None
+    split: int = Field(1, ge=1)
+    start: Start = Field(default_factory=Start)
+    share: Share | None = None
+    adapter: int | None = Field(None, ge=1)
+    bias: Literal["keep", "drop"] = "keep"
+    freeze: list[str] = Field(default_factory=list)
+
+    @field_validator("keep")
+    @classmethod
+    def _share(cls, value):
+        return checked_keep(value)
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _named(cls, value):
+        return {"fit": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _complete(self):
+        for role in self.roles:
+            if role not in ROLES:
+                near = get_close_matches(role, ROLES, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"roles are {', '.join(ROLES)}"
+                raise ValueError(f"there is no role {role!r}; {hint}")
+        if self.narrow is not None:
+            if self.role or self.path or self.structure:
+                raise ValueError("a rule that narrows names neither role, path nor structure")
+            return self
+        if self.role is None and self.path is None:
+            raise ValueError("a rule needs a role or a path")
+        if self.structure is None or "kind" not in self.structure:
+            raise ValueError("a rule needs a structure with its kind, for instance {kind: low_rank, rank: 64}")
+        return self
+
+    @property
+    def roles(self) -> list[str]:
+        if self.narrow is not None:
+            return [role for role in ROLES if role.startswith("mlp." if self.narrow == "mlp" else "attn.")]
+        return [] if self.role is None else [self.role] if isinstance(self.role, str) else self.role
+
+    def matches(self, site: Site) -> bool:
+        named = site.role in self.roles or (self.path is not None and fnmatch(site.path, f"*{self.path}"))
+        return named and (self.layers is None or site.layer in self.layers)
+
+
+class Budget(_Strict):
+    """The share of parameters that the rules without ``keep`` of their own leave: ``of`` the whole model or the sites."""
+
+    keep: float
+    of: Literal["model", "sites"] = "sites"
+
+    @field_validator("keep")
+    @classmethod
+    def _share(cls, value):
+        return checked_keep(value)
+
+
+class Calibrate(_Strict):
+    """How activations guide the fits; see :mod:`tenfold.compress.layerwise`.
+
+    Args:
+        samples: how many windows, or documents, of the calibration text are read.
+        window: tokens in each; the model's context, 1,024 at most, unless given.
+        inputs: the metric of the inputs: their ``second`` moment, its ``diagonal`` to the power ``power`` (ASVD), or
+            ``none``.
+        outputs: the metric of the outputs: ``full`` Fisher information, the mean of each ``row`` of the weight's (FWSVD),
+            or ``none``.
+        refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
+            are compressed; without it, from the original inputs.
+        center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
+        damping: what is added to the diagonal of a moment, as a share of its mean.
+        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares.
+    """
+
+    samples: int = Field(192, ge=1)
+    window: int | None = Field(None, ge=2)
+    inputs: Literal["second", "diagonal", "none"] = "second"
+    power: float = 0.5
+    outputs: Literal["full", "row", "none"] = "full"
+    refit: bool = True
+    center: bool = True
+    damping: float = Field(0.01, gt=0)
+    allocate: Literal["sensitivity", "uniform"] = "sensitivity"
+    seed: int = 0
+
+
+class Heal(_Strict):
+    """Distillation after compression; see :mod:`tenfold.train.heal`."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens_per_step: int = 4096
+    learning_rate: float = 6.0e-5
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    distill: float = 1.0
+    temperature: float = 1.0
+
+
+class Tokenizer(_Strict):
+    """A byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data."""
+
+    vocab_size: int = Field(ge=257)
+    documents: int = Field(10_000, ge=1)
+
+
+class Train(_Strict):
+    """Pre-training: ``tokens`` of the data once, ``batch * accumulate`` windows a step; Muon and AdamW."""
+
+    tokens: int | None = None
+    batch: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2.0e-3
+    weight_decay: float = 0.1
+    schedule: str = "linear"
+    warmup: float = 0.03
+    compile: bool = False
+    seed: int = 0
+
+
+class Recipe(_Strict):
+    """One published system or one recommended setting."""
+
+    name: str = "unnamed"
+    source: str = ""
+    note: str = ""
+    on: str | None = None
+    replace: list[Rule] = Field(default_factory=list)
+    budget: Budget | None = None
+    untie: bool = False
+    calibrate: Calibrate | None = None
+    heal: Heal | None = None
+    stages: list[dict[str, Any]] | None = None
+    model: dict[str, Any] | None = None
+    tokenizer: Tokenizer | None = None
+    train: Train | None = None
+
+
+def checked_keep(keep: float | None) -> float | None:
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"keep is {keep}, but it is the share of parameters to keep: between 0 and 1, both excluded")
+    return keep
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("tenfold") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+class _Words(yaml.SafeLoader):
+    """YAML 1.2's booleans, true and false: in YAML 1.1 the key ``on`` is one, too."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":bool")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Words.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), ["t", "f"])
+
+
+def load_recipe(name: str | Path | dict) -> Recipe:
+    """A recipe by the name it ships under, by the path of a YAML file, or from a mapping.
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        ValueError: the text is not YAML, or breaks the schema.
+    """
+    if isinstance(name, dict):
+        return parse_recipe(name, "the recipe")
+    shipped = resources.files("tenfold") / "recipes" / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and not path.is_file():
+        raise FileNotFoundError(
+            f"there is no recipe file {name}; check the path, or use a name: tenfold recipes lists them"
+        )
+    if not path.is_file() and not shipped.is_file():
+        near = get_close_matches(str(name), recipe_names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
+        raise FileNotFoundError(f"there is no recipe {name!r}: {hint}")
+    text = path.read_text() if path.is_file() else shipped.read_text()
+    try:
+        data = yaml.load(text, _Words)
+    except yaml.YAMLError as reason:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(reason).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} holds no mapping of keys; a recipe starts with name: and replace:")
+    return parse_recipe(data, str(name))
+
+
+def parse_recipe(data: dict, where: str) -> Recipe:
+    """``data`` checked against the schema, every complaint as one sentence."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as reason:
+        raise ValueError(f"{where}: {'; '.join(_complaint(error) for error in reason.errors())}") from None
+
+
+_KEYS = {
+    key
+    for model in (Recipe, Rule, Start, Share, Budget, Calibrate, Heal, Tokenizer, Train)
+    for key in model.model_fields
+}
+
+
+def _complaint(error) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
+        return f"unknown key {place!r}" + (
+            f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}"
+        )
+    given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}{given}"
