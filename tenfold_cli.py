@@ -78,10 +78,15 @@ def inspect(
 def compress(
     model: Model,
     output: Output,
-    recipe: Annotated[str | None, typer.Option(help="A recipe by name or file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe by name or file; recommended with --calibrate.")] = None,
     structure: Annotated[str | None, typer.Option(help="Instead of a recipe: one structure for all blocks.")] = None,
-    keep: Annotated[float | None, typer.Option(help="With --structure: the share of parameters that stays.")] = None,
+    keep: Annotated[float | None, typer.Option(help="The share of parameters that stays.")] = None,
     of: Annotated[str, typer.Option(help="What --keep is a share of: model, or the replaced sites.")] = "model",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text files whose activations guide the fits: .txt, .jsonl, also .xz, .gz."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="With --calibrate: how many windows are read.")] = None,
     roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
     source: Annotated[str, typer.Option(help="Factors from weights, or from noise.")] = "weights",
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this size.")] = "5GB",
@@ -90,15 +95,22 @@ def compress(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Fold a model without data and save it."""
+    """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
 
     api.check_output(output, overwrite)
-    if (recipe is None) == (structure is None) or (structure is not None and keep is None):
-        raise ValueError("give either --recipe NAME, or --structure KIND with --keep SHARE")
+    if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
+        raise ValueError(
+            "give --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
+        )
+    files = api.texts(calibrate) if calibrate else []
     loaded, tokenizer = api.load(model, device, dtype)
-    chosen = recipe or api.recipe_for(structure, keep, of, roles.split(",") if roles else None, loaded)
-    folded, report = api.compress(loaded, chosen, source, tracked("folding"))
+    if structure:
+        chosen = api.recipe_for(structure, keep, of, roles.split(",") if roles else None, loaded)
+    else:
+        chosen = api.with_keep(recipe or "recommended", keep, of)
+    text = api.read_calibration(loaded, tokenizer, files, chosen, samples) if files else None
+    folded, report = api.compress(loaded, chosen, source, tracked("compressing"), text, show_choices)
     api.save(folded, output, tokenizer, report, command(), max_shard_size)
     if as_json:
         return show_json(report)
@@ -286,6 +298,15 @@ def densify(
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
     print(f"saved in {output}; it loads without tenfold")
+
+
+def show_choices(choices: list[dict]) -> None:
+    """What is about to be done, on standard error: parameters, and the loss that is foreseen."""
+    for choice in choices:
+        shown = choice["chosen"] if not isinstance(choice["chosen"], dict) else short(choice["chosen"])
+        kept = f"{choice['parameters']:>12,} of {choice['of']:>12,}"
+        print(f"{choice['item']:<48} {shown!s:<24} {kept} {choice['loss']:.5f} nats", file=sys.stderr)
+    print(f"foreseen: {sum(choice['loss'] for choice in choices):.4f} nats a token", file=sys.stderr)
 
 
 # printing ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.perplexity import comparable as comparable
@@ -23,7 +24,7 @@ from tenfold.models.cost import price as price
 from tenfold.models.cost import read_config
 from tenfold.models.hub import check_output, from_pretrained
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import load_recipe
+from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
 
@@ -87,6 +88,20 @@ def checked_device(device: str | None) -> torch.device:
         ) from None
 
 
+def with_keep(recipe, keep: float | None, of: str = "model") -> Recipe:
+    """``recipe`` (a name, a file or a mapping) with another budget, if ``keep`` is given."""
+    loaded = load_recipe(recipe)
+    return loaded if keep is None else loaded.model_copy(update={"budget": Budget(keep=checked_keep(keep), of=of)})
+
+
+def read_calibration(model, tokenizer, files, recipe: Recipe | None = None, samples: int | None = None) -> Calibration:
+    """The calibration text that ``recipe`` asks for, or ``samples`` windows of ``files``."""
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer to read the calibration text with; copy tokenizer.json there")
+    settings = (recipe and recipe.calibrate) or Calibrate()
+    return calibration(model, tokenizer, files, samples or settings.samples, settings.window)
+
+
 def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
     """``prompt`` and up to ``tokens`` more: the likeliest ones at temperature 0, drawn at random above it."""
     ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
@@ -108,5 +123,5 @@ def texts(files: Sequence[str | Path]) -> list[Path]:
 
 __all__ = [
     "bench", "check_output", "comparable", "compress", "evaluate", "generate", "heal", "inspect", "load", "plan",
-    "pretrain", "price", "recipe_for", "save", "texts",
+    "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
 ]  # fmt: skip

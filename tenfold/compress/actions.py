@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.compress.allocate import Curve
-from tenfold.compress.block import Block, centred
+from tenfold.compress.block import Block, Target, centred
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
 from tenfold.models.heads import Heads
 from tenfold.models.recipe import Rule
@@ -98,8 +98,12 @@ class NarrowMlp:
             weight = block.target(site.path).weight
             block.put(site.path, weight, block.new_bias(site.path, weight))
         target, count = block.target(self.name), chosen[self.name]
-        if count == self.out.shape[1]:
-            return block.put(self.name, target.weight, block.new_bias(self.name, target.weight))
+        if count < self.out.shape[1]:
+            self._cut(block, target, count)
+        else:
+            block.put(self.name, target.weight, block.new_bias(self.name, target.weight))
+
+    def _cut(self, block: Block, target: Target, count: int) -> None:
         order, _ = choose_units(target.weight, target.outputs, target.inputs)
         kept = torch.tensor(sorted(order[:count]))
         near, bias = _restricted(block, self.name, kept, block.weight(self.name))

@@ -77,7 +77,9 @@ class Block:
         stage = self.stage(path)
         if stage not in self._known:
             inner = self.stages[stage][0].removeprefix(f"{self.path}.")
-            self._known[stage] = self.streams.moments(self.number, self.original, inner)
+            here = self.streams.blocks[self.number]
+            both = (here, self.original) if self.settings.refit else (self.original or here, None)
+            self._known[stage] = self.streams.moments(self.number, *both, inner)
         return self._known[stage]
 
     def weight(self, path: str) -> Tensor:
@@ -93,15 +95,12 @@ class Block:
 
     def target(self, path: str) -> Target:
         """What the site should become, from the moments of its inputs as the block now is."""
-        weight, moments = self.weight(path), self.moments(path)
-        second, cross = centred(moments, self.centres(path))
-        if not self.settings.refit:
-            second = cross = centred_original(moments, self.centres(path))
-        inputs = self.metric(second)
+        weight = self.weight(path)
+        second, cross = centred(self.moments(path), self.centres(path))
         if self.settings.refit:
             damping = self.damping(second)
-            weight = torch.linalg.solve(second + damping, ((weight @ (cross + damping)).T)).T
-        return Target(weight, inputs, self.outputs(path))
+            weight = torch.linalg.solve(second + damping, (weight @ (cross + damping)).T).T
+        return Target(weight, self.metric(second), self.outputs(path))
 
     def centres(self, path: str) -> bool:
         """Whether the mean of the inputs is left to the bias."""
@@ -135,8 +134,7 @@ class Block:
         if bias is None or not self.centres(path):
             return bias
         moments = self.moments(path)
-        mean = moments.mean if self.settings.refit else moments.mean_original
-        return bias + self.weight(path) @ moments.mean_original - near @ mean
+        return bias + self.weight(path) @ moments.mean_original - near @ moments.mean
 
     def put(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
         """Give the site a dense matrix of its own size."""
@@ -162,9 +160,3 @@ def centred(moments: Moments, center: bool) -> tuple[Tensor, Tensor]:
         moments.second - torch.outer(moments.mean, moments.mean),
         moments.cross - torch.outer(moments.mean_original, moments.mean),
     )
-
-
-def centred_original(moments: Moments, center: bool) -> Tensor:
-    """The second moment of the original inputs, about their mean if ``center``."""
-    mean = moments.mean_original
-    return moments.original - torch.outer(mean, mean) if center else moments.original

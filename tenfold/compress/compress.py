@@ -1,4 +1,4 @@
-"""The compressor: a model and a recipe in, a folded model and a table of what happened out."""
+"""The compressor: a model and a recipe in, a smaller model and a table of what happened out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.layerwise import compress_blocks
 from tenfold.models.cost import price
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.models.replace import replace
+from tenfold.models.replace import Change, replace
 from tenfold.models.sites import find_sites
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
@@ -19,40 +21,76 @@ BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.ga
 
 def compress(
     model: Any,
-    recipe: Recipe | str | dict,
+    recipe: Recipe | str | dict = "recommended",
     source: str = "weights",
     progress: Callable[[Iterable], Iterable] = iter,
+    text: Calibration | None = None,
+    announce: Callable[[list[dict]], None] = lambda choices: None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Fold ``model`` as ``recipe`` says, without data.
+    """Compress ``model`` as ``recipe`` says, without data or guided by a calibration text.
 
     Args:
-        model: a model, folded in place, or the folder or hub name of one.
+        model: a model, compressed in place, or the folder or hub name of one.
         recipe: a recipe, its name, its file or its mapping; :func:`recipe_for` makes one from a share to keep.
         source: ``weights`` or ``noise``.
-        progress: wraps the list of groups of sites.
+        progress: wraps the list of groups of sites, or of blocks.
+        text: what :func:`tenfold.compress.calibration.calibration` makes of text files; with it the matrices of the blocks
+            are fitted to activations, whatever the recipe's ``start`` says, and budgets are shared out by sensitivity.
+        announce: is told what was chosen for every item of the blocks, before the work starts.
 
     Returns:
-        The folded model, and a report: prices before and after, per site the relative error, seconds.
+        The compressed model, and a report: prices before and after, what every site became, seconds.
+
+    Raises:
+        ValueError: the recipe needs activations and there is no ``text``, and whatever planning and fitting raise.
     """
     if isinstance(model, str | Path):
         model = from_pretrained(model)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if text is None and recipe.calibrate is not None:
+        raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     begun, dense = time.perf_counter(), price(model)
-    plan = make_plan(model, recipe)
-    changes = replace(model, plan, source, progress)
-    folded = price(model)
-    return model, {
+    if text is None:
+        changes = replace(model, make_plan(model, recipe), source, progress)
+        more: dict[str, Any] = {}
+    else:
+        changes, more = _calibrated(model, recipe, text, progress, announce)
+    folded, errors = price(model), {change.path: change.error for change in changes}
+    before = {site["path"]: site for site in dense["sites"]}
+    return model, more | {
         "recipe": recipe.model_dump(exclude_defaults=True),
         "parameters": folded["parameters"] | {"dense": dense["parameters"]["total"]},
         "parameters_dense": dense["parameters"],
         "flops_per_token": folded["flops_per_token"],
         "flops_per_token_dense": dense["flops_per_token"],
         "sites": [
-            {"path": c.path, "structure": c.structure.to_json(), "before": c.before, "after": c.after, "error": c.error}
-            for c in changes
+            {
+                "path": site["path"],
+                "structure": site["structure"],
+                "before": before[site["path"]]["parameters"],
+                "after": site["parameters"],
+                "error": errors.get(site["path"]),
+            }
+            for site in folded["sites"]
+            if site["structure"]["kind"] != "dense" or site["shape"] != before[site["path"]]["shape"]
         ],
         "seconds": round(time.perf_counter() - begun, 2),
     }
+
+
+def _calibrated(model, recipe: Recipe, text: Calibration, progress, announce) -> tuple[list[Change], dict[str, Any]]:
+    """The blocks by activations, what is outside of them (embeddings, a head) without data."""
+    inside = [site for site in find_sites(model) if site.layer is not None]
+    outer = [rule for rule in recipe.replace if not any(rule.matches(site) for site in inside)]
+    inner = [rule for rule in recipe.replace if rule not in outer]
+    changes = []
+    if outer:
+        changes = replace(model, make_plan(model, recipe.model_copy(update={"replace": outer, "budget": None})))
+    if inner or not outer:
+        more = compress_blocks(model, recipe.model_copy(update={"replace": inner}), text, progress, announce)
+    else:
+        more = {}
+    return changes, more | {"calibration": text.source | {"tokens": text.tokens}}
 
 
 def recipe_for(

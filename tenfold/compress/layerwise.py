@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.models.heads import heads_of
 from tenfold.models.recipe import Calibrate, Recipe, Rule
 from tenfold.models.replace import finish
-from tenfold.models.sites import Site, find_sites
+from tenfold.models.sites import Site, dtype_of, find_sites
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -40,9 +41,16 @@ class Work:
 
 
 def compress_blocks(
-    model: PreTrainedModel, recipe: Recipe, text: Calibration, progress: Progress = iter
+    model: PreTrainedModel,
+    recipe: Recipe,
+    text: Calibration,
+    progress: Progress = iter,
+    announce: Callable[[list[dict]], None] = lambda choices: None,
 ) -> dict[str, Any]:
     """Compress the blocks of ``model`` in place as ``recipe`` says, guided by the calibration ``text``.
+
+    Args:
+        announce: is told the choices before the work starts.
 
     Returns:
         ``choices``: per item what was chosen, its parameters and the loss that was foreseen, in nats a token.
@@ -50,6 +58,28 @@ def compress_blocks(
     Raises:
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
     """
+    with _in_float32(model):
+        return _compress_blocks(model, recipe, text, progress, announce)
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Half precision is too coarse for statistics, and slow on a CPU; afterwards every tensor has its own type again."""
+    types, usual = {name: p.dtype for name, p in model.named_parameters()}, dtype_of(model)
+    model.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(types.get(name, usual))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(usual)
+
+
+def _compress_blocks(
+    model: PreTrainedModel, recipe: Recipe, text: Calibration, progress: Progress, announce
+) -> dict[str, Any]:
     settings = recipe.calibrate or Calibrate()
     works = plan_work(model, recipe)
     streams = Streams(model, [work.path for work in works], text.batches)
@@ -57,12 +87,14 @@ def compress_blocks(
     matters: dict[str, Tensor] = {}
     if settings.outputs != "none":
         sites = [site for work in works for action in work.actions for site in action.sites]
-        matters = sensitivities(model, sites, text.batches, settings.seed)
+        matters = sensitivities(model, sites, text.batches, settings.seed, progress)
     was = model.training
     model.eval()
     with torch.no_grad():
         curves = survey(model, works, streams, settings, matters, progress)
         chosen = choose(model, recipe, settings, works, curves)
+        choices = [_choice(curve, chosen[curve.name]) for curve in curves]
+        announce(choices)
         streams.rewind()
         for number, work in enumerate(progress(works)):
             original = twin(model.get_submodule(work.path))
@@ -71,7 +103,7 @@ def compress_blocks(
                 action.apply(block, chosen)
             streams.advance(number, original)
     finish(model.train(was), recipe.name)
-    return {"choices": [_choice(curve, chosen[curve.name]) for curve in curves]}
+    return {"choices": choices}
 
 
 def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:

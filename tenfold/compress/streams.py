@@ -25,8 +25,7 @@ class Moments:
 
     Args:
         second: mean of ``z z^T (in, in)``.
-        cross: mean of ``x z^T (in, in)``.
-        original: mean of ``x x^T (in, in)``.
+        cross: mean of ``x z^T (in, in)``; ``second`` itself where the streams are one.
         mean: mean of ``z (in,)``.
         mean_original: mean of ``x (in,)``.
         tokens: how many vectors were seen.
@@ -34,30 +33,32 @@ class Moments:
 
     second: Tensor
     cross: Tensor
-    original: Tensor
     mean: Tensor
     mean_original: Tensor
-    tokens: int = 0
+    tokens: int
 
-    @classmethod
-    def empty(cls, width: int) -> Moments:
-        """No vector seen."""
-        square, flat = (torch.zeros(shape, dtype=torch.float64) for shape in ((width, width), (width,)))
-        return cls(square, square.clone(), square.clone(), flat, flat.clone())
+
+class Sums:
+    """Sums over rows of ``x`` and ``z (n, in)``: products in float32, sums in float64."""
+
+    def __init__(self, width: int, one: bool):
+        self.second, self.mean = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        self.cross, self.other = (self.second, self.mean) if one else (self.second.clone(), self.mean.clone())
+        self.one, self.tokens = one, 0
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        """Sum up rows of ``x`` and ``z (n, in)``: products in float32, sums in float64."""
-        self.second += z.T @ z
-        self.cross += x.T @ z
-        self.original += x.T @ x
-        self.mean += z.sum(0)
-        self.mean_original += x.sum(0)
+        self.second += (z.T @ z).to(self.second)
+        self.mean += z.sum(0).to(self.mean)
+        if not self.one:
+            self.cross += (x.T @ z).to(self.cross)
+            self.other += x.sum(0).to(self.other)
         self.tokens += len(z)
 
-    def averaged(self) -> Moments:
+    def moments(self) -> Moments:
         """Means instead of sums."""
-        sums = (self.second, self.cross, self.original, self.mean, self.mean_original)
-        return Moments(*(value / max(1, self.tokens) for value in sums), self.tokens)
+        return Moments(
+            *(v / max(1, self.tokens) for v in (self.second, self.cross, self.mean, self.other)), self.tokens
+        )
 
 
 @dataclass
@@ -144,23 +145,25 @@ class Streams:
         self.original, self.now = list(self.first), list(self.first)
 
     @torch.no_grad()
-    def moments(self, number: int, original: nn.Module | None, path: str) -> Moments:
-        """Of the inputs of the site ``path`` inside block ``number``; without ``original`` both streams are one."""
-        found = None
+    def moments(self, number: int, block: nn.Module, original: nn.Module | None, path: str) -> Moments:
+        """Of the inputs of the site ``path`` inside ``block``, block ``number`` as it is now.
+
+        Args:
+            original: the block as it was, which the original stream goes through; None: ``block`` and that stream only.
+        """
+        sums = None
         for k in range(len(self.now)):
-            pair = [
-                self._input(number, block, path, states, k)
-                for block, states in ((original, self.original[k]), (self.blocks[number], self.now[k]))
-                if block is not None
-            ]
-            found = found or Moments.empty(pair[0].shape[-1])
-            found.add(pair[0], pair[-1])
-        assert found is not None
+            x = self._input(number, original or block, path, self.original[k], k)
+            z = x if original is None else self._input(number, block, path, self.now[k], k)
+            sums = sums or Sums(x.shape[-1], original is None)
+            sums.add(x, z)
+        assert sums is not None
+        found = sums.moments()
         if not bool(torch.isfinite(found.second).all() & torch.isfinite(found.cross).all()):
             raise ValueError(
                 f"the inputs of {path} in block {number} hold NaN or Inf; try --dtype float32 or other text"
             )
-        return found.averaged()
+        return found
 
     def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
         with stopping_at(block.get_submodule(path)) as seen:
