@@ -113,7 +113,7 @@ WRONG = {
         ("compress", "{dense}", "-o", "{new}", "--structure", "low_rank", "--keep", "1.0"),
         "between 0 and 1",
     ),
-    "no structure": (("compress", "{dense}", "-o", "{new}"), "give either --recipe"),
+    "no structure": (("compress", "{dense}", "-o", "{new}"), "give either --keep SHARE"),
     "unknown structure": (
         ("compress", "{dense}", "-o", "{new}", "--structure", "lowrank", "--keep", "0.5"),
         "low_rank",

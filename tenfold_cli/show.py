@@ -1,0 +1,86 @@
+"""What the commands print: tables and JSON on standard output, choices and progress bars on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def show_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="left" if k == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def short(structure: dict) -> str:
+    fields = [
+        f"{key}={value}".replace(" ", "")
+        for key, value in structure.items()
+        if key in ("rank", "ranks", "terms", "outs", "ins")
+    ]
+    return " ".join([structure["kind"], *fields])
+
+
+def count_line(report: dict) -> str:
+    count, dense = report["parameters"], report["parameters_dense"]
+    kept = [count[key] / dense[key] for key in ("total", "without_head")]
+    return (
+        f"parameters {dense['total']:,} -> {count['total']:,} with the head ({kept[0]:.1%} kept), "
+        f"{dense['without_head']:,} -> {count['without_head']:,} without ({kept[1]:.1%} kept)"
+    )
+
+
+def error(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
+
+
+def tracked(what: str) -> Callable[[Iterable], Iterable]:
+    """A progress bar around a list, on standard error."""
+
+    def wrap(items: Iterable) -> Iterable:
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(list(items), description=what, console=Console(stderr=True), transient=True)
+
+    return wrap
+
+
+class counted:
+    """A progress bar that is told ``(step, steps)``."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task(self.what)
+        return lambda step, steps: self.bar.update(task, completed=step, total=steps)
+
+    def __exit__(self, *reason) -> None:
+        self.bar.stop()
+
+
+def show_choices(choices: list[dict]) -> None:
+    """What is about to be done, on standard error: parameters, and the loss that is foreseen."""
+    for choice in choices:
+        shown = choice["chosen"] if not isinstance(choice["chosen"], dict) else short(choice["chosen"])
+        kept = f"{choice['parameters']:>12,} of {choice['of']:>12,}"
+        print(f"{choice['item']:<48} {shown!s:<24} {kept} {choice['loss']:.5f} nats", file=sys.stderr)
+    print(f"foreseen: {sum(choice['loss'] for choice in choices):.4f} nats a token", file=sys.stderr)
