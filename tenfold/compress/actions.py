@@ -1,7 +1,7 @@
 """What can be done to the matrices of a block: each action prices what a site, or several together, could become, and
 carries the choice out.
 
-Add an action by writing a class with ``curves`` and ``apply`` and a line in ``tenfold.compress.layerwise``.
+Add an action by writing a class with ``curves`` and ``apply`` and a line in :func:`actions_for`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, centred
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
-from tenfold.models.heads import Heads
+from tenfold.models.heads import Heads, heads_of
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense, Placed, Structure
@@ -280,6 +281,25 @@ class NarrowHeads:
         base = Dense(out_features=out, in_features=len(columns))
         placed = Placed(base=base, out_features=out, in_features=inner, map_rows=False)
         return block.fold(self.out.path, placed, {"matrix": near, "columns": columns.int()}, bias)
+
+
+def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[Action]:
+    """What ``rule`` asks for in one block, where it matches ``sites``.
+
+    Raises:
+        ValueError: the rule narrows heads that are not known.
+    """
+    if rule.narrow is None:
+        return [Fold(site, rule) for site in sites]
+    if rule.narrow == "mlp":
+        return [NarrowMlp(sites)]
+    inside = [site.path for site in sites if site.role != "attn.out"]
+    heads = heads_of(model, model.get_submodule(inside[0].rpartition(".")[0]))
+    if heads is None or not any(site.role == "attn.out" for site in sites):
+        raise ValueError(
+            f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
+        )
+    return [NarrowHeads(sites, heads)]
 
 
 def _whole(losses: np.ndarray) -> np.ndarray:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tenfold.compress.actions import Action, Fold, NarrowHeads, NarrowMlp
+from tenfold.compress.actions import Action, Fold, actions_for
 from tenfold.compress.allocate import Curve, allocate, uniform
 from tenfold.compress.block import Block
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.sensitivity import sensitivities
 from tenfold.compress.streams import Streams, blocks_of, twin
-from tenfold.models.heads import heads_of
-from tenfold.models.recipe import Calibrate, Recipe, Rule
+from tenfold.models.recipe import Calibrate, Recipe
 from tenfold.models.replace import finish
 from tenfold.models.sites import Site, dtype_of, find_sites
 
@@ -121,7 +120,7 @@ def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
                 matched.setdefault(number, []).append(site)
         used |= matched.keys()
         works.append(
-            Work(path, sites, [a for k, found in matched.items() for a in _actions(model, recipe.replace[k], found)])
+            Work(path, sites, [a for k, found in matched.items() for a in actions_for(model, recipe.replace[k], found)])
         )
     for k, rule in enumerate(recipe.replace):
         if k not in used:
@@ -129,21 +128,6 @@ def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
                 f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.narrow}"
             )
     return works
-
-
-def _actions(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[Action]:
-    if rule.narrow is None:
-        return [Fold(site, rule) for site in sites]
-    if rule.narrow == "mlp":
-        return [NarrowMlp(sites)]
-    inside = [site.path for site in sites if site.role != "attn.out"]
-    attention = model.get_submodule(inside[0].rpartition(".")[0])
-    heads = heads_of(model, attention)
-    if heads is None or not any(site.role == "attn.out" for site in sites):
-        raise ValueError(
-            f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
-        )
-    return [NarrowHeads(sites, heads)]
 
 
 def survey(model, works: list[Work], streams: Streams, settings, matters, progress: Progress) -> list[Curve]:

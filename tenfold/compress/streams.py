@@ -184,7 +184,7 @@ class Streams:
         hooks += [block.get_submodule(p).register_forward_pre_hook(lambda m, a: kept.append(a[0])) for p in paths]
         try:
             with torch.no_grad():
-                self.run(number, block, self.now[0][:1], 0)
+                self.run(number, block, self.now[0], 0)
         finally:
             for hook in hooks:
                 hook.remove()
