@@ -1,0 +1,139 @@
+"""Allocation against every combination of options, on small curves drawn at random."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from tenfold.compress.allocate import Curve, allocate, uniform
+
+seeds = pytest.mark.parametrize("seed", range(30))
+
+
+def steps_down(draw, convex: bool) -> np.ndarray:
+    """What every further option gains per parameter: less and less where convex."""
+    slopes = draw.exponential(size=draw.integers(1, 5))
+    return np.sort(slopes)[::-1] if convex else slopes
+
+
+def curves_of(seed: int, convex: bool = True) -> list[Curve]:
+    draw, curves = np.random.default_rng(seed), []
+    for number in range(draw.integers(1, 5)):
+        slopes = steps_down(draw, convex)
+        costs = draw.integers(1, 9, size=len(slopes) + 1).cumsum()
+        losses = np.append((slopes * np.diff(costs))[::-1].cumsum()[::-1], 0.0)
+        curves.append(Curve(f"item {number}", costs, losses, list(range(len(costs)))))
+    return curves
+
+
+def bounds(curves) -> tuple[int, int]:
+    return sum(curve.costs[0] for curve in curves), sum(curve.costs[-1] for curve in curves)
+
+
+def budgets(curves, seed: int = 0) -> list[float]:
+    """The least and the most that all items can cost, and some numbers between."""
+    least, whole = bounds(curves)
+    return [least, *np.random.default_rng(seed).uniform(least, whole, size=4), whole]
+
+
+def spent(curves, chosen) -> tuple[float, float]:
+    """Cost and loss."""
+    at = [curve.options.index(chosen[curve.name]) for curve in curves]
+    pairs = list(zip(curves, at, strict=True))
+    return sum(curve.costs[k] for curve, k in pairs), sum(curve.losses[k] for curve, k in pairs)
+
+
+def least_loss(curves, budget: float) -> float:
+    every = product(*(zip(curve.costs, curve.losses, strict=True) for curve in curves))
+    return min(sum(loss for _, loss in one) for one in every if sum(cost for cost, _ in one) <= budget)
+
+
+def largest_step(curves) -> float:
+    return max(float(-np.diff(curve.losses).min(initial=0.0)) for curve in curves)
+
+
+@seeds
+@pytest.mark.parametrize("convex", [True, False])
+def test_the_budget_is_kept_and_used_up(seed, convex):
+    curves = curves_of(seed, convex)
+    for budget in budgets(curves, seed):
+        chosen = allocate(curves, budget)
+        cost, _ = spent(curves, chosen)
+        assert cost <= budget
+        for curve in curves:
+            k = curve.options.index(chosen[curve.name])
+            assert (cost - curve.costs[k] + curve.costs[k + 1 :] > budget).all()
+
+
+@seeds
+def test_at_most_one_step_is_lost_on_convex_curves(seed):
+    curves = curves_of(seed)
+    for budget in budgets(curves, seed):
+        _, loss = spent(curves, allocate(curves, budget))
+        assert loss <= least_loss(curves, budget) + largest_step(curves) + 1e-12
+
+
+@seeds
+@pytest.mark.parametrize("convex", [True, False])
+def test_nothing_is_lost_at_the_budgets_that_a_price_asks_for(seed, convex):
+    """Whoever pays ``price`` a parameter takes the option with the least ``loss + price * cost`` of every item."""
+    curves = curves_of(seed, convex)
+    for price in np.random.default_rng(seed).exponential(size=6):
+        budget = sum(curve.costs[np.argmin(curve.losses + price * curve.costs)] for curve in curves)
+        cost, loss = spent(curves, allocate(curves, budget))
+        assert cost == budget and loss == pytest.approx(least_loss(curves, budget), abs=1e-9)
+
+
+def test_what_is_left_goes_where_it_gains_most_a_parameter():
+    steps = {"does not fit": (10, 10.0), "gains most": (5, 4.0), "gains less": (6, 3.0)}
+    curves = [Curve(name, [1, 1 + cost], [gain, 0.0], [False, True]) for name, (cost, gain) in steps.items()]
+    chosen = allocate(curves, 4 + 6)
+    assert [name for name, taken in chosen.items() if taken] == ["gains most"]
+
+
+@seeds
+@pytest.mark.parametrize("convex", [True, False])
+def test_uniform_shares_are_better_by_one_step_at_most(seed, convex):
+    curves = curves_of(seed, convex)
+    whole = sum(curve.whole for curve in curves)
+    for budget in budgets(curves, seed):
+        _, loss = spent(curves, allocate(curves, budget))
+        cost, other = spent(curves, uniform(curves, budget / whole))
+        assert cost > budget or loss <= other + largest_step(curves) + 1e-12
+
+
+@seeds
+def test_the_unit_of_the_losses_does_not_matter(seed):
+    curves = curves_of(seed)
+    budget = budgets(curves, seed)[2]
+    for unit in (1e-9, 1e3):
+        scaled = [Curve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
+        assert allocate(scaled, budget) == allocate(curves, budget) == allocate(curves, budget)
+
+
+def test_too_small_a_budget_is_refused():
+    curves = curves_of(0)
+    least, _ = bounds(curves)
+    with pytest.raises(ValueError, match=f"smaller than {least} parameters, but {least - 1} are"):
+        allocate(curves, least - 0.5)
+
+
+def test_uniform_shares():
+    curves = curves_of(3)
+    for keep in (0.01, 0.3, 0.6, 0.999):
+        chosen = uniform(curves, keep)
+        for curve in curves:
+            fitting = [k for k, cost in zip(curve.options, curve.costs, strict=True) if cost <= keep * curve.whole]
+            assert chosen[curve.name] == (fitting[-1] if fitting else curve.options[0])
+
+
+@seeds
+def test_a_curve_keeps_what_no_other_option_beats(seed):
+    draw = np.random.default_rng(seed)
+    costs, losses = draw.integers(1, 12, size=8), draw.integers(0, 6, size=8) / 2
+    curve = Curve("item", costs, losses, list("abcdefgh"))
+    pairs = list(zip(costs, losses, strict=True))
+    good = {(c, v) for c, v in pairs if not any(d <= c and w <= v and (d, w) != (c, v) for d, w in pairs)}
+    assert list(zip(curve.costs, curve.losses, strict=True)) == sorted(good)
+    assert [pairs["abcdefgh".index(option)] for option in curve.options] == sorted(good)
+    assert curve.whole == costs[-1]
