@@ -44,6 +44,7 @@ class Block:
         sites: all matrices in it.
         sensitivity: ``{path: G}``; a site without one counts every output alike.
         original: the block as it was; None while the original model is surveyed.
+        known: moments that were found already, ``{number of a stage: moments}``.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class Block:
         settings: Calibrate,
         sensitivity: dict[str, Tensor],
         original: nn.Module | None,
+        known: dict[int, Moments] | None = None,
     ):
         self.model, self.path, self.sites = model, path, {site.path: site for site in sites}
         self.streams, self.number, self.settings, self.sensitivity = streams, number, settings, sensitivity
         self.original = original
-        inner = {site.path.removeprefix(f"{path}."): site.path for site in sites}
-        self.stages = [[inner[p] for p in stage] for stage in streams.stages(number, list(inner))]
-        self._known: dict[int, Moments] = {}
+        self.stages = stages_of(path, sites, streams, number)
+        self._known: dict[int, Moments] = known or {}
 
     def role(self, *roles: str) -> list[Site]:
         """The sites of these roles."""
@@ -150,6 +151,12 @@ class Block:
         """What runs behind the stage of ``path`` gets other inputs now."""
         here = self.stage(path)
         self._known = {stage: known for stage, known in self._known.items() if stage <= here}
+
+
+def stages_of(path: str, sites: list[Site], streams: Streams, number: int) -> list[list[str]]:
+    """The sites of block ``number`` in the order in which they run, those that read the same together."""
+    inner = {site.path.removeprefix(f"{path}."): site.path for site in sites}
+    return [[inner[p] for p in stage] for stage in streams.stages(number, list(inner))]
 
 
 def centred(moments: Moments, center: bool) -> tuple[Tensor, Tensor]:

@@ -1,33 +1,42 @@
 """The compressor that reads activations: block by block, every site fitted to what the original model would say there.
 
-1. One backward pass over the calibration text finds how much every output matters (:mod:`tenfold.compress.sensitivity`).
-2. One pass of the original model, block by block, finds what every item would lose at every size.
-3. The budget is shared out so that the losses add up to the least (:mod:`tenfold.compress.allocate`).
-4. Block by block, on the outputs of the blocks compressed so far, the sites are fitted and put in.
+1. The original model runs forward over a part of the calibration text, and backward, block by block: what goes into every
+   site, and how much what comes out of it matters (:mod:`tenfold.compress.sensitivity`). From this every item's loss at
+   every size.
+2. The budget is shared out so that the losses add up to the least (:mod:`tenfold.compress.allocate`).
+3. Block by block, on the outputs of the blocks compressed so far, the sites are fitted and put in.
+
+Only one block's weights are needed at a time (:mod:`tenfold.compress.weights`), and a run that was interrupted goes on where
+it was (:mod:`tenfold.compress.journal`).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.compress.actions import Action, Fold, actions_for
 from tenfold.compress.allocate import Curve, allocate, uniform
-from tenfold.compress.block import Block
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.sensitivity import sensitivities
+from tenfold.compress.block import Block, stages_of
+from tenfold.compress.calibration import Batch, Calibration
+from tenfold.compress.journal import Journal
+from tenfold.compress.sensitivity import Survey
+from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
+from tenfold.compress.weights import Resident, Weights
 from tenfold.models.recipe import Calibrate, Recipe
 from tenfold.models.replace import finish
-from tenfold.models.sites import Site, dtype_of, find_sites
+from tenfold.models.sites import Site, find_sites
 
 Progress = Callable[[Iterable], Iterable]
+IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
 
 
 @dataclass
@@ -45,11 +54,15 @@ def compress_blocks(
     text: Calibration,
     progress: Progress = iter,
     announce: Callable[[list[dict]], None] = lambda choices: None,
+    weights: Weights | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Compress the blocks of ``model`` in place as ``recipe`` says, guided by the calibration ``text``.
 
     Args:
         announce: is told the choices before the work starts.
+        weights: where the weights of a block come from; ``model`` holds them unless given.
+        journal: what an earlier run has reached, and this one will.
 
     Returns:
         ``choices``: per item what was chosen, its parameters and the loss that was foreseen, in nats a token.
@@ -57,52 +70,53 @@ def compress_blocks(
     Raises:
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
     """
-    with _in_float32(model):
-        return _compress_blocks(model, recipe, text, progress, announce)
+    settings, works, journal = recipe.calibrate or Calibrate(), plan_work(model, recipe), journal or Journal()
+    weights = weights or Resident(model, [work.path for work in works])
+    training = model.training
+    model.eval()
+    try:
+        with weights.outside(), _folder(model, text, journal) as folder:
+            if journal.chosen is None:
+                with weights.at(works[0].path):  # a chain is refused before anything is computed
+                    Streams(model, [work.path for work in works], text.batches[:1])
+                curves = survey(model, works, text.batches, settings, weights, journal, folder, progress)
+                chosen = choose(model, recipe, settings, works, curves)
+                journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
+            announce(journal.choices)
+            _carry_out(model, works, text.batches, settings, weights, journal, folder, progress)
+    finally:
+        model.train(training)
+    finish(model, recipe.name)
+    return {"choices": journal.choices}
 
 
 @contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Half precision is too coarse for statistics, and slow on a CPU; afterwards every tensor has its own type again."""
-    types, usual = {name: p.dtype for name, p in model.named_parameters()}, dtype_of(model)
-    model.float()
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(types.get(name, usual))
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(usual)
+def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iterator[Path | None]:
+    """Where hidden states lie, None for memory."""
+    width = model.get_input_embeddings().weight.shape[1]
+    if journal.states() is None and 4 * width * sum(b["input_ids"].numel() for b in text.batches) <= IN_MEMORY:
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(prefix="tenfold-", dir=journal.folder) as folder:
+            yield Path(folder)
 
 
-def _compress_blocks(
-    model: PreTrainedModel, recipe: Recipe, text: Calibration, progress: Progress, announce
-) -> dict[str, Any]:
-    settings = recipe.calibrate or Calibrate()
-    works = plan_work(model, recipe)
-    streams = Streams(model, [work.path for work in works], text.batches)
-    streams.check_chain()
-    matters: dict[str, Tensor] = {}
-    if settings.outputs != "none":
-        sites = [site for work in works for action in work.actions for site in action.sites]
-        matters = sensitivities(model, sites, text.batches, settings.seed, progress)
-    was = model.training
-    model.eval()
-    with torch.no_grad():
-        curves = survey(model, works, streams, settings, matters, progress)
-        chosen = choose(model, recipe, settings, works, curves)
-        choices = [_choice(curve, chosen[curve.name]) for curve in curves]
-        announce(choices)
-        streams.rewind()
-        for number, work in enumerate(progress(works)):
+@torch.no_grad()
+def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights, journal, folder, progress) -> None:
+    streams = Streams(model, [work.path for work in works], batches, Shelf(folder and folder / "streams"))
+    for number, work in enumerate(progress(works)):
+        with weights.at(work.path):
             original = twin(model.get_submodule(work.path))
-            block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
-            for action in work.actions:
-                action.apply(block, chosen)
-            streams.advance(number, original)
-    finish(model.train(was), recipe.name)
-    return {"choices": choices}
+            if journal.finished(number):
+                journal.restore(model, number)
+            else:
+                matters = journal.matters(number)
+                block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
+                for action in work.actions:
+                    action.apply(block, journal.chosen)
+                weights.keep(number, work.path)
+            if number + 1 < len(works):
+                streams.advance(number, original)
 
 
 def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
@@ -130,15 +144,43 @@ def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
     return works
 
 
-def survey(model, works: list[Work], streams: Streams, settings, matters, progress: Progress) -> list[Curve]:
-    """What every item could become, judged by the original model."""
-    curves = []
-    still = settings.model_copy(update={"refit": False})
+def survey(
+    model: PreTrainedModel,
+    works: list[Work],
+    batches: list[Batch],
+    settings: Calibrate,
+    weights: Weights,
+    journal: Journal,
+    folder: Path | None,
+    progress: Progress = iter,
+) -> list[Curve]:
+    """What every item could become, judged by the original model; sensitivities go to the journal."""
+    some, gradients = part_of(batches, settings.survey), settings.outputs != "none"
+    streams = Streams(model, [work.path for work in works], some, Shelf(folder and folder / "survey"))
+    look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
+    stages, curves = [], []
     for number, work in enumerate(progress(works)):
-        block = Block(model, work.path, work.sites, streams, number, still, matters, None)
-        curves += [curve for action in work.actions for curve in action.curves(block)]
-        streams.advance(number)
+        with weights.at(work.path):
+            stages.append(stages_of(work.path, work.sites, streams, number))
+            look.forward(number)
+    if gradients:
+        look.turn()
+    for number, work in reversed(list(enumerate(progress(works)))):
+        weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
+        with weights.at(work.path):
+            seen = look.backward(number, work.path, stages[number], weighed if gradients else set())
+            journal.weigh(number, seen.matters)
+            with torch.no_grad():
+                block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
+                curves = [curve for action in work.actions for curve in action.curves(block)] + curves
     return curves
+
+
+def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
+    """As many of ``batches``, spread evenly, as hold about ``tokens``."""
+    each = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
+    count = min(len(batches), max(1, round(tokens / each)))
+    return [batches[k * len(batches) // count] for k in range(count)]
 
 
 def choose(model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve]) -> dict[str, Any]:

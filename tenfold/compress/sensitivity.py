@@ -1,40 +1,89 @@
-"""How much every output of a site matters: the second moment of the gradients of the loss at it."""
+"""What the original model tells of every block: the moments of its inputs, and how much every output matters.
+
+The forward pass leaves the hidden states in front of every block on the shelf. The backward pass takes the blocks one at a
+time, the last one first, each from those states and the gradient that the block behind it has left.
+"""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.calibration import Batch
-from tenfold.models.sites import Site
+from tenfold.compress.streams import Moments, Streams, Sums, checked, passing
 
 
-def sensitivities(
-    model: nn.Module, sites: list[Site], batches: list[Batch], seed: int = 0, progress=iter
-) -> dict[str, Tensor]:
-    """``{path: G (out, out)}``, the mean over tokens of ``g g^T`` with ``g`` the gradient at the site's output.
+@dataclass
+class Seen:
+    """Of one block: ``{number of a stage: moments of its inputs}`` and ``{site: G}``."""
 
-    For a language model the loss is the cross entropy of tokens that the model itself draws, so that ``G`` is a block of
-    the Fisher information: an error ``E`` of the site costs about ``1/2 tr(G E C E^T)`` nats a token, ``C`` the second
-    moment of its inputs. A model without logits is probed with random directions of its last hidden states.
+    moments: dict[int, Moments]
+    matters: dict[str, Tensor]
+
+
+class Survey:
+    """Forward and backward through the original model.
+
+    ``G (out, out)`` is the mean over tokens of ``g g^T``, ``g`` the gradient of the loss at a site's output. For a language
+    model the loss is the cross entropy of tokens that the model itself draws, so that ``G`` is a block of the Fisher
+    information: an error ``E`` of the site costs about ``1/2 tr(G E C E^T)`` nats a token, ``C`` the second moment of its
+    inputs. A model without logits is probed with random directions of its last hidden states.
 
     Reference: Martens and Grosse 2015 (K-FAC), arXiv 1503.05671.
     """
-    device = next(model.parameters()).device
-    found = {site.path: torch.zeros(site.shape[0], site.shape[0], dtype=torch.float64) for site in sites}
-    generator, tokens = torch.Generator().manual_seed(seed), 0
-    with _gradients_only(model), _watching(model, found):
-        for batch in progress(batches):
-            kept = batch["attention_mask"].bool()
-            tokens += int(kept.sum())
-            _loss(model, {k: v.to(device) for k, v in batch.items()}, kept, generator).backward()
-    return {path: value / max(1, tokens) for path, value in found.items()}
+
+    def __init__(self, streams: Streams, seed: int = 0):
+        self.streams, self.seed = streams, seed
+        self.tokens = sum(int(kept.sum()) for kept in streams.kept)
+
+    @torch.no_grad()
+    def forward(self, number: int) -> None:
+        """Keep what block ``number`` gets, and go on behind it."""
+        for k in range(len(self.streams.batches)):
+            states, _ = self.streams.states(k)
+            self.streams.shelf.put(f"before-{number}-{k}", states)
+        self.streams.advance(number)
+
+    def turn(self) -> None:
+        """Behind the last block: the gradient of the loss at what it returns."""
+        streams, generator = self.streams, torch.Generator().manual_seed(self.seed)
+        for k, batch in enumerate(streams.batches):
+            states, found = streams.states(k)[0], []
+            for row in range(len(states)):  # one sequence at a time: the logits of a batch are large
+                leaf, one = states[row : row + 1].clone().requires_grad_(), slice(row, row + 1)
+                with torch.enable_grad(), passing(streams.blocks, streams.form, leaf):
+                    out = streams.model(**{name: value[one].to(streams.device) for name, value in batch.items()})
+                    loss = _loss(out, batch["attention_mask"][one].bool(), generator)
+                    found.append(torch.autograd.grad(loss, leaf)[0])
+            streams.shelf.put(f"gradient-{k}", torch.cat(found))
+
+    def backward(self, number: int, path: str, stages: list[list[str]], weighed: set[str]) -> Seen:
+        """Through block ``number``, which is ``path``; the gradient then is that of the block before it.
+
+        Args:
+            stages: its sites; those that read the same together.
+            weighed: for which of them ``G`` is wanted; for none of them there is no gradient.
+        """
+        streams, block = self.streams, self.streams.blocks[number]
+        sums: dict[str, Sums] = {}
+        found: dict[str, Tensor] = {}
+        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found)
+        for k in range(len(streams.batches)):
+            states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(bool(weighed))
+            streams.shelf.drop(f"before-{number}-{k}")
+            with torch.set_grad_enabled(bool(weighed)), hooks.on(streams.kept[k]):
+                out = streams.run(number, block, states, k)
+                if weighed:
+                    behind = streams.shelf.get(f"gradient-{k}").to(streams.device)
+                    streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
+        moments = {k: checked(sums[stage[0]].moments(), stage[0], number) for k, stage in enumerate(stages)}
+        return Seen(moments, {path: value / max(1, self.tokens) for path, value in found.items()})
 
 
-def _loss(model: nn.Module, batch: Batch, kept: Tensor, generator: torch.Generator) -> Tensor:
-    out = model(**batch)
+def _loss(out, kept: Tensor, generator: torch.Generator) -> Tensor:
     logits = getattr(out, "logits", None)
     if logits is None:
         states = out.last_hidden_state[kept]
@@ -44,36 +93,37 @@ def _loss(model: nn.Module, batch: Batch, kept: Tensor, generator: torch.Generat
     return nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
 
-@contextmanager
-def _gradients_only(model: nn.Module):
-    """Gradients flow from the embedding on, but no parameter collects one."""
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
-    try:
-        with torch.enable_grad():
+@dataclass
+class _Hooks:
+    """Add up the inputs of the sites ``first``, and the gradients at the outputs of the sites ``weighed``."""
+
+    model: nn.Module
+    first: list[str]
+    weighed: set[str]
+    sums: dict[str, Sums]
+    found: dict[str, Tensor]
+
+    @contextmanager
+    def on(self, kept: Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for path in self.first:
+                module = self.model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(self._inputs(path, kept)).remove)
+            for path in self.weighed:
+                module = self.model.get_submodule(path)
+                stack.callback(module.register_forward_hook(self._outputs(path)).remove)
             yield
-    finally:
-        handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
 
-
-@contextmanager
-def _watching(model: nn.Module, found: dict[str, Tensor]):
-    def watch(path: str):
-        def add(gradient: Tensor) -> None:
-            flat = gradient.flatten(0, -2).float()
-            found[path] += (flat.T @ flat).double().cpu()
-
-        def hook(module, arguments, out) -> None:
-            out.register_hook(add)
+    def _inputs(self, path: str, kept: Tensor) -> Callable:
+        def hook(module, arguments) -> None:
+            rows = arguments[0].detach().flatten(0, -2)[kept].float()
+            self.sums.setdefault(path, Sums(rows.shape[-1], True)).add(rows, rows)
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(watch(path)) for path in found]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _outputs(self, path: str) -> Callable:
+        def add(gradient: Tensor) -> None:
+            flat = gradient.flatten(0, -2).float()
+            self.found[path] = self.found.get(path, 0) + (flat.T @ flat).cpu().double()
+
+        return lambda module, arguments, out: out.register_hook(add) and None

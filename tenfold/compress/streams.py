@@ -9,14 +9,20 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.compress.calibration import Batch
+from tenfold.compress.shelf import Shelf
 from tenfold.models.sites import Site, base_model
+
+NO_CHAIN = (
+    "the blocks of this model do not follow one another, each once, so that they can't be calibrated one by one; "
+    "compress it without --calibrate"
+)
 
 
 @dataclass
@@ -47,18 +53,18 @@ class Sums:
         self.one, self.tokens = one, 0
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        self.second += (z.T @ z).to(self.second)
+        self.second += (z.T @ z).to(self.second.device)
         self.mean += z.sum(0).to(self.mean)
         if not self.one:
-            self.cross += (x.T @ z).to(self.cross)
+            self.cross += (x.T @ z).to(self.cross.device)
             self.other += x.sum(0).to(self.other)
         self.tokens += len(z)
 
     def moments(self) -> Moments:
         """Means instead of sums."""
-        return Moments(
-            *(v / max(1, self.tokens) for v in (self.second, self.cross, self.mean, self.other)), self.tokens
-        )
+        for value in {id(v): v for v in (self.second, self.cross, self.mean, self.other)}.values():
+            value /= max(1, self.tokens)
+        return Moments(self.second, self.cross, self.mean, self.other, self.tokens)
 
 
 @dataclass
@@ -77,72 +83,54 @@ class Streams:
     """Both streams of every batch, in front of one block after another.
 
     Args:
-        model: is run once as it is, to see how its blocks are called.
+        model: is run once with its blocks left out, to see how they are called.
         blocks: paths of the blocks, in the order in which they run.
         batches: of calibration tokens.
+        shelf: holds the hidden states.
+
+    Raises:
+        ValueError: the blocks do not run one after another, each once a batch, on what the one before it returns.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[str], batches: list[Batch]):
-        self.blocks = [model.get_submodule(path) for path in blocks]
-        self.kept = [batch["attention_mask"].flatten().bool() for batch in batches]
+    def __init__(self, model: nn.Module, blocks: list[str], batches: list[Batch], shelf: Shelf | None = None):
+        self.model, self.blocks = model, [model.get_submodule(path) for path in blocks]
+        self.batches, self.kept = batches, [batch["attention_mask"].flatten().bool() for batch in batches]
         self.calls: list[list[Call]] = [[] for _ in blocks]
-        self.original: list[Tensor] = []
-        device = next(model.parameters()).device
-        for batch in batches:
-            self._record(model, {name: value.to(device) for name, value in batch.items()})
-        self.first = list(self.original)
-        self.now = list(self.original)
+        self.shelf, self.device, self.form = shelf or Shelf(), _device(model), _form(model, self.blocks, batches[0])
+        for number, batch in enumerate(batches):
+            given = {name: value.to(self.device) for name, value in batch.items()}
+            with torch.no_grad(), passing(self.blocks, self.form) as seen:
+                base_model(model)(**given, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+            for calls, (_, call) in zip(self.calls, seen, strict=True):
+                calls.append(call)
+            self.shelf.put(f"first-{number}", seen[0][0])
+        self.names = [(f"first-{k}", f"first-{k}") for k in range(len(batches))]
 
-    @torch.no_grad()
-    def _record(self, model: nn.Module, batch: Batch) -> None:
-        seen: list[Tensor] = []
-        made: list[Tensor] = []
-
-        def before(number: int):
-            def hook(module, arguments, keywords):
-                states, call = _split(arguments, keywords)
-                seen.append(states)
-                self.calls[number].append(call)
-
-            return hook
-
-        hooks = [block.register_forward_pre_hook(before(k), with_kwargs=True) for k, block in enumerate(self.blocks)]
-        try:
-            base_model(model)(**batch, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.original.append(seen[0])
-        self.chained = all(one is other for one, other in zip(made, seen[1:], strict=False))
+    def states(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Of the original stream and of the other one."""
+        original, now = self.names[batch]
+        held = self.shelf.get(original).to(self.device)
+        return held, held if now == original else self.shelf.get(now).to(self.device)
 
     def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
         """The output of ``block``, called as block ``number`` was."""
         call = self.calls[number][batch]
         out = block(states, *call.arguments, **call.keywords)
-        return out[0] if isinstance(out, tuple) else out
+        return out if isinstance(out, Tensor) else out[0]
 
     @torch.no_grad()
     def advance(self, number: int, original: nn.Module | None = None) -> None:
         """Both streams through block ``number``; ``original`` is the block as it was, None: as it is."""
-        for k in range(len(self.now)):
-            self.now[k] = self.run(number, self.blocks[number], self.now[k], k)
+        for k in range(len(self.batches)):
+            x, z = self.states(k)
+            now = self.run(number, self.blocks[number], z, k)
+            self.shelf.put(f"now-{k}", now)
             if original is None:
-                self.original[k] = self.now[k]
+                self.names[k] = (f"now-{k}", f"now-{k}")
             else:
-                self.original[k] = self.run(number, original, self.original[k], k)
-
-    @torch.no_grad()
-    def check_chain(self) -> None:
-        """Raise ValueError unless every block runs once a batch, on what the one before it returns."""
-        if any(len(calls) != len(self.kept) for calls in self.calls) or not self.chained:
-            raise ValueError(
-                "the blocks of this model do not follow one another, each once, so that they can't be calibrated one by one; "
-                "compress it without --calibrate"
-            )
-
-    def rewind(self) -> None:
-        """Both streams in front of the first block again."""
-        self.original, self.now = list(self.first), list(self.first)
+                self.shelf.put(f"original-{k}", self.run(number, original, x, k))
+                self.names[k] = (f"original-{k}", f"now-{k}")
+            self.shelf.drop(f"first-{k}")
 
     @torch.no_grad()
     def moments(self, number: int, block: nn.Module, original: nn.Module | None, path: str) -> Moments:
@@ -152,18 +140,14 @@ class Streams:
             original: the block as it was, which the original stream goes through; None: ``block`` and that stream only.
         """
         sums = None
-        for k in range(len(self.now)):
-            x = self._input(number, original or block, path, self.original[k], k)
-            z = x if original is None else self._input(number, block, path, self.now[k], k)
+        for k in range(len(self.batches)):
+            before, now = self.states(k)
+            x = self._input(number, original or block, path, before, k)
+            z = x if original is None else self._input(number, block, path, now, k)
             sums = sums or Sums(x.shape[-1], original is None)
             sums.add(x, z)
         assert sums is not None
-        found = sums.moments()
-        if not bool(torch.isfinite(found.second).all() & torch.isfinite(found.cross).all()):
-            raise ValueError(
-                f"the inputs of {path} in block {number} hold NaN or Inf; try --dtype float32 or other text"
-            )
-        return found
+        return checked(sums.moments(), path, number)
 
     def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
         with stopping_at(block.get_submodule(path)) as seen:
@@ -172,26 +156,68 @@ class Streams:
 
     def stages(self, number: int, paths: list[str]) -> list[list[str]]:
         """``paths`` inside block ``number`` in the order in which they run, those with one input together."""
-        seen: list[tuple[int, str]] = []
+        seen: list[tuple[Tensor, str]] = []  # the tensors too, so that no address is used twice
         block = self.blocks[number]
-        hooks = [
-            block.get_submodule(path).register_forward_pre_hook(
-                lambda module, arguments, path=path: seen.append((id(arguments[0]), path))
-            )
-            for path in paths
-        ]
-        kept: list[Tensor] = []  # so that no address is used twice
-        hooks += [block.get_submodule(p).register_forward_pre_hook(lambda m, a: kept.append(a[0])) for p in paths]
-        try:
-            with torch.no_grad():
-                self.run(number, block, self.now[0], 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for path in paths:
+                hook = block.get_submodule(path).register_forward_pre_hook(
+                    lambda module, arguments, path=path: seen.append((arguments[0], path))
+                )
+                hooks.callback(hook.remove)
+            self.run(number, block, self.states(0)[1], 0)
         stages: dict[int, list[str]] = {}
-        for key, path in seen:
-            stages.setdefault(key, []).append(path)
+        for states, path in seen:
+            stages.setdefault(id(states), []).append(path)
         return list(stages.values())
+
+
+def checked(moments: Moments, path: str, number: int) -> Moments:
+    """``moments``, or ValueError if they are not finite."""
+    if bool(torch.isfinite(moments.second).all() & torch.isfinite(moments.cross).all()):
+        return moments
+    raise ValueError(f"the inputs of {path} in block {number} hold NaN or Inf; try --dtype float32 or other text")
+
+
+@contextmanager
+def passing(blocks: list[nn.Module], form: type, last: Tensor | None = None) -> Iterator[list[tuple[Tensor, Call]]]:
+    """``blocks`` do nothing but note how they are called; the last one returns ``last`` if that is given."""
+    seen: list[tuple[Tensor, Call]] = []
+
+    def forward(*arguments, **keywords):
+        states, call = _split(arguments, keywords)
+        seen.append((states, call))
+        # a new tensor, so that one can see whether the next block gets this very one
+        passed = last if last is not None and len(seen) == len(blocks) else states.view_as(states)
+        made.append(passed)
+        return passed if form is Tensor else (passed, None, None)
+
+    made: list[Tensor] = []
+    for block in blocks:
+        block.forward = forward  # hides the method of the class
+    try:
+        yield seen
+    finally:
+        for block in blocks:
+            del block.forward
+    if len(seen) != len(blocks) or any(one is not other for one, (other, _) in zip(made, seen[1:], strict=False)):
+        raise ValueError(NO_CHAIN)
+
+
+def _form(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> type:
+    """Whether the model expects a tensor or a tuple from its blocks."""
+    given = {name: value[:1].to(_device(model)) for name, value in batch.items()}
+    for form in (Tensor, tuple):
+        try:
+            with torch.no_grad(), passing(blocks, form):
+                base_model(model)(**given)
+            return form
+        except (ValueError, IndexError, RuntimeError, AttributeError, TypeError):
+            continue
+    raise ValueError(NO_CHAIN)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(p.device for p in model.parameters() if not p.is_meta)
 
 
 def _split(arguments: tuple, keywords: dict) -> tuple[Tensor, Call]:

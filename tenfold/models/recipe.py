@@ -49,11 +49,12 @@ class Rule(_Strict):
     """Which sites get which structure; of several rules the first that matches a site wins.
 
     ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
-    leaves fewer hidden units, or fewer dimensions per head; see :mod:`tenfold.compress.narrow`.
+    leaves fewer hidden units, or fewer dimensions per head; ``method`` says how they are chosen: by the ``loss`` behind them
+    (:mod:`tenfold.compress.narrow`) or as in ``modegpt`` (:mod:`tenfold.compress.modegpt`).
     """
 
     narrow: Literal["mlp", "attention"] | None = None
-
+    method: Literal["loss", "modegpt"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
     layers: list[int] | None = None
@@ -105,10 +106,13 @@ class Rule(_Strict):
 
 
 class Budget(_Strict):
-    """The share of parameters that the rules without ``keep`` of their own leave: ``of`` the whole model or the sites."""
+    """The share of parameters that the rules without ``keep`` of their own leave.
+
+    ``of`` the replaced ``sites``, of the whole ``model``, or of its ``blocks``: all but embeddings and output head.
+    """
 
     keep: float
-    of: Literal["model", "sites"] = "sites"
+    of: Literal["model", "sites", "blocks"] = "sites"
 
     @field_validator("keep")
     @classmethod
@@ -129,8 +133,11 @@ class Calibrate(_Strict):
         refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
             are compressed; without it, from the original inputs.
         center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
+        survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
         damping: what is added to the diagonal of a moment, as a share of its mean.
-        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares.
+        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
+            ``influence`` larger shares to blocks that change their input more (MoDeGPT).
+        temperature: of ``influence``; the higher, the more equal the shares.
     """
 
     samples: int = Field(192, ge=1)
@@ -140,8 +147,10 @@ class Calibrate(_Strict):
     outputs: Literal["full", "row", "none"] = "full"
     refit: bool = True
     center: bool = True
+    survey: int = Field(32768, ge=1)
     damping: float = Field(0.01, gt=0)
-    allocate: Literal["sensitivity", "uniform"] = "sensitivity"
+    allocate: Literal["sensitivity", "uniform", "influence"] = "sensitivity"
+    temperature: float = Field(0.1, gt=0)
     seed: int = 0
 
 
@@ -181,12 +190,16 @@ class Train(_Strict):
 
 
 class Recipe(_Strict):
-    """One published system or one recommended setting."""
+    """One published system or one recommended setting.
+
+    ``first`` names a change of the whole model before the rules are carried out; see :mod:`tenfold.compress.first`.
+    """
 
     name: str = "unnamed"
     source: str = ""
     note: str = ""
     on: str | None = None
+    first: Literal["drop-layers", "slice", "rotate"] | None = None
     replace: list[Rule] = Field(default_factory=list)
     budget: Budget | None = None
     untie: bool = False

@@ -187,9 +187,9 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
         new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
         new = FactorizedLinear(entry.structure, entry.bias, **given)
-        if entry.bias:
+        if entry.bias and len(old.bias) == len(new.bias):  # not where the layer gets narrower
             new.bias = old.bias  # the parameter itself: BERT's head shares it
-        else:
+        elif not entry.bias:
             forget_tie(model, f"{path}.bias")
     if container is not None and entry.shared:
         new.attach(container)

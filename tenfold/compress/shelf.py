@@ -1,0 +1,38 @@
+"""Tensors that wait for their turn: in memory while they are few, in files of a folder otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Shelf:
+    """``{name: tensor}`` on the CPU, in float32.
+
+    Args:
+        folder: where the tensors lie, one ``.npy`` file each; None: in memory.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self.held = folder, {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, value: Tensor) -> None:
+        value = value.detach().float().cpu()
+        if self.folder is None:
+            self.held[name] = value
+        else:
+            np.save(self.folder / f"{name}.npy", value.numpy())
+
+    def get(self, name: str) -> Tensor:
+        return self.held[name] if self.folder is None else torch.from_numpy(np.load(self.folder / f"{name}.npy"))
+
+    def drop(self, name: str) -> None:
+        if self.folder is None:
+            self.held.pop(name, None)
+        else:
+            (self.folder / f"{name}.npy").unlink(missing_ok=True)
