@@ -57,7 +57,7 @@ shipped = [Path(tenfold.__file__).parent / "demo" / "heldout.jsonl"]
 dense_shipped = api.evaluate(model, tokenizer, shipped)
 costs = {}
 for label, recipe in {
-    "plain SVD, every block matrix at 0.5": api.recipe_for("low_rank", 0.5, "sites", model=model),
+    "plain SVD, every block matrix at 0.5": api.recipe_for("low_rank", 0.5, "sites"),
     "Van Loan, 2x2 inner factor, feed-forward": {
         "replace": [
             {"role": "mlp.in", "structure": {"kind": "kronecker", "outs": [512, 2], "ins": [128, 2], "terms": 1}},

@@ -71,7 +71,7 @@ def measure(label: str, model, seconds: float) -> dict:
 results = [measure("dense", dense, 0.0)]
 models = {}
 for label, structure in STRUCTURES:
-    recipe = api.recipe_for(structure, KEEP, "model", model=dense)
+    recipe = api.recipe_for(structure, KEEP, "model")
     model, report = api.compress(copy.deepcopy(dense), recipe, progress=cli.tracked(f"folding: {label}"))
     models[label] = model, report
     results.append(measure(label, model, report["seconds"]))

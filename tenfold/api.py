@@ -49,11 +49,15 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
     place = checked_device(device)
     with _silent():
         model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
+    return model.to(place).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of a folder or a hub name, None if it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
-        tokenizer = None
-    return model.to(place).eval(), tokenizer
+        return None
 
 
 @contextmanager

@@ -98,21 +98,27 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
+    from tenfold.run import compress_checkpoint
 
     api.check_output(output, overwrite)
     if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
         raise ValueError(
             "give either --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
         )
-    files = api.texts(calibrate) if calibrate else []
-    loaded, tokenizer = api.load(model, device, dtype)
     if structure:
-        chosen = api.recipe_for(structure, keep, of, roles.split(",") if roles else None, loaded)
+        chosen = api.recipe_for(structure, keep, of, roles.split(",") if roles else None)
     else:
         chosen = api.with_keep(recipe or "recommended", keep, of)
-    text = api.read_calibration(loaded, tokenizer, files, chosen, samples) if files else None
-    folded, report = api.compress(loaded, chosen, source, tracked("compressing"), text, show_choices)
-    api.save(folded, output, tokenizer, report, command(), max_shard_size)
+    if calibrate:
+        given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
+        report = compress_checkpoint(
+            model, output, chosen, api.texts(calibrate), samples, **given,
+            command=command(), progress=tracked("compressing"), announce=show_choices,
+        )  # fmt: skip
+    else:
+        loaded, tokenizer = api.load(model, device, dtype)
+        folded, report = api.compress(loaded, chosen, source, tracked("compressing"))
+        api.save(folded, output, tokenizer, report, command(), max_shard_size)
     if as_json:
         return show_json(report)
     rows = [

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.compress.calibration import Calibration
+from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
+from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import make_plan
@@ -26,6 +28,8 @@ def compress(
     progress: Callable[[Iterable], Iterable] = iter,
     text: Calibration | None = None,
     announce: Callable[[list[dict]], None] = lambda choices: None,
+    weights: Weights | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress ``model`` as ``recipe`` says, without data or guided by a calibration text.
 
@@ -37,6 +41,8 @@ def compress(
         text: what :func:`tenfold.compress.calibration.calibration` makes of text files; with it the matrices of the blocks
             are fitted to activations, whatever the recipe's ``start`` says, and budgets are shared out by sensitivity.
         announce: is told what was chosen for every item of the blocks, before the work starts.
+        weights: where the weights of a block come from, if ``model`` does not hold them; see :mod:`tenfold.run`.
+        journal: what an earlier run has reached, and this one will.
 
     Returns:
         The compressed model, and a report: prices before and after, what every site became, seconds.
@@ -54,7 +60,7 @@ def compress(
         changes = replace(model, make_plan(model, recipe), source, progress)
         more: dict[str, Any] = {}
     else:
-        changes, more = _calibrated(model, recipe, text, progress, announce)
+        changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
     folded, errors = price(model), {change.path: change.error for change in changes}
     before = {site["path"]: site for site in dense["sites"]}
     return model, more | {
@@ -78,7 +84,9 @@ def compress(
     }
 
 
-def _calibrated(model, recipe: Recipe, text: Calibration, progress, announce) -> tuple[list[Change], dict[str, Any]]:
+def _calibrated(
+    model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: Journal | None
+) -> tuple[list[Change], dict[str, Any]]:
     """The blocks by activations, what is outside of them (embeddings, a head) without data."""
     inside = [site for site in find_sites(model) if site.layer is not None]
     outer = [rule for rule in recipe.replace if not any(rule.matches(site) for site in inside)]
@@ -87,28 +95,21 @@ def _calibrated(model, recipe: Recipe, text: Calibration, progress, announce) ->
     if outer:
         changes = replace(model, make_plan(model, recipe.model_copy(update={"replace": outer, "budget": None})))
     if inner or not outer:
-        more = compress_blocks(model, recipe.model_copy(update={"replace": inner}), text, progress, announce)
+        rest = recipe.model_copy(update={"replace": inner})
+        more = compress_blocks(model, rest, text, progress, announce, weights, journal)
     else:
         more = {}
     return changes, more | {"calibration": text.source | {"tokens": text.tokens}}
 
 
-def recipe_for(
-    structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None, model=None
-) -> Recipe:
+def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:
     """One structure for every matrix of the blocks, at one share of parameters.
 
     Args:
         structure: a kind, or a mapping with its fields.
         keep: the share that stays, ``of`` the whole ``model`` or of the replaced ``sites``.
-        roles: which matrices; all of the blocks unless given, as far as ``model`` has them.
+        roles: which matrices; those of the blocks unless given.
     """
     spec = {"kind": structure} if isinstance(structure, str) else structure
-    present = BLOCK if model is None else _present(model, BLOCK)
-    rule = {"role": roles or present, "structure": spec}
+    rule = {"role": roles or BLOCK, "structure": spec}
     return load_recipe({"name": f"{spec['kind']}-{keep:g}", "replace": [rule], "budget": {"keep": keep, "of": of}})
-
-
-def _present(model, roles: list[str]) -> list[str]:
-    here = {site.role for site in find_sites(model)}
-    return [role for role in roles if role in here]

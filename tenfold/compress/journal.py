@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,23 +23,20 @@ class Journal:
     """Of one run in one folder, or in memory where nothing outlives the run.
 
     Args:
-        folder: its files are ``choices.json``, ``matters/`` and, per finished block, ``block-N.json`` and
-            ``block-N.safetensors``.
+        folder: per finished block there is a shard of the checkpoint in it; ``unfinished/`` has all else.
+        blocks: how many there are.
     """
 
-    def __init__(self, folder: Path | None = None):
-        self.folder, self.chosen, self.choices = folder, None, []
-        self.shelf = Shelf(None if folder is None else folder / "matters")
+    def __init__(self, folder: Path | None = None, blocks: int = 0):
+        self.folder, self.blocks, self.chosen, self.choices = folder, blocks, None, []
+        self.notes = None if folder is None else folder / "unfinished"
+        self.shelf = Shelf(self.notes and self.notes / "matters")
         self.weighed: dict[int, list[str]] = {}
-        if folder is not None and (folder / "choices.json").is_file():
-            found = json.loads((folder / "choices.json").read_text())
+        if self.notes is not None and (self.notes / "choices.json").is_file():
+            found = json.loads((self.notes / "choices.json").read_text())
             self.chosen = {name: _option(value) for name, value in found["chosen"].items()}
             self.choices = found["choices"]
             self.weighed = {int(number): paths for number, paths in found["weighed"].items()}
-
-    def states(self) -> Path | None:
-        """Where hidden states may lie."""
-        return None if self.folder is None else self.folder / "states"
 
     def weigh(self, number: int, matters: dict[str, Tensor]) -> None:
         """Keep ``{site: G}`` of block ``number``."""
@@ -53,9 +51,9 @@ class Journal:
     def choose(self, chosen: dict[str, Any], choices: list[dict[str, Any]]) -> None:
         """Keep what was chosen for every item."""
         self.chosen, self.choices = chosen, choices
-        if self.folder is not None:
+        if self.notes is not None:
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
-            write_json(self.folder / "choices.json", {"chosen": plain, "choices": choices, "weighed": self.weighed})
+            write_json(self.notes / "choices.json", {"chosen": plain, "choices": choices, "weighed": self.weighed})
 
     def keep(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
         """Write the finished block ``number`` with its floating point tensors in ``dtype``."""
@@ -66,25 +64,43 @@ class Journal:
             f"{path}.{name}": (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous().clone()
             for name, value in model.get_submodule(path).state_dict().items()
         }
-        file = self.block(number)
-        save_file(tensors, f"{file}.new", metadata={"format": "pt"})
-        Path(f"{file}.new").replace(file)
-        write_json(file.with_suffix(".json"), sites)  # last: with it the block counts as finished
+        write_tensors(self.shard(number + 1), tensors)
+        write_json(self._sites(number), sites)  # last: with it the block counts as finished
 
-    def block(self, number: int) -> Path:
-        """The file of block ``number``."""
+    def shard(self, number: int) -> Path:
+        """A file of the checkpoint; number 0 is for what is outside of the blocks."""
         assert self.folder is not None
-        return self.folder / f"block-{number:05}.safetensors"
+        return self.folder / f"model-{number + 1:05}-of-{self.blocks + 1:05}.safetensors"
+
+    def _sites(self, number: int) -> Path:
+        assert self.notes is not None
+        return self.notes / f"block-{number:05}.json"
 
     def finished(self, number: int) -> bool:
         """Whether block ``number`` is finished."""
-        return self.folder is not None and self.block(number).with_suffix(".json").is_file()
+        return self.notes is not None and self._sites(number).is_file() and self.shard(number + 1).is_file()
 
     def restore(self, model: PreTrainedModel, number: int, dtype: torch.dtype = torch.float32) -> None:
         """Put the finished block ``number`` into ``model``."""
-        sites = json.loads(self.block(number).with_suffix(".json").read_text())
-        install_empty(model, stored_plan(model, FoldedConfig(sites)))
-        put_tensors(model, load_file(self.block(number)), dtype)
+        install_empty(model, stored_plan(model, FoldedConfig(json.loads(self._sites(number).read_text()))))
+        put_tensors(model, load_file(self.shard(number + 1)), dtype)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Whole or not at all.
+
+    Raises:
+        OSError: there is no room, or no right to write there.
+    """
+    new = path.with_suffix(".new")
+    try:
+        save_file(tensors, new, metadata={"format": "pt"})
+    except SafetensorError as reason:
+        new.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} can't be written ({reason}); make room, and the same command goes on from there"
+        ) from None
+    new.replace(path)
 
 
 def put_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

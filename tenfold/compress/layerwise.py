@@ -94,10 +94,10 @@ def compress_blocks(
 def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iterator[Path | None]:
     """Where hidden states lie, None for memory."""
     width = model.get_input_embeddings().weight.shape[1]
-    if journal.states() is None and 4 * width * sum(b["input_ids"].numel() for b in text.batches) <= IN_MEMORY:
+    if journal.notes is None and 4 * width * sum(b["input_ids"].numel() for b in text.batches) <= IN_MEMORY:
         yield None
     else:
-        with tempfile.TemporaryDirectory(prefix="tenfold-", dir=journal.folder) as folder:
+        with tempfile.TemporaryDirectory(prefix="states-", dir=journal.notes) as folder:
             yield Path(folder)
 
 

@@ -56,13 +56,25 @@ def save_folded(
         report: what :func:`tenfold.compress` returned; kept whole in ``tenfold.json``, and in short on the card.
         command: the exact command that made the model.
     """
-    path = Path(folder)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_card(Path(folder), tokenizer, report, command)
+
+
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """What ``save_pretrained`` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:
+    """The tokenizer, ``tenfold.json`` and the model card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     report = (report or {}) | {"command": command}
     (path / "tenfold.json").write_text(json.dumps(report, indent=1))
-    (path / "README.md").write_text(card(path.name, report))
+    (path / "README.md").write_text(card(title or path.name, report))
 
 
 def card(title: str, report: dict[str, Any]) -> str:

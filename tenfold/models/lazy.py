@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.cost import read_config
@@ -78,6 +79,9 @@ def open_lazy(name: str | Path, device: torch.device | str = "cpu", dtype: torch
     folded = folded_config(config)
     if folded is not None:
         install_empty(model, stored_plan(model, folded))
+    if model.can_generate():
+        with suppress(OSError):  # none there
+            model.generation_config = GenerationConfig.from_pretrained(name)
     places = _places(model, files)
     if places is None:
         return None

@@ -1,0 +1,161 @@
+"""Compressing a checkpoint from one folder into another: one block in memory at a time, and an interrupted run goes on.
+
+While the run lasts, what it has finished lies in ``OUTPUT.partial``; only at its end that becomes ``OUTPUT``. The same command
+goes on where the last one was stopped: behind the last finished block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tenfold import api
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.journal import Journal, write_json, write_tensors
+from tenfold.compress.streams import blocks_of
+from tenfold.compress.weights import Streamed
+from tenfold.models.card import save_card, save_config
+from tenfold.models.lazy import INDEX, Lazy, open_lazy
+from tenfold.models.recipe import Recipe, load_recipe
+from tenfold.models.sites import find_sites
+
+TOGETHER = 2**30  # bytes: a compressed model of at most this size is written as one file, others block by block
+
+
+def compress_checkpoint(
+    name: str | Path,
+    output: str | Path,
+    recipe: Recipe | str | dict,
+    files: Sequence[str | Path],
+    samples: int | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    max_shard_size: str = "5GB",
+    progress: Callable[[Iterable], Iterable] = iter,
+    announce: Callable[[list[dict]], None] = lambda choices: None,
+) -> dict[str, Any]:
+    """Compress the checkpoint ``name`` into the folder ``output``, guided by the text in ``files``; returns the report.
+
+    Args:
+        name: a folder, or a name on a hub.
+        samples: how many windows, or documents, are read; what the recipe says unless given.
+        device, dtype: as for :func:`tenfold.api.load`.
+        max_shard_size: where the result is small enough to be put together again.
+        overwrite: write over ``output``, and over what another run has left in ``output.partial``.
+        command: the exact command, for the model card.
+        progress, announce: as for :func:`tenfold.compress`.
+
+    Raises:
+        FileExistsError: ``output`` is there, or ``output.partial`` belongs to another run.
+        OSError: there is no room on the disk; what is finished stays, and the same call goes on.
+        ValueError: what :func:`tenfold.compress` raises.
+    """
+    output = api.check_output(Path(output), overwrite)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    kind = api.checked_dtype(dtype)
+    lazy = open_lazy(name, api.checked_device(device), None if isinstance(kind, str) else kind)
+    if lazy is None:
+        return _at_once(
+            name, output, loaded, files, samples, device, dtype, command, max_shard_size, progress, announce
+        )
+    tokenizer = api.load_tokenizer(name)
+    text = api.read_calibration(lazy.model, tokenizer, files, loaded, samples)
+    folder = _partial(output, _fingerprint(lazy, loaded, text), overwrite)
+    blocks = list(blocks_of(find_sites(lazy.model)))
+    journal = Journal(folder, len(blocks))
+    lazy.load_outside(blocks)
+    weights = Streamed(lazy, blocks, lambda number, path: journal.keep(lazy.model, number, path, lazy.dtype))
+    model, report = api.compress(lazy.model, loaded, "weights", progress, text, announce, weights, journal)
+    inside = tuple(f"{path}." for path in blocks)
+    ties = model.all_tied_weights_keys
+    outer = {
+        key: value.contiguous().clone()
+        for key, value in model.state_dict().items()
+        if not key.startswith(inside) and key not in ties
+    }
+    _assemble(journal, outer, max_shard_size)
+    model.config.dtype = lazy.dtype
+    save_config(model, folder)
+    save_card(folder, tokenizer, report, command, output.name)
+    _move(folder, output)
+    return report
+
+
+def _at_once(
+    name, output, recipe, files, samples, device, dtype, command, max_shard_size, progress, announce
+) -> dict[str, Any]:
+    """The whole model in memory: its checkpoint is not simply its tensors by name."""
+    model, tokenizer = api.load(name, device, dtype)
+    text = api.read_calibration(model, tokenizer, files, recipe, samples)
+    model, report = api.compress(model, recipe, "weights", progress, text, announce)
+    api.save(model, output, tokenizer, report, command, max_shard_size)
+    return report
+
+
+def _fingerprint(lazy: Lazy, recipe: Recipe, text: Calibration) -> dict[str, Any]:
+    """What makes two runs the same."""
+    digest = hashlib.sha256()
+    for batch in text.batches:
+        for value in batch.values():
+            digest.update(value.numpy().tobytes())
+    stored = sorted({file for file, _ in lazy.files.values()})
+    return {
+        "tenfold": version("tenfold"),
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in stored],
+        "recipe": recipe.model_dump(mode="json"),
+        "text": digest.hexdigest(),
+        "dtype": str(lazy.dtype),
+    }
+
+
+def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Path:
+    """The folder of an unfinished run: this very one's, or a new one."""
+    folder = output.with_name(f"{output.name}.partial")
+    state = folder / "unfinished" / "run.json"
+    if folder.exists() and not (state.is_file() and json.loads(state.read_text()) == fingerprint):
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder} holds what another run (other model, recipe or text) has finished; repeat that one's command, "
+                "delete the folder, or add --overwrite"
+            )
+        shutil.rmtree(folder)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    write_json(state, fingerprint)
+    return folder
+
+
+def _assemble(journal: Journal, outer: dict[str, Tensor], max_shard_size: str) -> None:
+    """The shards of the blocks and what is outside of them become an ordinary checkpoint."""
+    shards = [journal.shard(number) for number in range(journal.blocks + 1)]
+    write_tensors(shards[0], outer)
+    size = sum(shard.stat().st_size for shard in shards)
+    if size <= TOGETHER:
+        merged = outer | {key: value for shard in shards[1:] for key, value in load_file(shard).items()}
+        save_torch_state_dict(merged, shards[0].parent, max_shard_size=max_shard_size)
+    else:
+        where = {}
+        for shard in shards:
+            with safe_open(shard, "pt") as stored:
+                where |= dict.fromkeys(stored.keys(), shard.name)
+        write_json(shards[0].with_name(INDEX), {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def _move(folder: Path, output: Path) -> None:
+    """The finished folder takes its name."""
+    shutil.rmtree(folder / "unfinished")
+    if output.exists():
+        shutil.rmtree(output)
+    folder.rename(output)
