@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tenfold.compress import narrow
 from tenfold.compress.narrow import best_basis, best_units, choose_units
 
 OUT, UNITS, SAMPLES = 5, 7, 40
@@ -65,6 +66,23 @@ def test_a_copy_and_a_unit_that_is_not_read_come_last(seed):
     order, losses = chosen_by(reader, directions, units)
     assert np.isfinite(losses).all() and losses[UNITS - 2] <= 1e-10 * losses[0] < losses[UNITS - 3]
     assert len({2, 3, 5} & set(order[: UNITS - 2])) == 1  # one of the copies
+
+
+@seeds
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_several_at_once_are_chosen_nearly_as_well(seed, steps, monkeypatch):
+    """The losses are still those of least squares, and there are no more of them in all than of units at random."""
+    given = reader, directions, units = problem(seed)
+    monkeypatch.setattr(narrow, "STEPS", steps)
+    order, losses = chosen_by(*given)
+    slow = [nats_left(*given, order[:k]) for k in range(UNITS + 1)]
+    np.testing.assert_allclose(losses, slow, rtol=1e-6, atol=1e-10 * slow[0])
+    others = [np.random.default_rng(k).permutation(UNITS).tolist() for k in range(8)]
+    at_random = [sum(nats_left(*given, other[:k]) for k in range(UNITS + 1)) for other in others]
+    assert sorted(order) == list(range(UNITS)) and sum(losses) < min(at_random)
+    units[:, 3] = -2 * units[:, 5]
+    order, losses = chosen_by(reader, directions, units)
+    assert np.isfinite(losses).all() and sorted(order) == list(range(UNITS))
 
 
 def test_units_that_matter_for_nothing_have_an_order_too():

@@ -1,0 +1,113 @@
+"""What is foreseen to be lost at a site: from gradients of the loss, in float64, one sequence at a time.
+
+The labels that a model draws are replaced by its least likely tokens, so that a slow reference can have the same.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import toys
+from plain import seen, text
+
+from tenfold.compress.compress import compress
+
+DAMPING = 1e-9
+MODELS = ["gpt2", "llama", "gemma3_text", "phi", "bert", "headless gpt2", "headless bert"]
+
+
+@pytest.fixture
+def model(request):
+    name = request.param.removeprefix("headless ")
+    return toys.build(name) if name == request.param else toys.build(name).base_model
+
+
+@pytest.fixture
+def words():
+    return text(8, padded=True)
+
+
+@pytest.fixture
+def known_draws(monkeypatch):
+    """The least likely token for a drawn one, and one direction for a random one."""
+    monkeypatch.setattr(torch, "multinomial", lambda chances, *more, **given: chances.argmin(-1, keepdim=True))
+    monkeypatch.setattr(torch, "randn", lambda shape, **given: torch.linspace(-1, 1, shape[-1]).expand(shape))
+
+
+def gradients(model, words, path: str) -> np.ndarray:
+    """``(tokens, out)``: by the output of the module ``path``, of the summed loss of one sequence without its padding."""
+    model, found = copy.deepcopy(model).double().requires_grad_(False), []
+
+    def add_nothing(module, arguments, out):
+        found.append(torch.zeros_like(out, requires_grad=True))
+        return out + found[-1]
+
+    model.get_submodule(path).register_forward_hook(add_nothing)
+    for batch in words.batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            out = model(input_ids=ids[mask][None])
+            if hasattr(out, "logits"):
+                chances = out.logits[0].softmax(-1)
+                loss = -sum(row[row.argmin()].log() for row in chances)
+            else:
+                states = out.last_hidden_state[0]
+                loss = (states * torch.linspace(-1, 1, states.shape[-1])).sum()
+            found[-1] = torch.autograd.grad(loss, found[-1])[0]
+    return torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in found]).numpy()
+
+
+def moment(rows: np.ndarray) -> np.ndarray:
+    return sum(np.outer(row, row) for row in rows) / len(rows)
+
+
+def foreseen(model, words, roles, **settings) -> dict[str, tuple[int, float]]:
+    """``{site: (rank, nats)}``"""
+    told: list[dict] = []
+    recipe = {
+        "replace": [{"role": roles, "structure": {"kind": "low_rank"}}],
+        "budget": {"keep": 0.6},
+        "calibrate": {"damping": DAMPING, "allocate": "uniform"} | settings,
+    }
+    compress(copy.deepcopy(model), recipe, text=words, announce=told.extend)
+    return {choice["item"]: (choice["chosen"]["rank"], choice["loss"]) for choice in told}
+
+
+def least_loss(outputs: np.ndarray, weight: np.ndarray, inputs: np.ndarray, rank: int) -> float:
+    """Of ``tr(G E C E^T) / 2`` over all ``W - E`` of this rank: the dropped squares of ``R^T W L`` (Eckart-Young)."""
+    sides = [np.linalg.cholesky(m + 1e-9 * np.trace(m) / len(m) * np.eye(len(m))) for m in (outputs, inputs)]
+    return float((np.linalg.svd(sides[0].T @ weight @ sides[1], compute_uv=False)[rank:] ** 2).sum()) / 2
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("outputs", ["full", "row", "none"])
+def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_draws, center, outputs):
+    table = foreseen(model, words, ["attn.out", "mlp.in"], center=center, outputs=outputs)
+    assert len(table) == 4
+    for path, (rank, nats) in table.items():
+        module, (inputs, _) = model.get_submodule(path), seen(model, words, path)
+        weight = module.weight.detach().double().numpy()
+        weight = weight.T if type(module).__name__ == "Conv1D" else weight
+        if center and module.bias is not None:
+            inputs = inputs - inputs.mean(0)
+        matters = moment(gradients(model, words, path))
+        metric = {"full": matters, "row": np.diag(np.diag(matters)), "none": np.eye(len(weight))}[outputs]
+        assert nats == pytest.approx(least_loss(metric, weight, moment(inputs), rank), rel=2e-3)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "headless gpt2"], indirect=True)
+def test_the_seed_draws(model, words):
+    one, same, other = (foreseen(model, words, ["mlp.in"], seed=seed) for seed in (0, 0, 1))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+def test_labels_are_drawn_from_what_the_model_says(model, words, monkeypatch):
+    """Wherever a padding is not."""
+    chances: list[torch.Tensor] = []
+    draw = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *more, **given: chances.append(p) or draw(p, *more, **given))
+    foreseen(model, words, ["mlp.in"])
+    _, logits = seen(model, words, "lm_head")
+    np.testing.assert_allclose(torch.cat(chances), torch.from_numpy(logits).softmax(-1), rtol=1e-4)

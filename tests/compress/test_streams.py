@@ -1,0 +1,114 @@
+"""Both streams against plain runs of the whole model, seen by hooks."""
+
+import copy
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import toys
+from plain import seen, text
+
+from tenfold.compress.compress import compress
+from tenfold.compress.streams import Streams, blocks_of, twin
+from tenfold.models.sites import find_sites
+
+CHAINS = ["gpt2", "llama", "qwen3", "gemma3_text", "phi", "gpt_neox", "opt", "opt-projected", "bert", "roberta"]
+each = pytest.mark.parametrize("name", CHAINS)
+
+
+DEEP = {name: {"num_hidden_layers": 3} for name in CHAINS}
+DEEP["gemma3_text"] |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+
+def deep(name: str):
+    """The toy with three blocks."""
+    kind, architecture, settings = toys.TOYS[name]
+    with patch.dict(toys.TOYS, {name: (kind, architecture, settings | DEEP[name])}):
+        return toys.build(name)
+
+
+def given(name: str):
+    """A model, its text, both streams, and ``{path of a block: its sites}``; an encoder reads padded text."""
+    model = deep(name)
+    words = text(6, 24, padded=name in ("bert", "roberta"))
+    blocks = blocks_of(find_sites(model))
+    return model, words, Streams(model, list(blocks), words.batches), blocks
+
+
+def change(model, site) -> None:
+    with torch.no_grad():
+        model.get_submodule(site.path).weight.mul_(1.5).add_(0.05)
+
+
+def mean(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    return sum(np.outer(a, b) for a, b in zip(x, z, strict=True)) / len(x)
+
+
+def same(found: torch.Tensor, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+@each
+def test_moments_are_those_of_a_plain_run(name):
+    """Of the original model, of the changed one and across both, while one block after the other changes."""
+    model, words, streams, blocks = given(name)
+    before = copy.deepcopy(model)
+    for number, (path, sites) in enumerate(blocks.items()):
+        block, original = model.get_submodule(path), twin(model.get_submodule(path))
+        change(model, sites[number])
+        for site in sites:
+            x, z = (seen(one, words, site.path)[0] for one in (before, model))
+            found = streams.moments(number, block, original, site.path.removeprefix(f"{path}."))
+            same(found.second, mean(z, z))
+            same(found.cross, mean(x, z))
+            same(found.mean, z.mean(0))
+            same(found.mean_original, x.mean(0))
+            assert found.tokens == len(x) == words.tokens
+        streams.advance(number, original)
+    assert len(blocks) == 3
+
+
+@each
+def test_without_an_original_block_there_is_one_stream(name):
+    model, words, streams, blocks = given(name)
+    for number, (path, sites) in enumerate(blocks.items()):
+        x, _ = seen(model, words, sites[-1].path)
+        found = streams.moments(number, model.get_submodule(path), None, sites[-1].path.removeprefix(f"{path}."))
+        same(found.second, mean(x, x))
+        same(found.cross, mean(x, x))
+        streams.advance(number)
+
+
+FUSED = [["attn.qkv"], ["attn.out"], ["mlp.in"], ["mlp.out"]]
+SPLIT = [["attn.q", "attn.k", "attn.v"], ["attn.out"], ["mlp.in"], ["mlp.out"]]
+GATED = [*SPLIT[:2], ["mlp.gate", "mlp.in"], ["mlp.out"]]
+STAGES = {"gpt2": FUSED, "gpt_neox": FUSED, "bert": SPLIT, "opt": SPLIT, "llama": GATED, "qwen3": GATED}
+STAGES |= {"phi": [["attn.q", "attn.k", "attn.v", "mlp.in"], ["attn.out"], ["mlp.out"]]}  # side by side
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_are_what_reads_the_same_input_in_the_order_of_the_run(name):
+    _, _, streams, blocks = given(name)
+    for number, (path, sites) in enumerate(blocks.items()):
+        roles = {site.path.removeprefix(f"{path}."): site.role for site in sites}
+        assert [[roles[p] for p in stage] for stage in streams.stages(number, list(roles))] == STAGES[name]
+        streams.advance(number)
+
+
+def refused(model) -> str:
+    with pytest.raises(ValueError) as caught:
+        compress(model, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 3}}]}, text=text())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["albert", "albert-groups", "t5", "t5-gated"])
+def test_blocks_that_are_no_chain_are_refused(name):
+    said = refused(toys.build(name))
+    assert "--calibrate" in said and "\n" not in said
+
+
+def test_something_between_two_blocks_is_refused():
+    model = toys.build("gpt2")
+    model.transformer.h[1].register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1, *arguments[1:]))
+    assert "--calibrate" in refused(model)
