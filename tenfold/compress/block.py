@@ -13,7 +13,8 @@ from tenfold.models.plan import Entry
 from tenfold.models.recipe import Calibrate
 from tenfold.models.replace import install, set_matrix
 from tenfold.models.sites import Site, weight_of
-from tenfold.structure import Factors, Structure
+from tenfold.nn import FactorizedLinear
+from tenfold.structure import Dense, Factors, Structure
 
 
 @dataclass
@@ -139,8 +140,12 @@ class Block:
 
     def put(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
         """Give the site a dense matrix of its own size."""
-        set_matrix(self.model.get_submodule(path), matrix, bias)
-        self._changed(path)
+        module = self.model.get_submodule(path)
+        if isinstance(module, FactorizedLinear) and not isinstance(module.structure, Dense):
+            out, inner = matrix.shape
+            return self.fold(path, Dense(out_features=out, in_features=inner), {"matrix": matrix}, bias)
+        set_matrix(module, matrix, bias)
+        return self._changed(path)
 
     def fold(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
         """Give the site a structure."""

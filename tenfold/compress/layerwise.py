@@ -185,7 +185,7 @@ def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
 
 def choose(model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve]) -> dict[str, Any]:
     """An option for every item, within the budget of the recipe."""
-    whole = sum(curve.whole for curve in curves)
+    whole = sum(curve.whole for curve in curves) - _folded_away(model, works)
     if recipe.budget is None:
         return {curve.name: curve.options[0] for curve in curves if len(curve.options) == 1} | _kept(works, curves)
     if recipe.budget.of == "sites":
@@ -199,7 +199,18 @@ def choose(model, recipe: Recipe, settings: Calibrate, works: list[Work], curves
             f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
             f"{least:,} parameters"
         )
-    return uniform(curves, allowed / whole) if settings.allocate == "uniform" else allocate(curves, allowed)
+    return (
+        uniform(curves, allowed / sum(curve.whole for curve in curves))
+        if settings.allocate == "uniform"
+        else allocate(curves, allowed)
+    )
+
+
+def _folded_away(model: PreTrainedModel, works: list[Work]) -> int:
+    """Parameters by which the sites of a folded model are smaller than their matrices."""
+    sites = {site.path: site for work in works for action in work.actions for site in action.sites}
+    held = sum(p.numel() for path in sites for n, p in model.get_submodule(path).named_parameters() if n != "bias")
+    return sum(site.shape[0] * site.shape[1] for site in sites.values()) - held
 
 
 def _kept(works: list[Work], curves: list[Curve]) -> dict[str, Any]:

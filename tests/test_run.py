@@ -1,0 +1,179 @@
+"""Checkpoint to checkpoint: the same result from disk as in memory, and after an interruption; what goes wrong loses nothing."""
+
+import json
+
+import pytest
+import small
+import torch
+from models import toys
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tenfold import api, run
+from tenfold.compress.journal import Journal
+from tenfold.models import lazy
+from tenfold.models.sites import find_sites
+
+RECIPE = {
+    "name": "narrow",
+    "replace": [{"narrow": "mlp"}, {"narrow": "attention"}],
+    "budget": {"keep": 0.8, "of": "model"},
+}
+LOW_RANK = {"name": "low", "replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}, "keep": 0.5}]}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return small.folder(tmp_path_factory.mktemp("dense"))
+
+
+def go(dense, output, recipe=RECIPE, **more):
+    return run.compress_checkpoint(dense, output, recipe, [dense / "text.txt"], samples=8, **more)
+
+
+def in_memory(dense, recipe=RECIPE):
+    model, tokenizer = api.load(dense, "cpu")
+    text = api.read_calibration(model, tokenizer, [dense / "text.txt"], api.with_keep(recipe, None), 8)
+    return api.compress(model, recipe, text=text)[0]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, LOW_RANK], ids=lambda r: r["name"])
+def test_from_disk_as_in_memory(dense, tmp_path, recipe):
+    report = go(dense, tmp_path / "out", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = in_memory(dense, recipe)
+    assert report["parameters"]["total"] == sum(p.numel() for p in expected.parameters())
+    assert torch.equal(
+        model(input_ids=torch.arange(12)[None]).logits, expected(input_ids=torch.arange(12)[None]).logits
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tenfold.json", "README.md"} <= files
+    assert not any(name.startswith(("model-", "unfinished")) for name in files)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_half_precision_stays(tmp_path):
+    dense = small.folder(tmp_path / "dense")
+    AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(dense)
+    go(dense, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
+
+
+def test_shards_where_the_model_is_large(dense, tmp_path, monkeypatch):
+    go(dense, tmp_path / "one")
+    monkeypatch.setattr(run, "TOGETHER", 0)
+    go(dense, tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3  # two blocks, and what is outside of them
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(dense, tmp_path, monkeypatch):
+    go(dense, tmp_path / "whole")
+    keep, done = Journal.keep, []
+
+    def stop_before_the_second(self, model, number, *rest):
+        if number == 1:
+            raise Interrupted
+        keep(self, model, number, *rest)
+
+    monkeypatch.setattr(Journal, "keep", stop_before_the_second)
+    with pytest.raises(Interrupted):
+        go(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+
+    def note(self, model, number, *rest):
+        done.append(number)
+        keep(self, model, number, *rest)
+
+    monkeypatch.setattr(Journal, "keep", note)
+    go(dense, tmp_path / "out")
+    assert done == [1]  # the first block was not compressed again
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_another_run_does_not_take_over(dense, tmp_path, monkeypatch):
+    def stop(self, *rest):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep", stop)
+        with pytest.raises(Interrupted):
+            go(dense, tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"out\.partial holds what another run"):
+        go(dense, tmp_path / "out", LOW_RANK)
+    go(dense, tmp_path / "out", LOW_RANK, overwrite=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_full_disk_leaves_what_is_finished(dense, tmp_path, monkeypatch):
+    from tenfold.compress import journal
+
+    def full(*arguments, **keywords):
+        raise journal.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "save_file", full)
+        with pytest.raises(OSError, match=r"can't be written .*make room"):
+            go(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+    go(dense, tmp_path / "out")
+
+
+def test_only_one_block_is_in_memory(dense, tmp_path, monkeypatch):
+    most, load = [], lazy.Lazy.load
+
+    def watch(self, path, *rest):
+        load(self, path, *rest)
+        inside = [site for site in find_sites(self.model) if site.layer is not None]
+        most.append(len({site.layer for site in inside if not self.model.get_submodule(site.path).weight.is_meta}))
+
+    monkeypatch.setattr(lazy.Lazy, "load", watch)
+    go(
+        dense,
+        tmp_path / "out",
+        LOW_RANK | {"replace": [{"role": "attn.out", "structure": {"kind": "low_rank"}, "keep": 0.5}]},
+    )
+    assert most and max(most) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-tied", "qwen3", "bert", "opt", "phi"])
+def test_lazy_reads_what_from_pretrained_reads(name, tmp_path):
+    model = toys.build(name)
+    model.save_pretrained(tmp_path)
+    opened = lazy.open_lazy(tmp_path)
+    opened.load_outside([])
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), opened.model.state_dict().values(), strict=True)
+    )
+    assert torch.equal(toys.logits(opened.model), toys.logits(model))
+
+
+def test_a_checkpoint_with_other_names_is_not_read_lazily(tmp_path):
+    toys.build("gpt_neox").save_pretrained(tmp_path)  # its files say embed_out, the model says lm_head
+    assert lazy.open_lazy(tmp_path) is None
+
+
+def test_a_folded_checkpoint_is_compressed_again(dense, tmp_path):
+    go(dense, tmp_path / "once")
+    again = run.compress_checkpoint(tmp_path / "once", tmp_path / "twice", RECIPE, [dense / "text.txt"], samples=8)
+    once = json.loads((tmp_path / "once" / "tenfold.json").read_text())
+    assert again["parameters"]["total"] < 0.81 * once["parameters"]["total"]
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(torch.arange(12)[None]).logits).all()
+
+
+def test_a_checkpoint_without_safetensors_by_name_is_read_whole(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_lazy", lambda *rest: None)
+    go(dense, tmp_path / "out", LOW_RANK)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
+        assert any("left" in key for key in stored.keys())  # noqa: SIM118 - no mapping
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")
