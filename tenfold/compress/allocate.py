@@ -1,8 +1,11 @@
-"""Allocation: under one budget for all, how much every item may keep so that the losses add up to the least."""
+"""Allocation: under one budget for all, how much every item may keep so that the losses add up to the least.
+
+The baselines have equal shares for all items, or shares by block (:mod:`tenfold.compress.influence`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +19,15 @@ class Curve:
     Args:
         name: of the item, unique.
         options: what is chosen; the last one is the item as it is.
+        within: the largest option of at most so many parameters, where there are more than are listed; raises ValueError
+            where nothing is as small.
     """
 
     name: str
     costs: np.ndarray
     losses: np.ndarray
     options: Sequence[Any]
+    within: Callable[[float], Any] | None = None
 
     def __post_init__(self):
         self.whole = int(self.costs[-1])  # parameters of the item as it is
@@ -33,6 +39,25 @@ class Curve:
                 kept.append(k)
         self.costs, self.losses = np.asarray(self.costs)[kept], np.maximum(np.asarray(self.losses)[kept], 0.0)
         self.options = [self.options[k] for k in kept]
+
+    def fitting(self, cost: float) -> int:
+        """The number of the dearest option of at most ``cost`` parameters, the first one if there is none.
+
+        It joins the list if it was not there; its loss is estimated from those of its neighbours.
+        """
+        k = max(0, int(np.searchsorted(self.costs, cost, side="right")) - 1)
+        if self.within is None or cost >= self.whole:
+            return k
+        try:
+            option = self.within(cost)
+        except ValueError:
+            return k
+        if option.numel <= self.costs[k]:
+            return k
+        loss = np.interp(option.numel, self.costs, self.losses)
+        self.costs, self.losses = np.insert(self.costs, k + 1, option.numel), np.insert(self.losses, k + 1, loss)
+        self.options = [*self.options[: k + 1], option, *self.options[k + 1 :]]
+        return k + 1
 
 
 def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
@@ -90,3 +115,22 @@ def uniform(curves: Sequence[Curve], keep: float) -> dict[str, Any]:
         fitting = np.flatnonzero(curve.costs <= keep * curve.whole)
         chosen[curve.name] = curve.options[int(fitting[-1]) if len(fitting) else 0]
     return chosen
+
+
+def by_shares(curves: Sequence[Curve], shares: Mapping[str, float]) -> dict[str, Any]:
+    """``{name: option}``: the dearest option within the share of every item's whole cost.
+
+    What rounding leaves of one item goes to the next, so that all together are within one step of their budget.
+    """
+    chosen, left = {}, 0.0
+    for curve in curves:
+        allowed = shares[curve.name] * curve.whole + left
+        k = curve.fitting(allowed)
+        chosen[curve.name], left = curve.options[k], allowed - float(curve.costs[k])
+    return chosen
+
+
+def equal_shares(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+    """Every item keeps the same share of its parameters."""
+    share = budget / max(1, sum(curve.whole for curve in curves))
+    return by_shares(curves, {curve.name: share for curve in curves})

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tenfold.compress.streams import Moments, Streams
 from tenfold.models.plan import Entry
 from tenfold.models.recipe import Calibrate
-from tenfold.models.replace import install, set_matrix
+from tenfold.models.replace import install, install_together, set_matrix
 from tenfold.models.sites import Site, weight_of
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import Dense, Factors, Structure
@@ -151,6 +151,12 @@ class Block:
         """Give the site a structure."""
         install(self.model, Entry(self.sites[path], structure, bias is not None), factors, bias)
         self._changed(path)
+
+    def fold_together(self, changes: list[tuple[Entry, Factors, Tensor | None]]) -> None:
+        """Give sites their structures, some factors of which they share."""
+        install_together(self.model, changes)
+        for entry, _, _ in changes:
+            self._changed(entry.site.path)
 
     def _changed(self, path: str) -> None:
         """What runs behind the stage of ``path`` gets other inputs now."""

@@ -23,17 +23,19 @@ import torch
 from transformers import PreTrainedModel
 
 from tenfold.compress.actions import Action, Fold, actions_for
-from tenfold.compress.allocate import Curve, allocate, uniform
+from tenfold.compress.allocate import Curve, uniform
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.calibration import Batch, Calibration
+from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
 from tenfold.compress.sensitivity import Survey
+from tenfold.compress.shares import share_out
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
 from tenfold.models.recipe import Calibrate, Recipe
 from tenfold.models.replace import finish
-from tenfold.models.sites import Site, find_sites
+from tenfold.models.sites import Site, find_sites, share_of
 
 Progress = Callable[[Iterable], Iterable]
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
@@ -79,8 +81,8 @@ def compress_blocks(
             if journal.chosen is None:
                 with weights.at(works[0].path):  # a chain is refused before anything is computed
                     Streams(model, [work.path for work in works], text.batches[:1])
-                curves = survey(model, works, text.batches, settings, weights, journal, folder, progress)
-                chosen = choose(model, recipe, settings, works, curves)
+                curves, influence = survey(model, works, text.batches, settings, weights, journal, folder, progress)
+                chosen = choose(model, recipe, settings, works, curves, influence)
                 journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
             announce(journal.choices)
             _carry_out(model, works, text.batches, settings, weights, journal, folder, progress)
@@ -153,16 +155,20 @@ def survey(
     journal: Journal,
     folder: Path | None,
     progress: Progress = iter,
-) -> list[Curve]:
-    """What every item could become, judged by the original model; sensitivities go to the journal."""
+) -> tuple[list[Curve], dict[str, float]]:
+    """What every item could become, judged by the original model, and the influence of every block.
+
+    Sensitivities go to the journal.
+    """
     some, gradients = part_of(batches, settings.survey), settings.outputs != "none"
     streams = Streams(model, [work.path for work in works], some, Shelf(folder and folder / "survey"))
     look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
-    stages, curves = [], []
+    stages, curves, influence = [], [], {}
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
             stages.append(stages_of(work.path, work.sites, streams, number))
             look.forward(number)
+            influence[work.path] = block_influence(streams, number)
     if gradients:
         look.turn()
     for number, work in reversed(list(enumerate(progress(works)))):
@@ -173,7 +179,7 @@ def survey(
             with torch.no_grad():
                 block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
                 curves = [curve for action in work.actions for curve in action.curves(block)] + curves
-    return curves
+    return curves, influence
 
 
 def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
@@ -183,7 +189,9 @@ def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
     return [batches[k * len(batches) // count] for k in range(count)]
 
 
-def choose(model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve]) -> dict[str, Any]:
+def choose(
+    model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve], influence: dict[str, float]
+) -> dict[str, Any]:
     """An option for every item, within the budget of the recipe."""
     whole = sum(curve.whole for curve in curves) - _folded_away(model, works)
     if recipe.budget is None:
@@ -191,19 +199,15 @@ def choose(model, recipe: Recipe, settings: Calibrate, works: list[Work], curves
     if recipe.budget.of == "sites":
         allowed = recipe.budget.keep * whole
     else:
-        total = sum(p.numel() for p in model.parameters())
+        total = share_of(model, recipe.budget.of)
         allowed = whole - (1 - recipe.budget.keep) * total
     if allowed < sum(int(curve.costs[0]) for curve in curves):
-        least = total - whole + sum(int(c.costs[0]) for c in curves) if recipe.budget.of == "model" else 0
+        least = (0 if recipe.budget.of == "sites" else total - whole) + sum(int(c.costs[0]) for c in curves)
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
             f"{least:,} parameters"
         )
-    return (
-        uniform(curves, allowed / sum(curve.whole for curve in curves))
-        if settings.allocate == "uniform"
-        else allocate(curves, allowed)
-    )
+    return share_out(settings, curves, allowed, influence)
 
 
 def _folded_away(model: PreTrainedModel, works: list[Work]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
-from tenfold.models.sites import Site, find_sites, is_tied
+from tenfold.models.sites import Site, find_sites, is_tied, share_of
 from tenfold.structure import LowRank, Stacked, Structure, Sum
 
 
@@ -81,7 +81,7 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
         return None
     if recipe.budget.of == "sites":
         return recipe.budget.keep
-    total = sum(p.numel() for p in model.parameters())
+    total = share_of(model, recipe.budget.of)
     drop, open_sites = (1 - recipe.budget.keep) * total, 0
     for rule, site in matched:
         size = site.shape[0] * site.shape[1]
@@ -91,8 +91,8 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
             drop -= size - _fitting(rule, site, rule.keep).numel
     if not 0 < drop < open_sites:
         raise ValueError(
-            f"keep {recipe.budget.keep} of the model's {total:,} parameters asks to drop {round(drop):,} at the sites "
-            f"of rules without a rank or keep of their own, which hold {open_sites:,}; change keep or fold more sites"
+            f"keep {recipe.budget.keep} of the {recipe.budget.of}'s {total:,} parameters asks to drop {round(drop):,} at the "
+            f"sites of rules without a rank or keep of their own, which hold {open_sites:,}; change keep or fold more sites"
         )
     return 1 - drop / open_sites
 

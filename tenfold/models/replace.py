@@ -198,10 +198,21 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
     return old, new
 
 
-@torch.no_grad()
 def install(model: PreTrainedModel, entry: Entry, factors: Factors, bias: Tensor | None) -> None:
     """Fold one site with factors that are known already; :func:`finish` when all are done."""
-    old, new = _install(model, entry, None)
+    _put_in(model, entry, factors, bias, None)
+
+
+def install_together(model: PreTrainedModel, changes: list[tuple[Entry, Factors, Tensor | None]]) -> None:
+    """Likewise several sites, ``(entry, factors, bias)`` each, that share factors."""
+    container = _container(model, Plan({entry.site.path: entry for entry, _, _ in changes}))
+    for entry, factors, bias in changes:
+        _put_in(model, entry, factors, bias, container)
+
+
+@torch.no_grad()
+def _put_in(model, entry: Entry, factors: Factors, bias: Tensor | None, container: SharedFactors | None) -> None:
+    old, new = _install(model, entry, container)
     _fill(new, factors)
     if bias is not None and isinstance(new, FactorizedLinear):
         like = old.like if isinstance(old, FOLDED) else old.weight

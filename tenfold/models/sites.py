@@ -146,6 +146,17 @@ def _unknown(model: PreTrainedModel) -> str:
     )
 
 
+def share_of(model: PreTrainedModel, of: str) -> int:
+    """The parameters that a share to keep ``of`` the ``model`` or of its ``blocks`` is counted on, each tensor once.
+
+    The blocks are all of the model but its embeddings (of tokens, positions and types) and its output head.
+    """
+    outer = [model.get_submodule(site.path) for site in find_sites(model) if site.role in ("embed", "head")]
+    outer += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    left_out = {id(p) for module in outer for p in module.parameters()} if of == "blocks" else set()
+    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+
+
 def resolve(model: PreTrainedModel, path: str) -> str | None:
     """The path of a checkpoint's site in ``model``: a causal model says ``transformer.h.0``, its base model ``h.0``."""
     prefix = model.base_model_prefix + "."

@@ -291,7 +291,8 @@ def test_flops_of_a_kronecker_product():
 
 
 def test_published_systems_are_all_tested():
-    published = {name for name in recipe_names() if load_recipe(name).source.startswith("arXiv")}
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    published = {name for name, recipe in recipes.items() if recipe.source.startswith("arXiv") and recipe.on}
     assert published == set(COUNTS) - {"low-rank"}
 
 

@@ -1,0 +1,294 @@
+"""Narrowing carried out: the hidden units of an MLP, and the dimensions of the heads of an attention.
+
+What is chosen, and by which measure, is a :class:`Chooser`'s to say: :class:`ByLoss` is ours, :mod:`tenfold.compress.modegpt`
+has that of a paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.compress.allocate import Curve
+from tenfold.compress.block import Block, Target, centred
+from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
+from tenfold.models.heads import Heads
+from tenfold.models.sites import Site, weight_of
+from tenfold.structure import Dense, Placed
+
+
+@dataclass
+class Queries:
+    """How queries and keys of a group of heads lose dimensions.
+
+    Args:
+        order: of the units of a head; the first ones stay.
+        losses: ``(units + 1,)``: what it costs when only the first ``k`` stay.
+        basis: they are expressed in first; None: as they are.
+    """
+
+    order: list[int]
+    losses: np.ndarray
+    basis: Basis | None = None
+
+
+class Chooser(Protocol):
+    """Which units and dimensions stay, and whether the output matrix of an attention makes up for those that go."""
+
+    refit: bool
+
+    def units(self, target: Target) -> tuple[list[int], np.ndarray]:
+        """An order of the hidden units, ``target`` being the matrix that reads them, and the losses."""
+        ...
+
+    def values(self, action: NarrowHeads, block: Block, group: int) -> Basis:
+        """Of the values of a group."""
+        ...
+
+    def queries(self, action: NarrowHeads, block: Block, group: int) -> Queries:
+        """Of the queries and keys of a group, where anything about them is free."""
+        ...
+
+
+class ByLoss:
+    """The least loss in nats, see :mod:`tenfold.compress.narrow`."""
+
+    refit = True
+
+    def units(self, target: Target) -> tuple[list[int], np.ndarray]:
+        return choose_units(target.weight, target.outputs, target.inputs)
+
+    def values(self, action: NarrowHeads, block: Block, group: int) -> Basis:
+        """By what the output matrix makes of them."""
+        target = block.target(action.out.path)
+        outputs, second = 0, 0
+        for head in action.members(group):
+            at = action.columns(head)
+            reads = target.weight[:, at]
+            outputs = outputs + reads.T @ target.outputs @ reads
+            second = second + target.inputs[at][:, at]
+        assert isinstance(outputs, Tensor) and isinstance(second, Tensor)
+        return best_basis(outputs, second / action.heads.each)
+
+    def queries(self, action: NarrowHeads, block: Block, group: int) -> Queries:
+        outputs, second = action.query_moments(block, group)
+        if action.heads.freedom == "basis":
+            basis = best_basis(outputs, second)
+            return Queries(list(range(action.heads.size)), basis.losses, basis)
+        return Queries(*best_units(outputs, second, action.units))
+
+
+@dataclass
+class NarrowMlp:
+    """The hidden units of one MLP."""
+
+    sites: list[Site]
+    chooser: Chooser = field(default_factory=ByLoss)
+
+    def __post_init__(self):
+        self.into = [site for site in self.sites if site.role != "mlp.out"]
+        (self.out,) = [site for site in self.sites if site.role == "mlp.out"]
+        self.name = self.out.path
+        self.weighed = [self.out.path]
+
+    @property
+    def unit(self) -> int:
+        """Parameters of one hidden unit."""
+        return sum(site.shape[1] + site.bias for site in self.into) + self.out.shape[0]
+
+    def curves(self, block: Block) -> list[Curve]:
+        target, units = block.target(self.name), self.out.shape[1]
+        _, losses = self.chooser.units(target)
+        least = max(1, units // 32)
+        options = range(least, units + 1)
+        losses[-1] = 0.0
+        return [Curve(self.name, self.unit * np.arange(least, units + 1), losses[least:], options)]
+
+    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
+        for site in self.into:
+            weight = block.target(site.path).weight
+            block.put(site.path, weight, block.new_bias(site.path, weight))
+        target, count = block.target(self.name), chosen[self.name]
+        if count < self.out.shape[1]:
+            self._cut(block, target, count)
+        else:
+            block.put(self.name, target.weight, block.new_bias(self.name, target.weight))
+
+    def _cut(self, block: Block, target: Target, count: int) -> None:
+        order, _ = self.chooser.units(target)
+        kept = torch.tensor(sorted(order[:count]))
+        near, bias = _restricted(block, self.name, kept, block.weight(self.name))
+        for site in self.into:
+            _shorten(block, site, kept)
+        _keep_columns(block, self.out, near, bias)
+
+
+def _restricted(block: Block, path: str, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``."""
+    moments = block.moments(path)
+    second, cross = centred(moments, block.centres(path))
+    damping = block.damping(second) / 10
+    goal = block.weight(path) @ cross[:, kept] + (before @ damping)[:, kept]
+    near = torch.linalg.solve((second + damping)[kept][:, kept], goal.T).T
+    whole = torch.zeros_like(before).index_copy(1, kept, near)
+    return near, block.new_bias(path, whole)
+
+
+def _shorten(block: Block, site: Site, kept: Tensor) -> None:
+    """A matrix that makes the units ``kept`` only."""
+    module = block.model.get_submodule(site.path)
+    matrix = weight_of(module).detach().double()[kept]
+    bias = None if module.bias is None else module.bias.detach().double()[kept]
+    block.fold(site.path, Dense(out_features=len(kept), in_features=site.shape[1]), {"matrix": matrix}, bias)
+
+
+def _keep_columns(block: Block, site: Site, near: Tensor, bias: Tensor | None) -> None:
+    block.fold(site.path, Dense(out_features=site.shape[0], in_features=near.shape[1]), {"matrix": near}, bias)
+
+
+@dataclass
+class NarrowHeads:
+    """The dimensions of the heads of one attention."""
+
+    sites: list[Site]
+    heads: Heads
+    chooser: Chooser = field(default_factory=ByLoss)
+
+    def __post_init__(self):
+        by_role = {site.role: site for site in self.sites}
+        self.out, self.fused = by_role["attn.out"], "attn.qkv" in by_role
+        self.into = {which: by_role["attn.qkv" if self.fused else f"attn.{which}"] for which in "qkv"}
+        self.distinct = list({site.path: site for site in self.into.values()}.values())
+        self.units = self.heads.units() if self.heads.freedom == "pairs" else [[i] for i in range(self.heads.size)]
+        self.weighed = [self.out.path, self.into["q"].path]
+
+    def members(self, group: int) -> range:
+        """The query heads that group ``group`` of keys and values serves."""
+        return range(group * self.heads.each, (group + 1) * self.heads.each)
+
+    def rows(self, which: str, head: int) -> Tensor:
+        return self.heads.rows(which, head, self.fused)
+
+    def columns(self, head: int) -> Tensor:
+        """Where the output matrix reads query head ``head``."""
+        return head * self.heads.size + torch.arange(self.heads.size)
+
+    def curves(self, block: Block) -> list[Curve]:
+        curves = []
+        width = self.into["q"].shape[1]
+        for group in range(self.heads.groups):
+            values = self.chooser.values(self, block, group).losses
+            options = np.arange(1, self.heads.size + 1)
+            price = width + self.heads.each * self.out.shape[0]
+            curves.append(Curve(f"{self.out.path} v{group}", price * options, _whole(values)[1:], options.tolist()))
+            if self.heads.freedom != "none":
+                found = self.chooser.queries(self, block, group)
+                sizes = np.cumsum([len(unit) for unit in self._in_order(found)])
+                price = (1 + self.heads.each) * width
+                options = np.arange(1, len(sizes) + 1).tolist()
+                curves.append(Curve(f"{self.out.path} q{group}", price * sizes, _whole(found.losses)[1:], options))
+            else:
+                fixed = (1 + self.heads.each) * width * self.heads.size
+                curves.append(Curve(f"{self.out.path} q{group}", np.array([fixed]), np.array([0.0]), [None]))
+        return curves
+
+    def query_moments(self, block: Block, group: int) -> tuple[Tensor, Tensor]:
+        """``G`` and ``C (size, size)`` of the queries of a group, their mean included."""
+        site = self.into["q"]
+        weight, moments = block.target(site.path).weight, block.moments(site.path)
+        bias = block.new_bias(site.path, weight)
+        outputs = second = torch.zeros(self.heads.size, self.heads.size, dtype=torch.float64)
+        full, mean = block.outputs(site.path), moments.mean
+        around = moments.second - torch.outer(mean, mean)
+        for head in self.members(group):
+            at = self.rows("q", head)
+            middle = weight[at] @ mean + (0 if bias is None else bias[at])
+            second = second + weight[at] @ around @ weight[at].T + torch.outer(middle, middle)
+            outputs = outputs + full[at][:, at]
+        return outputs, second / self.heads.each
+
+    def _in_order(self, found: Queries) -> list[list[int]]:
+        """The units of a head, the ones that stay first; in another basis every dimension is one."""
+        units = self.units if found.basis is None else [[i] for i in range(self.heads.size)]
+        return [units[unit] for unit in found.order]
+
+    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
+        kept: dict[str, list[Tensor]] = {which: [] for which in "qkv"}
+        for site in self.distinct:
+            weight = block.target(site.path).weight
+            block.put(site.path, weight, block.new_bias(site.path, weight))
+        matrices = {site.path: block.target(site.path).weight.clone() for site in self.distinct}
+        biases = {path: block.new_bias(path, matrix) for path, matrix in matrices.items()}
+        reader, columns = block.target(self.out.path).weight.clone(), []
+        for group in range(self.heads.groups):
+            count = chosen[f"{self.out.path} v{group}"]
+            basis = self.chooser.values(self, block, group)
+            self._turn(matrices, biases, "v", group, basis.there)
+            kept["v"].append(self.rows("v", group)[:count])
+            for head in self.members(group):
+                at = self.columns(head)
+                reader[:, at] = reader[:, at] @ basis.back
+                columns.append(at[:count])
+            kept_q, kept_k = self._queries(block, matrices, biases, group, chosen[f"{self.out.path} q{group}"])
+            kept["q"] += kept_q
+            kept["k"].append(kept_k)
+        self._place(block, matrices, biases, kept)
+        at = torch.cat(columns)
+        near, bias = (
+            reader[:, at],
+            block.new_bias(self.out.path, torch.zeros_like(reader).index_copy(1, at, reader[:, at])),
+        )
+        if self.chooser.refit:
+            near, bias = _restricted(block, self.out.path, at, reader)
+        self._place_out(block, near, bias, at)
+
+    def _turn(self, matrices: dict, biases: dict, which: str, head: int, turn: Tensor) -> None:
+        """Rows of one head in another basis."""
+        path, at = self.into[which].path, self.rows(which, head)
+        matrices[path][at] = turn @ matrices[path][at]
+        bias = biases[path]
+        if bias is not None:
+            bias[at] = turn @ bias[at]
+
+    def _queries(self, block: Block, matrices: dict, biases: dict, group: int, count: int | None):
+        """Turn queries and keys of a group, and say which rows stay."""
+        inside = torch.arange(self.heads.size)
+        if count is not None:
+            found = self.chooser.queries(self, block, group)
+            if found.basis is not None:
+                for head in self.members(group):
+                    self._turn(matrices, biases, "q", head, found.basis.there)
+                self._turn(matrices, biases, "k", group, found.basis.back.T)
+            inside = torch.tensor(sorted(i for unit in self._in_order(found)[:count] for i in unit))
+        return [self.rows("q", head)[inside] for head in self.members(group)], self.rows("k", group)[inside]
+
+    def _place(self, block: Block, matrices: dict, biases: dict, kept: dict[str, list[Tensor]]) -> None:
+        """Only the rows that stay, where the attention expects them."""
+        for site in self.distinct:
+            rows = torch.cat([part for which in "qkv" if self.into[which] is site for part in kept[which]])
+            matrix, bias = matrices[site.path], biases[site.path]
+            if len(rows) == len(matrix):
+                block.put(site.path, matrix, bias)
+                continue
+            if bias is not None:
+                bias = torch.zeros_like(bias).index_copy(0, rows, bias[rows])
+            base = Dense(out_features=len(rows), in_features=matrix.shape[1])
+            placed = Placed(base=base, out_features=len(matrix), in_features=matrix.shape[1], map_columns=False)
+            block.fold(site.path, placed, {"matrix": matrix[rows], "rows": rows.int()}, bias)
+
+    def _place_out(self, block: Block, near: Tensor, bias: Tensor | None, columns: Tensor) -> None:
+        out, inner = self.out.shape
+        if len(columns) == inner:
+            return block.put(self.out.path, torch.zeros(out, inner).to(near).index_copy(1, columns, near), bias)
+        base = Dense(out_features=out, in_features=len(columns))
+        placed = Placed(base=base, out_features=out, in_features=inner, map_rows=False)
+        return block.fold(self.out.path, placed, {"matrix": near, "columns": columns.int()}, bias)
+
+
+def _whole(losses: np.ndarray) -> np.ndarray:
+    """``losses`` with none where everything stays."""
+    return np.append(losses[:-1], 0.0)
