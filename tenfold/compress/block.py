@@ -65,6 +65,7 @@ class Block:
         self.original = original
         self.stages = stages_of(path, sites, streams, number)
         self._known: dict[int, Moments] = known or {}
+        self._targets: dict[str, Target] = {}
 
     def role(self, *roles: str) -> list[Site]:
         """The sites of these roles."""
@@ -97,28 +98,33 @@ class Block:
 
     def target(self, path: str) -> Target:
         """What the site should become, from the moments of its inputs as the block now is."""
+        if path not in self._targets:  # heads ask for the same two again and again; more would be too much memory
+            self._targets = dict([*self._targets.items()][-1:])
+            self._targets[path] = self._found(path)
+        return self._targets[path]
+
+    def _found(self, path: str) -> Target:
         weight = self.weight(path)
         second, cross = centred(self.moments(path), self.centres(path))
+        share = self.damping(second)
+        damped = with_ridge(second, share)
         if self.settings.refit:
-            damping = self.damping(second)
-            weight = torch.linalg.solve(second + damping, (weight @ (cross + damping)).T).T
-        return Target(weight, self.metric(second), self.outputs(path))
+            weight = torch.linalg.solve(damped, (weight @ cross + share * weight).T).T
+        return Target(weight, self.metric(damped), self.outputs(path))
 
     def centres(self, path: str) -> bool:
         """Whether the mean of the inputs is left to the bias."""
         return self.settings.center and self.sites[path].bias
 
-    def damping(self, second: Tensor) -> Tensor:
-        """What is added to a second moment."""
-        size = len(second)
-        return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12)) * torch.eye(size).to(second)
+    def damping(self, second: Tensor) -> float:
+        """What is added to the diagonal of a second moment."""
+        return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12))
 
-    def metric(self, second: Tensor) -> Tensor:
+    def metric(self, damped: Tensor) -> Tensor:
         """The metric of inputs with this second moment."""
-        damped = second + self.damping(second)
         if self.settings.inputs == "second":
             return damped
-        diagonal = damped.diagonal() if self.settings.inputs == "diagonal" else torch.ones(len(second)).to(second)
+        diagonal = damped.diagonal() if self.settings.inputs == "diagonal" else torch.ones(len(damped)).to(damped)
         return torch.diag(diagonal**self.settings.power)
 
     def outputs(self, path: str) -> Tensor:
@@ -128,7 +134,7 @@ class Block:
             return torch.eye(self.sites[path].shape[0], dtype=torch.float64)
         if self.settings.outputs == "row":
             return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
-        return known + self.damping(known)
+        return with_ridge(known, self.damping(known))
 
     def new_bias(self, path: str, near: Tensor) -> Tensor | None:
         """The bias that makes the mean of the outputs right when the matrix is ``near``."""
@@ -161,7 +167,15 @@ class Block:
     def _changed(self, path: str) -> None:
         """What runs behind the stage of ``path`` gets other inputs now."""
         here = self.stage(path)
+        self._targets = {path: found for path, found in self._targets.items() if self.stage(path) <= here}
         self._known = {stage: known for stage, known in self._known.items() if stage <= here}
+
+
+def with_ridge(second: Tensor, share: float) -> Tensor:
+    """``second + share * 1``."""
+    damped = second.clone()
+    damped.diagonal().add_(share)
+    return damped
 
 
 def stages_of(path: str, sites: list[Site], streams: Streams, number: int) -> list[list[str]]:

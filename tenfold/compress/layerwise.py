@@ -13,6 +13,7 @@ it was (:mod:`tenfold.compress.journal`).
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def compress_blocks(
         journal: what an earlier run has reached, and this one will.
 
     Returns:
-        ``choices``: per item what was chosen, its parameters and the loss that was foreseen, in nats a token.
+        ``choices``: per item what was chosen, its parameters and the loss that was foreseen, in nats a token; ``phases``:
+        seconds.
 
     Raises:
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
@@ -78,6 +80,7 @@ def compress_blocks(
     model.eval()
     try:
         with weights.outside(), _folder(model, text, journal) as folder:
+            begun = time.perf_counter()
             if journal.chosen is None:
                 with weights.at(works[0].path):  # a chain is refused before anything is computed
                     Streams(model, [work.path for work in works], text.batches[:1])
@@ -85,11 +88,13 @@ def compress_blocks(
                 chosen = choose(model, recipe, settings, works, curves, influence)
                 journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
             announce(journal.choices)
+            looked = time.perf_counter()
             _carry_out(model, works, text.batches, settings, weights, journal, folder, progress)
     finally:
         model.train(training)
     finish(model, recipe.name)
-    return {"choices": journal.choices}
+    phases = {"survey": round(looked - begun, 1), "fits": round(time.perf_counter() - looked, 1)}
+    return {"choices": journal.choices, "phases": phases}
 
 
 @contextmanager

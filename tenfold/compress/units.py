@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.compress.allocate import Curve
-from tenfold.compress.block import Block, Target, centred
+from tenfold.compress.block import Block, Target, centred, with_ridge
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
 from tenfold.models.heads import Heads
 from tenfold.models.sites import Site, weight_of
@@ -131,9 +131,9 @@ def _restricted(block: Block, path: str, kept: Tensor, before: Tensor) -> tuple[
     """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``."""
     moments = block.moments(path)
     second, cross = centred(moments, block.centres(path))
-    damping = block.damping(second) / 10
-    goal = block.weight(path) @ cross[:, kept] + (before @ damping)[:, kept]
-    near = torch.linalg.solve((second + damping)[kept][:, kept], goal.T).T
+    share = block.damping(second) / 10
+    goal = block.weight(path) @ cross[:, kept] + share * before[:, kept]
+    near = torch.linalg.solve(with_ridge(second[kept][:, kept], share), goal.T).T
     whole = torch.zeros_like(before).index_copy(1, kept, near)
     return near, block.new_bias(path, whole)
 
