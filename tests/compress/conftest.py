@@ -1,6 +1,11 @@
-"""The toys are those of the tests of models."""
+"""What the tests of compression have in common."""
 
-import sys
-from pathlib import Path
+import pytest
+import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+@pytest.fixture
+def known_draws(monkeypatch):
+    """The least likely token where a model draws one, and one direction where it draws a random one."""
+    monkeypatch.setattr(torch, "multinomial", lambda chances, *more, **given: chances.argmin(-1, keepdim=True))
+    monkeypatch.setattr(torch, "randn", lambda shape, **given: torch.linspace(-1, 1, shape[-1]).expand(shape))

@@ -1,5 +1,7 @@
 """Calibration text without a tokenizer, and what a model does with it, seen by plain hooks and told in NumPy."""
 
+import copy
+
 import numpy as np
 import torch
 
@@ -36,3 +38,32 @@ def seen(model, text: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
         torch.cat([part.reshape(-1, part.shape[-1]) for part in side]) for side in zip(*pairs, strict=True)
     )
     return first[kept].double().numpy(), second[kept].double().numpy()
+
+
+def gradients(model, words, path: str) -> np.ndarray:
+    """``(tokens, out)``: by the output of the module ``path``, of the loss of one sequence without its padding.
+
+    The labels are the least likely tokens; without logits the loss is the sum of the states along one direction.
+    """
+    model, found = copy.deepcopy(model).double().requires_grad_(False), []
+
+    def add_nothing(module, arguments, out):
+        found.append(torch.zeros_like(out, requires_grad=True))
+        return out + found[-1]
+
+    model.get_submodule(path).register_forward_hook(add_nothing)
+    for batch in words.batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            out = model(input_ids=ids[mask][None])
+            if hasattr(out, "logits"):
+                chances = out.logits[0].softmax(-1)
+                loss = -sum(row[row.argmin()].log() for row in chances)
+            else:
+                states = out.last_hidden_state[0]
+                loss = (states * torch.linspace(-1, 1, states.shape[-1])).sum()
+            found[-1] = torch.autograd.grad(loss, found[-1])[0]
+    return torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in found]).numpy()
+
+
+def moment(rows: np.ndarray) -> np.ndarray:
+    return sum(np.outer(row, row) for row in rows) / len(rows)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import small
 import torch
-import toys
+from models import toys
 from transformers import BertConfig, BertForMaskedLM
 
 from tenfold.compress.calibration import calibration

@@ -1,6 +1,6 @@
 """What is foreseen to be lost at a site: from gradients of the loss, in float64, one sequence at a time.
 
-The labels that a model draws are replaced by its least likely tokens, so that a slow reference can have the same.
+The labels that a model draws are replaced by its least likely tokens, as the slow reference has them.
 """
 
 import copy
@@ -8,8 +8,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-import toys
-from plain import seen, text
+from models import toys
+from plain import gradients, moment, seen, text
 
 from tenfold.compress.compress import compress
 
@@ -26,39 +26,6 @@ def model(request):
 @pytest.fixture
 def words():
     return text(8, padded=True)
-
-
-@pytest.fixture
-def known_draws(monkeypatch):
-    """The least likely token for a drawn one, and one direction for a random one."""
-    monkeypatch.setattr(torch, "multinomial", lambda chances, *more, **given: chances.argmin(-1, keepdim=True))
-    monkeypatch.setattr(torch, "randn", lambda shape, **given: torch.linspace(-1, 1, shape[-1]).expand(shape))
-
-
-def gradients(model, words, path: str) -> np.ndarray:
-    """``(tokens, out)``: by the output of the module ``path``, of the summed loss of one sequence without its padding."""
-    model, found = copy.deepcopy(model).double().requires_grad_(False), []
-
-    def add_nothing(module, arguments, out):
-        found.append(torch.zeros_like(out, requires_grad=True))
-        return out + found[-1]
-
-    model.get_submodule(path).register_forward_hook(add_nothing)
-    for batch in words.batches:
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
-            out = model(input_ids=ids[mask][None])
-            if hasattr(out, "logits"):
-                chances = out.logits[0].softmax(-1)
-                loss = -sum(row[row.argmin()].log() for row in chances)
-            else:
-                states = out.last_hidden_state[0]
-                loss = (states * torch.linspace(-1, 1, states.shape[-1])).sum()
-            found[-1] = torch.autograd.grad(loss, found[-1])[0]
-    return torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in found]).numpy()
-
-
-def moment(rows: np.ndarray) -> np.ndarray:
-    return sum(np.outer(row, row) for row in rows) / len(rows)
 
 
 def foreseen(model, words, roles, **settings) -> dict[str, tuple[int, float]]:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import toys
+from models import toys
 from plain import seen, text
 
 from tenfold.compress.compress import compress

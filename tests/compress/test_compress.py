@@ -1,0 +1,172 @@
+"""Models compressed by activations, from one end to the other."""
+
+import copy
+
+import idle
+import pytest
+import torch
+from models import toys
+from plain import seen, text
+from transformers import AutoModelForCausalLM
+
+import tenfold
+from tenfold.compress.compress import compress
+from tenfold.compress.streams import blocks_of
+from tenfold.models.sites import find_sites
+from tenfold.nn import FactorizedLinear
+
+WORDS = text(8)
+NARROW = [{"narrow": "mlp"}, {"narrow": "attention"}]
+MODELS = list(idle.HEADS)
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def size(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def matrices(model) -> int:
+    """Parameters of all matrices in the blocks."""
+    return sum(site.shape[0] * site.shape[1] for site in find_sites(model) if site.layer is not None)
+
+
+def compressed(model, rules=NARROW, keep: float | None = 0.7, of: str = "sites", words=WORDS, **settings):
+    """A compressed copy of ``model``."""
+    recipe = {"replace": rules, "calibrate": settings} | ({"budget": {"keep": keep, "of": of}} if keep else {})
+    return compress(copy.deepcopy(model), recipe, text=words)[0]
+
+
+def low_rank(model, rank: int | None = None, roles=None) -> list[dict]:
+    """A rule for every role in the blocks, of full rank unless given."""
+    shapes = {site.role: site.shape for site in find_sites(model) if site.layer is not None}
+    return [
+        {"role": role, "structure": {"kind": "low_rank", "rank": rank or min(shape)}}
+        for role, shape in shapes.items()
+        if roles is None or role in roles
+    ]
+
+
+# what must stay as it is ------------------------------------------------------------------------------------------
+
+
+@each
+def test_at_full_rank_nothing_changes(name):
+    model = toys.build(name)
+    after = compressed(model, low_rank(model), None)
+    assert sum(isinstance(module, FactorizedLinear) for module in after.modules()) > 7
+    torch.testing.assert_close(toys.logits(after), toys.logits(model), atol=1e-4, rtol=0)
+
+
+@each
+def test_what_is_idle_goes_first_and_is_not_missed(name):
+    """Whatever basis it hides in."""
+    model, gone = idle.build(name)
+    after = compressed(model, NARROW, 1 - (gone - 0.5) / size(model), "model")
+    assert size(after) == size(model) - gone
+    torch.testing.assert_close(toys.logits(after), toys.logits(model), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_types_and_what_is_outside_of_the_rules_stay(name, dtype, tmp_path):
+    toys.build(name).to(dtype).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    model.get_input_embeddings().requires_grad_(False)
+    after = compressed(model, [{"narrow": "mlp"}])
+    assert {p.dtype for p in after.parameters()} == {dtype}
+    left, flags = after.state_dict(), {path: p.requires_grad for path, p in after.named_parameters()}
+    for path, value in model.state_dict().items():
+        assert "mlp" in path or torch.equal(left[path], value)
+    for path, buffer in model.named_buffers():
+        assert after.get_buffer(path).dtype == buffer.dtype and torch.equal(after.get_buffer(path), buffer)
+    for path, p in model.named_parameters():
+        assert flags.get(path, p.requires_grad) == p.requires_grad
+    assert not after.training and torch.isfinite(toys.logits(after)).all()
+
+
+def test_dropout_is_off_while_a_model_in_training_is_compressed():
+    model = toys.build("gpt2")
+    expected = compressed(model)
+    after = compressed(model.train())
+    assert after.training and all(module.training for module in after.modules())
+    assert all(p.grad is None for p in after.parameters())
+    torch.testing.assert_close(after.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+# what comes out ---------------------------------------------------------------------------------------------------
+
+
+@each
+def test_narrowed_models_keep_the_budget_and_are_saved_and_unfolded(name, tmp_path):
+    model = toys.build(name)
+    words = text(8, padded=name == "bert")
+    after = compressed(model, words=words)
+    dropped = size(model) - size(after)
+    assert 0.3 * matrices(model) <= dropped <= 0.32 * matrices(model)
+    logits = toys.logits(after)
+    assert torch.isfinite(logits).all()
+    after.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(toys.logits(again), logits) and size(again) == size(after)
+    plain = tenfold.densify(again)
+    assert not any(type(module).__module__.startswith("tenfold") for module in plain.modules())
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(toys.logits(plain), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "opt"])
+def test_a_budget_of_the_whole_model(name):
+    model = toys.build(name)
+    after = compressed(model, NARROW, 0.8, "model")
+    assert 0.78 * size(model) <= size(after) <= 0.8 * size(model)
+
+
+def test_layers_and_rules_of_two_kinds():
+    """The first rule that matches a matrix wins; the other block stays as it is."""
+    model = toys.build("llama")
+    rules = [{"narrow": "mlp", "layers": [1]}, *low_rank(model, 4, ("attn.q", "mlp.in"))]
+    after = compressed(model, rules, 0.5)
+    changed = {
+        path.removeprefix("model.layers.") for path, m in after.named_modules() if isinstance(m, FactorizedLinear)
+    }
+    narrowed = {f"1.mlp.{which}_proj" for which in ("gate", "up", "down")}
+    assert changed == {"0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.up_proj"} | narrowed
+
+
+SETTINGS = [
+    {},
+    {"refit": False},
+    {"center": False},
+    {"outputs": "row"},
+    {"outputs": "none", "inputs": "none"},
+    {"inputs": "diagonal", "power": 0.5},
+    {"inputs": "diagonal", "outputs": "none", "refit": False, "center": False},
+    {"allocate": "uniform"},
+    {"survey": 40},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_setting_is_sound_and_repeats(name, settings):
+    model = toys.build(name)
+    mixed = [
+        {"narrow": "attention"},
+        *low_rank(model, 8, ("mlp.in",)),
+        {"role": "mlp.out", "structure": {"kind": "low_rank"}},
+    ]
+    one, other = (compressed(model, mixed, 0.8, **settings) for _ in range(2))
+    assert torch.isfinite(toys.logits(one)).all() and size(one) <= size(model) - 0.2 * matrices(model) * 0.9
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
+@each
+def test_activations_make_low_rank_better(name):
+    """Nearer to what the blocks said before, on the text that was read, than the nearest matrices are."""
+    model = toys.build(name)
+    rules, recipe = low_rank(model, 6), {"replace": low_rank(model, 6)}
+    by_text, by_weights = compressed(model, rules, None, outputs="none"), compress(copy.deepcopy(model), recipe)[0]
+    for path in blocks_of(find_sites(model)):
+        wanted = seen(model, WORDS, path)[1]
+        ours, theirs = (((seen(other, WORDS, path)[1] - wanted) ** 2).mean() for other in (by_text, by_weights))
+        assert ours < theirs

@@ -1,0 +1,110 @@
+"""What is put in is the best there is: every site against least squares on the activations of plain runs."""
+
+import copy
+
+import numpy as np
+import pytest
+from models import toys
+from plain import gradients, moment, seen, text
+
+from tenfold.compress.compress import compress
+from tenfold.models.sites import find_sites
+
+WORDS, PADDED = text(16), text(24, padded=True)
+MODELS = ["gpt2", "llama", "qwen3", "gemma3_text", "bert", "opt", "gpt_neox", "phi"]
+METRICS = ["none", "row", "full"]
+INTO = ["attn.q", "attn.k", "attn.v", "attn.qkv", "mlp.in", "mlp.gate"]
+
+
+def compressed(name: str, rules: list[dict], keep: float | None = None, **settings):
+    """A toy, what it becomes with next to no damping, and its text."""
+    model, words = toys.build(name), PADDED if name == "bert" else WORDS
+    recipe = {"replace": rules, "calibrate": {"damping": 1e-6, **settings}}
+    recipe |= {} if keep is None else {"budget": {"keep": keep}}
+    return model, compress(copy.deepcopy(model), recipe, text=words)[0], words
+
+
+def sites_of(model, *roles: str):
+    return [site for site in find_sites(model) if site.role in roles and site.layer is not None]
+
+
+def errors(wanted: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Mean square of every column."""
+    return ((wanted - made) ** 2).mean(0)
+
+
+def regression(x: np.ndarray, y: np.ndarray, rank: int, center: bool) -> np.ndarray:
+    """The best ``(n, out)`` that a matrix of this rank makes of ``x``, and a bias if ``center``."""
+    middle = y.mean(0) if center else 0
+    x = x - x.mean(0) if center else x
+    fitted = x @ np.linalg.lstsq(x, y - middle, rcond=1e-5)[0]
+    left, values, right = np.linalg.svd(fitted, full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank] + middle
+
+
+def low_rank(*roles: str) -> dict:
+    return {"role": list(roles), "structure": {"kind": "low_rank", "rank": 6}}
+
+
+@pytest.mark.parametrize(("name", "center"), [(name, True) for name in MODELS] + [("gpt2", False), ("phi", False)])
+def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center):
+    present = {site.role for site in sites_of(toys.build(name), *INTO, "attn.out", "mlp.out")}
+    before, after, words = compressed(name, [low_rank(*present)], outputs="none", center=center)
+    for site in sites_of(before, *present):
+        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+        bias = before.get_submodule(site.path).bias.detach().double().numpy() if site.bias else 0
+        free = center and site.bias
+        best = regression(inputs, wanted if free else wanted - bias, 6, free) + (0 if free else bias)
+        close = (
+            0.1 if site.role == "mlp.out" else 0.01
+        )  # behind a low rank the units are nearly dependent: damping tells
+        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=close)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
+    roles = ["mlp.in", "attn.out"]
+    before, after, words = compressed(name, [low_rank(*roles)], outputs="none", refit=False)
+    for site in sites_of(before, *roles):
+        inputs, wanted = seen(before, words, site.path)
+        layer = after.get_submodule(site.path)
+        made = inputs @ layer.dense().T.detach().double().numpy() + (
+            layer.bias.detach().double().numpy() if site.bias else 0
+        )
+        best = regression(inputs, wanted, 6, site.bias)
+        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_reads_narrowed_units_makes_up_for_the_others(name):
+    """Units and heads that stay are read so that the original output is met best; nothing else could be made of them."""
+    before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6)
+    for site in sites_of(before, "mlp.out", "attn.out"):
+        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+        best = regression(inputs, wanted, site.shape[0], site.bias)
+        assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.02 + 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_units_that_stay_are_as_near_to_the_original_as_can_be(name):
+    before, after, words = compressed(name, [{"narrow": "mlp"}], 0.6)
+    for site in sites_of(before, "mlp.in", "mlp.gate"):
+        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+        least = errors(wanted, regression(inputs, wanted, site.shape[0], site.bias))
+        found = [np.argmin(errors(wanted, made[:, [unit]])) for unit in range(made.shape[1])]  # which one it was
+        assert len(set(found)) == made.shape[1] < site.shape[0]
+        assert (errors(wanted[:, found], made) <= least[found] * 1.02 + 1e-9).all()
+
+
+def test_every_metric_of_the_outputs_is_served_best_by_its_own_fit(known_draws):
+    """An error counts as ``||R (y - made)||^2`` with ``R`` from the gradients of the loss; none, row by row, or in full."""
+    folded = {kind: compressed("gpt2", [low_rank("attn.qkv") | {"layers": [0]}], outputs=kind) for kind in METRICS}
+    before, _, words = folded["none"]
+    path = "transformer.h.0.attn.c_attn"
+    outputs = moment(gradients(before, words, path))
+    metrics = {"none": np.eye(len(outputs)), "row": np.diag(np.diag(outputs)), "full": outputs}
+    wanted = seen(before, words, path)[1]
+    for kind, metric in metrics.items():
+        rests = {other: wanted - seen(after, words, path)[1] for other, (_, after, _) in folded.items()}
+        losses = {other: float(np.einsum("no,op,np->", rest, metric, rest)) for other, rest in rests.items()}
+        assert min(losses, key=losses.get) == kind and sorted(losses.values())[1] > 1.02 * losses[kind]
