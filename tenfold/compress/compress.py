@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.compress.calibration import Calibration
+from tenfold.compress.first import FIRST
 from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.weights import Weights
@@ -88,6 +89,9 @@ def _calibrated(
     model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: Journal | None
 ) -> tuple[list[Change], dict[str, Any]]:
     """The blocks by activations, what is outside of them (embeddings, a head) without data."""
+    before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
+    if not recipe.replace:
+        return [], before | {"calibration": text.source | {"tokens": text.tokens}}
     inside = [site for site in find_sites(model) if site.layer is not None]
     outer = [rule for rule in recipe.replace if not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
@@ -99,7 +103,7 @@ def _calibrated(
         more = compress_blocks(model, rest, text, progress, announce, weights, journal)
     else:
         more = {}
-    return changes, more | {"calibration": text.source | {"tokens": text.tokens}}
+    return changes, before | more | {"calibration": text.source | {"tokens": text.tokens}}
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:

@@ -57,7 +57,8 @@ class Fold:
         start, settings = self.rule.start, block.settings
         if settings.inputs == "none" and settings.outputs == "none":
             return factors_from(structure, target.weight, start.fit, start.norm, start.options)
-        return structure.fit(target.weight, target.inputs, target.outputs, **start.options)
+        outputs = None if settings.outputs == "none" else target.outputs
+        return structure.fit(target.weight, target.inputs, outputs, **start.options)
 
 
 @dataclass

@@ -24,12 +24,22 @@ class BlockTrain(Structure, kind="block_train"):
     Args:
         outs: ``(a, b)``.
         ins: ``(c, d)``.
+
+    A recipe may give ``blocks`` instead of ``outs`` and ``ins``: ``b`` and ``c``, for a matrix of any size.
     """
 
     outs: tuple[int, int]
     ins: tuple[int, int]
     rank: int
     grows = "rank"
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        blocks = spec.get("blocks")
+        if blocks is None:
+            return super().complete(out, inner, spec)
+        rest = {key: value for key, value in spec.items() if key != "blocks"}
+        return {"outs": (out // blocks, blocks), "ins": (blocks, inner // blocks)} | rest
 
     def check(self) -> None:
         if len(self.outs) != 2 or len(self.ins) != 2:

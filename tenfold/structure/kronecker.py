@@ -25,6 +25,8 @@ class Kronecker(Structure, kind="kronecker"):
         terms: the number of products that are added.
         scaled: whether every term has a learnable scalar (Krony-PT); without it ``scale`` is one.
 
+    A recipe may give ``inner`` instead of ``outs`` and ``ins``: ``(b, d)`` of two factors, for a matrix of any size.
+
     Two factors are called ``outer`` and ``inner``, more of them ``factor_0``, ``factor_1``, ...
     """
 
@@ -33,6 +35,13 @@ class Kronecker(Structure, kind="kronecker"):
     terms: int = 1
     scaled: bool = False
     grows = "terms"
+
+    @classmethod
+    def complete(cls, out: int, inner: int, spec: dict) -> dict:
+        if "inner" not in spec:
+            return super().complete(out, inner, spec)
+        (b, d), rest = spec["inner"], {key: value for key, value in spec.items() if key != "inner"}
+        return {"outs": (out // b, b), "ins": (inner // d, d)} | rest
 
     def check(self) -> None:
         if len(self.outs) != len(self.ins) or len(self.outs) < 2:

@@ -1,0 +1,23 @@
+"""Changes of the whole model before the rules of a recipe are carried out, by the name that the recipe gives in ``first``.
+
+Add one by a function ``(model, recipe, text) -> report`` and a line in ``FIRST``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.layers import drop_layers
+from tenfold.compress.rotate import rotate_stream
+from tenfold.compress.slice import slice_stream
+from tenfold.models.recipe import Recipe
+
+FIRST: dict[str, Callable[[PreTrainedModel, Recipe, Calibration], dict[str, Any]]] = {
+    "drop-layers": drop_layers,
+    "slice": slice_stream,
+    "rotate": rotate_stream,
+}
