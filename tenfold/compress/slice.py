@@ -110,11 +110,14 @@ def slice_to(model: PreTrainedModel, left: int) -> int:
         return left
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
     paths = {site.path for site in sites}
+    feeds = Stream(model).feeds()
+    shifts = {path: feed.shift[left:] for feed in feeds if feed.shift is not None for path in feed.readers}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path not in paths and module.weight.shape[1] == width:
             module.weight[:, left:] = 0.0  # of positions
     for site in sites:
         module, (out, inner) = model.get_submodule(site.path), site.shape
+        weight = weight_of(module).detach()
         writes = site.role in WRITES
         small = (left, inner) if writes else (out, left)
         structure = Placed(
@@ -127,6 +130,9 @@ def slice_to(model: PreTrainedModel, left: int) -> int:
         bias = getattr(module, "bias", None)
         if bias is not None and writes:
             bias = torch.cat([bias[:left], torch.zeros_like(bias[left:])])
-        matrix = weight_of(module).detach()[: small[0], : small[1]]
+        elif (shift := shifts.get(site.path)) is not None and bool((shift != 0).any()):
+            fixed = weight[:, left:] @ shift.to(weight)  # what a norm adds to the coordinates that go
+            bias = fixed if bias is None else bias + fixed
+        matrix = weight[: small[0], : small[1]]
         install(model, Entry(site, structure, bias is not None), {"matrix": matrix}, bias)
     return left

@@ -187,7 +187,7 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
         new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
         new = FactorizedLinear(entry.structure, entry.bias, **given)
-        if entry.bias and len(old.bias) == len(new.bias):  # not where the layer gets narrower
+        if entry.bias and old.bias is not None and len(old.bias) == len(new.bias):  # not where the layer gets narrower
             new.bias = old.bias  # the parameter itself: BERT's head shares it
         elif not entry.bias:
             forget_tie(model, f"{path}.bias")

@@ -93,9 +93,13 @@ def test_all_get_the_same_budget(toy, name):
     assert 0.6 - STEPS.get(name, 0.02) < kept <= 0.6
 
 
-@pytest.mark.parametrize("name", [*SHARED_OUT, "drop-layers", "slicegpt", "procrustesgpt"])
-def test_result_is_a_checkpoint(name, tmp_path):
-    _, after = compressed("llama", name)
+@pytest.mark.parametrize(
+    "toy, name",
+    [("llama", name) for name in (*SHARED_OUT, "drop-layers", "procrustesgpt")]
+    + [(toy, "slicegpt") for toy in ("llama", "gpt2", "llama-tied")],
+)
+def test_result_is_a_checkpoint(toy, name, tmp_path):
+    _, after = compressed(toy, name)
     save_folded(after, tmp_path / "folded")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
     torch.testing.assert_close(logits(again), logits(after), atol=1e-5, rtol=1e-4)
@@ -336,9 +340,8 @@ def test_slicing_nothing_is_exact(toy):
 @pytest.mark.parametrize("toy, needed", [("llama", 6), ("gpt2", 7)])
 def test_slicing_a_stream_of_few_dimensions_is_exact(toy, needed):
     """All that is written lies in a space of six dimensions; LayerNorm needs one coordinate more."""
-    model = build(toy)
-    space = torch.linalg.qr(torch.randn(32, 6))[0]
-    space = torch.linalg.qr(space - space.mean(0))[0] if toy == "gpt2" else space
+    model = build(toy).double()
+    space = torch.linalg.qr(torch.randn(32, 6).double())[0]
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("wte.weight", "wpe.weight", "embed_tokens.weight", "c_proj.weight", "c_proj.bias")):
@@ -348,7 +351,7 @@ def test_slicing_a_stream_of_few_dimensions_is_exact(toy, needed):
     before, recipe = logits(model), at("slicegpt", 1.0)
     slice_stream(model, recipe, text())
     slice_to(model, needed)
-    torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-3)
 
 
 def test_stream_moment_is_that_of_normed_states():
