@@ -35,7 +35,7 @@ from tenfold.models.sites import find_sites, share_of
 
 BASELINES = [
     "svd-llm", "svd-llm-update", "modegpt", "modegpt-uniform", "slicegpt", "joint-svd-llm", "procrustesgpt", "svd", "asvd",
-    "fwsvd", "joint-svd", "van-loan", "krony-van-loan", "tqcompressor-keep", "drop-layers",
+    "fwsvd", "joint-svd", "van-loan", "krony-van-loan", "krony-prune", "tqcompressor-keep", "drop-layers",
 ]  # fmt: skip
 KINDS = ("encyclopedic", "books", "dialogue")
 SCORED = 40_000  # tokens of each kind of text
@@ -90,6 +90,8 @@ class Causal:
         )
 
     def recipe(self, method: str, keep: float):
+        if method == "krony-prune":
+            raise ValueError("it halves the feed-forward matrices and knows no other size")
         return api.with_keep(method, keep, "blocks")
 
     def score(self, model) -> dict:
@@ -126,7 +128,8 @@ class Encoder:
                 rules.append(rule)
             elif rule.narrow is None and roles:
                 rules.append(rule.model_copy(update={"role": roles}))
-        return api.with_keep(recipe.model_copy(update={"replace": rules}), keep, "sites")
+        recipe = recipe.model_copy(update={"replace": rules})
+        return recipe if recipe.budget is None else api.with_keep(recipe, keep, "sites")
 
     @torch.no_grad()
     def embed(self, model) -> torch.Tensor:

@@ -211,6 +211,17 @@ def test_krony_gives_the_norm_back(toy):
     assert min(lost) < 0.95
 
 
+@toys
+def test_pruning_keeps_every_second_unit(toy):
+    before, model = matrices(build(toy)), build(toy)
+    after = matrices(compress(model, "krony-prune", text=text())[0])
+    for path, w in before.items():
+        if path.endswith(("c_fc", "up_proj", "gate_proj")):
+            torch.testing.assert_close(after[path], torch.stack([w[::2], 0.1 * w[::2]], 1).flatten(0, 1))
+        elif "mlp" in path:
+            torch.testing.assert_close(after[path], torch.stack([w[:, ::2], 0.1 * w[:, ::2]], 2).flatten(1))
+
+
 def test_permutations_only_help():
     before, after = compressed("gpt2", "tqcompressor-keep")
     _, plain = compressed("gpt2", "van-loan")
