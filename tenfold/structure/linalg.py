@@ -127,6 +127,10 @@ def square_root(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 def roots(gram: Float[Tensor, "n n"], floor: float = 1e-10) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
     """The symmetric ``S`` with ``S S = gram`` and its inverse, eigenvalues below ``floor`` times the largest lifted to it."""
+    diagonal = gram.diagonal().double()
+    if torch.equal(gram, torch.diag(gram.diagonal())):
+        root = diagonal.clamp_min(floor * diagonal.max().clamp_min(1e-300)).sqrt()
+        return torch.diag(root), torch.diag(1 / root)
     values, vectors = torch.linalg.eigh(gram.double())
     root = values.clamp_min(floor * values[-1].clamp_min(1e-300)).sqrt()
     return vectors * root @ vectors.T, vectors / root @ vectors.T
