@@ -21,23 +21,33 @@ def text(samples: int = 8, window: int = 16, seed: int = 0, padded: bool = False
     return Calibration(batches, {"files": ["random"]})
 
 
-@torch.no_grad()
 def seen(model, text: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
     """Inputs ``(tokens, in)`` and outputs ``(tokens, out)`` of a module, first of a tuple, padding left out."""
-    caught: list = []
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda module, arguments, keywords, out: caught.append(((*arguments, *keywords.values())[0], out)),
-        with_kwargs=True,
-    )
+    return watched(model, text, [path])[path]
+
+
+@torch.no_grad()
+def watched(model, text: Calibration, paths) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """``{path: seen(model, text, path)}`` in one run."""
+    kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in text.batches])
+    caught: dict[str, list] = {path: [] for path in paths}
+
+    def hook(path: str):
+        def catch(module, arguments, keywords, out) -> None:
+            pair = ((*arguments, *keywords.values())[0], out if isinstance(out, torch.Tensor) else out[0])
+            caught[path].append([side.reshape(-1, side.shape[-1]) for side in pair])
+
+        return model.get_submodule(path).register_forward_hook(catch, with_kwargs=True)
+
+    handles = [hook(path) for path in paths]
     for batch in text.batches:
         model(**batch)
-    handle.remove()
-    kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in text.batches])
-    pairs = [(x, out if isinstance(out, torch.Tensor) else out[0]) for x, out in caught]
-    first, second = (
-        torch.cat([part.reshape(-1, part.shape[-1]) for part in side]) for side in zip(*pairs, strict=True)
-    )
-    return first[kept].double().numpy(), second[kept].double().numpy()
+    for handle in handles:
+        handle.remove()
+    sides = {
+        path: (torch.cat(side)[kept].double().numpy() for side in zip(*caught[path], strict=True)) for path in paths
+    }
+    return {path: tuple(pair) for path, pair in sides.items()}
 
 
 def gradients(model, words, path: str) -> np.ndarray:

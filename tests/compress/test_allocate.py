@@ -7,7 +7,7 @@ import pytest
 
 from tenfold.compress.allocate import Curve, allocate, uniform
 
-seeds = pytest.mark.parametrize("seed", range(30))
+seeds = pytest.mark.parametrize("seed", range(15))
 
 
 def steps_down(draw, convex: bool) -> np.ndarray:

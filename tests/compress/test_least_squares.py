@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 from models import toys
-from plain import gradients, moment, seen, text
+from plain import gradients, moment, seen, text, watched
 
 from tenfold.compress.compress import compress
 from tenfold.models.sites import find_sites
@@ -22,6 +22,12 @@ def compressed(name: str, rules: list[dict], keep: float | None = None, **settin
     recipe = {"replace": rules, "calibrate": {"damping": 1e-6, **settings}}
     recipe |= {} if keep is None else {"budget": {"keep": keep}}
     return model, compress(copy.deepcopy(model), recipe, text=words)[0], words
+
+
+def both(before, after, words, sites):
+    """Of every site: what it made, what it gets now and what it makes now."""
+    wanted, found = (watched(model, words, [site.path for site in sites]) for model in (before, after))
+    return [(site, wanted[site.path][1], *found[site.path]) for site in sites]
 
 
 def sites_of(model, *roles: str):
@@ -46,19 +52,16 @@ def low_rank(*roles: str) -> dict:
     return {"role": list(roles), "structure": {"kind": "low_rank", "rank": 6}}
 
 
+@pytest.mark.parametrize("roles", [(*INTO, "attn.out"), ("attn.out", "mlp.out")], ids=["into", "out"])
 @pytest.mark.parametrize(("name", "center"), [(name, True) for name in MODELS] + [("gpt2", False), ("phi", False)])
-def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center):
-    present = {site.role for site in sites_of(toys.build(name), *INTO, "attn.out", "mlp.out")}
+def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center, roles):
+    present = {site.role for site in sites_of(toys.build(name), *roles)}
     before, after, words = compressed(name, [low_rank(*present)], outputs="none", center=center)
-    for site in sites_of(before, *present):
-        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, *present)):
         bias = before.get_submodule(site.path).bias.detach().double().numpy() if site.bias else 0
         free = center and site.bias
         best = regression(inputs, wanted if free else wanted - bias, 6, free) + (0 if free else bias)
-        close = (
-            0.1 if site.role == "mlp.out" else 0.01
-        )  # behind a low rank the units are nearly dependent: damping tells
-        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=close)
+        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=3e-2)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
@@ -72,28 +75,26 @@ def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
             layer.bias.detach().double().numpy() if site.bias else 0
         )
         best = regression(inputs, wanted, 6, site.bias)
-        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=1e-2)
+        assert errors(wanted, made).sum() == pytest.approx(errors(wanted, best).sum(), rel=3e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_reads_narrowed_units_makes_up_for_the_others(name):
     """Units and heads that stay are read so that the original output is met best; nothing else could be made of them."""
     before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6)
-    for site in sites_of(before, "mlp.out", "attn.out"):
-        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.out", "attn.out")):
         best = regression(inputs, wanted, site.shape[0], site.bias)
-        assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.02 + 1e-9
+        assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_units_that_stay_are_as_near_to_the_original_as_can_be(name):
     before, after, words = compressed(name, [{"narrow": "mlp"}], 0.6)
-    for site in sites_of(before, "mlp.in", "mlp.gate"):
-        (_, wanted), (inputs, made) = (seen(model, words, site.path) for model in (before, after))
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.in", "mlp.gate")):
         least = errors(wanted, regression(inputs, wanted, site.shape[0], site.bias))
         found = [np.argmin(errors(wanted, made[:, [unit]])) for unit in range(made.shape[1])]  # which one it was
         assert len(set(found)) == made.shape[1] < site.shape[0]
-        assert (errors(wanted[:, found], made) <= least[found] * 1.02 + 1e-9).all()
+        assert (errors(wanted[:, found], made) <= least[found] * 1.03 + 1e-9).all()
 
 
 def test_every_metric_of_the_outputs_is_served_best_by_its_own_fit(known_draws):

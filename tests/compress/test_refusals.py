@@ -16,7 +16,8 @@ from tenfold.compress.compress import compress
 
 WORDS = text(8)
 NARROW = [{"narrow": "mlp"}, {"narrow": "attention"}]
-LOW_RANK = {"structure": {"kind": "low_rank"}}
+LOW_RANK, FOUR = {"structure": {"kind": "low_rank"}}, {"structure": {"kind": "low_rank", "rank": 4}}
+HALF = {"budget": {"keep": 0.5}}
 
 
 def refused(model, recipe: dict, words=WORDS) -> str:
@@ -41,17 +42,23 @@ WRONG = {
     "no such role": ({"replace": [{"role": "mlp.gate", **LOW_RANK}]}, WORDS, "gpt2 matches role mlp.gate"),
     "no budget": ({"replace": [{"role": "mlp.in", **LOW_RANK}]}, WORDS, "mlp.c_fc to keep; give the recipe a budget"),
     "no budget for units": ({"replace": NARROW}, WORDS, "to keep; give the recipe a budget"),
+    # not yet:
+    "no such layer": ({"replace": [{"narrow": "mlp", "layers": [9]}], **HALF}, WORDS, "matches"),
+    "half an MLP": ({"replace": [{"role": "mlp.out", **FOUR}, NARROW[0]], **HALF}, WORDS, "mlp.out"),
+    "half an attention": ({"replace": [{"role": "attn.qkv", **FOUR}, NARROW[1]], **HALF}, WORDS, "attn"),
 }
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_goes_wrong_is_one_sentence(name):
-    recipe, words, says = WRONG[name]
-    assert says in refused(toys.build("gpt2"), recipe, words)
 
 
 def known_wrong(*values, reason: str):
     return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize(
+    "name", [*list(WRONG)[:-3], *(known_wrong(name, reason="another reason is given") for name in list(WRONG)[-3:])]
+)
+def test_what_goes_wrong_is_one_sentence(name):
+    recipe, words, says = WRONG[name]
+    assert says in refused(toys.build("gpt2"), recipe, words)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
@@ -88,14 +95,28 @@ def test_activations_that_are_no_numbers_name_their_place(outputs, value):
     assert "mlp.c_proj in block 1 hold NaN or Inf" in said
 
 
+LAST = "items at the end that can't get smaller spend what is left"
+
+
+@pytest.mark.parametrize("allocate", ["sensitivity", "uniform", "influence"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_uniform_shares_keep_the_budget(name):
-    """Also where some items can't be made smaller."""
+def test_shares_keep_the_budget(name, allocate):
+    """Also where some items can't be made smaller: queries and keys with norms."""
     model = toys.build(name)
     before = sum(p.numel() for p in model.parameters())
-    recipe = {"replace": NARROW, "budget": {"keep": 0.8, "of": "model"}, "calibrate": {"allocate": "uniform"}}
+    recipe = {"replace": NARROW, "budget": {"keep": 0.8, "of": "model"}, "calibrate": {"allocate": allocate}}
     after = compress(model, recipe, text=WORDS)[0]
-    assert sum(p.numel() for p in after.parameters()) <= 0.8 * before
+    assert 0.78 * before <= sum(p.numel() for p in after.parameters()) <= 0.8 * before
+
+
+@pytest.mark.parametrize(
+    "allocate", ["sensitivity", known_wrong("uniform", reason=LAST), known_wrong("influence", reason=LAST)]
+)
+def test_shares_keep_the_budget_where_the_last_item_is_fixed(allocate):
+    choices: list[dict] = []
+    recipe = {"replace": NARROW[1:], "budget": {"keep": 0.7}, "calibrate": {"allocate": allocate}}
+    compress(toys.build("qwen3"), recipe, text=WORDS, announce=choices.extend)
+    assert sum(choice["parameters"] for choice in choices) <= 0.7 * sum(choice["of"] for choice in choices)
 
 
 # the command ------------------------------------------------------------------------------------------------------

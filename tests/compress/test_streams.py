@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import toys
-from plain import seen, text
+from plain import seen, text, watched
 
 from tenfold.compress.compress import compress
 from tenfold.compress.streams import Streams, blocks_of, twin
@@ -57,8 +57,9 @@ def test_moments_are_those_of_a_plain_run(name):
     for number, (path, sites) in enumerate(blocks.items()):
         block, original = model.get_submodule(path), twin(model.get_submodule(path))
         change(model, sites[number])
+        runs = [watched(one, words, [site.path for site in sites]) for one in (before, model)]
         for site in sites:
-            x, z = (seen(one, words, site.path)[0] for one in (before, model))
+            x, z = (run[site.path][0] for run in runs)
             found = streams.moments(number, block, original, site.path.removeprefix(f"{path}."))
             same(found.second, mean(z, z))
             same(found.cross, mean(x, z))

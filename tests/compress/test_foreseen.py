@@ -1,0 +1,125 @@
+"""What narrowing is foreseen to lose: from gradients and activations of plain runs, in float64."""
+
+import numpy as np
+import pytest
+from idle import HEADS
+from models import toys
+from plain import gradients, moment, seen, text
+from transformers.pytorch_utils import Conv1D
+
+from tenfold.compress.compress import compress
+from tenfold.models.sites import find_sites
+
+WORDS = text(16)
+PAIRS = {  # dimensions of queries and keys that go together
+    "llama": [[0, 4], [1, 5], [2, 6], [3, 7]],
+    "phi": [[0, 2], [1, 3], [4], [5], [6], [7]],
+    "gpt_neox": [[0, 1], [2], [3], [4], [5], [6], [7]],
+}
+
+
+def foreseen(model, kind: str) -> dict[str, tuple[int, float]]:
+    """``{item: (how many stay, nats)}`` in the last block."""
+    told: list[dict] = []
+    recipe = {"replace": [{"narrow": kind, "layers": [1]}], "budget": {"keep": 0.6}, "calibrate": {"damping": 1e-8}}
+    compress(model, recipe, text=WORDS, announce=told.extend)
+    return {choice["item"]: (choice["chosen"], choice["loss"]) for choice in told}
+
+
+def path_of(model, *roles: str) -> str:
+    return next(site.path for site in find_sites(model) if site.layer == 1 and site.role in roles)
+
+
+def matrix(model, path: str) -> np.ndarray:
+    module = model.get_submodule(path)
+    weight = module.weight.detach().double().numpy()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def centred(x: np.ndarray, free: bool) -> np.ndarray:
+    """Where a bias takes up the mean of an error, what varies counts only."""
+    return x - x.mean(0) if free else x
+
+
+def dropped(outputs: np.ndarray, inputs: np.ndarray, kept: int) -> float:
+    """The least of ``tr(G (1 - P) C (1 - P)^T) / 2`` over all ``P`` of this rank (Eckart-Young)."""
+    left, right = (np.linalg.cholesky(m + 1e-12 * np.trace(m) * np.eye(len(m))) for m in (outputs, inputs))
+    return float((np.linalg.svd(left.T @ right, compute_uv=False)[kept:] ** 2).sum()) / 2
+
+
+def head(x: np.ndarray, number: int, size: int) -> np.ndarray:
+    return x[..., number * size : (number + 1) * size]
+
+
+def members(name: str, group: int) -> range:
+    query, groups, _, _ = HEADS[name]
+    return range(group * query // groups, (group + 1) * query // groups)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_values_lose_what_the_output_matrix_would_miss(name, known_draws):
+    model, size = toys.build(name), HEADS[name][2]
+    path = path_of(model, "attn.out")
+    inputs, reads, matters = seen(model, WORDS, path)[0], matrix(model, path), moment(gradients(model, WORDS, path))
+    inputs = centred(inputs, model.get_submodule(path).bias is not None)
+    found = foreseen(toys.build(name), "attention")
+    for group in range(HEADS[name][1]):
+        mine = members(name, group)
+        outputs = sum(head(reads, h, size).T @ matters @ head(reads, h, size) for h in mine)
+        second = sum(moment(head(inputs, h, size)) for h in mine) / len(mine)
+        kept, nats = found[f"{path} v{group}"]
+        assert nats == pytest.approx(dropped(outputs, second, kept), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, idle) in HEADS.items() if idle != []])
+def test_queries_lose_what_the_scores_would_miss(name, known_draws):
+    model, size = toys.build(name), HEADS[name][2]
+    path, out = path_of(model, "attn.q", "attn.qkv"), path_of(model, "attn.out")
+    made, matters = seen(model, WORDS, path)[1], gradients(model, WORDS, path)
+    found = foreseen(toys.build(name), "attention")
+    for group in range(HEADS[name][1]):
+        mine = [3 * h if name == "gpt_neox" else h for h in members(name, group)]  # there keys and values lie between
+        outputs = sum(moment(head(matters, h, size)) for h in mine)
+        second = sum(moment(head(made, h, size)) for h in mine) / len(mine)
+        kept, nats = found[f"{out} q{group}"]
+        if name in PAIRS:
+            shares = np.diag(outputs) * np.diag(second)
+            expected = sum(sorted((shares[unit].sum() for unit in PAIRS[name]), reverse=True)[kept:]) / 2
+        else:
+            expected = dropped(outputs, second, kept)
+        assert nats == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_queries_and_keys_with_norms_stay(name):
+    model = toys.build(name)
+    found = foreseen(model, "attention")
+    assert {item[-2:]: kept for item, (kept, _) in found.items() if item[-2] == "q"} == {"q0": None, "q1": None}
+    names = {site.role: type(model.get_submodule(site.path)).__name__ for site in find_sites(model) if site.layer == 1}
+    assert names["attn.q"] == names["attn.k"] == "Linear" and names["attn.v"] == "FactorizedLinear"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_hidden_units_lose_what_the_others_cant_make_up_for(name, known_draws):
+    model, after = toys.build(name), toys.build(name)
+    path, into = path_of(model, "mlp.out"), path_of(model, "mlp.in")
+    units, reads, matters = seen(model, WORDS, path)[0], matrix(model, path), gradients(model, WORDS, path)
+    ((kept, nats),) = foreseen(after, "mlp").values()
+    rows, left = matrix(model, into), after.get_submodule(into).dense().detach().double().numpy()
+    found = [int(((rows - row) ** 2).sum(1).argmin()) for row in left]  # which units stayed
+    assert len(set(found)) == kept < len(rows)
+    units = centred(units, model.get_submodule(path).bias is not None)
+    wanted = units @ reads.T @ matters.T
+    rest = wanted - units[:, found] @ np.linalg.lstsq(units[:, found], wanted, rcond=None)[0]
+    assert nats == pytest.approx(float((rest**2).sum()) / len(units) / len(matters) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi", "gpt_neox"])
+def test_dropped_rows_say_nothing(name):
+    """Not even their biases, which rotary positions would let through."""
+    model = toys.build(name)
+    foreseen(model, "attention")
+    for site in find_sites(model):
+        if site.layer == 1 and site.role in ("attn.q", "attn.k", "attn.v", "attn.qkv"):
+            made = seen(model, WORDS, site.path)[1]
+            assert made.any(0).sum() == len(model.get_submodule(site.path).rows) < site.shape[0]
