@@ -18,6 +18,7 @@ from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.perplexity import comparable as comparable
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
+from tenfold.evaluate.text import HUB
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
@@ -117,12 +118,13 @@ def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float
     return tokenizer.decode(written[0], skip_special_tokens=True)
 
 
-def texts(files: Sequence[str | Path]) -> list[Path]:
-    """``files``, all of which exist."""
-    for file in map(Path, files):
-        if not file.is_file():
+def texts(files: Sequence[str | Path]) -> list[str | Path]:
+    """``files``, all of which exist, or are data sets of a hub."""
+    found = [file if str(file).startswith(HUB) else Path(file) for file in files]
+    for file in found:
+        if isinstance(file, Path) and not file.is_file():
             raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})")
-    return list(map(Path, files))
+    return found
 
 
 __all__ = [

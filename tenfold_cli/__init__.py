@@ -27,7 +27,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[
-    list[Path], typer.Option("--text", help="Text files: .txt, or .jsonl with a text field, also .xz, .gz.")
+    list[str],
+    typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME."),
 ]
 
 
@@ -84,8 +85,8 @@ def compress(
     keep: Annotated[float | None, typer.Option(help="The share of parameters that stays.")] = None,
     of: Annotated[str, typer.Option(help="What --keep is a share of: model, or the replaced sites.")] = "model",
     calibrate: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text files whose activations guide the fits: .txt, .jsonl, also .xz, .gz."),
+        list[str] | None,
+        typer.Option(help="Text whose activations guide the fits: .txt, .jsonl, .xz, .gz; hf://datasets/OWNER/NAME."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="With --calibrate: how many windows are read.")] = None,
     roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
@@ -274,7 +275,7 @@ def heal(
 @app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
-    data: Annotated[list[Path], typer.Option(help="Text files to train on.")],
+    data: Annotated[list[str], typer.Option(help="Text to train on.")],
     output: Output,
     overwrite: Overwrite = False,
     device: Device = None,

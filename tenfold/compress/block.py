@@ -106,11 +106,9 @@ class Block:
     def _found(self, path: str) -> Target:
         weight = self.weight(path)
         second, cross = centred(self.moments(path), self.centres(path))
-        share = self.damping(second)
-        damped = with_ridge(second, share)
         if self.settings.refit:
-            weight = torch.linalg.solve(damped, (weight @ cross + share * weight).T).T
-        return Target(weight, self.metric(damped), self.outputs(path))
+            weight = regressed(weight, second, cross, self.damping(second))
+        return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
 
     def centres(self, path: str) -> bool:
         """Whether the mean of the inputs is left to the bias."""
@@ -169,6 +167,15 @@ class Block:
         here = self.stage(path)
         self._targets = {path: found for path, found in self._targets.items() if self.stage(path) <= here}
         self._known = {stage: known for stage, known in self._known.items() if stage <= here}
+
+
+def regressed(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:
+    """``(W cross + share W) (second + share 1)^-1``: what makes of ``z`` what ``W`` makes of ``x``, drawn towards ``W``.
+
+    The share is never less than what products in float32 may be wrong by.
+    """
+    share = max(share, 2.0**-23 * float(second.diagonal().sum()))
+    return torch.linalg.solve(with_ridge(second, share), (weight @ cross + share * weight).T).T
 
 
 def with_ridge(second: Tensor, share: float) -> Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.evaluate.text import documents, token_stream
+from tenfold.evaluate.text import HUB, documents, token_stream
 
 Batch = dict[str, Tensor]
+READ_AHEAD = (
+    4  # of a data set of a hub, whose end is far: as many times the samples are read, and the samples spread over them
+)
 
 
 @dataclass
@@ -65,7 +69,9 @@ def _architectures(model) -> Sequence[str]:
 
 
 def _windows(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
-    tokens = torch.from_numpy(token_stream(documents(files), tokenizer)).long()
+    endless = any(str(file).startswith(HUB) for file in files)
+    limit = READ_AHEAD * samples * window if endless else None
+    tokens = torch.from_numpy(token_stream(documents(files, tokenizer), tokenizer, limit)).long()
     whole = len(tokens) // window
     if whole == 0:
         raise ValueError(
@@ -77,7 +83,9 @@ def _windows(tokenizer, files, samples: int, window: int, batch: int) -> list[Ba
 
 
 def _documents(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
-    texts = [line for text in documents(files) for line in text.splitlines() if line.strip()]
+    endless = any(str(file).startswith(HUB) for file in files)
+    lines = (line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip())
+    texts = list(islice(lines, READ_AHEAD * samples if endless else None))
     if not texts:
         raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
     chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()

@@ -29,6 +29,7 @@ from tenfold.compress.block import Block, stages_of
 from tenfold.compress.calibration import Batch, Calibration
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
+from tenfold.compress.refine import refine
 from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shares import share_out
 from tenfold.compress.shelf import Shelf
@@ -110,7 +111,9 @@ def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iter
 
 @torch.no_grad()
 def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights, journal, folder, progress) -> None:
-    streams = Streams(model, [work.path for work in works], batches, Shelf(folder and folder / "streams"))
+    streams = Streams(
+        model, [work.path for work in works], batches, Shelf(folder and folder / "streams"), settings.skip_first
+    )
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
             original = twin(model.get_submodule(work.path))
@@ -121,6 +124,9 @@ def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights
                 block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
                 for action in work.actions:
                     action.apply(block, journal.chosen)
+                if settings.refine:
+                    here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
+                    refine(streams, number, here, original, matters.get(work.path), *how)
                 weights.keep(number, work.path)
             if number + 1 < len(works):
                 streams.advance(number, original)
@@ -166,7 +172,9 @@ def survey(
     Sensitivities go to the journal.
     """
     some, gradients = part_of(batches, settings.survey), settings.outputs != "none"
-    streams = Streams(model, [work.path for work in works], some, Shelf(folder and folder / "survey"))
+    streams = Streams(
+        model, [work.path for work in works], some, Shelf(folder and folder / "survey"), settings.skip_first
+    )
     look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
     stages, curves, influence = [], [], {}
     for number, work in enumerate(progress(works)):

@@ -18,7 +18,7 @@ from tenfold.compress.streams import Moments, Streams, Sums, checked, passing
 
 @dataclass
 class Seen:
-    """Of one block: ``{number of a stage: moments of its inputs}`` and ``{site: G}``."""
+    """Of one block: ``{number of a stage: moments of its inputs}``, and ``{path: G}`` of its sites and of itself."""
 
     moments: dict[int, Moments]
     matters: dict[str, Tensor]
@@ -78,6 +78,8 @@ class Survey:
                 out = streams.run(number, block, states, k)
                 if weighed:
                     behind = streams.shelf.get(f"gradient-{k}").to(streams.device)
+                    rows = behind.flatten(0, -2)[streams.kept[k]]
+                    found[path] = found.get(path, 0) + (rows.T @ rows).cpu().double()
                     streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
         moments = {k: checked(sums[stage[0]].moments(), stage[0], number) for k, stage in enumerate(stages)}
         return Seen(moments, {path: value / max(1, self.tokens) for path, value in found.items()})
@@ -111,7 +113,7 @@ class _Hooks:
                 stack.callback(module.register_forward_pre_hook(self._inputs(path, kept)).remove)
             for path in self.weighed:
                 module = self.model.get_submodule(path)
-                stack.callback(module.register_forward_hook(self._outputs(path)).remove)
+                stack.callback(module.register_forward_hook(self._outputs(path, kept)).remove)
             yield
 
     def _inputs(self, path: str, kept: Tensor) -> Callable:
@@ -121,9 +123,9 @@ class _Hooks:
 
         return hook
 
-    def _outputs(self, path: str) -> Callable:
+    def _outputs(self, path: str, kept: Tensor) -> Callable:
         def add(gradient: Tensor) -> None:
-            flat = gradient.flatten(0, -2).float()
+            flat = gradient.flatten(0, -2)[kept].float()
             self.found[path] = self.found.get(path, 0) + (flat.T @ flat).cpu().double()
 
         return lambda module, arguments, out: out.register_hook(add) and None

@@ -87,14 +87,17 @@ class Streams:
         blocks: paths of the blocks, in the order in which they run.
         batches: of calibration tokens.
         shelf: holds the hidden states.
+        skip: positions at the beginning of every window that do not count.
 
     Raises:
         ValueError: the blocks do not run one after another, each once a batch, on what the one before it returns.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[str], batches: list[Batch], shelf: Shelf | None = None):
+    def __init__(
+        self, model: nn.Module, blocks: list[str], batches: list[Batch], shelf: Shelf | None = None, skip: int = 0
+    ):
         self.model, self.blocks = model, [model.get_submodule(path) for path in blocks]
-        self.batches, self.kept = batches, [batch["attention_mask"].flatten().bool() for batch in batches]
+        self.batches, self.kept = batches, [counted(batch, skip) for batch in batches]
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.shelf, self.device, self.form = shelf or Shelf(), _device(model), _form(model, self.blocks, batches[0])
         for number, batch in enumerate(batches):
@@ -169,6 +172,13 @@ class Streams:
         for states, path in seen:
             stages.setdefault(id(states), []).append(path)
         return list(stages.values())
+
+
+def counted(batch: Batch, skip: int) -> Tensor:
+    """Which tokens count ``(samples * window,)``: no padding, and not the first ``skip`` of a window."""
+    kept = batch["attention_mask"].bool().clone()
+    kept[:, :skip] = False
+    return kept.flatten()
 
 
 def checked(moments: Moments, path: str, number: int) -> Moments:

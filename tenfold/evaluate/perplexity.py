@@ -74,7 +74,7 @@ def perplexity(
     if window > longest:
         raise ValueError(f"window {window} is more than the model's context of {longest}; use at most that")
     protocol = Protocol(window, stride or window, text, normaliser)
-    texts = list(documents(files))
+    texts = list(documents(files, tokenizer))
     tokens = token_stream(texts, tokenizer, limit)
     check_tokens(tokens, model, window)
     nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch, progress)

@@ -1,4 +1,4 @@
-"""Reading text: plain files, JSON lines with a ``text`` field, and either of them packed with xz or gzip."""
+"""Reading text: plain files, JSON lines with a ``text`` or a ``messages`` field, packed or not, and data sets of a hub."""
 
 from __future__ import annotations
 
@@ -9,37 +9,81 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from jinja2 import TemplateError
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+HUB = "hf://datasets/"
 
 
-def documents(files: Iterable[str | Path]) -> Iterator[str]:
+def documents(files: Iterable[str | Path], tokenizer=None) -> Iterator[str]:
     """The documents of ``files`` in order: one a line for ``.jsonl``, one a file otherwise.
+
+    Args:
+        files: paths, or data sets of a hub, ``hf://datasets/OWNER/NAME[/CONFIGURATION]``, of which the split ``train`` is read.
+        tokenizer: its template turns ``{"messages": [{"role": .., "content": ..}, ..]}`` into text.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a JSON line has no ``text``, or a file is not UTF-8.
+        ValueError: a JSON line has no text, or a file is not UTF-8.
+        ImportError: a hub's data set is named and the library ``datasets`` is not there.
     """
-    for file in map(Path, files):
-        suffixes = file.suffixes
-        opener = OPENERS.get(file.suffix, open)
-        try:
-            with opener(file, "rt", encoding="utf-8") as stream:
-                if ".jsonl" in suffixes:
-                    yield from (_text(line, file, number) for number, line in enumerate(stream, 1) if line.strip())
-                else:
-                    yield stream.read()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})") from None
-        except UnicodeDecodeError as reason:
-            raise ValueError(f"{file} is not UTF-8 text ({reason}); convert it, for instance with iconv") from None
+    for file in files:
+        if str(file).startswith(HUB):
+            yield from (
+                _text(row, f"{file}, row {number}", tokenizer) for number, row in enumerate(_rows(str(file)), 1)
+            )
+        else:
+            yield from _documents(Path(file), tokenizer)
 
 
-def _text(line: str, file: Path, number: int) -> str:
+def _documents(file: Path, tokenizer) -> Iterator[str]:
+    opener = OPENERS.get(file.suffix, open)
     try:
-        return json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{file}, line {number}, is not a JSON object with a "text" field') from None
+        with opener(file, "rt", encoding="utf-8") as stream:
+            if ".jsonl" not in file.suffixes:
+                yield stream.read()
+                return
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _text(_object(line), f"{file}, line {number},", tokenizer)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})") from None
+    except UnicodeDecodeError as reason:
+        raise ValueError(f"{file} is not UTF-8 text ({reason}); convert it, for instance with iconv") from None
+
+
+def _object(line: str):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _text(row, where: str, tokenizer) -> str:
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise ValueError(f'{where} is not a JSON object with a "text" or a "messages" field')
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} holds messages, but there is no tokenizer with a chat template to write them out; give text"
+        )
+    try:
+        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    except (TemplateError, TypeError, KeyError, AttributeError) as reason:
+        raise ValueError(f"{where} holds messages that the chat template refuses ({reason})") from None
+
+
+def _rows(name: str) -> Iterable[dict]:
+    """Of a data set of a hub, as they come."""
+    parts = name.removeprefix(HUB).strip("/").split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(f"{name} names no data set; write {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIGURATION")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"reading {name} needs the library datasets: pip install 'tenfold[hub]'") from None
+    return load_dataset("/".join(parts[:2]), *parts[2:], split="train", streaming=True)
 
 
 def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None, batch: int = 256) -> np.ndarray:

@@ -133,11 +133,14 @@ class Calibrate(_Strict):
         refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
             are compressed; without it, from the original inputs.
         center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
+        skip_first: how many positions at the beginning of every window do not count.
         survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
         damping: what is added to the diagonal of a moment, as a share of its mean.
         allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
             ``influence`` larger shares to blocks that change their input more (MoDeGPT).
         temperature: of ``influence``; the higher, the more equal the shares.
+        refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
+        refine_rate: its first learning rate, as a share of the root mean square of every tensor.
     """
 
     samples: int = Field(192, ge=1)
@@ -147,10 +150,13 @@ class Calibrate(_Strict):
     outputs: Literal["full", "row", "none"] = "full"
     refit: bool = True
     center: bool = True
+    skip_first: int = Field(0, ge=0)
     survey: int = Field(32768, ge=1)
     damping: float = Field(0.01, gt=0)
     allocate: Literal["sensitivity", "uniform", "influence"] = "sensitivity"
     temperature: float = Field(0.1, gt=0)
+    refine: int = Field(0, ge=0)
+    refine_rate: float = Field(3e-5, gt=0)
     seed: int = 0
 
 

@@ -41,7 +41,7 @@ def heal(
     """
     settings = settings or Heal()
     window = window or min(getattr(model.config, "max_position_embeddings", None) or 1024, 1024)
-    windows = Windows(token_stream(documents(files), tokenizer), window)
+    windows = Windows(token_stream(documents(files, tokenizer), tokenizer), window)
     batch = max(1, settings.tokens_per_step // window)
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     with tempfile.TemporaryDirectory() as folder:

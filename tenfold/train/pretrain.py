@@ -147,5 +147,5 @@ def _tokens(folder: Path, data, tokenizer, limit: int | None) -> np.ndarray:
     path = folder / "tokens.npy"
     if not path.exists():
         kind = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-        np.save(path, token_stream(documents(data), tokenizer, limit).astype(kind))
+        np.save(path, token_stream(documents(data, tokenizer), tokenizer, limit).astype(kind))
     return np.load(path, mmap_mode="r")

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,3 +41,52 @@ def test_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):
         list(documents([tmp_path / "a.txt"]))
+
+
+class Chatty:
+    """A tokenizer with a template."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def test_messages_go_through_the_template(tmp_path):
+    line = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"text": "plain"}) + "\n")
+    assert list(documents([tmp_path / "a.jsonl"], Chatty())) == ["<user>hello<assistant>hi", "plain"]
+
+
+@pytest.mark.parametrize("tokenizer", [None, object()])
+def test_messages_need_a_template(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="line 1, holds messages, but there is no tokenizer with a chat template"):
+        list(documents([tmp_path / "a.jsonl"], tokenizer))
+
+
+def test_messages_without_roles(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"who": "me"}]}\n')
+    with pytest.raises(ValueError, match="the chat template refuses"):
+        list(documents([tmp_path / "a.jsonl"], Chatty()))
+
+
+def test_a_data_set_of_a_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert list(documents(["hf://datasets/owner/name/small"])) == ["one", "two"]
+    assert asked == [(("owner/name", "small"), {"split": "train", "streaming": True})]
+
+
+def test_a_data_set_needs_a_name_and_the_library(monkeypatch):
+    with pytest.raises(ValueError, match="names no data set"):
+        list(documents(["hf://datasets/name"]))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'tenfold\[hub\]'"):
+        list(documents(["hf://datasets/owner/name"]))
