@@ -102,13 +102,18 @@ def test_uniform_shares_are_better_by_one_step_at_most(seed, convex):
         assert cost > budget or loss <= other + largest_step(curves) + 1e-12
 
 
+LARGE = pytest.param(
+    1e9, marks=pytest.mark.xfail(reason="prices end at 1e6 a parameter, and then the budget is not kept")
+)
+
+
 @seeds
-def test_the_unit_of_the_losses_does_not_matter(seed):
+@pytest.mark.parametrize("unit", [1e-9, 1e3, LARGE])
+def test_the_unit_of_the_losses_does_not_matter(seed, unit):
     curves = curves_of(seed)
     budget = budgets(curves, seed)[2]
-    for unit in (1e-9, 1e3):
-        scaled = [Curve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
-        assert allocate(scaled, budget) == allocate(curves, budget) == allocate(curves, budget)
+    scaled = [Curve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
+    assert allocate(scaled, budget) == allocate(curves, budget) == allocate(curves, budget)
 
 
 def test_too_small_a_budget_is_refused():

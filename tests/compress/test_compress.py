@@ -133,6 +133,14 @@ def test_layers_and_rules_of_two_kinds():
     assert changed == {"0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.up_proj"} | narrowed
 
 
+@pytest.mark.xfail(
+    strict=True, reason="its configuration has no use_cache, and blocks that are run again find a full cache"
+)
+def test_the_decoder_of_a_model_that_sees_images():
+    model = toys.build("gemma3")
+    assert size(compressed(model)) <= size(model) - 0.3 * matrices(model)
+
+
 SETTINGS = [
     {},
     {"refit": False},
