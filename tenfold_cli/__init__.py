@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli.show import count_line, counted, error, short, show_choices, show_json, show_table, tracked
+from tenfold_cli.show import (
+    count_line,
+    counted,
+    error,
+    short,
+    show_advice,
+    show_choices,
+    show_json,
+    show_table,
+    tracked,
+)
 
 app = typer.Typer(
     name="tenfold",
@@ -120,6 +130,8 @@ def compress(
         loaded, tokenizer = api.load(model, device, dtype)
         folded, report = api.compress(loaded, chosen, source, tracked("compressing"))
         api.save(folded, output, tokenizer, report, command(), max_shard_size)
+    if calibrate:
+        show_advice(report)
     if as_json:
         return show_json(report)
     rows = [

@@ -1,6 +1,7 @@
 """Checkpoint to checkpoint: the same result from disk as in memory, and after an interruption; what goes wrong loses nothing."""
 
 import json
+import sys
 
 import pytest
 import small
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tenfold_cli
 from tenfold import api, run
 from tenfold.compress.journal import Journal
 from tenfold.models import lazy
@@ -177,3 +179,13 @@ def test_a_checkpoint_without_safetensors_by_name_is_read_whole(dense, tmp_path,
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
         assert any("left" in key for key in stored.keys())  # noqa: SIM118 - no mapping
     assert AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_too_little_text_is_said(dense, tmp_path, monkeypatch, capsys):
+    words = " ".join((dense / "text.txt").read_text().split()[:60])
+    (tmp_path / "short.txt").write_text(words)
+    arguments = ["compress", dense, "-o", tmp_path / "out", "--keep", "0.8", "--calibrate", tmp_path / "short.txt"]
+    monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        tenfold_cli.main()
+    assert "reads 128 values: 256 tokens are needed at least; damping of 0.01" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from torch import Tensor
 from tenfold.evaluate.text import HUB, documents, token_stream
 
 Batch = dict[str, Tensor]
+AT_ONCE = 2048  # tokens
 READ_AHEAD = (
-    4  # of a data set of a hub, whose end is far: as many times the samples are read, and the samples spread over them
+    4  # of a hub's data set, whose end is far, this many times the samples are read, and they are spread over it
 )
 
 
@@ -33,19 +34,27 @@ class Calibration:
 
 
 def calibration(
-    model, tokenizer, files: Sequence[str | Path], samples: int = 128, window: int | None = None, batch: int = 8
+    model,
+    tokenizer,
+    files: Sequence[str | Path],
+    samples: int = 128,
+    window: int | None = None,
+    batch: int | None = None,
 ) -> Calibration:
     """The first ``samples`` samples of ``files``.
 
     A causal model reads windows of ``window`` tokens cut from the text as one stream, evenly spread over it; any other
     model reads one document (one line of a plain text file) a sample, cut to the window and padded.
 
+    Args:
+        batch: samples run at once; as many as make ``AT_ONCE`` tokens unless given.
+
     Raises:
         ValueError: there is no text, or not enough for one window, or the tokenizer is another model's.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or 1024
     window = min(window or min(longest, 1024), longest)
-    if samples < 1 or batch < 1:
+    if samples < 1 or (batch is not None and batch < 1):
         raise ValueError(f"{samples} samples in batches of {batch} can't be drawn; ask for one or more")
     cut = _windows if reads_streams(model) else _documents
     batches = cut(tokenizer, files, samples, window, batch)
@@ -68,7 +77,7 @@ def _architectures(model) -> Sequence[str]:
     return model.config.architectures or ()
 
 
-def _windows(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
+def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
     endless = any(str(file).startswith(HUB) for file in files)
     limit = READ_AHEAD * samples * window if endless else None
     tokens = torch.from_numpy(token_stream(documents(files, tokenizer), tokenizer, limit)).long()
@@ -79,17 +88,24 @@ def _windows(tokenizer, files, samples: int, window: int, batch: int) -> list[Ba
         )
     chosen = torch.linspace(0, whole - 1, min(samples, whole)).round().long()
     rows = tokens[: whole * window].reshape(whole, window)[chosen]
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch)]
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in rows.split(batch or max(1, AT_ONCE // window))
+    ]
 
 
-def _documents(tokenizer, files, samples: int, window: int, batch: int) -> list[Batch]:
+def _documents(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
     endless = any(str(file).startswith(HUB) for file in files)
     lines = (line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip())
     texts = list(islice(lines, READ_AHEAD * samples if endless else None))
     if not texts:
         raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
     chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()
-    texts = sorted((texts[k] for k in chosen), key=len)  # of like length, so that little is padded
-    groups = [texts[k : k + batch] for k in range(0, len(texts), batch)]
-    encoded = [tokenizer(g, truncation=True, max_length=window, padding=True, return_tensors="pt") for g in groups]
-    return [dict(batch) for batch in encoded]
+    rows = tokenizer([texts[k] for k in chosen], truncation=True, max_length=window)["input_ids"]
+    rows.sort(key=len)  # of like length, so that little is padded
+    groups: list[list[list[int]]] = []
+    for row in rows:
+        if not groups or len(groups[-1]) == (batch or max(1, AT_ONCE // len(row))):
+            groups.append([])
+        groups[-1].append(row)
+    return [dict(tokenizer.pad({"input_ids": group}, return_tensors="pt")) for group in groups]

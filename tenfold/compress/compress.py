@@ -89,10 +89,12 @@ def _calibrated(
     model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: Journal | None
 ) -> tuple[list[Change], dict[str, Any]]:
     """The blocks by activations, what is outside of them (embeddings, a head) without data."""
+    inside = [site for site in find_sites(model) if site.layer is not None]
+    widest = max((site.shape[1] for site in inside), default=0)
+    about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
     before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
     if not recipe.replace:
-        return [], before | {"calibration": text.source | {"tokens": text.tokens}}
-    inside = [site for site in find_sites(model) if site.layer is not None]
+        return [], before | about
     outer = [rule for rule in recipe.replace if not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
     changes = []
@@ -103,7 +105,7 @@ def _calibrated(
         more = compress_blocks(model, rest, text, progress, announce, weights, journal)
     else:
         more = {}
-    return changes, before | more | {"calibration": text.source | {"tokens": text.tokens}}
+    return changes, before | more | about
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:

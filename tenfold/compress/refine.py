@@ -21,8 +21,8 @@ def refine(
 ) -> tuple[float, float]:
     """Lower ``1/2 mean_t e_t^T G e_t``, ``e_t = block(z_t) - original(x_t)``, over everything in ``block`` that is trained.
 
-    Adam on a few samples of the calibration text a step, about ``STEP`` tokens, cosine schedule. The block is left as it was if that was better over
-    the whole text.
+    Adam, a batch of the calibration text a step, cosine schedule. The block is left as it was if that was better over the
+    whole text.
 
     Args:
         matters: ``G (width, width)`` of what the block returns; every direction alike without it.
