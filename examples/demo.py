@@ -84,6 +84,12 @@ with cli.counted("healing") as advance:
     healing = api.heal(healed, dense, tokenizer, [demo / "healing.jsonl"], settings, advance=advance)
 results.append(measure(f"{best}, healed", healed, report["seconds"] + healing["seconds"]))
 
+print("   and what the recommended recipe makes of it, guided by calibration text, without healing", file=sys.stderr)
+recommended = api.with_keep("recommended", KEEP)
+text = api.read_calibration(dense, tokenizer, [demo / "calibration.jsonl"], recommended, 32 if quick else 128)
+model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=cli.tracked("calibrating"), text=text)
+results.append(measure("recommended, calibrated", model, calibrated["seconds"]))
+
 cli.show_table(
     ["", "parameters", "without head", "MFLOPs/token", "perplexity", "bits/byte", "tokens/s", "of dense", "seconds"],
     [

@@ -2,9 +2,9 @@ from transformers import AutoModelForCausalLM
 
 import tenfold
 
-model, tokenizer = tenfold.load("tenfold/demo")  # a folder, or a name on the hub such as gpt2
-recipe = {"replace": [{"role": ["mlp.in", "mlp.out"], "keep": 0.7, "structure": {"kind": "low_rank"}}]}
-model, report = tenfold.compress(model, recipe)
+model, tokenizer = tenfold.load("tenfold/demo", dtype="float32")  # a folder, or a name on the hub such as gpt2
+text = tenfold.read_calibration(model, tokenizer, ["tenfold/demo/calibration.jsonl"], samples=32)
+model, report = tenfold.compress(model, "recommended", text=text)  # keeps 80 % of the parameters
 print(report["parameters"])
 print(tenfold.evaluate(model, tokenizer, ["tenfold/demo/heldout.jsonl"], limit=10_000)["perplexity"])
 tenfold.save(model, "out/folded", tokenizer, report)

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING
 import tenfold.models.hook as _hook  # noqa: F401 - registers it
 
 if TYPE_CHECKING:
-    from tenfold.api import bench, compress, evaluate, generate, heal, inspect, load, plan, pretrain, save
+    from tenfold.api import (
+        bench,
+        compress,
+        evaluate,
+        generate,
+        heal,
+        inspect,
+        load,
+        plan,
+        pretrain,
+        read_calibration,
+        save,
+    )
     from tenfold.models.hub import from_pretrained
     from tenfold.models.replace import densify, replace
 
@@ -25,7 +37,7 @@ _HOME = {
 
 __all__ = [
     "bench", "compress", "densify", "evaluate", "from_pretrained", "generate", "heal", "inspect", "load", "plan",
-    "pretrain", "replace", "save",
+    "pretrain", "read_calibration", "replace", "save",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def test_the_program_prints_what_is_written_there(tmp_path):
     assert lines[0] == lines[1]  # only the order of the imports may differ
     assert len([line for line in program.splitlines() if line]) <= 12
     (tmp_path / "tenfold").symlink_to(ROOT / "tenfold")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, ROOT / "examples/first.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
