@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tenfold import api
 from tenfold.compress.calibration import calibration, reads_streams
-from tenfold.models.recipe import load_recipe
+from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, share_of
 
 BASELINES = [
@@ -129,7 +129,7 @@ class Encoder:
             elif rule.narrow is None and roles:
                 rules.append(rule.model_copy(update={"role": roles}))
         recipe = recipe.model_copy(update={"replace": rules})
-        return recipe if recipe.budget is None else api.with_keep(recipe, keep, "sites")
+        return recipe if recipe.budget is None else recipe.model_copy(update={"budget": Budget(keep=keep, of="sites")})
 
     @torch.no_grad()
     def embed(self, model) -> torch.Tensor:

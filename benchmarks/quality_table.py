@@ -33,8 +33,9 @@ def causal_tables(dense: dict, runs: list[dict], baselines: list[str], kinds: tu
     lines = [
         f"{sizes['total']:,} parameters ({sizes['without_head']:,} without an output head of its own), {sizes['blocks']:,} of "
         f"them in the blocks. Perplexity per token on held-out text, {scores[kinds[0]]['tokens']:,} tokens of each kind, windows "
-        f"of {protocol['window']} tokens. **kept** is the share of the blocks' parameters, measured; **head** what is added or "
-        "taken away outside of them. **gap** is how far the perplexity is above dense, as a share of the best baseline's.\n"
+        f"of {protocol['window']} tokens. **kept** is the share of the blocks' parameters, measured; **outside** what is added "
+        "or taken away elsewhere (embeddings, head). **gap** is how far the perplexity is above dense, for every kind of text "
+        "as a share of the best baseline's. Seconds on one thread of a shared machine.\n"
     ]
     for keep in sorted({run["keep"]["asked"] for run in runs}, reverse=True):
         here = sorted((run for run in runs if run["keep"]["asked"] == keep), key=lambda run: perplexity(run, kinds[0]))

@@ -20,6 +20,8 @@ from tenfold.compress.streams import Streams, blocks_of
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import find_sites, share_of
 
+NEAR = 1e-3  # of the budget: half of the layers may be left at keep 0.5 although the last norm stays, too
+
 
 def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
     """Take the blocks of least influence out of ``model``, in place, until the budget is kept.
@@ -41,7 +43,7 @@ def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
     influence = influences(model, paths, text)
     inside = sum(_size(model.get_submodule(path)) for path in paths)
     base = inside if recipe.budget.of == "sites" else share_of(model, recipe.budget.of)
-    excess, dropped = (1 - recipe.budget.keep) * base, []
+    excess, dropped = (1 - recipe.budget.keep - NEAR) * base, []
     for path in sorted(paths, key=lambda path: influence[path]):
         if excess > 0:
             dropped.append(path)
