@@ -29,7 +29,8 @@ from quality_table import write_table
 from transformers import AutoModel, AutoTokenizer
 
 from tenfold import api
-from tenfold.compress.calibration import calibration, reads_streams
+from tenfold.compress.calibration import calibration
+from tenfold.models.reading import reads_streams
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, share_of
 

@@ -19,7 +19,7 @@ from tenfold.compress.modegpt import Modules
 from tenfold.compress.units import ByLoss, Chooser, NarrowHeads, NarrowMlp
 from tenfold.models.heads import heads_of
 from tenfold.models.recipe import Rule
-from tenfold.models.sites import Site
+from tenfold.models.sites import Site, find_sites
 
 
 class Action(Protocol):
@@ -46,8 +46,10 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
         ValueError: the rule narrows heads that are not known.
     """
     if rule.narrow is None:
+        _check_plain(rule)
         together = rule.share is not None and rule.share.across == "roles" and len(sites) > 1
         return [FoldTogether(sites, rule)] if together else [Fold(site, rule) for site in sites]
+    _check_whole(model, rule, sites)
     chooser = CHOOSERS[rule.method]()
     if rule.narrow == "mlp":
         return [NarrowMlp(sites, chooser)]
@@ -58,3 +60,25 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
             f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
         )
     return [NarrowHeads(sites, heads, chooser)]
+
+
+def _check_plain(rule: Rule) -> None:
+    """Raise ValueError for what a rule may say but activations do not guide."""
+    layers = rule.share is not None and rule.share.across == "layers"
+    said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze, "share across layers": layers}
+    if wrong := [name for name, value in said.items() if value]:
+        raise ValueError(
+            f"the rule for role {rule.role} asks for {', '.join(wrong)}, which is not done with a calibration text; drop it, "
+            "or compress without --calibrate"
+        )
+
+
+def _check_whole(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> None:
+    """Raise ValueError where a rule that narrows does not have every matrix that it needs."""
+    block = sites[0].path.split(f".{sites[0].layer}.")[0] + f".{sites[0].layer}."
+    there = {site.role for site in find_sites(model) if site.path.startswith(block) and rule.matches(site)}
+    if missing := there - {site.role for site in sites}:
+        raise ValueError(
+            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(sorted(missing))} of "
+            f"{block.rstrip('.')}; take that rule out, or limit both to different layers"
+        )

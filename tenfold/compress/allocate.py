@@ -21,6 +21,7 @@ class Curve:
         options: what is chosen; the last one is the item as it is.
         within: the largest option of at most so many parameters, where there are more than are listed; raises ValueError
             where nothing is as small.
+        settled: how many parameters the item has as it is, where its rule alone says what it becomes; no budget counts it.
     """
 
     name: str
@@ -28,9 +29,10 @@ class Curve:
     losses: np.ndarray
     options: Sequence[Any]
     within: Callable[[float], Any] | None = None
+    settled: int | None = None
 
     def __post_init__(self):
-        self.whole = int(self.costs[-1])  # parameters of the item as it is
+        self.whole = int(self.costs[-1]) if self.settled is None else self.settled  # parameters of the item as it is
         order = np.lexsort((self.losses, self.costs))
         best, kept = np.inf, []
         for k in order:  # an option that is dearer and no better than another is none
@@ -74,7 +76,11 @@ def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
         raise ValueError(
             f"the items can't be made smaller than {least:,} parameters, but {int(budget):,} are to be kept"
         )
-    low, high = 0.0, 1e6
+    slopes = [-np.diff(curve.losses) / np.diff(curve.costs) for curve in curves]
+    low, high = (
+        0.0,
+        2 * max(1.0, *(float(slope.max()) for slope in slopes if len(slope))),
+    )  # there all are at their least
     for _ in range(200):
         middle = (low + high) / 2 if low == 0 and high < 1e-30 else np.sqrt(max(low, 1e-40) * high)
         chosen = [_at(curve, middle) for curve in curves]
@@ -123,7 +129,7 @@ def by_shares(curves: Sequence[Curve], shares: Mapping[str, float]) -> dict[str,
     What rounding leaves of one item goes to the next, so that all together are within one step of their budget.
     """
     chosen, left = {}, 0.0
-    for curve in curves:
+    for curve in sorted(curves, key=lambda curve: -curve.costs[0] / curve.whole):  # those that can't shrink spend first
         allowed = shares[curve.name] * curve.whole + left
         k = curve.fitting(allowed)
         chosen[curve.name], left = curve.options[k], allowed - float(curve.costs[k])

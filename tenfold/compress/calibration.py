@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tenfold.evaluate.text import HUB, documents, token_stream
+from tenfold.models.reading import context_of, reads_streams
 
 Batch = dict[str, Tensor]
 AT_ONCE = 2048  # tokens
@@ -52,7 +53,7 @@ def calibration(
     Raises:
         ValueError: there is no text, or not enough for one window, or the tokenizer is another model's.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or 1024
+    longest = context_of(model)
     window = min(window or min(longest, 1024), longest)
     if samples < 1 or (batch is not None and batch < 1):
         raise ValueError(f"{samples} samples in batches of {batch} can't be drawn; ask for one or more")
@@ -66,15 +67,6 @@ def calibration(
         )
     source = {"files": [Path(f).name for f in files], "samples": samples, "window": window}
     return Calibration(batches, source)
-
-
-def reads_streams(model) -> bool:
-    """Whether the model is a causal language model, which is trained on one long stream."""
-    return any("CausalLM" in name or "LMHeadModel" in name for name in [type(model).__name__, *_architectures(model)])
-
-
-def _architectures(model) -> Sequence[str]:
-    return model.config.architectures or ()
 
 
 def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:

@@ -95,7 +95,7 @@ def _calibrated(
     before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
     if not recipe.replace:
         return [], before | about
-    outer = [rule for rule in recipe.replace if not any(rule.matches(site) for site in inside)]
+    outer = [rule for rule in recipe.replace if not rule.narrow and not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
     changes = []
     if outer:

@@ -35,13 +35,18 @@ class Fold:
         family = Structure.family(spec["kind"])
         if not family.is_open(spec):
             fixed = Structure.for_shape(out, inner, spec)
-            return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed])]
+            return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], settled=out * inner)]
         sizes = family.sizes(target.weight, spec, target.inputs, target.outputs)
         costs = [structure.numel for structure, _ in sizes] + [out * inner]
         losses = [loss / 2 for _, loss in sizes] + [0.0]
         options = [structure for structure, _ in sizes] + [None]
         within = lambda cost: Structure.within(out, inner, spec, cost)  # noqa: E731
-        return [Curve(self.site.path, np.array(costs), np.array(losses), options, within)]
+        curve = Curve(self.site.path, np.array(costs), np.array(losses), options, within)
+        if self.rule.keep is None:
+            return [curve]
+        k = curve.fitting(self.rule.keep * out * inner)
+        alone = slice(k, k + 1)
+        return [Curve(curve.name, curve.costs[alone], curve.losses[alone], curve.options[alone], settled=out * inner)]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, structure = self.site.path, chosen[self.site.path]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.compress.actions import Action, Fold, actions_for
-from tenfold.compress.allocate import Curve, uniform
+from tenfold.compress.actions import Action, actions_for
+from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.calibration import Batch, Calibration
 from tenfold.compress.influence import block_influence
@@ -180,7 +180,7 @@ def survey(
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
             stages.append(stages_of(work.path, work.sites, streams, number))
-            look.forward(number)
+            look.forward(number, stages[number])
             influence[work.path] = block_influence(streams, number)
     if gradients:
         look.turn()
@@ -205,41 +205,36 @@ def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
 def choose(
     model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve], influence: dict[str, float]
 ) -> dict[str, Any]:
-    """An option for every item, within the budget of the recipe."""
-    whole = sum(curve.whole for curve in curves) - _folded_away(model, works)
+    """An option for every item, within the budget of the recipe; what a rule settles by itself is not in the budget."""
+    settled = {curve.name: curve.options[0] for curve in curves if curve.settled is not None}
+    dropped = sum(curve.whole - int(curve.costs[0]) for curve in curves if curve.settled is not None)
+    curves = [curve for curve in curves if curve.settled is None]
+    if not curves:
+        return settled
     if recipe.budget is None:
-        return {curve.name: curve.options[0] for curve in curves if len(curve.options) == 1} | _kept(works, curves)
+        raise ValueError(f"nothing says how much of {curves[0].name} to keep; give the recipe a budget, or --keep")
+    whole = sum(curve.whole for curve in curves) - _folded_away(model, works, settled)
     if recipe.budget.of == "sites":
-        allowed = recipe.budget.keep * whole
+        allowed, rest = recipe.budget.keep * whole, 0
     else:
         total = share_of(model, recipe.budget.of)
-        allowed = whole - (1 - recipe.budget.keep) * total
-    if allowed < sum(int(curve.costs[0]) for curve in curves):
-        least = (0 if recipe.budget.of == "sites" else total - whole) + sum(int(c.costs[0]) for c in curves)
+        allowed = whole - (1 - recipe.budget.keep) * total + dropped
+        rest = total - whole - dropped
+    least = sum(int(curve.costs[0]) for curve in curves)
+    if allowed < least:
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
-            f"{least:,} parameters"
+            f"{rest + least:,} parameters"
         )
-    return share_out(settings, curves, allowed, influence)
+    return settled | share_out(settings, curves, allowed, influence)
 
 
-def _folded_away(model: PreTrainedModel, works: list[Work]) -> int:
-    """Parameters by which the sites of a folded model are smaller than their matrices."""
-    sites = {site.path: site for work in works for action in work.actions for site in action.sites}
+def _folded_away(model: PreTrainedModel, works: list[Work], settled: Container[str]) -> int:
+    """Parameters by which the sites of a folded model are smaller than their matrices, those that are settled left out."""
+    found = {site.path: site for work in works for action in work.actions for site in action.sites}
+    sites = {path: site for path, site in found.items() if path not in settled}
     held = sum(p.numel() for path in sites for n, p in model.get_submodule(path).named_parameters() if n != "bias")
     return sum(site.shape[0] * site.shape[1] for site in sites.values()) - held
-
-
-def _kept(works: list[Work], curves: list[Curve]) -> dict[str, Any]:
-    """Without a budget: what the rules themselves keep."""
-    keeps = {a.site.path: a.rule.keep for work in works for a in work.actions if isinstance(a, Fold) and a.rule.keep}
-    found = {}
-    for curve in curves:
-        if len(curve.options) > 1:
-            if curve.name not in keeps:
-                raise ValueError(f"nothing says how much of {curve.name} to keep; give the recipe a budget, or --keep")
-            found |= uniform([curve], keeps[curve.name])
-    return found
 
 
 def _choice(curve: Curve, option: Any) -> dict[str, Any]:

@@ -40,12 +40,29 @@ class Survey:
         self.tokens = sum(int(kept.sum()) for kept in streams.kept)
 
     @torch.no_grad()
-    def forward(self, number: int) -> None:
-        """Keep what block ``number`` gets, and go on behind it."""
-        for k in range(len(self.streams.batches)):
-            states, _ = self.streams.states(k)
-            self.streams.shelf.put(f"before-{number}-{k}", states)
-        self.streams.advance(number)
+    def forward(self, number: int, stages: list[list[str]]) -> None:
+        """Keep what block ``number`` gets, and go on behind it.
+
+        Raises:
+            ValueError: it returns NaN or Inf; the first of its sites that gets any is named.
+        """
+        streams = self.streams
+        for k in range(len(streams.batches)):
+            streams.shelf.put(f"before-{number}-{k}", streams.states(k)[0])
+        streams.advance(number)
+        for k in range(len(streams.batches)):
+            if not bool(torch.isfinite(streams.states(k)[0]).all()):
+                self._blame(number, stages, k)
+
+    def _blame(self, number: int, stages: list[list[str]], batch: int) -> None:
+        sums: dict[str, Sums] = {}
+        hooks = _Hooks(self.streams.model, [stage[0] for stage in stages], set(), sums, {})
+        with hooks.on(self.streams.kept[batch]):
+            states = self.streams.shelf.get(f"before-{number}-{batch}").to(self.streams.device)
+            self.streams.run(number, self.streams.blocks[number], states, batch)
+        for path in sums:
+            checked(sums[path].moments(), path, number)
+        raise ValueError(f"block {number} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
 
     def turn(self) -> None:
         """Behind the last block: the gradient of the loss at what it returns."""

@@ -103,7 +103,7 @@ class Streams:
         for number, batch in enumerate(batches):
             given = {name: value.to(self.device) for name, value in batch.items()}
             with torch.no_grad(), passing(self.blocks, self.form) as seen:
-                base_model(model)(**given, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+                base_model(model)(**given, **without_cache(model))
             for calls, (_, call) in zip(self.calls, seen, strict=True):
                 calls.append(call)
             self.shelf.put(f"first-{number}", seen[0][0])
@@ -174,6 +174,11 @@ class Streams:
         return list(stages.values())
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """A decoder is told to keep no keys and values: blocks that are run again would find them."""
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
 def counted(batch: Batch, skip: int) -> Tensor:
     """Which tokens count ``(samples * window,)``: no padding, and not the first ``skip`` of a window."""
     kept = batch["attention_mask"].bool().clone()
@@ -219,7 +224,7 @@ def _form(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> type:
     for form in (Tensor, tuple):
         try:
             with torch.no_grad(), passing(blocks, form):
-                base_model(model)(**given)
+                base_model(model)(**given, **without_cache(model))
             return form
         except (ValueError, IndexError, RuntimeError, AttributeError, TypeError):
             continue

@@ -1,0 +1,28 @@
+"""How a model reads text: as one long stream or document by document, and how much at once."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many positions ``model`` takes; 1,024 where it does not say."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    table = next((m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
+    before = getattr(table, "padding_idx", None)  # RoBERTa counts its positions from behind that of padding
+    return longest if before is None else longest - before - 1
+
+
+def reads_streams(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is a causal language model, with or without its head, which is trained on one long stream."""
+    names, kind = {type(model).__name__, *(model.config.architectures or ())}, model.config.model_type
+    return bool(names & {*CAUSAL.values(), *WITH_IMAGES.values()}) or (kind in CAUSAL and kind not in MASKED)
