@@ -1,4 +1,4 @@
-"""Compressing a checkpoint from one folder into another: one block in memory at a time, and an interrupted run goes on.
+"""Compressing a checkpoint from one folder into another, at once or in stages; an interrupted run goes on.
 
 While the run lasts, what it has finished lies in ``OUTPUT.partial``; only at its end that becomes ``OUTPUT``. The same command
 goes on where the last one was stopped: behind the last finished block.
@@ -104,6 +104,78 @@ def _at_once(
     text = api.read_calibration(model, tokenizer, files, recipe, samples)
     model, report = api.compress(model, recipe, "weights", progress, text, announce)
     api.save(model, output, tokenizer, report, command, max_shard_size)
+    return report
+
+
+def compress_in_stages(
+    name: str | Path,
+    output: str | Path,
+    recipe: Recipe | str | dict,
+    files: Sequence[str | Path] = (),
+    healing: Sequence[str | Path] = (),
+    samples: int | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    max_shard_size: str = "5GB",
+    progress: Callable[[Iterable], Iterable] = iter,
+    announce: Callable[[list[dict]], None] = lambda choices: None,
+    advance: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Gradual compression: the stages of ``recipe`` one after another, each healed by distillation where it says so.
+
+    Every finished stage is a whole checkpoint in ``output.partial``; the same call goes on behind the last one.
+
+    Args:
+        files: calibration text, for the stages that go by activations.
+        healing: text for the stages that heal.
+        advance: is told ``(step, steps)`` of a healing.
+        other arguments: as for :func:`compress_checkpoint`.
+
+    Returns:
+        The report of the last stage with the parameters of the model that came in, and ``stages``, the reports of all.
+
+    Raises:
+        ValueError: a stage needs a text that is not given, and what :func:`tenfold.compress` raises.
+    """
+    output = api.check_output(Path(output), overwrite)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    for number, stage in enumerate(loaded.stages):
+        if stage.heal and not healing:
+            raise ValueError(f"stage {number} of recipe {loaded.name} heals: give the text for it (--heal FILE)")
+        if stage.calibrate and not files:
+            raise ValueError(f"stage {number} of recipe {loaded.name} goes by activations: give --calibrate FILE")
+    stated = [[str(file), Path(file).stat().st_size] for file in (*files, *healing) if Path(file).is_file()]
+    same = {"tenfold": version("tenfold"), "model": str(name), "recipe": loaded.model_dump(mode="json"), "text": stated}
+    folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
+    teacher, tokenizer = api.load(name, device, "float32")
+    usual = api.load(name, "cpu", dtype)[0].dtype
+    before, reports, report = api.price(teacher), [], {}
+    for number, step in enumerate(loaded.steps()):
+        done = folder / f"stage-{number}"
+        if not done.is_dir():
+            model = api.load(folder / f"stage-{number - 1}" if number else name, device, "float32")[0]
+            text = api.read_calibration(model, tokenizer, files, step, samples) if step.calibrate else None
+            model, report = api.compress(model, step, "weights", progress, text, announce)
+            if step.heal:
+                report["heal"] = api.heal(model, teacher, tokenizer, healing, step.heal, advance=advance)
+            new = folder / f"stage-{number}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            api.save(model.to(usual), new, tokenizer, report, command, max_shard_size)
+            new.rename(done)
+        reports.append(json.loads((done / "tenfold.json").read_text()))
+    report = reports[-1] | {
+        "parameters_dense": before["parameters"],
+        "flops_per_token_dense": before["flops_per_token"],
+    }
+    report |= {"recipe": loaded.model_dump(exclude_defaults=True), "stages": reports}
+    save_card(done, tokenizer, report, command, output.name)
+    if output.exists():
+        shutil.rmtree(output)
+    done.rename(output)
+    shutil.rmtree(folder)
     return report
 
 

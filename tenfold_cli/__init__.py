@@ -99,6 +99,7 @@ def compress(
         typer.Option(help="Text whose activations guide the fits: .txt, .jsonl, .xz, .gz; hf://datasets/OWNER/NAME."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="With --calibrate: how many windows are read.")] = None,
+    heal: Annotated[list[str] | None, typer.Option(help="Text for the stages of a recipe that heal.")] = None,
     roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
     source: Annotated[str, typer.Option(help="Factors from weights, or from noise.")] = "weights",
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this size.")] = "5GB",
@@ -109,7 +110,7 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
-    from tenfold.run import compress_checkpoint
+    from tenfold.run import compress_checkpoint, compress_in_stages
 
     api.check_output(output, overwrite)
     if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
@@ -120,8 +121,14 @@ def compress(
         chosen = api.recipe_for(structure, keep, of, roles.split(",") if roles else None)
     else:
         chosen = api.with_keep(recipe or "recommended", keep, of)
-    if calibrate:
-        given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
+    given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
+    if chosen.stages:
+        with counted("healing") as advance:
+            report = compress_in_stages(
+                model, output, chosen, api.texts(calibrate or []), api.texts(heal or []), samples, **given,
+                command=command(), announce=show_choices, advance=advance,
+            )  # fmt: skip
+    elif calibrate:
         report = compress_checkpoint(
             model, output, chosen, api.texts(calibrate), samples, **given,
             command=command(), progress=tracked("compressing"), announce=show_choices,
@@ -130,7 +137,7 @@ def compress(
         loaded, tokenizer = api.load(model, device, dtype)
         folded, report = api.compress(loaded, chosen, source, tracked("compressing"))
         api.save(folded, output, tokenizer, report, command(), max_shard_size)
-    if calibrate:
+    if "calibration" in report:
         show_advice(report)
     if as_json:
         return show_json(report)

@@ -15,6 +15,7 @@ import tenfold_cli
 from tenfold import api, run
 from tenfold.compress.journal import Journal
 from tenfold.models import lazy
+from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
 
 RECIPE = {
@@ -189,3 +190,68 @@ def test_too_little_text_is_said(dense, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tenfold_cli.main()
     assert "reads 128 values: 256 tokens are needed at least; damping of 0.01" in capsys.readouterr().err
+
+
+HEAL = {"steps": 3, "learning_rate": 1e-3, "tokens_per_step": 64}
+STAGES = {
+    "name": "gradual",
+    "stages": [
+        {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 12}}], "heal": HEAL},
+        {"replace": [{"role": "mlp.out", "structure": {"kind": "low_rank", "rank": 12}}], "heal": HEAL},
+        {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 6}}], "calibrate": {}},
+    ],
+}
+
+
+def in_stages(dense, output, recipe=STAGES, **more):
+    texts = [dense / "text.txt"]
+    return run.compress_in_stages(dense, output, recipe, texts, texts, samples=8, **more)
+
+
+def test_stages_are_folded_and_healed_one_after_another(dense, tmp_path):
+    report = in_stages(dense, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    block = model.transformer.h[0].mlp
+    assert (block.c_fc.structure.rank, block.c_proj.structure.rank) == (6, 12)
+    assert ["heal" in stage for stage in report["stages"]] == [True, True, False]
+    assert report["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert report["parameters_dense"]["total"] == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(dense).parameters()
+    )
+    first = api.price(api.load(dense)[0])["parameters"]["total"]
+    assert first > report["stages"][0]["parameters"]["total"] > report["stages"][1]["parameters"]["total"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_interrupted_stages_go_on(dense, tmp_path, monkeypatch):
+    in_stages(dense, tmp_path / "whole")
+    compress, calls = api.compress, []
+
+    def stop_at_the_third(*rest):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted
+        return compress(*rest)
+
+    monkeypatch.setattr(api, "compress", stop_at_the_third)
+    with pytest.raises(Interrupted):
+        in_stages(dense, tmp_path / "out")
+    assert len(list((tmp_path / "out.partial").glob("stage-*"))) == 2
+    in_stages(dense, tmp_path / "out")
+    assert len(calls) == 4  # only the third stage again
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.allclose(whole[key], resumed[key], atol=1e-6) for key in whole)
+
+
+def test_stages_say_which_text_they_lack(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"stage 0 of recipe gradual heals: give the text for it"):
+        run.compress_in_stages(dense, tmp_path / "out", STAGES, [dense / "text.txt"])
+    with pytest.raises(ValueError, match=r"stage 2 of recipe gradual goes by activations"):
+        run.compress_in_stages(dense, tmp_path / "out", STAGES, [], [dense / "text.txt"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_end_with_the_counts_of_the_whole():
+    priced = [api.inspect("gpt2", load_recipe(name))["parameters"] for name in ("tqcompressor", "tqcompressor-staged")]
+    assert priced[0] == priced[1]

@@ -54,6 +54,10 @@ def compress(
     if isinstance(model, str | Path):
         model = from_pretrained(model)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.stages:
+        raise ValueError(
+            f"recipe {recipe.name} has stages; tenfold compress MODEL -o DIR --recipe .. runs them, from disk to disk"
+        )
     if text is None and recipe.calibrate is not None:
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     begun, dense = time.perf_counter(), price(model)

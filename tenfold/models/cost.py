@@ -105,8 +105,8 @@ def inspect(name: str, recipe: Recipe | None = None) -> dict[str, Any]:
     """What a recipe makes of a model: counts only, on the meta device. ``dense`` is the model before."""
     model = meta_model(name)
     dense = price(model)
-    if recipe is not None:
-        install_empty(model, make_plan(model, recipe))
+    for step in recipe.steps() if recipe is not None else ():
+        install_empty(model, make_plan(model, step))
     result = price(model)
     result["parameters"]["dense"] = dense["parameters"]["total"]
     result["flops_per_token_dense"] = dense["flops_per_token"]

