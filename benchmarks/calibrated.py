@@ -44,13 +44,15 @@ RUNS = {
     "llama": {"compress": {"samples": 8, "calibrate": {"window": 256}}},
 }
 RUN = """
-import json, resource, sys, time
+import json, sys, time
 import tenfold, torch
 from tenfold.run import compress_checkpoint
 from tenfold.models.recipe import Calibrate, load_recipe
 from tenfold.compress import layerwise
 source, target, files, samples, calibrate, only = json.loads(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_kb():  # of this process alone: ru_maxrss begins with that of the process it was forked from
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before = peak_kb()
 recipe = load_recipe("recommended")
 recipe.calibrate = Calibrate(**calibrate)
 if only:  # the survey, whatever comes behind it
@@ -62,7 +64,7 @@ if only:  # the survey, whatever comes behind it
         raise SystemExit
     layerwise.survey = alone
 report = compress_checkpoint(source, target, recipe, files, samples)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_kb()
 print(json.dumps({"before": before / 1024, "peak": peak / 1024, "phases": report["phases"], "seconds": report["seconds"],
                   "parameters": report["parameters"], "dense": report["parameters_dense"]}))
 """

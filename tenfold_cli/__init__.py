@@ -93,7 +93,9 @@ def compress(
     recipe: Annotated[str | None, typer.Option(help="A recipe by name or file; recommended with --calibrate.")] = None,
     structure: Annotated[str | None, typer.Option(help="Instead of a recipe: one structure for all blocks.")] = None,
     keep: Annotated[float | None, typer.Option(help="The share of parameters that stays.")] = None,
-    of: Annotated[str, typer.Option(help="What --keep is a share of: model, or the replaced sites.")] = "model",
+    of: Annotated[
+        str, typer.Option(help="What --keep is a share of: model, without_head, blocks, sites or flops.")
+    ] = "model",
     calibrate: Annotated[
         list[str] | None,
         typer.Option(help="Text whose activations guide the fits: .txt, .jsonl, .xz, .gz; hf://datasets/OWNER/NAME."),

@@ -21,6 +21,7 @@ class Curve:
         options: what is chosen; the last one is the item as it is.
         within: the largest option of at most so many parameters, where there are more than are listed; raises ValueError
             where nothing is as small.
+        products: multiply-adds a token, where they are not the parameters.
         settled: how many parameters the item has as it is, where its rule alone says what it becomes; no budget counts it.
     """
 
@@ -30,8 +31,10 @@ class Curve:
     options: Sequence[Any]
     within: Callable[[float], Any] | None = None
     settled: int | None = None
+    products: np.ndarray | None = None
 
     def __post_init__(self):
+        products = np.asarray(self.costs if self.products is None else self.products)
         self.whole = int(self.costs[-1]) if self.settled is None else self.settled  # parameters of the item as it is
         order = np.lexsort((self.losses, self.costs))
         best, kept = np.inf, []
@@ -40,7 +43,7 @@ class Curve:
                 best = self.losses[k]
                 kept.append(k)
         self.costs, self.losses = np.asarray(self.costs)[kept], np.maximum(np.asarray(self.losses)[kept], 0.0)
-        self.options = [self.options[k] for k in kept]
+        self.options, self.products = [self.options[k] for k in kept], products[kept]
 
     def fitting(self, cost: float) -> int:
         """The number of the dearest option of at most ``cost`` parameters, the first one if there is none.
@@ -59,6 +62,7 @@ class Curve:
         loss = np.interp(option.numel, self.costs, self.losses)
         self.costs, self.losses = np.insert(self.costs, k + 1, option.numel), np.insert(self.losses, k + 1, loss)
         self.options = [*self.options[: k + 1], option, *self.options[k + 1 :]]
+        self.products = np.insert(self.products, k + 1, option.numel)
         return k + 1
 
 

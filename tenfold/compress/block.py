@@ -104,11 +104,15 @@ class Block:
         return self._targets[path]
 
     def _found(self, path: str) -> Target:
-        weight = self.weight(path)
+        second, _ = centred(self.moments(path), self.centres(path))
+        return Target(self.refitted(path), self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
+
+    def refitted(self, path: str) -> Tensor:
+        """The best dense matrix ``(out, in)`` for the inputs that the site now gets; without ``refit`` the original one."""
+        if not self.settings.refit:
+            return self.weight(path)
         second, cross = centred(self.moments(path), self.centres(path))
-        if self.settings.refit:
-            weight = regressed(weight, second, cross, self.damping(second))
-        return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
+        return regressed(self.weight(path), second, cross, self.damping(second))
 
     def centres(self, path: str) -> bool:
         """Whether the mean of the inputs is left to the bias."""

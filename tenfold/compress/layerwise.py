@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,18 @@ from transformers import PreTrainedModel
 from tenfold.compress.actions import Action, actions_for
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
+from tenfold.compress.budget import choose
 from tenfold.compress.calibration import Batch, Calibration
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
 from tenfold.compress.refine import refine
 from tenfold.compress.sensitivity import Survey
-from tenfold.compress.shares import share_out
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
 from tenfold.models.recipe import Calibrate, Recipe
 from tenfold.models.replace import finish
-from tenfold.models.sites import Site, find_sites, share_of
+from tenfold.models.sites import Site, find_sites
 
 Progress = Callable[[Iterable], Iterable]
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
@@ -80,13 +80,12 @@ def compress_blocks(
     training = model.training
     model.eval()
     try:
-        with weights.outside(), _folder(model, text, journal) as folder:
+        with _folder(model, text, journal) as folder:
             begun = time.perf_counter()
             if journal.chosen is None:
-                with weights.at(works[0].path):  # a chain is refused before anything is computed
-                    Streams(model, [work.path for work in works], text.batches[:1])
                 curves, influence = survey(model, works, text.batches, settings, weights, journal, folder, progress)
-                chosen = choose(model, recipe, settings, works, curves, influence)
+                sites = [site for work in works for action in work.actions for site in action.sites]
+                chosen = choose(model, recipe, settings, sites, curves, influence)
                 journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
             announce(journal.choices)
             looked = time.perf_counter()
@@ -111,9 +110,9 @@ def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iter
 
 @torch.no_grad()
 def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights, journal, folder, progress) -> None:
-    streams = Streams(
-        model, [work.path for work in works], batches, Shelf(folder and folder / "streams"), settings.skip_first
-    )
+    shelf = Shelf(folder and folder / "streams")
+    with weights.outside():
+        streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first)
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
             original = twin(model.get_submodule(work.path))
@@ -172,9 +171,9 @@ def survey(
     Sensitivities go to the journal.
     """
     some, gradients = part_of(batches, settings.survey), settings.outputs != "none"
-    streams = Streams(
-        model, [work.path for work in works], some, Shelf(folder and folder / "survey"), settings.skip_first
-    )
+    shelf = Shelf(folder and folder / "survey")
+    with weights.outside():
+        streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
     look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
     stages, curves, influence = [], [], {}
     for number, work in enumerate(progress(works)):
@@ -183,7 +182,8 @@ def survey(
             look.forward(number, stages[number])
             influence[work.path] = block_influence(streams, number)
     if gradients:
-        look.turn()
+        with weights.outside():
+            look.turn()
     for number, work in reversed(list(enumerate(progress(works)))):
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
         with weights.at(work.path):
@@ -200,41 +200,6 @@ def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
     each = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
     count = min(len(batches), max(1, round(tokens / each)))
     return [batches[k * len(batches) // count] for k in range(count)]
-
-
-def choose(
-    model, recipe: Recipe, settings: Calibrate, works: list[Work], curves: list[Curve], influence: dict[str, float]
-) -> dict[str, Any]:
-    """An option for every item, within the budget of the recipe; what a rule settles by itself is not in the budget."""
-    settled = {curve.name: curve.options[0] for curve in curves if curve.settled is not None}
-    dropped = sum(curve.whole - int(curve.costs[0]) for curve in curves if curve.settled is not None)
-    curves = [curve for curve in curves if curve.settled is None]
-    if not curves:
-        return settled
-    if recipe.budget is None:
-        raise ValueError(f"nothing says how much of {curves[0].name} to keep; give the recipe a budget, or --keep")
-    whole = sum(curve.whole for curve in curves) - _folded_away(model, works, settled)
-    if recipe.budget.of == "sites":
-        allowed, rest = recipe.budget.keep * whole, 0
-    else:
-        total = share_of(model, recipe.budget.of)
-        allowed = whole - (1 - recipe.budget.keep) * total + dropped
-        rest = total - whole - dropped
-    least = sum(int(curve.costs[0]) for curve in curves)
-    if allowed < least:
-        raise ValueError(
-            f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
-            f"{rest + least:,} parameters"
-        )
-    return settled | share_out(settings, curves, allowed, influence)
-
-
-def _folded_away(model: PreTrainedModel, works: list[Work], settled: Container[str]) -> int:
-    """Parameters by which the sites of a folded model are smaller than their matrices, those that are settled left out."""
-    found = {site.path: site for work in works for action in work.actions for site in action.sites}
-    sites = {path: site for path, site in found.items() if path not in settled}
-    held = sum(p.numel() for path in sites for n, p in model.get_submodule(path).named_parameters() if n != "bias")
-    return sum(site.shape[0] * site.shape[1] for site in sites.values()) - held
 
 
 def _choice(curve: Curve, option: Any) -> dict[str, Any]:

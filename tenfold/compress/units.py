@@ -106,11 +106,13 @@ class NarrowMlp:
         least = max(1, units // 32)
         options = range(least, units + 1)
         losses[-1] = 0.0
-        return [Curve(self.name, self.unit * np.arange(least, units + 1), losses[least:], options)]
+        counts = np.arange(least, units + 1)
+        products = (self.unit - sum(site.bias for site in self.into)) * counts
+        return [Curve(self.name, self.unit * counts, losses[least:], options, products=products)]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
-            weight = block.target(site.path).weight
+            weight = block.refitted(site.path)
             block.put(site.path, weight, block.new_bias(site.path, weight))
         target, count = block.target(self.name), chosen[self.name]
         if count < self.out.shape[1]:
@@ -219,9 +221,9 @@ class NarrowHeads:
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         kept: dict[str, list[Tensor]] = {which: [] for which in "qkv"}
         for site in self.distinct:
-            weight = block.target(site.path).weight
+            weight = block.refitted(site.path)
             block.put(site.path, weight, block.new_bias(site.path, weight))
-        matrices = {site.path: block.target(site.path).weight.clone() for site in self.distinct}
+        matrices = {site.path: block.refitted(site.path).clone() for site in self.distinct}
         biases = {path: block.new_bias(path, matrix) for path, matrix in matrices.items()}
         reader, columns = block.target(self.out.path).weight.clone(), []
         for group in range(self.heads.groups):

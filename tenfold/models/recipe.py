@@ -108,11 +108,12 @@ class Rule(_Strict):
 class Budget(_Strict):
     """The share of parameters that the rules without ``keep`` of their own leave.
 
-    ``of`` the replaced ``sites``, of the whole ``model``, or of its ``blocks``: all but embeddings and output head.
+    ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
+    embeddings and output head. ``flops``: of the FLOPs a token of the whole model at 1,024 rows a call, by activations only.
     """
 
     keep: float
-    of: Literal["model", "sites", "blocks"] = "sites"
+    of: Literal["model", "sites", "blocks", "without_head", "flops"] = "sites"
 
     @field_validator("keep")
     @classmethod

@@ -147,13 +147,20 @@ def _unknown(model: PreTrainedModel) -> str:
 
 
 def share_of(model: PreTrainedModel, of: str) -> int:
-    """The parameters that a share to keep ``of`` the ``model`` or of its ``blocks`` is counted on, each tensor once.
+    """The parameters that a share to keep ``of`` the ``model`` is counted on, each tensor once.
 
-    The blocks are all of the model but its embeddings (of tokens, positions and types) and its output head.
+    ``without_head``: without an output matrix of its own; ``blocks``: all of the model but its embeddings (of tokens,
+    positions and types) and its output head.
     """
-    outer = [model.get_submodule(site.path) for site in find_sites(model) if site.role in ("embed", "head")]
-    outer += [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    left_out = {id(p) for module in outer for p in module.parameters()} if of == "blocks" else set()
+    if of == "flops":
+        raise ValueError("a budget of flops needs a calibration text (--calibrate FILE)")
+    sites, outer = find_sites(model), []
+    if of == "without_head" and not is_tied(model):
+        outer = [model.get_submodule(site.path) for site in sites if site.role == "head"]
+    elif of == "blocks":
+        outer = [model.get_submodule(site.path) for site in sites if site.role in ("embed", "head")]
+        outer += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    left_out = {id(p) for module in outer for name, p in module.named_parameters() if of == "blocks" or name != "bias"}
     return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
 
 

@@ -68,7 +68,12 @@ def test_keep_is_between_zero_and_one(keep):
 
 
 def test_wrong_choice_is_shown():
-    refused(one() | {"budget": {"keep": 0.5, "of": "modle"}}, "budget.of", "'model', 'sites' or 'blocks'", "'modle'")
+    refused(
+        one() | {"budget": {"keep": 0.5, "of": "modle"}},
+        "budget.of",
+        "'model', 'sites', 'blocks', 'without_head' or 'flops'",
+        "'modle'",
+    )
     refused(one(bias="dropp"), "replace.0.bias", "'keep' or 'drop'", "'dropp'")
 
 
