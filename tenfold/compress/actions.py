@@ -47,12 +47,13 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
     """
     if rule.narrow is None:
         _check_plain(rule)
-        together = rule.share is not None and rule.share.across == "roles" and len(sites) > 1
-        return [FoldTogether(sites, rule)] if together else [Fold(site, rule) for site in sites]
+        if rule.share is None:
+            return [Fold(site, rule) for site in sites]
+        return [FoldTogether(some, rule) if len(some) > 1 else Fold(some[0], rule) for some in _by_expert(sites)]
     _check_whole(model, rule, sites)
     chooser = CHOOSERS[rule.method]()
     if rule.narrow == "mlp":
-        return [NarrowMlp(sites, chooser)]
+        return [NarrowMlp(some, chooser) for some in _by_expert(sites)]
     inside = [site.path for site in sites if site.role != "attn.out"]
     heads = heads_of(model, model.get_submodule(inside[0].rpartition(".")[0]))
     if heads is None or not any(site.role == "attn.out" for site in sites):
@@ -62,10 +63,19 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
     return [NarrowHeads(sites, heads, chooser)]
 
 
+def _by_expert(sites: list[Site]) -> list[list[Site]]:
+    """Those of one expert together; without experts all."""
+    found: dict[int | None, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.expert, []).append(site)
+    return list(found.values())
+
+
 def _check_plain(rule: Rule) -> None:
     """Raise ValueError for what a rule may say but activations do not guide."""
-    layers = rule.share is not None and rule.share.across == "layers"
-    said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze, "share across layers": layers}
+    apart = rule.share is not None and rule.share.across != "roles"
+    said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze}
+    said |= {f"share across {rule.share and rule.share.across}": apart}
     if wrong := [name for name, value in said.items() if value]:
         raise ValueError(
             f"the rule for role {rule.role} asks for {', '.join(wrong)}, which is not done with a calibration text; drop it, "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenfold.compress.streams import Moments, Streams
+from tenfold.models.experts import expert_of
 from tenfold.models.plan import Entry
 from tenfold.models.recipe import Calibrate
 from tenfold.models.replace import install, install_together, set_matrix
@@ -81,9 +82,26 @@ class Block:
         if stage not in self._known:
             inner = self.stages[stage][0].removeprefix(f"{self.path}.")
             here = self.streams.blocks[self.number]
+            if expert_of(path) is not None:
+                self._experts(here)
+                return self._known[stage]
             both = (here, self.original) if self.settings.refit else (self.original or here, None)
             self._known[stage] = self.streams.moments(self.number, *both, inner)
         return self._known[stage]
+
+    def _experts(self, here: torch.nn.Module) -> None:
+        """The moments of all experts that are not known, in one pass."""
+        first = {
+            k: stage[0]
+            for k, stage in enumerate(self.stages)
+            if expert_of(stage[0]) is not None and k not in self._known
+        }
+        inner = [path.removeprefix(f"{self.path}.") for path in first.values()]
+        self._known |= dict(zip(first, self.streams.expert_moments(self.number, here, inner), strict=True))
+
+    def refits(self, path: str) -> bool:
+        """Whether the site gets other inputs than in the original model, of the same tokens."""
+        return self.settings.refit and expert_of(path) is None
 
     def weight(self, path: str) -> Tensor:
         """``W (out, in)`` of the original model, in float64."""
@@ -109,7 +127,7 @@ class Block:
 
     def refitted(self, path: str) -> Tensor:
         """The best dense matrix ``(out, in)`` for the inputs that the site now gets; without ``refit`` the original one."""
-        if not self.settings.refit:
+        if not self.refits(path):
             return self.weight(path)
         second, cross = centred(self.moments(path), self.centres(path))
         return regressed(self.weight(path), second, cross, self.damping(second))
@@ -168,9 +186,14 @@ class Block:
 
     def _changed(self, path: str) -> None:
         """What runs behind the stage of ``path`` gets other inputs now."""
-        here = self.stage(path)
-        self._targets = {path: found for path, found in self._targets.items() if self.stage(path) <= here}
-        self._known = {stage: known for stage, known in self._known.items() if stage <= here}
+        here, expert = self.stage(path), expert_of(path)
+
+        def stays(stage: int) -> bool:
+            beside = expert_of(self.stages[stage][0]) not in (None, expert) and expert is not None
+            return stage <= here or beside  # experts do not read one another
+
+        self._targets = {path: found for path, found in self._targets.items() if stays(self.stage(path))}
+        self._known = {stage: known for stage, known in self._known.items() if stays(stage)}
 
 
 def regressed(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:

@@ -13,6 +13,7 @@ from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
+from tenfold.models.experts import unpack
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
@@ -60,6 +61,7 @@ def compress(
         )
     if text is None and recipe.calibrate is not None:
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
+    unpack(model)
     begun, dense = time.perf_counter(), price(model)
     if text is None:
         changes = replace(model, make_plan(model, recipe), source, progress)

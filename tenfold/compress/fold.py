@@ -10,7 +10,7 @@ import torch
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target
-from tenfold.models.plan import Entry
+from tenfold.models.plan import Entry, plain
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.models.starts import factors_from
@@ -112,6 +112,6 @@ class FoldTogether:
         for site, left in zip(self.sites, lefts, strict=True):
             structure = LowRank(out_features=site.shape[0], in_features=site.shape[1], rank=rank)
             made: Factors = {"left": left, "right": factors["right"]}
-            entry = Entry(site, structure, site.bias, shared={"right": f"{self.name.replace('.', '_')}_right"})
+            entry = Entry(site, structure, site.bias, shared={"right": f"{plain(self.name)}_right"})
             changes.append((entry, made, block.new_bias(site.path, structure.dense(made))))
         block.fold_together(changes)

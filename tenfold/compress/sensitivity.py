@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.streams import Moments, Streams, Sums, checked, passing
+from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing
+from tenfold.models.experts import expert_of
+from tenfold.models.sites import shape_of
 
 
 @dataclass
@@ -98,8 +100,23 @@ class Survey:
                     rows = behind.flatten(0, -2)[streams.kept[k]]
                     found[path] = found.get(path, 0) + (rows.T @ rows).cpu().double()
                     streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
-        moments = {k: checked(sums[stage[0]].moments(), stage[0], number) for k, stage in enumerate(stages)}
-        return Seen(moments, {path: value / max(1, self.tokens) for path, value in found.items()})
+        first = [stage[0] for stage in stages]
+        widths = {path: shape_of(streams.model.get_submodule(path))[1] for path in first}
+        seen = [checked(sums.get(path, Sums(widths[path], True)).moments(), path, number) for path in first]
+        matters = {path: value / max(1, self.tokens) for path, value in found.items()}
+        return Seen(dict(enumerate(like_others(seen))), _with_unseen(matters, weighed))
+
+
+def _with_unseen(matters: dict[str, Tensor], weighed: set[str]) -> dict[str, Tensor]:
+    """An expert that saw no token matters as the others do on average: the text says nothing against it."""
+    for path in sorted(weighed - matters.keys()):
+        part = path.rpartition(".")[2]
+        others = [
+            value for other, value in matters.items() if expert_of(other) is not None and other.endswith(f".{part}")
+        ]
+        if others:
+            matters[path] = torch.stack(others).mean(0)
+    return matters
 
 
 def _loss(out, kept: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,22 +144,18 @@ class _Hooks:
         with ExitStack() as stack:
             for path in self.first:
                 module = self.model.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(self._inputs(path, kept)).remove)
+                stack.callback(module.register_forward_pre_hook(adding(self.sums, self.model, path, kept)).remove)
             for path in self.weighed:
                 module = self.model.get_submodule(path)
                 stack.callback(module.register_forward_hook(self._outputs(path, kept)).remove)
             yield
 
-    def _inputs(self, path: str, kept: Tensor) -> Callable:
-        def hook(module, arguments) -> None:
-            rows = arguments[0].detach().flatten(0, -2)[kept].float()
-            self.sums.setdefault(path, Sums(rows.shape[-1], True)).add(rows, rows)
+    def _outputs(self, path: str, kept: Tensor) -> Callable:
+        def hook(module, arguments, out) -> None:
+            here = kept_here(self.model, path, kept)
+            out.register_hook(lambda gradient: self._add(path, gradient.flatten(0, -2)[here].float()))
 
         return hook
 
-    def _outputs(self, path: str, kept: Tensor) -> Callable:
-        def add(gradient: Tensor) -> None:
-            flat = gradient.flatten(0, -2)[kept].float()
-            self.found[path] = self.found.get(path, 0) + (flat.T @ flat).cpu().double()
-
-        return lambda module, arguments, out: out.register_hook(add) and None
+    def _add(self, path: str, rows: Tensor) -> None:
+        self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()

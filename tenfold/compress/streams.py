@@ -157,6 +157,21 @@ class Streams:
             self.run(number, block, states, batch)
         return seen[0].flatten(0, -2)[self.kept[batch]].float()
 
+    @torch.no_grad()
+    def expert_moments(self, number: int, block: nn.Module, paths: list[str]) -> list[Moments]:
+        """Of the inputs of several sites of experts, as they are now: an expert gets other tokens than in the original."""
+        sums: dict[str, Sums] = {}
+        for k, kept in enumerate(self.kept):
+            with ExitStack() as hooks:
+                for path in paths:
+                    hooks.callback(
+                        block.get_submodule(path).register_forward_pre_hook(adding(sums, block, path, kept)).remove
+                    )
+                self.run(number, block, self.states(k)[1], k)
+        widths = {path: block.get_submodule(path).weight.shape[1] for path in paths}
+        found = [sums.get(path, Sums(widths[path], True)).moments() for path in paths]
+        return like_others([checked(one, path, number) for one, path in zip(found, paths, strict=True)])
+
     def stages(self, number: int, paths: list[str]) -> list[list[str]]:
         """``paths`` inside block ``number`` in the order in which they run, those with one input together."""
         seen: list[tuple[Tensor, str]] = []  # the tensors too, so that no address is used twice
@@ -171,7 +186,43 @@ class Streams:
         stages: dict[int, list[str]] = {}
         for states, path in seen:
             stages.setdefault(id(states), []).append(path)
-        return list(stages.values())
+        found = list(stages.values())
+        return found + unseen_experts([path for path in paths if not any(path in stage for stage in found)])
+
+
+def adding(sums: dict[str, Sums], model: nn.Module, path: str, kept: Tensor):
+    """A hook that adds the inputs of the site ``path`` of ``model``, as far as they are ``kept``, to its sums."""
+
+    def hook(module, arguments) -> None:
+        rows = arguments[0].detach().flatten(0, -2)[kept_here(model, path, kept)].float()
+        sums.setdefault(path, Sums(rows.shape[-1], True)).add(rows, rows)
+
+    return hook
+
+
+def kept_here(model: nn.Module, path: str, kept: Tensor) -> Tensor:
+    """Which of the rows count that the site ``path`` has just got: an expert gets some of the tokens."""
+    rows = getattr(model.get_submodule(path.rpartition(".")[0]), "rows", None)
+    return kept if rows is None else kept[rows.cpu()]
+
+
+def unseen_experts(paths: list[str]) -> list[list[str]]:
+    """The stages of sites that have not run: experts that no token was sent to."""
+    stages: dict[str, list[str]] = {}
+    for path in paths:
+        expert, _, part = path.rpartition(".")
+        stages.setdefault(path if part == "down" else expert, []).append(path)
+    return list(stages.values())
+
+
+def like_others(moments: list[Moments]) -> list[Moments]:
+    """An expert that saw no token gets the mean of the others' moments."""
+    for k, one in enumerate(moments):
+        others = [m for m in moments if m.tokens and len(m.mean) == len(one.mean)]
+        if not one.tokens and others:
+            second, mean = sum(m.second for m in others) / len(others), sum(m.mean for m in others) / len(others)
+            moments[k] = Moments(second, second, mean, mean, 0)
+    return moments
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

@@ -112,8 +112,9 @@ class NarrowMlp:
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
-            weight = block.refitted(site.path)
-            block.put(site.path, weight, block.new_bias(site.path, weight))
+            if block.refits(site.path):
+                weight = block.refitted(site.path)
+                block.put(site.path, weight, block.new_bias(site.path, weight))
         target, count = block.target(self.name), chosen[self.name]
         if count < self.out.shape[1]:
             self._cut(block, target, count)

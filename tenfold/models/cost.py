@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from tenfold.models.plan import Plan, make_plan
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import install_empty
-from tenfold.models.sites import Site, find_sites, is_tied
+from tenfold.models.sites import Site, find_sites, is_tied, module_at
 from tenfold.models.stored import folded_config, stored_plan
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
@@ -72,20 +72,23 @@ def count(model: PreTrainedModel) -> dict[str, int]:
     return {"total": total, "without_head": total - own, "trainable": trained}
 
 
-def site_flops(site: Site, module: torch.nn.Module, rows: int) -> int:
-    """FLOPs of one site for ``rows`` tokens: a look-up in a dense table is free, in a folded one it is a contraction."""
+def site_flops(site: Site, module: torch.nn.Module | None, rows: int) -> int:
+    """FLOPs of one site for ``rows`` tokens: a look-up in a dense table is free, in a folded one it is a contraction.
+
+    ``module`` is None for an expert whose matrices are fused with others'.
+    """
     if isinstance(module, FactorizedLinear | TiedHead):
-        return site.calls * module.structure.flops(rows)
+        return round(site.calls * module.structure.flops(rows))
     if isinstance(module, FactorizedEmbedding):
         return module.structure.lookup_flops(rows)
-    return 0 if site.role == "embed" else site.calls * 2 * rows * site.shape[0] * site.shape[1]
+    return 0 if site.role == "embed" else round(site.calls * 2 * rows * site.shape[0] * site.shape[1])
 
 
 def price(model: PreTrainedModel) -> dict[str, Any]:
     """Parameters, FLOPs per token at 1 and at 1,024 rows a call, and the sites, of a model on any device."""
     sites = []
     for site in find_sites(model):
-        module = model.get_submodule(site.path)
+        module = module_at(model, site.path)
         structure = getattr(module, "structure", None)
         sites.append(
             {
@@ -93,7 +96,9 @@ def price(model: PreTrainedModel) -> dict[str, Any]:
                 "role": site.role,
                 "structure": structure.to_json() if structure is not None else {"kind": "dense"},
                 "shape": list(site.shape),
-                "parameters": sum(p.numel() for p in module.parameters()),
+                "parameters": site.shape[0] * site.shape[1]
+                if module is None
+                else sum(p.numel() for p in module.parameters()),
                 "flops": {str(rows): site_flops(site, module, rows) // rows for rows in ROWS},
             }
         )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.cost import read_config
+from tenfold.models.experts import unpack
 from tenfold.models.replace import install_empty
 from tenfold.models.stored import folded_config, stored_plan
 
@@ -76,6 +77,7 @@ def open_lazy(name: str | Path, device: torch.device | str = "cpu", dtype: torch
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    unpack(model)
     folded = folded_config(config)
     if folded is not None:
         install_empty(model, stored_plan(model, folded))

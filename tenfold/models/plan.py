@@ -134,9 +134,17 @@ def _key(share: Share, number: int, site: Site, name: str) -> str:
     """Sites of one rule share, never those of two rules: the number of the rule is part of the key."""
     layer = site.layer or 0
     if share.across == "roles":
-        return f"rule_{number}_layer_{layer}_{name}"
+        own = "" if site.expert is None else f"_expert_{site.expert}"
+        return f"rule_{number}_layer_{layer}{own}_{name}"
+    if share.across == "experts":
+        return f"rule_{number}_{plain(site.role if site.expert is not None else site.path)}_{layer}_{name}"
     group = layer // share.group if share.group else 0
-    return f"rule_{number}_{site.role.replace('.', '_')}_{name}_{group}"
+    return f"rule_{number}_{plain(site.role)}_{name}_{group}"
+
+
+def plain(name: str) -> str:
+    """``name`` for a parameter; transformers renames ``_mlp_`` when it saves Mixtral, taking the dots of its pattern for any."""
+    return name.replace("mlp", "ff").replace(".", "_")
 
 
 def _check_shared(entries: dict[str, Entry]) -> None:

@@ -36,12 +36,12 @@ class Share(_Strict):
 
     Args:
         factors: their names.
-        across: ``layers`` (one set per role) or ``roles`` (one set per layer).
+        across: ``layers`` (one set per role), ``roles`` (one set per layer), or ``experts`` (one set per role and layer).
         group: how many neighbouring layers share; all of them without it.
     """
 
     factors: list[str]
-    across: Literal["layers", "roles"] = "layers"
+    across: Literal["layers", "roles", "experts"] = "layers"
     group: int | None = Field(None, ge=1)
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.models.experts import pack, unpack
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
 from tenfold.models.starts import QUICK, factors_from
 from tenfold.models.stored import describe
-from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
+from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.structure import Factors, Structure
 
 CONTAINER = "shared_factors"
@@ -53,6 +54,7 @@ def replace(
     """
     if source not in ("weights", "noise"):
         raise ValueError(f"source is {source!r}; it must be 'weights' or 'noise'")
+    unpack(model)
     if source == "weights":
         _check_weights(model, plan)
     untie(model, plan)
@@ -68,6 +70,7 @@ def replace(
 
 def install_empty(model: PreTrainedModel, plan: Plan) -> None:
     """Put empty layers at the sites of ``plan``: for pricing on the meta device and before a checkpoint is read."""
+    unpack(model)
     untie(model, plan)
     container = _container(model, plan)
     for entry in plan.entries.values():
@@ -274,6 +277,9 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         del model.config.quantization_config
     with torch.device("meta"):
         twin = type(model)(model.config)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            model.set_submodule(path, pack(module, twin.get_submodule(path)))
     for path, module in _folded(model):
         model.set_submodule(path, _plain(twin.get_submodule(path), module).train(module.training))
     for path, module in list(model.named_modules()):

@@ -44,6 +44,19 @@ _LLAMA = Architecture(
     _split_attention("layers.*", "self_attn")
     | {"mlp.gate": "layers.*.mlp.gate_proj", "mlp.in": "layers.*.mlp.up_proj", "mlp.out": "layers.*.mlp.down_proj"}
 )
+
+
+def _with_experts(block: str, shared: str | None = None) -> Architecture:
+    """As Llama, with experts in every ``block`` (their layers may mix with plain MLPs), and one that all tokens pass."""
+    experts = {"mlp.gate": f"{block}.experts.each.*.gate", "mlp.in": f"{block}.experts.each.*.up"}
+    experts["mlp.out"] = f"{block}.experts.each.*.down"
+    paths: dict[str, str | tuple[str, ...]] = dict(_LLAMA.paths)
+    for role, path in experts.items():
+        name = str(_LLAMA.paths[role]).rpartition(".")[2]
+        paths[role] = (str(_LLAMA.paths[role]), path, *([f"{block}.{shared}.{name}"] if shared else []))
+    return Architecture(paths)
+
+
 _GPT = Architecture(
     {
         "attn.qkv": "h.*.attn.c_attn",
@@ -94,6 +107,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
     "gemma3": Architecture({role: f"language_model.{path}" for role, path in _LLAMA.paths.items()}),
+    "mixtral": _with_experts("layers.*.mlp"),
+    "olmoe": _with_experts("layers.*.mlp"),
+    "qwen2_moe": _with_experts("layers.*.mlp", "shared_expert"),
+    "qwen3_moe": _with_experts("layers.*.mlp"),
     "phi": Architecture(
         _split_attention("layers.*", "self_attn", "dense")
         | {"mlp.in": "layers.*.mlp.fc1", "mlp.out": "layers.*.mlp.fc2"}

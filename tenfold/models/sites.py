@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.models.experts import chosen_share, expert_of, fused_sites, is_fused
 from tenfold.models.roles import ARCHITECTURES, ROLES, Architecture
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
@@ -28,7 +29,7 @@ class Site:
         layer: the number of its block, None for embeddings and heads; an encoder and a decoder both count from 0.
         shape: ``(out, in)``; a Conv1D is seen like a Linear, an embedding is ``(vocabulary, width)``.
         bias: whether its module has a bias.
-        calls: how often the module runs in one forward pass.
+        calls: how often the module runs in one forward pass; of an expert, the share of the tokens that it gets.
         interleaved: whether it holds several matrices whose rows alternate, so that it can't be split.
     """
 
@@ -37,8 +38,13 @@ class Site:
     layer: int | None
     shape: tuple[int, int]
     bias: bool
-    calls: int = 1
+    calls: float = 1
     interleaved: bool = False
+
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert that it belongs to, None outside of experts."""
+        return expert_of(self.path)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -52,6 +58,14 @@ def weight_of(module: nn.Module) -> Tensor:
     if isinstance(module, (*FOLDED, TiedHead)):
         return module.dense()
     return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a site, None where it is part of fused experts."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def base_path(model: PreTrainedModel) -> str:
@@ -82,7 +96,13 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             layer, role = _match(patterns, path)
         if role is not None:
             bias, runs = getattr(module, "bias", None) is not None, 1 if layer is None else calls
+            runs = runs if expert_of(path) is None else runs * chosen_share(model.config)
             sites.append(Site(path, role, layer, shape_of(module), bias, runs, role in table.interleaved))
+        elif is_fused(module):
+            for inner, shape in fused_sites(path, module):
+                layer, role = _match(patterns, inner)
+                if role is not None:
+                    sites.append(Site(inner, role, layer, shape, False, chosen_share(model.config)))
     return sites
 
 

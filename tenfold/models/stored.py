@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tenfold.models.experts import unpack
 from tenfold.models.hook import METHOD, VERSION, FoldedConfig
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, Site, is_tied, resolve
@@ -25,13 +26,14 @@ def _site(layer) -> dict[str, Any]:
 
 
 def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
-    """The plan of a checkpoint on ``model``; sites that a head swap has removed are skipped.
+    """The plan of a checkpoint on ``model``, whose experts it takes apart; sites that a head swap has removed are skipped.
 
     Raises:
         ValueError: the format is newer than this tenfold, or a structure is not known; the site is named.
     """
-    entries = {}
-    for stored, structure in structures(config).items():
+    found, entries = structures(config), {}
+    unpack(model)
+    for stored, structure in found.items():
         path, spec = resolve(model, stored), config.sites[stored]
         if path is not None:
             site = Site(path, "", None, structure.shape, spec["bias"])

@@ -19,6 +19,7 @@ GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 16}
 IMAGES = {"boi_token_index": 94, "eoi_token_index": 95, "image_token_index": 96, "mm_tokens_per_image": 4}
 VISION = {**BLOCKS, "hidden_size": 16, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
 ALBERT = {**ENCODER, "embedding_size": 16}
+MOE = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 OWN_HEAD, TIED_HEAD = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
 # name -> class, model_type, configuration
@@ -46,16 +47,24 @@ TOYS: dict[str, tuple[str, str, dict]] = {
     "t5-gated": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", **OWN_HEAD}),
 }
 
+# with a mixture of experts in their MLPs
+EXPERTS: dict[str, tuple[str, str, dict]] = {
+    "mixtral": ("MixtralForCausalLM", "mixtral", {**GROUPED, "num_local_experts": 4}),
+    "olmoe": ("OlmoeForCausalLM", "olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "qwen2_moe", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", {**MOE, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [0]}),
+}
+
 
 def config(name: str):
-    _, kind, settings = TOYS[name]
+    _, kind, settings = (TOYS | EXPERTS)[name]
     return AutoConfig.for_model(kind, **settings)
 
 
 def build(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
     """The toy ``name`` with random weights whose biases and norms are random too, ready to evaluate."""
     torch.manual_seed(seed)
-    model = getattr(transformers, TOYS[name][0])(config(name), **changes)
+    model = getattr(transformers, (TOYS | EXPERTS)[name][0])(config(name), **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -1,0 +1,87 @@
+"""Mixtures of experts: transformers keeps the matrices of all experts of a layer in two fused tensors, here each is a site.
+
+``gate_up_proj (experts, 2 units, width)`` and ``down_proj (experts, width, units)`` become ``each.E.gate``, ``each.E.up`` and
+``each.E.down``, and once nothing is folded any more they become fused tensors again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from tenfold.nn import Expert, Experts
+
+PARTS = ("gate", "up", "down")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` holds the matrices of all its experts in fused tensors that can be taken apart.
+
+    Not those with biases, transposed ones, or those whose gate and up rows alternate (gpt_oss).
+    """
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not (isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter) and hasattr(module, "act_fn")):
+        return False
+    plain = not any(getattr(module, name, False) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
+    return plain and gate_up.ndim == 3 and gate_up.shape[1:] == (2 * down.shape[2], down.shape[1])
+
+
+def fused_sites(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """``(path, (out, in))`` of every matrix that the fused experts at ``path`` will have once they are taken apart."""
+    count, width, units = module.down_proj.shape
+    for number in range(count):
+        for part in PARTS:
+            yield f"{path}.each.{number}.{part}", ((width, units) if part == "down" else (units, width))
+
+
+def expert_of(path: str) -> int | None:
+    """The number of the expert that the site ``path`` is a matrix of, None outside of experts."""
+    found = re.search(r"\.each\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def chosen_share(config) -> float:
+    """The share of the experts that a token is sent to."""
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
+    return getattr(config, "num_experts_per_tok", count) / count
+
+
+@torch.no_grad()
+def unpack(model: nn.Module) -> None:
+    """Take the fused experts of ``model`` apart, in place."""
+    for path, module in list(model.named_modules()):
+        if is_fused(module):
+            model.set_submodule(path, _apart(module).train(module.training))
+
+
+def _apart(module: nn.Module) -> Experts:
+    (count, width, units), like = module.down_proj.shape, module.down_proj
+    experts = []
+    for number in range(count):
+        expert = Expert(width, units, module.act_fn, "meta", like.dtype)
+        gate, up = module.gate_up_proj[number].chunk(2)
+        for part, matrix in zip(PARTS, (gate, up, module.down_proj[number]), strict=True):
+            weight = nn.Parameter(matrix.detach().clone(), requires_grad=like.requires_grad)
+            getattr(expert, part).weight = weight
+        experts.append(expert)
+    return Experts(experts)
+
+
+@torch.no_grad()
+def pack(experts: Experts, fused: nn.Module) -> nn.Module:
+    """``fused``, as the architecture has it here, with the matrices of ``experts``; hidden units that are gone are zero."""
+    like, units = next(experts.parameters()), fused.down_proj.shape[2]
+    gate_up, back = (torch.zeros(p.shape).to(like) for p in (fused.gate_up_proj, fused.down_proj))
+    for number, expert in enumerate(experts.each):
+        gate, up, down = (_dense(getattr(expert, part)) for part in PARTS)
+        kept = len(gate)
+        gate_up[number, :kept], gate_up[number, units : units + kept], back[number, :, :kept] = gate, up, down
+    fused.gate_up_proj, fused.down_proj = nn.Parameter(gate_up), nn.Parameter(back)
+    return fused.train(experts.training)
+
+
+def _dense(module: nn.Module) -> torch.Tensor:
+    return module.weight if isinstance(module, nn.Linear) else module.dense()

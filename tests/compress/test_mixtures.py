@@ -1,0 +1,117 @@
+"""Mixtures of experts compressed by activations: every expert by the tokens that are sent to it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from models import toys
+from plain import moment, text
+from test_compress import NARROW, compressed, size
+
+from tenfold.compress.block import stages_of
+from tenfold.compress.compress import compress
+from tenfold.compress.sensitivity import Survey
+from tenfold.compress.streams import Streams, blocks_of
+from tenfold.models.experts import unpack
+from tenfold.models.sites import find_sites
+
+WORDS = text(8)
+each = pytest.mark.parametrize("name", toys.EXPERTS)
+
+
+@each
+def test_at_full_rank_nothing_changes(name):
+    model = toys.build(name)
+    rules = [
+        {"path": site.path, "structure": {"kind": "low_rank", "rank": min(site.shape)}}
+        for site in find_sites(model)
+        if site.layer is not None
+    ]
+    after = compressed(model, rules, None)
+    torch.testing.assert_close(toys.logits(after), toys.logits(model), atol=1e-4, rtol=0)
+
+
+@each
+@pytest.mark.parametrize("keep", [0.9, 0.5])
+def test_narrowed_a_mixture_meets_its_budget_and_stays_better_than_a_random_one(name, keep):
+    model = toys.build(name)
+    after = compressed(model, NARROW, keep, "model")
+    assert size(after) <= keep * size(model)
+    assert size(after) > (keep - 0.02) * size(model)
+    worst = toys.logits(toys.build(name, seed=7)) - toys.logits(model)
+    assert (toys.logits(after) - toys.logits(model)).norm() < 0.7 * worst.norm()
+
+
+def test_moments_are_those_of_the_tokens_an_expert_gets():
+    model = toys.build("mixtral")
+    unpack(model)
+    words = text(8, padded=True)
+    sites = blocks_of(find_sites(model))
+    path = "model.layers.0"
+    streams = Streams(model, list(sites), words.batches)
+    look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
+    look.forward(0, stages)
+    seen = look.backward(0, path, stages, set()).moments
+    kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in words.batches])
+    experts, states, indices = model.model.layers[0].mlp.experts, [], []
+
+    def catch(module, given):
+        states.append(given[0])
+        indices.append(given[1])
+
+    hook = experts.register_forward_pre_hook(catch)
+    with torch.no_grad():
+        for batch in words.batches:
+            model(**batch)
+    hook.remove()
+    states, indices = torch.cat(states)[kept].double(), torch.cat(indices)[kept]
+    for number in range(4):
+        rows = states[(indices == number).any(1)]
+        stage = next(k for k, some in enumerate(stages) if f"{path}.mlp.experts.each.{number}.gate" in some)
+        assert seen[stage].tokens == len(rows) > 0
+        np.testing.assert_allclose(seen[stage].second.numpy(), moment(rows.numpy()), rtol=1e-4, atol=1e-6)
+        expert = experts.each[number].double()
+        hidden = expert.act(expert.gate(rows)) * expert.up(rows)
+        stage = next(k for k, some in enumerate(stages) if f"{path}.mlp.experts.each.{number}.down" in some)
+        np.testing.assert_allclose(seen[stage].second.numpy(), moment(hidden.detach().numpy()), rtol=1e-4, atol=1e-6)
+        experts.each[number].float()
+
+
+def test_an_expert_that_no_token_reaches_counts_like_the_others():
+    """It keeps about as much as they do, instead of being taken for useless."""
+    model = toys.build("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = layer.mlp.gate.weight[0] * 0  # a router that never asks for expert 3
+            layer.mlp.gate.weight[:3] *= 0
+            layer.mlp.gate.weight[0, 0] = 1e-3
+            layer.mlp.gate.register_forward_hook(
+                lambda module, given, out: (out[0], out[1], out[2].clamp(max=2)) if out[2].max() > 2 else None
+            )
+    rules = [{"narrow": "mlp"}]
+    recipe = {"replace": rules, "calibrate": {}, "budget": {"keep": 0.6, "of": "sites"}}
+    after, report = compress(copy.deepcopy(model), recipe, text=WORDS)
+    kept = {choice["item"]: choice["parameters"] / choice["of"] for choice in report["choices"]}
+    unseen = [share for name, share in kept.items() if ".each.3." in name]
+    assert len(unseen) == 2
+    assert min(unseen) > 0.3
+    assert torch.isfinite(toys.logits(after)).all()
+
+
+def test_gate_and_up_of_every_expert_share_a_factor():
+    model = toys.build("qwen2_moe")
+    rule = {"role": ["mlp.gate", "mlp.in"], "structure": {"kind": "low_rank"}}
+    after = compressed(model, [rule | {"share": {"factors": ["right"], "across": "roles"}}], 0.7)
+    experts = after.model.layers[0].mlp.experts.each
+    for expert in experts:
+        assert expert.gate.factors()["right"] is not None
+        assert expert.gate.shared == expert.up.shared
+    assert experts[0].gate.shared != experts[1].gate.shared
+    assert torch.isfinite(toys.logits(after)).all()
+
+
+def test_with_the_text_experts_share_nothing():
+    rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
+    with pytest.raises(ValueError, match="asks for share across experts, which is not done with a calibration text"):
+        compressed(toys.build("mixtral"), [rule | {"share": {"factors": ["right"], "across": "experts"}}], None)
