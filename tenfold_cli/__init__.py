@@ -94,7 +94,7 @@ def compress(
     structure: Annotated[str | None, typer.Option(help="Instead of a recipe: one structure for all blocks.")] = None,
     keep: Annotated[float | None, typer.Option(help="The share of parameters that stays.")] = None,
     of: Annotated[
-        str, typer.Option(help="What --keep is a share of: model, without_head, blocks, sites or flops.")
+        str, typer.Option(help="What --keep is a share of: model, without_head, blocks, sites, flops or bytes.")
     ] = "model",
     calibrate: Annotated[
         list[str] | None,

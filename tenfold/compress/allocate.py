@@ -22,6 +22,8 @@ class Curve:
         within: the largest option of at most so many parameters, where there are more than are listed; raises ValueError
             where nothing is as small.
         products: multiply-adds a token, where they are not the parameters.
+        indices: whole numbers that are stored beside the parameters, where there are any.
+        calls: how often it runs for one token; an expert, less than once.
         settled: how many parameters the item has as it is, where its rule alone says what it becomes; no budget counts it.
     """
 
@@ -32,9 +34,12 @@ class Curve:
     within: Callable[[float], Any] | None = None
     settled: int | None = None
     products: np.ndarray | None = None
+    indices: np.ndarray | None = None
+    calls: float = 1
 
     def __post_init__(self):
         products = np.asarray(self.costs if self.products is None else self.products)
+        indices = np.zeros(len(products), int) if self.indices is None else np.asarray(self.indices)
         self.whole = int(self.costs[-1]) if self.settled is None else self.settled  # parameters of the item as it is
         order = np.lexsort((self.losses, self.costs))
         best, kept = np.inf, []
@@ -43,7 +48,7 @@ class Curve:
                 best = self.losses[k]
                 kept.append(k)
         self.costs, self.losses = np.asarray(self.costs)[kept], np.maximum(np.asarray(self.losses)[kept], 0.0)
-        self.options, self.products = [self.options[k] for k in kept], products[kept]
+        self.options, self.products, self.indices = [self.options[k] for k in kept], products[kept], indices[kept]
 
     def fitting(self, cost: float) -> int:
         """The number of the dearest option of at most ``cost`` parameters, the first one if there is none.
@@ -63,6 +68,7 @@ class Curve:
         self.costs, self.losses = np.insert(self.costs, k + 1, option.numel), np.insert(self.losses, k + 1, loss)
         self.options = [*self.options[: k + 1], option, *self.options[k + 1 :]]
         self.products = np.insert(self.products, k + 1, option.numel)
+        self.indices = np.insert(self.indices, k + 1, option.index_numel)
         return k + 1
 
 

@@ -1,8 +1,9 @@
-"""What a budget leaves to the items of the blocks, in parameters or in FLOPs, and what they become within it."""
+"""What a budget leaves to the items of the blocks, in parameters, FLOPs or bytes, and what they become within it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.shares import share_out
 from tenfold.models.cost import price, site_flops
 from tenfold.models.recipe import Calibrate, Recipe
-from tenfold.models.sites import Site, share_of
+from tenfold.models.sites import FOLDED, Site, dtype_of, share_of
 from tenfold.structure import Structure
 
 ROWS = 1024  # a call, at which FLOPs are counted, as for a prompt
@@ -41,41 +42,93 @@ def choose(
     if recipe.budget is None:
         name = next(curve.name for curve in curves if curve.settled is None)
         raise ValueError(f"nothing says how much of {name} to keep; give the recipe a budget, or --keep")
-    in_flops = recipe.budget.of == "flops"
-    curves = [as_flops(curve) for curve in curves] if in_flops else list(curves)
+    unit = UNITS.get(recipe.budget.of, Parameters)(model)
+    curves = [unit.curve(curve) for curve in curves]
     dropped = sum(curve.whole - int(curve.costs[0]) for curve in curves if curve.settled is not None)
     free = [curve for curve in curves if curve.settled is None]
-    whole = sum(curve.whole for curve in free) - _folded_away(model, sites, settled, in_flops)
+    whole = sum(curve.whole for curve in free) - sum(unit.folded_away(site) for site in _once(sites, settled))
     if recipe.budget.of == "sites":
         allowed, rest = recipe.budget.keep * whole, 0
     else:
-        total = price(model)["flops_per_token"][str(ROWS)] if in_flops else share_of(model, recipe.budget.of)
+        total = unit.total(recipe.budget.of)
         allowed = whole - (1 - recipe.budget.keep) * total + dropped
         rest = total - whole - dropped
     least = sum(int(curve.costs[0]) for curve in free)
     if allowed < least:
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
-            f"{rest + least:,} {'FLOPs a token' if in_flops else 'parameters'}"
+            f"{rest + least:,} {unit.name}"
         )
     return settled | share_out(settings, free, allowed, influence)
 
 
-def as_flops(curve: Curve) -> Curve:
-    """``curve`` with FLOPs a token for parameters."""
-    costs = [
-        option.flops(ROWS) / ROWS if isinstance(option, Structure) else 2 * int(products)
-        for option, products in zip(curve.options, curve.products, strict=True)
-    ]
-    settled = None if curve.settled is None else 2 * curve.settled
-    return Curve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
+def _once(sites: Sequence[Site], settled: Mapping[str, Any]) -> list[Site]:
+    return list({site.path: site for site in sites if site.path not in settled}.values())
 
 
-def _folded_away(model: PreTrainedModel, sites: Sequence[Site], settled: Mapping[str, Any], in_flops: bool) -> int:
-    """By how much the sites of a folded model are smaller than their matrices, those that are settled left out."""
-    away = 0
-    for site in {site.path: site for site in sites if site.path not in settled}.values():
-        module, size = model.get_submodule(site.path), site.shape[0] * site.shape[1]
+@dataclass
+class Parameters:
+    """What a budget is counted in."""
+
+    model: PreTrainedModel
+    name = "parameters"
+
+    def curve(self, curve: Curve) -> Curve:
+        """``curve`` with this unit for parameters."""
+        return curve
+
+    def total(self, of: str) -> float:
+        """Of the part of the model that the budget is a share of."""
+        return share_of(self.model, of)
+
+    def folded_away(self, site: Site) -> float:
+        """By how much a site of a folded model is smaller than its matrix."""
+        module = self.model.get_submodule(site.path)
         held = sum(p.numel() for name, p in module.named_parameters() if name != "bias")
-        away += 2 * size - site_flops(site, module, ROWS) // ROWS if in_flops else size - held
-    return away
+        return site.shape[0] * site.shape[1] - held
+
+
+class Flops(Parameters):
+    """FLOPs a token."""
+
+    name = "FLOPs a token"
+
+    def curve(self, curve: Curve) -> Curve:
+        costs = [
+            curve.calls * (option.flops(ROWS) / ROWS if isinstance(option, Structure) else 2 * int(products))
+            for option, products in zip(curve.options, curve.products, strict=True)
+        ]
+        settled = None if curve.settled is None else 2 * curve.calls * curve.settled
+        return Curve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
+
+    def total(self, of: str) -> float:
+        return price(self.model)["flops_per_token"][str(ROWS)]
+
+    def folded_away(self, site: Site) -> float:
+        now = site_flops(site, self.model.get_submodule(site.path), ROWS) // ROWS
+        return 2 * site.calls * site.shape[0] * site.shape[1] - now
+
+
+class Bytes(Parameters):
+    """Bytes of the weights as they are saved."""
+
+    name = "bytes"
+
+    def curve(self, curve: Curve) -> Curve:
+        each = dtype_of(self.model).itemsize
+        settled = None if curve.settled is None else each * curve.settled
+        made = Curve(curve.name, each * curve.costs + 4 * curve.indices, curve.losses, curve.options, settled=settled)
+        made.whole = each * curve.whole
+        return made
+
+    def total(self, of: str) -> float:
+        each = dtype_of(self.model).itemsize
+        maps = sum(b.nbytes for module in self.model.modules() if isinstance(module, FOLDED) for b in module.buffers())
+        return each * share_of(self.model, "model") + maps
+
+    def folded_away(self, site: Site) -> float:
+        module, each = self.model.get_submodule(site.path), dtype_of(self.model).itemsize
+        return each * super().folded_away(site) - sum(b.nbytes for b in module.buffers())
+
+
+UNITS: dict[str, type[Parameters]] = {"flops": Flops, "bytes": Bytes}

@@ -29,24 +29,36 @@ class Fold:
         return [self.site]
 
     def curves(self, block: Block) -> list[Curve]:
-        target, (out, inner) = block.target(self.site.path), self.site.shape
-        spec = self.rule.structure
-        assert spec is not None
-        family = Structure.family(spec["kind"])
-        if not family.is_open(spec):
-            fixed = Structure.for_shape(out, inner, spec)
-            return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], settled=out * inner)]
-        sizes = family.sizes(target.weight, spec, target.inputs, target.outputs)
-        costs = [structure.numel for structure, _ in sizes] + [out * inner]
-        losses = [loss / 2 for _, loss in sizes] + [0.0]
-        options = [structure for structure, _ in sizes] + [None]
-        within = lambda cost: Structure.within(out, inner, spec, cost)  # noqa: E731
-        curve = Curve(self.site.path, np.array(costs), np.array(losses), options, within)
+        (out, inner), specs = self.site.shape, self.rule.structures
+        if len(specs) == 1 and not _open(specs[0]):
+            fixed = Structure.for_shape(out, inner, specs[0])
+            size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
+            return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
+        curve = self._curve(block.target(self.site.path), specs)
         if self.rule.keep is None:
             return [curve]
         k = curve.fitting(self.rule.keep * out * inner)
-        alone = slice(k, k + 1)
-        return [Curve(curve.name, curve.costs[alone], curve.losses[alone], curve.options[alone], settled=out * inner)]
+        some = {name: getattr(curve, name)[k : k + 1] for name in ("costs", "losses", "options", "products", "indices")}
+        return [Curve(curve.name, **some, settled=out * inner, calls=self.site.calls)]
+
+    def _curve(self, target: Target, specs: list[dict[str, Any]]) -> Curve:
+        """Of all sizes of all structures, and the matrix as it is."""
+        (out, inner), priced = self.site.shape, []
+        for spec in specs:
+            family = Structure.family(spec["kind"])
+            if family.is_open(spec):
+                priced += family.sizes(target.weight, spec, target.inputs, target.outputs)
+            else:
+                fixed = Structure.for_shape(out, inner, spec)
+                priced.append((fixed, 2 * target.loss(fixed.dense(self._fitted(fixed, target, sweeps=3)))))
+        priced.sort(key=lambda pair: pair[0].numel)
+        options = [structure for structure, _ in priced]
+        costs, losses = [s.numel for s in options] + [out * inner], [loss / 2 for _, loss in priced] + [0.0]
+        maps = np.array([s.index_numel for s in options] + [0])
+        alone = specs[0] if len(specs) == 1 else None
+        within = alone and (lambda cost: Structure.within(out, inner, alone, cost))
+        rest = {"within": within, "indices": maps, "calls": self.site.calls}
+        return Curve(self.site.path, np.array(costs), np.array(losses), [*options, None], **rest)
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, structure = self.site.path, chosen[self.site.path]
@@ -62,8 +74,11 @@ class Fold:
         start, settings = self.rule.start, block.settings
         if settings.inputs == "none" and settings.outputs == "none":
             return factors_from(structure, target.weight, start.fit, start.norm, start.options)
-        outputs = None if settings.outputs == "none" else target.outputs
-        return structure.fit(target.weight, target.inputs, outputs, **start.options)
+        return self._fitted(structure, target, settings.outputs != "none")
+
+    def _fitted(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
+        metric = target.outputs if outputs else None
+        return structure.fit(target.weight, target.inputs, metric, **self.rule.start.options | more)
 
 
 @dataclass
@@ -77,8 +92,8 @@ class FoldTogether:
     rule: Rule
 
     def __post_init__(self):
-        share, spec = self.rule.share, self.rule.structure
-        if share is None or share.factors != ["right"] or spec is None or spec["kind"] != "low_rank":
+        share = self.rule.share
+        if share is None or share.factors != ["right"] or self.rule.spec["kind"] != "low_rank":
             raise ValueError(
                 f"{self.rule.structure} can't share {share and share.factors} across roles when it is fitted to activations; "
                 "take kind low_rank and share its factor right"
@@ -115,3 +130,8 @@ class FoldTogether:
             entry = Entry(site, structure, site.bias, shared={"right": f"{plain(self.name)}_right"})
             changes.append((entry, made, block.new_bias(site.path, structure.dense(made))))
         block.fold_together(changes)
+
+
+def _open(spec: dict[str, Any]) -> bool:
+    """Whether a budget can set something in ``spec``."""
+    return Structure.family(spec["kind"]).is_open(spec)

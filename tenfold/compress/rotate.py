@@ -50,11 +50,11 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
 def structure_of(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structure | None:
     """The structure that ``site`` gets at its equal share, None where it is not at the stream or stays as it is."""
     rule: Rule | None = next((rule for rule in recipe.replace if rule.matches(site)), None)
-    if rule is None or rule.structure is None or site.role not in (*READS, *WRITES):
+    if rule is None or rule.narrow or site.role not in (*READS, *WRITES):
         return None
-    if not Structure.family(rule.structure["kind"]).is_open(rule.structure):
-        return Structure.for_shape(*site.shape, rule.structure)
-    return Structure.within(*site.shape, rule.structure, share(model, recipe, rule) * site.shape[0] * site.shape[1])
+    if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
+        return Structure.for_shape(*site.shape, rule.spec)
+    return Structure.within(*site.shape, rule.spec, share(model, recipe, rule) * site.shape[0] * site.shape[1])
 
 
 def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:

@@ -36,6 +36,9 @@ class Queries:
     basis: Basis | None = None
 
 
+ALIGNED = 8  # hidden units of a large MLP come in multiples of this: kernels for half precision want it
+
+
 class Chooser(Protocol):
     """Which units and dimensions stay, and whether the output matrix of an attention makes up for those that go."""
 
@@ -104,11 +107,12 @@ class NarrowMlp:
         target, units = block.target(self.name), self.out.shape[1]
         _, losses = self.chooser.units(target)
         least = max(1, units // 32)
-        options = range(least, units + 1)
+        step = ALIGNED if units >= 32 * ALIGNED else 1
         losses[-1] = 0.0
-        counts = np.arange(least, units + 1)
+        counts = np.array([k for k in range(least, units + 1) if k % step == 0 or k == units])
         products = (self.unit - sum(site.bias for site in self.into)) * counts
-        return [Curve(self.name, self.unit * counts, losses[least:], options, products=products)]
+        prices = {"products": products, "calls": self.out.calls}
+        return [Curve(self.name, self.unit * counts, losses[counts], counts.tolist(), **prices)]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
@@ -187,13 +191,19 @@ class NarrowHeads:
             values = self.chooser.values(self, block, group).losses
             options = np.arange(1, self.heads.size + 1)
             price = width + self.heads.each * self.out.shape[0]
-            curves.append(Curve(f"{self.out.path} v{group}", price * options, _whole(values)[1:], options.tolist()))
+            maps = (1 + self.heads.each) * options  # where the rows and columns belong that stay
+            found = Curve(
+                f"{self.out.path} v{group}", price * options, _whole(values)[1:], options.tolist(), indices=maps
+            )
+            curves.append(found)
             if self.heads.freedom != "none":
                 found = self.chooser.queries(self, block, group)
                 sizes = np.cumsum([len(unit) for unit in self._in_order(found)])
                 price = (1 + self.heads.each) * width
                 options = np.arange(1, len(sizes) + 1).tolist()
-                curves.append(Curve(f"{self.out.path} q{group}", price * sizes, _whole(found.losses)[1:], options))
+                maps = (1 + self.heads.each) * sizes
+                name, losses = f"{self.out.path} q{group}", _whole(found.losses)[1:]
+                curves.append(Curve(name, price * sizes, losses, options, indices=maps))
             else:
                 fixed = (1 + self.heads.each) * width * self.heads.size
                 curves.append(Curve(f"{self.out.path} q{group}", np.array([fixed]), np.array([0.0]), [None]))

@@ -99,8 +99,7 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
 
 def _budgeted(rule: Rule) -> bool:
     """Whether a share to keep sets the rank of the rule's structures."""
-    assert rule.structure is not None
-    return Structure.family(rule.structure["kind"]).is_open(rule.structure)
+    return Structure.family(rule.spec["kind"]).is_open(rule.spec)
 
 
 def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:
@@ -112,7 +111,7 @@ def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:
         raise ValueError(f"{where}: {reason}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError):
         raise ValueError(
-            f"{where}: {rule.structure} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
+            f"{where}: {rule.spec} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
             "part is a mapping with its own kind"
         ) from None
 
@@ -162,8 +161,7 @@ def _check_shared(entries: dict[str, Entry]) -> None:
 
 
 def _structure(rule: Rule, site: Site, keep: float | None) -> Structure:
-    (out, inner), spec = site.shape, rule.structure
-    assert spec is not None
+    (out, inner), spec = site.shape, rule.spec
     if rule.split > 1 and site.interleaved:
         raise ValueError(f"its parts alternate head by head, so split: {rule.split} can't part them; leave split out")
     if out % rule.split:

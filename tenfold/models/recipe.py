@@ -49,7 +49,8 @@ class Rule(_Strict):
     """Which sites get which structure; of several rules the first that matches a site wins.
 
     ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
-    leaves fewer hidden units, or fewer dimensions per head; ``method`` says how they are chosen: by the ``loss`` behind them
+    leaves fewer hidden units, or fewer dimensions per head. Of several structures every site gets the one that loses least at
+    its size, by activations only. ``method`` says how they are chosen: by the ``loss`` behind them
     (:mod:`tenfold.compress.narrow`) or as in ``modegpt`` (:mod:`tenfold.compress.modegpt`).
     """
 
@@ -58,7 +59,7 @@ class Rule(_Strict):
     role: str | list[str] | None = None
     path: str | None = None
     layers: list[int] | None = None
-    structure: dict[str, Any] | None = None
+    structure: dict[str, Any] | list[dict[str, Any]] | None = None
     keep: float | None = None
     split: int = Field(1, ge=1)
     start: Start = Field(default_factory=Start)
@@ -90,7 +91,7 @@ class Rule(_Strict):
             return self
         if self.role is None and self.path is None:
             raise ValueError("a rule needs a role or a path")
-        if self.structure is None or "kind" not in self.structure:
+        if not self.structures or any("kind" not in spec for spec in self.structures):
             raise ValueError("a rule needs a structure with its kind, for instance {kind: low_rank, rank: 64}")
         return self
 
@@ -99,6 +100,27 @@ class Rule(_Strict):
         if self.narrow is not None:
             return [role for role in ROLES if role.startswith("mlp." if self.narrow == "mlp" else "attn.")]
         return [] if self.role is None else [self.role] if isinstance(self.role, str) else self.role
+
+    @property
+    def structures(self) -> list[dict[str, Any]]:
+        """What a site may become."""
+        if self.structure is None:
+            return []
+        return self.structure if isinstance(self.structure, list) else [self.structure]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The one structure.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.structures) != 1:
+            raise ValueError(
+                f"the rule for role {self.role} leaves the choice between {len(self.structures)} structures: activations decide, "
+                "so give a calibration text (--calibrate FILE), or one structure"
+            )
+        return self.structures[0]
 
     def matches(self, site: Site) -> bool:
         named = site.role in self.roles or (self.path is not None and fnmatch(site.path, f"*{self.path}"))
@@ -109,11 +131,12 @@ class Budget(_Strict):
     """The share of parameters that the rules without ``keep`` of their own leave.
 
     ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
-    embeddings and output head. ``flops``: of the FLOPs a token of the whole model at 1,024 rows a call, by activations only.
+    embeddings and output head. By activations only: ``flops``, of the FLOPs a token of the whole model at 1,024 rows a call;
+    ``bytes``, of its weights as they are saved, whole numbers of permutations included.
     """
 
     keep: float
-    of: Literal["model", "sites", "blocks", "without_head", "flops"] = "sites"
+    of: Literal["model", "sites", "blocks", "without_head", "flops", "bytes"] = "sites"
 
     @field_validator("keep")
     @classmethod

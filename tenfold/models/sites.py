@@ -172,8 +172,8 @@ def share_of(model: PreTrainedModel, of: str) -> int:
     ``without_head``: without an output matrix of its own; ``blocks``: all of the model but its embeddings (of tokens,
     positions and types) and its output head.
     """
-    if of == "flops":
-        raise ValueError("a budget of flops needs a calibration text (--calibrate FILE)")
+    if of in ("flops", "bytes"):
+        raise ValueError(f"a budget of {of} needs a calibration text (--calibrate FILE)")
     sites, outer = find_sites(model), []
     if of == "without_head" and not is_tied(model):
         outer = [model.get_submodule(site.path) for site in sites if site.role == "head"]

@@ -121,6 +121,11 @@ class Structure(ABC):
         return sum(math.prod(shape) for shape in self.factor_shapes().values())
 
     @property
+    def index_numel(self) -> int:
+        """The number of entries of its index maps."""
+        return sum(length for (length,) in self.index_shapes().values())
+
+    @property
     def terms(self) -> int:
         """How many products are added up in one entry of ``W``, the parts of a sum together."""
         return sum(place.diagram.terms for place in self._placements)

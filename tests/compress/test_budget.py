@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import torch
 from models import toys
 from plain import text
+from safetensors import safe_open
 
 from tenfold.compress.compress import compress
 from tenfold.models.cost import price
@@ -35,3 +37,79 @@ def test_flops_need_activations():
     recipe = {"replace": RULES["low rank"], "budget": {"keep": 0.7, "of": "flops"}}
     with pytest.raises(ValueError, match="a budget of flops needs a calibration text"):
         compress(toys.build("gpt2"), recipe)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_budget_of_bytes_is_kept_by_the_files(name, rules, dtype, keep, tmp_path):
+    def size(model, folder) -> int:
+        model.save_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "pt") as stored:
+            return sum(stored.get_tensor(key).nbytes for key in stored.keys())  # noqa: SIM118 - no mapping
+
+    model = toys.build(name).to(dtype)
+    recipe = {"replace": RULES[rules], "budget": {"keep": keep, "of": "bytes"}}
+    whole, after = size(model, tmp_path / "whole"), compress(copy.deepcopy(model), recipe, text=text())[0]
+    small = size(after, tmp_path / "small")
+    assert (keep - 0.04) * whole < small <= keep * whole
+    again = compress(copy.deepcopy(after), recipe, text=text())[0]
+    assert (keep - 0.08) * small < size(again, tmp_path / "again") <= keep * small
+
+
+def test_bytes_need_activations():
+    recipe = {"replace": RULES["low rank"], "budget": {"keep": 0.7, "of": "bytes"}}
+    with pytest.raises(ValueError, match="a budget of bytes needs a calibration text"):
+        compress(toys.build("gpt2"), recipe)
+
+
+@pytest.mark.parametrize("of", ["model", "flops"])
+def test_a_budget_of_a_mixture_is_kept(of):
+    model = toys.build("mixtral")
+    sizes = {"model": lambda m: price(m)["parameters"]["total"], "flops": lambda m: price(m)["flops_per_token"]["1024"]}
+    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": of}}
+    after = compress(copy.deepcopy(model), recipe, text=text())[0]
+    assert 0.78 * sizes[of](model) < sizes[of](after) <= 0.8 * sizes[of](model)
+
+
+# several structures ------------------------------------------------------------------------------------------------
+
+
+CHOICE = [{"kind": "low_rank"}, {"kind": "kronecker", "outs": [8, 4], "ins": [8, 4]}]
+
+
+def choosing(structure, roles=("attn.q", "attn.out"), keep=0.2) -> dict:
+    return {"replace": [{"role": [*roles], "structure": structure}], "budget": {"keep": keep, "of": "sites"}}
+
+
+def test_every_site_gets_the_structure_that_suits_it():
+    """One matrix is of low rank, another a sum of few Kronecker products: both are found, and nothing is lost."""
+    model = toys.build("llama")
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            left, right = (torch.randn(32, 3, generator=draw) for _ in range(2))
+            layer.self_attn.q_proj.weight.copy_(left @ right.T / 8)
+            parts = [torch.kron(*(torch.randn(k, k, generator=draw) for k in (8, 4))) for _ in range(2)]
+            layer.self_attn.o_proj.weight.copy_((parts[0] + parts[1]) / 8)
+    alone = {}
+    for name, structure in {"low rank": CHOICE[0], "kronecker": CHOICE[1], "both": CHOICE}.items():
+        after, report = compress(copy.deepcopy(model), choosing(structure), text=text())
+        alone[name] = sum(choice["loss"] for choice in report["choices"])
+    kinds = {site["path"].split(".")[-1]: site["structure"]["kind"] for site in report["sites"]}
+    assert kinds == {"q_proj": "low_rank", "o_proj": "kronecker"}
+    assert alone["both"] < 0.1 * min(alone["low rank"], alone["kronecker"])
+    torch.testing.assert_close(toys.logits(after), toys.logits(model), atol=0.05, rtol=0)
+
+
+def test_a_structure_of_fixed_size_may_be_one_of_them():
+    fixed = {"kind": "kronecker", "outs": [8, 4], "ins": [8, 4], "terms": 2}
+    after, report = compress(toys.build("llama"), choosing([{"kind": "low_rank"}, fixed]), text=text())
+    assert {site["structure"]["kind"] for site in report["sites"]} <= {"low_rank", "kronecker"}
+    assert torch.isfinite(toys.logits(after)).all()
+
+
+def test_which_structure_suits_is_not_seen_without_data():
+    with pytest.raises(ValueError, match="leaves the choice between 2 structures: activations decide, so give a calib"):
+        compress(toys.build("llama"), choosing(CHOICE))
