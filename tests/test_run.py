@@ -255,3 +255,18 @@ def test_stages_say_which_text_they_lack(dense, tmp_path):
 def test_stages_end_with_the_counts_of_the_whole():
     priced = [api.inspect("gpt2", load_recipe(name))["parameters"] for name in ("tqcompressor", "tqcompressor-staged")]
     assert priced[0] == priced[1]
+
+
+def test_bonds_are_cut_and_healed_in_rounds(dense, tmp_path):
+    train = {"role": "mlp.in", "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"}, "freeze": ["core_1"]}
+    stages = [{"replace": [train]}, {"squeeze": {"role": "mlp.in", "by": 0.7}, "heal": HEAL, "rounds": 3}]
+    report = in_stages(dense, tmp_path / "out", {"name": "squeezed", "stages": stages})
+    totals = [stage["parameters"]["total"] for stage in report["stages"]]
+    assert len(totals) == 4 and totals == sorted(totals, reverse=True) and len(set(totals)) == 4
+    assert ["heal" in stage for stage in report["stages"]] == [False, True, True, True]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_what_a_squeezed_model_costs_is_not_known_before():
+    with pytest.raises(ValueError, match="mpop-staged cuts the bonds that lose least: what it costs is known when"):
+        api.inspect("gpt2", load_recipe("mpop-staged"))

@@ -11,6 +11,7 @@ from tenfold.compress.calibration import Calibration
 from tenfold.compress.first import FIRST
 from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
+from tenfold.compress.squeeze import squeeze
 from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
 from tenfold.models.experts import unpack
@@ -62,10 +63,11 @@ def compress(
     if text is None and recipe.calibrate is not None:
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     unpack(model)
-    begun, dense = time.perf_counter(), price(model)
-    if text is None:
+    begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
+    if recipe.squeeze is not None:
+        changes = squeeze(model, recipe.squeeze, recipe.name)
+    elif text is None:
         changes = replace(model, make_plan(model, recipe), source, progress)
-        more: dict[str, Any] = {}
     else:
         changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
     folded, errors = price(model), {change.path: change.error for change in changes}

@@ -111,6 +111,10 @@ def inspect(name: str, recipe: Recipe | None = None) -> dict[str, Any]:
     model = meta_model(name)
     dense = price(model)
     for step in recipe.steps() if recipe is not None else ():
+        if step.squeeze is not None:
+            raise ValueError(
+                f"recipe {step.name} cuts the bonds that lose least: what it costs is known when that is done"
+            )
         install_empty(model, make_plan(model, step))
     result = price(model)
     result["parameters"]["dense"] = dense["parameters"]["total"]

@@ -219,10 +219,31 @@ class Train(_Strict):
     seed: int = 0
 
 
-class Stage(_Strict):
-    """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it."""
+class Squeeze(_Strict):
+    """Bonds of tensor trains that are cut, those that lose least first; see :mod:`tenfold.compress.squeeze`.
 
-    replace: list[Rule]
+    Args:
+        role: of the matrices, which are folded as tensor trains already.
+        by: the share of a bond that stays.
+        bonds: how many are cut, one after another.
+    """
+
+    role: str | list[str]
+    by: float = Field(0.5, gt=0, lt=1)
+    bonds: int = Field(1, ge=1)
+
+
+class Stage(_Strict):
+    """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it.
+
+    Args:
+        squeeze: tensor trains of earlier stages are cut, instead of folding anything.
+        rounds: how often the stage is done.
+    """
+
+    replace: list[Rule] = Field(default_factory=list)
+    squeeze: Squeeze | None = None
+    rounds: int = Field(1, ge=1)
     budget: Budget | None = None
     untie: bool = False
     calibrate: Calibrate | None = None
@@ -241,6 +262,7 @@ class Recipe(_Strict):
     on: str | None = None
     first: Literal["drop-layers", "slice", "rotate"] | None = None
     replace: list[Rule] = Field(default_factory=list)
+    squeeze: Squeeze | None = None
     budget: Budget | None = None
     untie: bool = False
     calibrate: Calibrate | None = None
@@ -252,9 +274,9 @@ class Recipe(_Strict):
 
     def steps(self) -> list[Recipe]:
         """The recipes of its stages, this one where there are none."""
-        keys = list(Stage.model_fields)
-        found = [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in self.stages]
-        return found or [self]
+        keys = [key for key in Stage.model_fields if key != "rounds"]
+        stages = [stage for stage in self.stages for _ in range(stage.rounds)]
+        return [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in stages] or [self]
 
 
 def checked_keep(keep: float | None) -> float | None:
@@ -319,7 +341,7 @@ def parse_recipe(data: dict, where: str) -> Recipe:
 
 _KEYS = {
     key
-    for model in (Recipe, Rule, Start, Share, Budget, Calibrate, Heal, Stage, Tokenizer, Train)
+    for model in (Recipe, Rule, Start, Share, Budget, Calibrate, Heal, Squeeze, Stage, Tokenizer, Train)
     for key in model.model_fields
 }
 

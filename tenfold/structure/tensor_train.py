@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,6 +73,42 @@ class TensorTrain(Structure, kind="tensor_train"):
         return {
             f"core_{k}": core.reshape(bonds[k], self.outs[k], self.ins[k], bonds[k + 1]) for k, core in enumerate(cores)
         }
+
+    def spectrum(self, factors: Factors, bond: int) -> Float[Tensor, "r"]:
+        """The singular values of ``W`` unfolded between core ``bond`` and the next one, in float64."""
+        left, right = self._roots(factors, bond)
+        return torch.linalg.svdvals(left @ right)
+
+    def cut(self, factors: Factors, bond: int, rank: int) -> tuple[TensorTrain, Factors]:
+        """The nearest train whose bond ``bond`` has the given rank, the other bonds as they are.
+
+        Only the two cores at the bond change. What is lost are the singular values behind the first ``rank``.
+        """
+        left, right = self._roots(factors, bond)
+        u, s, v = torch.linalg.svd(left @ right)
+        root = s[:rank].sqrt()
+        into, out = (
+            torch.linalg.pinv(left) @ (u[:, :rank] * root),
+            (root[:, None] * v[:rank]) @ torch.linalg.pinv(right),
+        )
+        one, other = f"core_{bond}", f"core_{bond + 1}"
+        changed = {
+            one: torch.einsum("racs,st->ract", factors[one].double(), into),
+            other: torch.einsum("ts,sacr->tacr", out, factors[other].double()),
+        }
+        ranks = (*self.ranks[:bond], rank, *self.ranks[bond + 1 :])
+        return TensorTrain(outs=self.outs, ins=self.ins, ranks=ranks), factors | changed
+
+    def _roots(self, factors: Factors, bond: int) -> tuple[Tensor, Tensor]:
+        """``left (., r)`` and ``right (r, .)``: what stays of both sides of a bond without orthogonal factors."""
+        left = right = torch.ones(1, 1, dtype=torch.float64, device=factors["core_0"].device)
+        for k in range(bond + 1):
+            core = torch.tensordot(left, factors[f"core_{k}"].double(), 1)
+            left = torch.linalg.qr(core.reshape(-1, core.shape[-1])).R
+        for k in range(len(self.outs) - 1, bond, -1):
+            core = torch.tensordot(factors[f"core_{k}"].double(), right, 1)
+            right = torch.linalg.qr(core.reshape(core.shape[0], -1).T).R.T
+        return left, right
 
 
 def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | Literal["full"]) -> tuple[int, ...]:

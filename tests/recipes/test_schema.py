@@ -71,7 +71,7 @@ def test_wrong_choice_is_shown():
     refused(
         one() | {"budget": {"keep": 0.5, "of": "modle"}},
         "budget.of",
-        "'model', 'sites', 'blocks', 'without_head' or 'flops'",
+        "'model', 'sites', 'blocks', 'without_head', 'flops' or 'bytes'",
         "'modle'",
     )
     refused(one(bias="dropp"), "replace.0.bias", "'keep' or 'drop'", "'dropp'")
