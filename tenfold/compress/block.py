@@ -16,6 +16,7 @@ from tenfold.models.replace import install, install_together, set_matrix
 from tenfold.models.sites import Site, weight_of
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import Dense, Factors, Structure
+from tenfold.structure.linalg import solve_symmetric
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Block:
         """Of the inputs of a site as the block now is; of sites that read the same, once."""
         stage = self.stage(path)
         if stage not in self._known:
+            if self.original is not None:  # the stages before it are done
+                self._known = {k: known for k, known in self._known.items() if k > stage or expert_of(path) is not None}
             inner = self.stages[stage][0].removeprefix(f"{self.path}.")
             here = self.streams.blocks[self.number]
             if expert_of(path) is not None:
@@ -121,9 +124,15 @@ class Block:
             self._targets[path] = self._found(path)
         return self._targets[path]
 
+    def take(self, path: str) -> Target:
+        """As :meth:`target`; the caller may overwrite it."""
+        target = self.target(path)
+        del self._targets[path]
+        return target
+
     def _found(self, path: str) -> Target:
-        second, _ = centred(self.moments(path), self.centres(path))
-        return Target(self.refitted(path), self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
+        weight, (second, _) = self.refitted(path), centred(self.moments(path), self.centres(path))
+        return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
 
     def refitted(self, path: str) -> Tensor:
         """The best dense matrix ``(out, in)`` for the inputs that the site now gets; without ``refit`` the original one."""
@@ -202,7 +211,7 @@ def regressed(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Te
     The share is never less than what products in float32 may be wrong by.
     """
     share = max(share, 2.0**-23 * float(second.diagonal().sum()))
-    return torch.linalg.solve(with_ridge(second, share), (weight @ cross + share * weight).T).T
+    return solve_symmetric(with_ridge(second, share), (weight @ cross).add_(weight, alpha=share))
 
 
 def with_ridge(second: Tensor, share: float) -> Tensor:

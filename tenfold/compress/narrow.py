@@ -31,12 +31,13 @@ def choose_units(weight: Tensor, outputs: Tensor, second: Tensor) -> tuple[list[
     Args:
         weight: ``W (out, units)`` that reads the units.
         outputs: ``G (out, out)``.
-        second: ``C (units, units)``, positive definite.
+        second: ``C (units, units)``, positive definite; it is overwritten, and its precision is that of the work.
     """
-    reader = roots(outputs)[0] @ weight
-    rest, seen = second.clone(), reader @ second  # covariances that the chosen units do not explain
-    losses, order, units = [float((seen * reader).sum())], [], len(second)
-    floor = 1e-12 * float(second.diagonal().mean())
+    rest, reader = second, (roots(outputs)[0] @ weight).to(second.dtype)
+    seen = reader @ second  # the covariances that the chosen units do not explain, here with the outputs
+    losses, order, units = [float((seen * reader).sum(dtype=torch.float64))], [], len(second)
+    floor = (1e-12 if second.dtype == torch.float64 else 1e-6) * float(second.diagonal().mean())
+    del reader
     while len(order) < units:
         some = min(max(1, units // STEPS), units - len(order))
         gains = seen.square().sum(0) / rest.diagonal().clamp_min(floor)

@@ -19,6 +19,7 @@ from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
 from tenfold.models.heads import Heads
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense, Placed
+from tenfold.structure.linalg import solve_symmetric
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Queries:
     basis: Basis | None = None
 
 
+LARGE = 2048  # hidden units; more are chosen in single precision, which takes half the memory and half the time
 ALIGNED = 8  # hidden units of a large MLP come in multiples of this: kernels for half precision want it
 
 
@@ -45,7 +47,7 @@ class Chooser(Protocol):
     refit: bool
 
     def units(self, target: Target) -> tuple[list[int], np.ndarray]:
-        """An order of the hidden units, ``target`` being the matrix that reads them, and the losses."""
+        """An order of the hidden units, ``target`` being the matrix that reads them, and the losses; uses ``target`` up."""
         ...
 
     def values(self, action: NarrowHeads, block: Block, group: int) -> Basis:
@@ -63,7 +65,9 @@ class ByLoss:
     refit = True
 
     def units(self, target: Target) -> tuple[list[int], np.ndarray]:
-        return choose_units(target.weight, target.outputs, target.inputs)
+        second = target.inputs if len(target.inputs) <= LARGE else target.inputs.float()
+        target.inputs = second.new_empty(0)
+        return choose_units(target.weight, target.outputs, second)
 
     def values(self, action: NarrowHeads, block: Block, group: int) -> Basis:
         """By what the output matrix makes of them."""
@@ -104,8 +108,8 @@ class NarrowMlp:
         return sum(site.shape[1] + site.bias for site in self.into) + self.out.shape[0]
 
     def curves(self, block: Block) -> list[Curve]:
-        target, units = block.target(self.name), self.out.shape[1]
-        _, losses = self.chooser.units(target)
+        units = self.out.shape[1]
+        _, losses = self.chooser.units(block.take(self.name))
         least = max(1, units // 32)
         step = ALIGNED if units >= 32 * ALIGNED else 1
         losses[-1] = 0.0
@@ -117,16 +121,15 @@ class NarrowMlp:
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
             if block.refits(site.path):
-                weight = block.refitted(site.path)
-                block.put(site.path, weight, block.new_bias(site.path, weight))
-        target, count = block.target(self.name), chosen[self.name]
+                _refit(block, site.path)
+        count = chosen[self.name]
         if count < self.out.shape[1]:
-            self._cut(block, target, count)
+            self._cut(block, count)
         else:
-            block.put(self.name, target.weight, block.new_bias(self.name, target.weight))
+            _refit(block, self.name)
 
-    def _cut(self, block: Block, target: Target, count: int) -> None:
-        order, _ = self.chooser.units(target)
+    def _cut(self, block: Block, count: int) -> None:
+        order, _ = self.chooser.units(block.take(self.name))
         kept = torch.tensor(sorted(order[:count]))
         near, bias = _restricted(block, self.name, kept, block.weight(self.name))
         for site in self.into:
@@ -134,13 +137,18 @@ class NarrowMlp:
         _keep_columns(block, self.out, near, bias)
 
 
+def _refit(block: Block, path: str) -> None:
+    weight = block.refitted(path)
+    block.put(path, weight, block.new_bias(path, weight))
+
+
 def _restricted(block: Block, path: str, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
     """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``."""
     moments = block.moments(path)
     second, cross = centred(moments, block.centres(path))
     share = block.damping(second) / 10
-    goal = block.weight(path) @ cross[:, kept] + share * before[:, kept]
-    near = torch.linalg.solve(with_ridge(second[kept][:, kept], share), goal.T).T
+    goal = (block.weight(path) @ cross)[:, kept] + share * before[:, kept]
+    near = solve_symmetric(with_ridge(second[kept][:, kept], share), goal)
     whole = torch.zeros_like(before).index_copy(1, kept, near)
     return near, block.new_bias(path, whole)
 
@@ -232,8 +240,7 @@ class NarrowHeads:
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         kept: dict[str, list[Tensor]] = {which: [] for which in "qkv"}
         for site in self.distinct:
-            weight = block.refitted(site.path)
-            block.put(site.path, weight, block.new_bias(site.path, weight))
+            _refit(block, site.path)
         matrices = {site.path: block.refitted(site.path).clone() for site in self.distinct}
         biases = {path: block.new_bias(path, matrix) for path, matrix in matrices.items()}
         reader, columns = block.target(self.out.path).weight.clone(), []

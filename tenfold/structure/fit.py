@@ -17,6 +17,7 @@ from torch import Tensor
 from tenfold.structure.base import Factors, Structure
 from tenfold.structure.contract import plan_of, run
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.linalg import solve_symmetric
 from tenfold.structure.placement import Placement
 
 LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is left to L-BFGS
@@ -183,7 +184,9 @@ class Problem:
         if name in self.shared:
             systems = [(torch.stack([s[0] for s in systems]).sum(0), torch.stack([s[1] for s in systems]).sum(0))]
         labels, split = self._labels(place.diagram, name)
-        solved = [solve_symmetric(gram, right.reshape(gram.shape[:-1])) for gram, right in systems]
+        solved = [
+            solve_symmetric(gram, right.reshape(gram.shape[:-1])[..., None, :])[..., 0, :] for gram, right in systems
+        ]
         shaped = [value.reshape(place.diagram.shape_of((*split, *labels))) for value in solved]
         order = [(*split, *labels).index(label) for label in dict(place.diagram.factors)[name]]
         return torch.stack([value.permute(order) for value in shaped])
@@ -234,21 +237,6 @@ class Problem:
             optimizer.step(closure)
         after = state | {name: leaf.detach() for name, leaf in leaves.items()}
         return after if self.objective(after) <= self.objective(state) else state
-
-
-def solve_symmetric(gram: Float[Tensor, "*s n n"], right: Float[Tensor, "*s n"]) -> Float[Tensor, "*s n"]:
-    """``x (..., n)`` with ``gram (..., n, n) x = right (..., n)`` in the least-squares sense; never fails.
-
-    A Cholesky decomposition where that is safe, which is many times as fast for large systems; else by eigenvectors.
-    """
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(failed.any()) and bool((pivots.amin(-1) > 1e-10 * pivots.amax(-1)).all()):
-        return torch.cholesky_solve(right[..., None], factor)[..., 0]
-    values, vectors = torch.linalg.eigh(gram)
-    cut = 1e-13 * values[..., -1:].abs().clamp_min(1e-300)
-    inverse = torch.where(values > cut, 1 / values.clamp_min(1e-300), 0.0)
-    return (vectors @ (inverse[..., None] * (vectors.mT @ right[..., None])))[..., 0]
 
 
 def _restricted(
