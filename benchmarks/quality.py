@@ -92,7 +92,13 @@ class Causal:
 
     def recipe(self, method: str, keep: float):
         if method == "krony-prune":
-            raise ValueError("it halves the feed-forward matrices and knows no other size")
+            mlp = sum(site.shape[0] * site.shape[1] for site in find_sites(self.model) if site.role.startswith("mlp."))
+            share = 1 - mlp / 2 / share_of(self.model, "blocks")
+            if abs(share - keep) > 0.02:
+                raise ValueError(
+                    f"it halves the feed-forward matrices, which leaves {share:.3f}, and knows no other size"
+                )
+            return load_recipe(method)
         return api.with_keep(method, keep, "blocks")
 
     def score(self, model) -> dict:

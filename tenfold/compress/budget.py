@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tenfold.compress.allocate import Curve
 from tenfold.compress.shares import share_out
 from tenfold.models.cost import price, site_flops
-from tenfold.models.recipe import Calibrate, Recipe
+from tenfold.models.recipe import Budget, Calibrate, Recipe
 from tenfold.models.sites import FOLDED, Site, dtype_of, share_of
 from tenfold.structure import Structure
 
@@ -60,6 +60,11 @@ def choose(
             f"{rest + least:,} {unit.name}"
         )
     return settled | share_out(settings, free, allowed, influence)
+
+
+def total_of(model: PreTrainedModel, budget: Budget) -> float:
+    """What the share to keep is counted on."""
+    return 0 if budget.of == "sites" else UNITS.get(budget.of, Parameters)(model).total(budget.of)
 
 
 def _once(sites: Sequence[Site], settled: Mapping[str, Any]) -> list[Site]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tenfold.compress.budget import total_of
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.first import FIRST
 from tenfold.compress.journal import Journal
@@ -16,10 +17,11 @@ from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
 from tenfold.models.experts import unpack
 from tenfold.models.hub import from_pretrained
-from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, load_recipe
+from tenfold.models.plan import Plan, make_plan
+from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.replace import Change, replace
 from tenfold.models.sites import find_sites
+from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 
@@ -105,15 +107,38 @@ def _calibrated(
         return [], before | about
     outer = [rule for rule in recipe.replace if not rule.narrow and not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
-    changes = []
+    changes, rest = [], recipe.model_copy(update={"replace": inner})
     if outer:
-        changes = replace(model, make_plan(model, recipe.model_copy(update={"replace": outer, "budget": None})))
-    if inner or not outer:
-        rest = recipe.model_copy(update={"replace": inner})
-        more = compress_blocks(model, rest, text, progress, announce, weights, journal)
-    else:
-        more = {}
-    return changes, before | more | about
+        whole = total_of(model, recipe.budget) if recipe.budget else 0
+        changes = replace(model, _outer_plan(model, recipe, outer))
+        rest = rest.model_copy(update={"budget": _left(model, recipe, whole)})
+    if not inner:
+        return changes, before | about
+    return changes, before | compress_blocks(model, rest, text, progress, announce, weights, journal) | about
+
+
+def _outer_plan(model, recipe: Recipe, rules: list[Rule]) -> Plan:
+    sites = find_sites(model)
+    for rule in (rule for rule in rules if any(rule.matches(site) for site in sites)):
+        if rule.keep is None and any(Structure.family(spec["kind"]).is_open(spec) for spec in rule.structures):
+            raise ValueError(
+                f"the rule for role {rule.role or rule.path} is outside of the blocks, where activations do not say how much to "
+                "keep; give it a keep or a size of its own"
+            )
+    return make_plan(model, recipe.model_copy(update={"replace": rules, "budget": None}))
+
+
+def _left(model, recipe: Recipe, whole: float) -> Budget | None:
+    """The budget that leaves the same of what the model is now."""
+    if recipe.budget is None or recipe.budget.of == "sites":
+        return recipe.budget
+    keep = recipe.budget.keep * whole / total_of(model, recipe.budget)
+    if keep >= 1:
+        raise ValueError(
+            f"keep {recipe.budget.keep} of the {recipe.budget.of} is reached outside of the blocks already; keep less, or take "
+            "the rules for the blocks out"
+        )
+    return recipe.budget.model_copy(update={"keep": keep})
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:

@@ -12,6 +12,7 @@ it was (:mod:`tenfold.compress.journal`).
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,6 +105,8 @@ def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iter
     if journal.notes is None and 4 * width * sum(b["input_ids"].numel() for b in text.batches) <= IN_MEMORY:
         yield None
     else:
+        for left in journal.notes.glob("states-*") if journal.notes else ():  # by a run that was killed
+            shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix="states-", dir=journal.notes) as folder:
             yield Path(folder)
 

@@ -62,9 +62,10 @@ class Survey:
         with hooks.on(self.streams.kept[batch]):
             states = self.streams.shelf.get(f"before-{number}-{batch}").to(self.streams.device)
             self.streams.run(number, self.streams.blocks[number], states, batch)
+        where = f"{number}, batch {batch} of the calibration text,"
         for path in sums:
-            checked(sums[path].moments(), path, number)
-        raise ValueError(f"block {number} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
+            checked(sums[path].moments(), path, where)
+        raise ValueError(f"block {where} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
 
     def turn(self) -> None:
         """Behind the last block: the gradient of the loss at what it returns."""

@@ -237,7 +237,7 @@ def counted(batch: Batch, skip: int) -> Tensor:
     return kept.flatten()
 
 
-def checked(moments: Moments, path: str, number: int) -> Moments:
+def checked(moments: Moments, path: str, number: int | str) -> Moments:
     """``moments``, or ValueError if they are not finite."""
     if bool(torch.isfinite(moments.second).all() & torch.isfinite(moments.cross).all()):
         return moments

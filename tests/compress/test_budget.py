@@ -113,3 +113,39 @@ def test_a_structure_of_fixed_size_may_be_one_of_them():
 def test_which_structure_suits_is_not_seen_without_data():
     with pytest.raises(ValueError, match="leaves the choice between 2 structures: activations decide, so give a calib"):
         compress(toys.build("llama"), choosing(CHOICE))
+
+
+# what is outside of the blocks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["model", "without_head", "blocks", "bytes"])
+def test_a_budget_is_a_share_of_the_model_that_came_in(of):
+    """An embedding that is folded by a rule of its own counts as part of what goes."""
+
+    def size(model) -> int:
+        found = {
+            "model": price(model)["parameters"]["total"],
+            "without_head": price(model)["parameters"]["without_head"],
+        }
+        found["blocks"] = sum(p.numel() for p in model.transformer.h.parameters())
+        return found.get(of, found["model"])
+
+    model = toys.build("gpt2")
+    embed = {"role": "embed", "structure": {"kind": "low_rank"}, "keep": 0.5}
+    recipe = {"replace": [embed, *RULES["narrow"]], "budget": {"keep": 0.8, "of": of}}
+    after = compress(copy.deepcopy(model), recipe, text=text())[0]
+    assert 0.78 * size(model) < size(after) <= 0.8 * size(model)
+    assert after.transformer.wte.structure.kind == "low_rank"
+
+
+def test_outside_of_the_blocks_a_rule_says_how_much_stays():
+    model = toys.build("gpt2")
+    embed = {"role": "embed", "structure": {"kind": "low_rank"}}
+    recipe = {"replace": [embed, *RULES["narrow"]], "budget": {"keep": 0.8, "of": "model"}}
+    with pytest.raises(
+        ValueError, match=r"role embed is outside of the blocks, .* give it a keep or a size of its own"
+    ):
+        compress(model, recipe, text=text())
+    recipe = {"replace": [embed | {"keep": 0.1}, *RULES["narrow"]], "budget": {"keep": 0.99, "of": "model"}}
+    with pytest.raises(ValueError, match=r"keep 0.99 of the model is reached outside of the blocks already"):
+        compress(model, recipe, text=text())

@@ -82,7 +82,7 @@ def test_activations_that_are_no_numbers_name_their_place(outputs, value):
     model = toys.build("gpt2")
     model.transformer.h[1].mlp.c_fc.bias.data[3] = value
     said = refused(model, {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"outputs": outputs}})
-    assert "mlp.c_proj in block 1 hold NaN or Inf" in said
+    assert "mlp.c_proj in block 1, batch 0 of the calibration text, hold NaN or Inf" in said
 
 
 @pytest.mark.parametrize("allocate", ["sensitivity", "uniform", "influence"])
@@ -151,7 +151,10 @@ REFUSED = {
     "no text": (("{dense}", "--recipe", "recommended"), "--calibrate FILE"),
     "keep alone": (("{dense}", "--keep", "0.8"), "with --calibrate TEXT"),
     "too small": (("{dense}", "--keep", "0.01", *TEXT), "the smallest that these rules reach is"),
-    "broken weights": (("{dense}/broken", "--keep", "0.8", *TEXT), "mlp.c_proj in block 1 hold NaN"),
+    "broken weights": (
+        ("{dense}/broken", "--keep", "0.8", *TEXT),
+        "mlp.c_proj in block 1, batch 0 of the calibration text, hold NaN",
+    ),
 }
 
 

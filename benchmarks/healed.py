@@ -1,0 +1,59 @@
+"""The recommended recipe without any training, against a Kronecker decomposition as in Krony-PT that is trained afterwards.
+
+    python benchmarks/healed.py --data DIR --model tenfold/demo --keep 0.8 0.5
+
+Both keep the same parameters. The decomposition starts from Van Loan's with the norm restored, and is distilled from the dense
+model for 200 steps of 16 x 512 tokens, with each of the learning rates; the best one counts. Scores are those of quality.py.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from quality import Causal, counted, lines
+
+from tenfold import api
+from tenfold.models.recipe import Heal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", help="of the result file; the model's unless given")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--steps", type=int, default=200)
+    given = parser.parse_args()
+    file = Path("results/healed") / f"{given.name or Path(given.model).name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Causal(given.model, given.data, Path(scratch), 192)
+        result["dense"] = work.score(work.model)
+        text = Path(scratch) / "train.jsonl"
+        text.write_text("\n".join(lines(given.data / "corpus" / "small-train.jsonl.xz")))
+        for keep in given.keep:
+            for method, rate in [
+                ("recommended", None),
+                ("krony-van-loan", None),
+                *(("krony-van-loan", r) for r in given.rates),
+            ]:
+                model, _ = api.compress(copy.deepcopy(work.model), work.recipe(method, keep), text=work.calibration)
+                run = {"method": method, "keep": keep, "blocks": counted(model)["blocks"], "learning_rate": rate}
+                if rate is not None:
+                    settings = Heal(steps=given.steps, learning_rate=rate, tokens_per_step=16 * 512)
+                    run["healing"] = api.heal(model, work.model, work.tokenizer, [text], settings)
+                run["scores"] = work.score(model)
+                result["runs"].append(run)
+                file.write_text(json.dumps(result, indent=1) + "\n")
+                shown = {kind: round(score["perplexity"], 1) for kind, score in run["scores"].items()}
+                print(f"{method} at {keep}, rate {rate}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
