@@ -7,6 +7,7 @@ the product: rotary positions, which leave pairs of dimensions only, or a norm p
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,7 @@ def heads_of(model: PreTrainedModel, attention: nn.Module) -> Heads | None:
         shares = _shares(config)
         rotary = 2 * int(size * min(shares) / 2)
         freedom = "pairs" if len(set(shares)) == 1 else "none"
-    if any("norm" in name.lower() for name, _ in attention.named_modules() if name):
+    if any(re.match(r"(q|k|query|key)\w*norm", name.lower()) for name, _ in attention.named_children()):
         freedom = "none"
     interleaved = "attn.qkv" in ARCHITECTURES[model.config.model_type].interleaved
     return Heads(query, groups, size, freedom, rotary, interleaved)

@@ -47,8 +47,8 @@ FREE = {
     "phi": (ONES, "keep", "pairs"),
     "bert": (ORDER, "keep", "basis"),
     "roberta": (ORDER, "keep", "basis"),
-    "albert": (ORDER, "keep", "none"),
-    "albert-groups": (ORDER, "keep", "none"),
+    "albert": (ORDER, "keep", "basis"),
+    "albert-groups": (ORDER, "keep", "basis"),
     "t5": (ORDER, "keep", "basis"),
     "t5-gated": (ANY, "untie", "basis"),
 }
