@@ -131,15 +131,31 @@ class Block:
         return target
 
     def _found(self, path: str) -> Target:
-        weight, (second, _) = self.refitted(path), centred(self.moments(path), self.centres(path))
+        weight = self.refitted(path)
+        second = self.second(path)
         return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
 
     def refitted(self, path: str) -> Tensor:
         """The best dense matrix ``(out, in)`` for the inputs that the site now gets; without ``refit`` the original one."""
         if not self.refits(path):
             return self.weight(path)
-        second, cross = centred(self.moments(path), self.centres(path))
-        return regressed(self.weight(path), second, cross, self.damping(second))
+        second, goal = self.second(path), self.crossed(path)
+        return regressed(self.weight(path), second, goal, self.damping(second))
+
+    def second(self, path: str) -> Tensor:
+        """The second moment of the inputs, about their mean where the bias takes that up."""
+        moments = self.moments(path)
+        return moments.second - torch.outer(moments.mean, moments.mean) if self.centres(path) else moments.second
+
+    def crossed(self, path: str) -> Tensor:
+        """``W mean(x z^T)`` ``(out, in)``, about the means likewise; the cross moment goes when no other site asks for it."""
+        moments, weight = self.moments(path), self.weight(path)
+        if path not in moments.crossed:
+            moments.crossed[path] = weight @ moments.cross
+            if len(self.stages[self.stage(path)]) == 1:
+                moments.cross = moments.cross.new_empty(0)
+        found = moments.crossed[path]
+        return found - torch.outer(weight @ moments.mean_original, moments.mean) if self.centres(path) else found
 
     def centres(self, path: str) -> bool:
         """Whether the mean of the inputs is left to the bias."""
@@ -205,13 +221,14 @@ class Block:
         self._known = {stage: known for stage, known in self._known.items() if stays(stage)}
 
 
-def regressed(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:
-    """``(W cross + share W) (second + share 1)^-1``: what makes of ``z`` what ``W`` makes of ``x``, drawn towards ``W``.
+def regressed(weight: Tensor, second: Tensor, goal: Tensor, share: float) -> Tensor:
+    """``(goal + share W) (second + share 1)^-1``, ``goal = W mean(x z^T)``.
 
-    The share is never less than what products in float32 may be wrong by.
+    What makes of ``z`` what ``W`` makes of ``x``, drawn towards ``W``. The share is never less than what products in float32 may
+    be wrong by.
     """
     share = max(share, 2.0**-23 * float(second.diagonal().sum()))
-    return solve_symmetric(with_ridge(second, share), (weight @ cross).add_(weight, alpha=share))
+    return solve_symmetric(with_ridge(second, share), goal.add(weight, alpha=share))
 
 
 def with_ridge(second: Tensor, share: float) -> Tensor:
@@ -225,13 +242,3 @@ def stages_of(path: str, sites: list[Site], streams: Streams, number: int) -> li
     """The sites of block ``number`` in the order in which they run, those that read the same together."""
     inner = {site.path.removeprefix(f"{path}."): site.path for site in sites}
     return [[inner[p] for p in stage] for stage in streams.stages(number, list(inner))]
-
-
-def centred(moments: Moments, center: bool) -> tuple[Tensor, Tensor]:
-    """Second and cross moments, about the means if ``center``."""
-    if not center:
-        return moments.second, moments.cross
-    return (
-        moments.second - torch.outer(moments.mean, moments.mean),
-        moments.cross - torch.outer(moments.mean_original, moments.mean),
-    )

@@ -118,20 +118,26 @@ def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights
         streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first)
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
-            original = twin(model.get_submodule(work.path))
-            if journal.finished(number):
-                journal.restore(model, number)
-            else:
-                matters = journal.matters(number)
-                block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
-                for action in work.actions:
-                    action.apply(block, journal.chosen)
-                if settings.refine:
-                    here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
-                    refine(streams, number, here, original, matters.get(work.path), *how)
-                weights.keep(number, work.path)
-            if number + 1 < len(works):
-                streams.advance(number, original)
+            _one_block(model, number, work, streams, settings, weights, journal, number + 1 == len(works))
+
+
+def _one_block(model, number: int, work: Work, streams: Streams, settings, weights, journal, last: bool) -> None:
+    """In a function of its own, so that nothing of one block is in memory when the next one is read."""
+    original = twin(model.get_submodule(work.path))
+    if journal.finished(number):
+        journal.restore(model, number)
+    else:
+        matters = journal.matters(number)
+        block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
+        for action in work.actions:
+            action.apply(block, journal.chosen)
+        del block
+        if settings.refine:
+            here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
+            refine(streams, number, here, original, matters.get(work.path), *how)
+        weights.keep(number, work.path)
+    if not last:
+        streams.advance(number, original)
 
 
 def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
@@ -187,14 +193,18 @@ def survey(
     if gradients:
         with weights.outside():
             look.turn()
-    for number, work in reversed(list(enumerate(progress(works)))):
+
+    def curves_of(number: int, work: Work) -> list[Curve]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
+        seen = look.backward(number, work.path, stages[number], weighed if gradients else set())
+        journal.weigh(number, seen.matters)
+        with torch.no_grad():
+            block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
+            return [curve for action in work.actions for curve in action.curves(block)]
+
+    for number, work in reversed(list(enumerate(progress(works)))):
         with weights.at(work.path):
-            seen = look.backward(number, work.path, stages[number], weighed if gradients else set())
-            journal.weigh(number, seen.matters)
-            with torch.no_grad():
-                block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
-                curves = [curve for action in work.actions for curve in action.curves(block)] + curves
+            curves = curves_of(number, work) + curves
     return curves, influence
 
 

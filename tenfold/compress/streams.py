@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Moments:
         mean: mean of ``z (in,)``.
         mean_original: mean of ``x (in,)``.
         tokens: how many vectors were seen.
+        crossed: ``{path of a site: W cross}``, once it was asked for.
     """
 
     second: Tensor
@@ -42,6 +43,7 @@ class Moments:
     mean: Tensor
     mean_original: Tensor
     tokens: int
+    crossed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Sums:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.compress.allocate import Curve
-from tenfold.compress.block import Block, Target, centred, with_ridge
+from tenfold.compress.block import Block, Target, with_ridge
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
 from tenfold.models.heads import Heads
 from tenfold.models.sites import Site, weight_of
@@ -144,10 +144,9 @@ def _refit(block: Block, path: str) -> None:
 
 def _restricted(block: Block, path: str, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
     """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``."""
-    moments = block.moments(path)
-    second, cross = centred(moments, block.centres(path))
+    second = block.second(path)
     share = block.damping(second) / 10
-    goal = (block.weight(path) @ cross)[:, kept] + share * before[:, kept]
+    goal = block.crossed(path)[:, kept] + share * before[:, kept]
     near = solve_symmetric(with_ridge(second[kept][:, kept], share), goal)
     whole = torch.zeros_like(before).index_copy(1, kept, near)
     return near, block.new_bias(path, whole)
