@@ -96,6 +96,10 @@ def checked_device(device: str | None) -> torch.device:
 def with_keep(recipe, keep: float | None, of: str = "model") -> Recipe:
     """``recipe`` (a name, a file or a mapping) with another budget, if ``keep`` is given."""
     loaded = load_recipe(recipe)
+    if keep is not None and loaded.stages:
+        raise ValueError(
+            f"recipe {loaded.name} has stages, each with sizes of its own; leave --keep out, or write them there"
+        )
     return loaded if keep is None else loaded.model_copy(update={"budget": Budget(keep=checked_keep(keep), of=of)})
 
 

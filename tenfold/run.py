@@ -66,10 +66,9 @@ def compress_checkpoint(
     output = api.check_output(Path(output), overwrite)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     kind = api.checked_dtype(dtype)
-    whole = loaded.first is not None or any(rule.share for rule in loaded.replace)  # not block by block
+    whole = bool(loaded.first or loaded.squeeze) or any(rule.share for rule in loaded.replace)  # not block by block
     lazy = None if whole else open_lazy(name, api.checked_device(device), None if isinstance(kind, str) else kind)
-    # what changes the model as a whole, or shares factors between sites, needs all of it
-    if lazy is None or loaded.first or any(rule.share for rule in loaded.replace):
+    if lazy is None:
         return _at_once(
             name, output, loaded, files, samples, device, dtype, command, max_shard_size, progress, announce
         )

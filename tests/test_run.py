@@ -6,6 +6,7 @@ import sys
 import pytest
 import small
 import torch
+import transformers
 from models import toys
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -270,3 +271,42 @@ def test_bonds_are_cut_and_healed_in_rounds(dense, tmp_path):
 def test_what_a_squeezed_model_costs_is_not_known_before():
     with pytest.raises(ValueError, match="mpop-staged cuts the bonds that lose least: what it costs is known when"):
         api.inspect("gpt2", load_recipe("mpop-staged"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_mixture_goes_from_disk_to_disk_and_on_after_an_interruption(name, tmp_path, monkeypatch):
+    dense = small.folder(tmp_path / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    config = toys.config(name, vocab_size=len(tokenizer), max_position_embeddings=128)
+    model = getattr(transformers, toys.EXPERTS[name][0])(config)
+    (tmp_path / "moe").mkdir()
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    (tmp_path / "moe" / "text.txt").write_text((dense / "text.txt").read_text())
+    assert lazy.open_lazy(tmp_path / "moe") is not None
+    go(tmp_path / "moe", tmp_path / "out")
+    expected, ids = in_memory(tmp_path / "moe"), torch.arange(12)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(whole(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=0)
+    keep = Journal.keep
+
+    def stop(self, lazy_model, number, *rest):
+        if number == 1:
+            raise Interrupted
+        keep(self, lazy_model, number, *rest)
+
+    monkeypatch.setattr(Journal, "keep", stop)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "moe", tmp_path / "again")
+    monkeypatch.setattr(Journal, "keep", keep)
+    go(tmp_path / "moe", tmp_path / "again")
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(resumed(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_squeezing_reads_the_whole_model(dense, tmp_path):
+    train = {"kind": "tensor_train", "parts": 3, "rank": 4}
+    go(dense, tmp_path / "trains", {"name": "trains", "replace": [{"role": "mlp.in", "structure": train}]})
+    (tmp_path / "trains" / "text.txt").write_text((dense / "text.txt").read_text())
+    report = go(tmp_path / "trains", tmp_path / "squeezed", {"name": "cut", "squeeze": {"role": "mlp.in", "bonds": 2}})
+    assert report["parameters"]["total"] < report["parameters_dense"]["total"]

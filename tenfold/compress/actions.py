@@ -86,9 +86,10 @@ def _check_plain(rule: Rule) -> None:
 def _check_whole(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> None:
     """Raise ValueError where a rule that narrows does not have every matrix that it needs."""
     block = sites[0].path.split(f".{sites[0].layer}.")[0] + f".{sites[0].layer}."
-    there = {site.role for site in find_sites(model) if site.path.startswith(block) and rule.matches(site)}
-    if missing := there - {site.role for site in sites}:
+    there = {site.path for site in find_sites(model) if site.path.startswith(block) and rule.matches(site)}
+    if missing := sorted(there - {site.path for site in sites}):
+        taken = sorted({site.role for site in find_sites(model) if site.path in missing})
         raise ValueError(
-            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(sorted(missing))} of "
+            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(taken)} of "
             f"{block.rstrip('.')}; take that rule out, or limit both to different layers"
         )

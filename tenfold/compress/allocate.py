@@ -41,6 +41,7 @@ class Curve:
         products = np.asarray(self.costs if self.products is None else self.products)
         indices = np.zeros(len(products), int) if self.indices is None else np.asarray(self.indices)
         self.whole = int(self.costs[-1]) if self.settled is None else self.settled  # parameters of the item as it is
+        self.whole_products = int(products[-1])
         order = np.lexsort((self.losses, self.costs))
         best, kept = np.inf, []
         for k in order:  # an option that is dearer and no better than another is none

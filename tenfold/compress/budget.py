@@ -45,6 +45,7 @@ def choose(
     unit = UNITS.get(recipe.budget.of, Parameters)(model)
     curves = [unit.curve(curve) for curve in curves]
     dropped = sum(curve.whole - int(curve.costs[0]) for curve in curves if curve.settled is not None)
+    dropped -= sum(unit.folded_away(site) for site in _once(sites, settled, True))
     free = [curve for curve in curves if curve.settled is None]
     whole = sum(curve.whole for curve in free) - sum(unit.folded_away(site) for site in _once(sites, settled))
     if recipe.budget.of == "sites":
@@ -67,8 +68,9 @@ def total_of(model: PreTrainedModel, budget: Budget) -> float:
     return 0 if budget.of == "sites" else UNITS.get(budget.of, Parameters)(model).total(budget.of)
 
 
-def _once(sites: Sequence[Site], settled: Mapping[str, Any]) -> list[Site]:
-    return list({site.path: site for site in sites if site.path not in settled}.values())
+def _once(sites: Sequence[Site], settled: Mapping[str, Any], whether: bool = False) -> list[Site]:
+    """The sites that are not ``settled``, or are, each once."""
+    return list({site.path: site for site in sites if (site.path in settled) == whether}.values())
 
 
 @dataclass
@@ -104,7 +106,9 @@ class Flops(Parameters):
             for option, products in zip(curve.options, curve.products, strict=True)
         ]
         settled = None if curve.settled is None else 2 * curve.calls * curve.settled
-        return Curve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
+        made = Curve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
+        made.whole = 2 * curve.calls * curve.whole_products if settled is None else settled
+        return made
 
     def total(self, of: str) -> float:
         return price(self.model)["flops_per_token"][str(ROWS)]

@@ -15,11 +15,10 @@ from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.squeeze import squeeze
 from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
-from tenfold.models.experts import unpack
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import Plan, make_plan
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
-from tenfold.models.replace import Change, replace
+from tenfold.models.replace import Change, replace, take_apart, untie
 from tenfold.models.sites import find_sites
 from tenfold.structure import Structure
 
@@ -64,7 +63,7 @@ def compress(
         )
     if text is None and recipe.calibrate is not None:
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
-    unpack(model)
+    take_apart(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
     if recipe.squeeze is not None:
         changes = squeeze(model, recipe.squeeze, recipe.name)
@@ -74,6 +73,7 @@ def compress(
         changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
     folded, errors = price(model), {change.path: change.error for change in changes}
     before = {site["path"]: site for site in dense["sites"]}
+    before |= {site["path"]: site for site in folded["sites"] if site["path"] not in before}  # blocks that moved up
     return model, more | {
         "recipe": recipe.model_dump(exclude_defaults=True),
         "parameters": folded["parameters"] | {"dense": dense["parameters"]["total"]},
@@ -102,6 +102,12 @@ def _calibrated(
     inside = [site for site in find_sites(model) if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
     about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
+    if mixed := [rule for rule in recipe.replace if not rule.narrow and len(_places(rule, model)) > 1]:
+        raise ValueError(
+            f"the rule for role {mixed[0].role or mixed[0].path} names matrices inside and outside of the blocks; with a "
+            "calibration text these are done in two ways, so write two rules"
+        )
+    untie(model, Plan({}, recipe.untie))
     before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
     if not recipe.replace:
         return [], before | about
@@ -115,6 +121,11 @@ def _calibrated(
     if not inner:
         return changes, before | about
     return changes, before | compress_blocks(model, rest, text, progress, announce, weights, journal) | about
+
+
+def _places(rule: Rule, model) -> set[bool]:
+    """Whether the sites that the rule matches are in blocks."""
+    return {site.layer is not None for site in find_sites(model) if rule.matches(site)}
 
 
 def _outer_plan(model, recipe: Recipe, rules: list[Rule]) -> Plan:

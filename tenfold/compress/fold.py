@@ -10,7 +10,7 @@ import torch
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target
-from tenfold.models.plan import Entry, plain
+from tenfold.models.plan import Entry, fitting, plain
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.models.starts import factors_from
@@ -31,7 +31,7 @@ class Fold:
     def curves(self, block: Block) -> list[Curve]:
         (out, inner), specs = self.site.shape, self.rule.structures
         if len(specs) == 1 and not _open(specs[0]):
-            fixed = Structure.for_shape(out, inner, specs[0])
+            fixed = fitting(self.site, specs[0])
             size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
             return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
         curve = self._curve(block.target(self.site.path), specs)
@@ -49,7 +49,7 @@ class Fold:
             if family.is_open(spec):
                 priced += family.sizes(target.weight, spec, target.inputs, target.outputs)
             else:
-                fixed = Structure.for_shape(out, inner, spec)
+                fixed = fitting(self.site, spec)
                 priced.append((fixed, 2 * target.loss(fixed.dense(self._fitted(fixed, target, sweeps=3)))))
         priced.sort(key=lambda pair: pair[0].numel)
         options = [structure for structure, _ in priced]
@@ -107,9 +107,17 @@ class FoldTogether:
         sizes = LowRank.sizes(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)[:most]
         costs = [structure.numel for structure, _ in sizes] + [sum(self.heights) * inner]
         losses = [loss / 2 for _, loss in sizes] + [0.0]
-        return [Curve(self.name, np.array(costs), np.array(losses), [*range(1, len(sizes) + 1), None])]
+        each = sum(self.heights) + len(self.sites) * inner  # every site multiplies by the shared factor itself
+        products = np.array([each * rank for rank in range(1, len(sizes) + 1)] + [sum(self.heights) * inner])
+        options, calls = [*range(1, len(sizes) + 1), None], self.sites[0].calls
+        return [Curve(self.name, np.array(costs), np.array(losses), options, products=products, calls=calls)]
 
     def _stacked(self, block: Block) -> Target:
+        if len({block.stage(site.path) for site in self.sites}) > 1:
+            paths = ", ".join(site.path for site in self.sites)
+            raise ValueError(
+                f"{paths} do not read the same, so that they can't share a factor; share among those that do"
+            )
         targets = [block.target(site.path) for site in self.sites]
         outputs = torch.block_diag(*(target.outputs for target in targets))
         return Target(torch.cat([target.weight for target in targets]), targets[0].inputs, outputs)

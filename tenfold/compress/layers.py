@@ -78,6 +78,11 @@ def remove(model: PreTrainedModel, numbers: Sequence[int]) -> None:
     path = next(iter(blocks_of(find_sites(model)))).rpartition(".")[0]
     blocks, config = model.get_submodule(path), model.config.get_text_config()
     count = len(blocks)
+    if getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, which no configuration says of "
+            "other blocks; fold it instead of dropping layers"
+        )
     left = [k for k in range(count) if k not in numbers]
     model.set_submodule(path, nn.ModuleList(blocks[k] for k in left))
     for number, k in enumerate(left):
@@ -85,8 +90,10 @@ def remove(model: PreTrainedModel, numbers: Sequence[int]) -> None:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count and key != "architectures":
+        if isinstance(value, list) and len(value) == count and key not in ("architectures", "mlp_only_layers"):
             setattr(config, key, [value[k] for k in left])
+    if getattr(config, "mlp_only_layers", None):
+        config.mlp_only_layers = [number for number, k in enumerate(left) if k in config.mlp_only_layers]
     config.num_hidden_layers = len(left)
 
 

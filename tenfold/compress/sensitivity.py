@@ -105,18 +105,23 @@ class Survey:
         widths = {path: shape_of(streams.model.get_submodule(path))[1] for path in first}
         seen = [checked(sums.get(path, Sums(widths[path], True)).moments(), path, number) for path in first]
         matters = {path: value / max(1, self.tokens) for path, value in found.items()}
-        return Seen(dict(enumerate(like_others(seen))), _with_unseen(matters, weighed))
+        experts = [k for k, path in enumerate(first) if expert_of(path) is not None]
+        known = dict(enumerate(seen)) | dict(zip(experts, like_others([seen[k] for k in experts]), strict=True))
+        shapes = {path: shape_of(streams.model.get_submodule(path))[0] for path in weighed}
+        return Seen(known, _with_unseen(matters, shapes))
 
 
-def _with_unseen(matters: dict[str, Tensor], weighed: set[str]) -> dict[str, Tensor]:
+def _with_unseen(matters: dict[str, Tensor], shapes: dict[str, int]) -> dict[str, Tensor]:
     """An expert that saw no token matters as the others do on average: the text says nothing against it."""
-    for path in sorted(weighed - matters.keys()):
-        part = path.rpartition(".")[2]
-        others = [
-            value for other, value in matters.items() if expert_of(other) is not None and other.endswith(f".{part}")
-        ]
-        if others:
-            matters[path] = torch.stack(others).mean(0)
+    for path in sorted(shapes.keys() - matters.keys()):
+        part, size = f".{path.rpartition('.')[2]}", shapes[path]
+        others = [value for name, value in matters.items() if expert_of(name) is not None and name.endswith(part)]
+        alike = [value for value in others if len(value) == size]
+        if alike:
+            matters[path] = torch.stack(alike).mean(0)
+        elif others:
+            mean = sum(float(value.diagonal().mean()) for value in others) / len(others)
+            matters[path] = mean * torch.eye(size, dtype=torch.float64)
     return matters
 
 

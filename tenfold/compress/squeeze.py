@@ -25,7 +25,7 @@ def squeeze(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[Chan
     A bond ``r`` is cut to ``max(1, int(how.by * r))``. Its error is ``||W - What|| / ||W||``, exact for the weights as they are.
 
     Raises:
-        ValueError: no tensor train of these roles has a bond left to cut, or shares its factors.
+        ValueError: no tensor train of these roles has a bond to cut, or one shares its factors.
     """
     roles = [how.role] if isinstance(how.role, str) else how.role
     sites = {site.path: site for site in find_sites(model) if site.role in roles}
@@ -33,8 +33,12 @@ def squeeze(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[Chan
     changes: dict[str, Change] = {}
     for _ in range(how.bonds):
         found = [(*bond, path) for path, bonds in open_bonds.items() for bond in bonds]
+        if not found and changes:
+            break  # all bonds are one now
         if not found:
-            raise ValueError(f"no tensor train of role {how.role} has a bond that can be cut; fold these roles first")
+            raise ValueError(
+                f"no tensor train of role {how.role} has a bond that can be cut; fold these roles first, without split or adapter"
+            )
         _, bond, rank, path = min(found)
         changes[path] = _cut(model, sites[path], bond, rank, changes.get(path))
         open_bonds[path] = _bonds(model, path, how.by)

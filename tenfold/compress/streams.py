@@ -220,10 +220,15 @@ def unseen_experts(paths: list[str]) -> list[list[str]]:
 def like_others(moments: list[Moments]) -> list[Moments]:
     """An expert that saw no token gets the mean of the others' moments."""
     for k, one in enumerate(moments):
-        others = [m for m in moments if m.tokens and len(m.mean) == len(one.mean)]
+        seen = [m for m in moments if m.tokens]
+        others = [m for m in seen if len(m.mean) == len(one.mean)]
         if not one.tokens and others:
             second, mean = sum(m.second for m in others) / len(others), sum(m.mean for m in others) / len(others)
             moments[k] = Moments(second, second, mean, mean, 0)
+        elif not one.tokens and seen:  # none of its width: as much in every direction
+            size = sum(float(m.second.diagonal().mean()) for m in seen) / len(seen)
+            second = size * torch.eye(len(one.mean)).to(one.second)
+            moments[k] = Moments(second, second, one.mean, one.mean, 0)
     return moments
 
 

@@ -50,11 +50,12 @@ def chosen_share(config) -> float:
 
 
 @torch.no_grad()
-def unpack(model: nn.Module) -> None:
-    """Take the fused experts of ``model`` apart, in place."""
-    for path, module in list(model.named_modules()):
-        if is_fused(module):
-            model.set_submodule(path, _apart(module).train(module.training))
+def unpack(model: nn.Module) -> bool:
+    """Take the fused experts of ``model`` apart, in place; whether there were any."""
+    fused = [(path, module) for path, module in model.named_modules() if is_fused(module)]
+    for path, module in fused:
+        model.set_submodule(path, _apart(module).train(module.training))
+    return bool(fused)
 
 
 def _apart(module: nn.Module) -> Experts:
@@ -73,7 +74,7 @@ def _apart(module: nn.Module) -> Experts:
 @torch.no_grad()
 def pack(experts: Experts, fused: nn.Module) -> nn.Module:
     """``fused``, as the architecture has it here, with the matrices of ``experts``; hidden units that are gone are zero."""
-    like, units = next(experts.parameters()), fused.down_proj.shape[2]
+    units, like = fused.down_proj.shape[2], _dense(experts.each[0].down)
     gate_up, back = (torch.zeros(p.shape).to(like) for p in (fused.gate_up_proj, fused.down_proj))
     for number, expert in enumerate(experts.each):
         gate, up, down = (_dense(getattr(expert, part)) for part in PARTS)

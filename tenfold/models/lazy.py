@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from tenfold.models.cost import read_config
 from tenfold.models.experts import unpack
 from tenfold.models.replace import install_empty
+from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.stored import folded_config, stored_plan
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -112,8 +114,13 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, 
         with safe_open(file, "pt") as opened:
             stored |= dict.fromkeys(opened.keys(), file)
     found, prefix = {}, f"{model.base_model_prefix}."
+    table = ARCHITECTURES.get(model.config.model_type)
     for name in model.state_dict():
-        there = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
+        names = [name]
+        for pattern, other in table.stored if table else ():
+            names += [re.sub(pattern, other, n) for n in names]
+        names += [n.removeprefix(prefix) for n in names] + [prefix + n for n in names]
+        there = next((n for n in names if n in stored), None)
         if there is not None:
             found[name] = (stored[there], there)
         elif name not in model.all_tied_weights_keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
@@ -102,16 +103,24 @@ def _budgeted(rule: Rule) -> bool:
     return Structure.family(rule.spec["kind"]).is_open(rule.spec)
 
 
+def fitting(site: Site, spec: dict) -> Structure:
+    """The structure of a whole site that ``spec`` says, nothing left open; every complaint names the site."""
+    return _named(site, spec, lambda: Structure.for_shape(*site.shape, spec))
+
+
 def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:
-    """The structure of one site; every complaint names the site."""
+    return _named(site, rule.spec, lambda: _structure(rule, site, keep))
+
+
+def _named(site: Site, spec: dict, make: Callable[[], Structure]) -> Structure:
     where = f"{site.path} ({site.shape[0]}x{site.shape[1]})"
     try:
-        return _structure(rule, site, keep)
+        return make()
     except ValueError as reason:
         raise ValueError(f"{where}: {reason}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError):
         raise ValueError(
-            f"{where}: {rule.spec} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
+            f"{where}: {spec} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
             "part is a mapping with its own kind"
         ) from None
 

@@ -88,6 +88,11 @@ class Rule(_Strict):
         if self.narrow is not None:
             if self.role or self.path or self.structure:
                 raise ValueError("a rule that narrows names neither role, path nor structure")
+            given = self.model_fields_set - {"narrow", "method", "layers"}
+            if given:
+                raise ValueError(
+                    f"a rule that narrows takes no {', '.join(sorted(given))}; a budget says how much stays"
+                )
             return self
         if self.role is None and self.path is None:
             raise ValueError("a rule needs a role or a path")
@@ -117,8 +122,8 @@ class Rule(_Strict):
         """
         if len(self.structures) != 1:
             raise ValueError(
-                f"the rule for role {self.role} leaves the choice between {len(self.structures)} structures: activations decide, "
-                "so give a calibration text (--calibrate FILE), or one structure"
+                f"the rule for role {self.role} leaves the choice between {len(self.structures)} structures, which activations "
+                "make for each matrix of a block by itself: give a calibration text (--calibrate FILE), or one structure here"
             )
         return self.structures[0]
 
@@ -271,6 +276,19 @@ class Recipe(_Strict):
     model: dict[str, Any] | None = None
     tokenizer: Tokenizer | None = None
     train: Train | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if self.stages:
+            keys = ("replace", "first", "squeeze", "budget", "untie", "calibrate", "heal")
+            if given := sorted(self.model_fields_set & set(keys)):
+                raise ValueError(
+                    f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
+                )
+        for step in (self, *self.stages):
+            if step.squeeze is not None and step.replace:
+                raise ValueError("squeeze and replace are two stages: fold in one, squeeze in the next")
+        return self
 
     def steps(self) -> list[Recipe]:
         """The recipes of its stages, this one where there are none."""

@@ -54,7 +54,7 @@ def replace(
     """
     if source not in ("weights", "noise"):
         raise ValueError(f"source is {source!r}; it must be 'weights' or 'noise'")
-    unpack(model)
+    take_apart(model)
     if source == "weights":
         _check_weights(model, plan)
     untie(model, plan)
@@ -219,7 +219,8 @@ def _put_in(model, entry: Entry, factors: Factors, bias: Tensor | None, containe
     _fill(new, factors)
     if bias is not None and isinstance(new, FactorizedLinear):
         like = old.like if isinstance(old, FOLDED) else old.weight
-        new.bias = nn.Parameter(bias.to(like), requires_grad=like.requires_grad)
+        before = like if old.bias is None else old.bias
+        new.bias = nn.Parameter(bias.to(like), requires_grad=before.requires_grad)
 
 
 @torch.no_grad()
@@ -233,9 +234,22 @@ def set_matrix(module: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
         module.bias.copy_(bias)
 
 
+def take_apart(model: PreTrainedModel) -> None:
+    """Take fused experts apart; the model can be saved and read again from there on, whatever happens next."""
+    if unpack(model):
+        finish(model, "")
+
+
 def finish(model: PreTrainedModel, recipe: str) -> None:
     """After sites were folded one by one: tie what is tied, and note it in the model's configuration."""
     tie(model)
+    container = getattr(base_model(model), CONTAINER, None)
+    if container is not None:
+        used = {key for _, layer in _folded(model) for key in layer.shared.values()}
+        for key in [key for key, _ in container.named_parameters() if key not in used]:
+            delattr(container, key)
+        if not used:
+            _drop_container(model)
     model.config.quantization_config = describe(model, recipe)
 
 

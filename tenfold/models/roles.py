@@ -27,12 +27,14 @@ class Architecture:
     Args:
         paths: role -> path patterns inside the base model.
         calls: config -> how often the module of a block runs in one forward pass.
+        stored: ``(pattern, replacement)``: how published checkpoints name tensors that have another name in the model.
         interleaved: roles whose matrix holds several whose rows alternate, so that ``split`` can't part them.
     """
 
     paths: dict[str, str | tuple[str, ...]]
     calls: Callable = lambda config: 1
     interleaved: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
 
 
 def _split_attention(block: str, attention: str, out: str = "o_proj") -> dict:
@@ -46,7 +48,14 @@ _LLAMA = Architecture(
 )
 
 
-def _with_experts(block: str, shared: str | None = None) -> Architecture:
+_EXPERT = r"\.experts\.each\.(\d+)"
+_MIXTRAL = tuple((rf"{_EXPERT}\.{ours}\.weight$", rf".experts.\1.{theirs}.weight")
+                 for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")))  # fmt: skip
+_MIXTRAL += ((r"\.mlp\.", ".block_sparse_moe."),)
+_EACH = ((rf"{_EXPERT}\.(gate|up|down)\.weight$", r".experts.\1.\2_proj.weight"),)
+
+
+def _with_experts(block: str, shared: str | None = None, stored: tuple[tuple[str, str], ...] = _EACH) -> Architecture:
     """As Llama, with experts in every ``block`` (their layers may mix with plain MLPs), and one that all tokens pass."""
     experts = {"mlp.gate": f"{block}.experts.each.*.gate", "mlp.in": f"{block}.experts.each.*.up"}
     experts["mlp.out"] = f"{block}.experts.each.*.down"
@@ -54,7 +63,7 @@ def _with_experts(block: str, shared: str | None = None) -> Architecture:
     for role, path in experts.items():
         name = str(_LLAMA.paths[role]).rpartition(".")[2]
         paths[role] = (str(_LLAMA.paths[role]), path, *([f"{block}.{shared}.{name}"] if shared else []))
-    return Architecture(paths)
+    return Architecture(paths, stored=stored)
 
 
 _GPT = Architecture(
@@ -107,7 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
     "gemma3": Architecture({role: f"language_model.{path}" for role, path in _LLAMA.paths.items()}),
-    "mixtral": _with_experts("layers.*.mlp"),
+    "mixtral": _with_experts("layers.*.mlp", stored=_MIXTRAL),
     "olmoe": _with_experts("layers.*.mlp"),
     "qwen2_moe": _with_experts("layers.*.mlp", "shared_expert"),
     "qwen3_moe": _with_experts("layers.*.mlp"),

@@ -111,7 +111,7 @@ def test_a_structure_of_fixed_size_may_be_one_of_them():
 
 
 def test_which_structure_suits_is_not_seen_without_data():
-    with pytest.raises(ValueError, match="leaves the choice between 2 structures: activations decide, so give a calib"):
+    with pytest.raises(ValueError, match="choice between 2 structures, which activations make"):
         compress(toys.build("llama"), choosing(CHOICE))
 
 
@@ -149,3 +149,61 @@ def test_outside_of_the_blocks_a_rule_says_how_much_stays():
     recipe = {"replace": [embed | {"keep": 0.1}, *RULES["narrow"]], "budget": {"keep": 0.99, "of": "model"}}
     with pytest.raises(ValueError, match=r"keep 0.99 of the model is reached outside of the blocks already"):
         compress(model, recipe, text=text())
+
+
+# models that are folded already ------------------------------------------------------------------------------------
+
+
+def flops(model) -> int:
+    return price(model)["flops_per_token"]["1024"]
+
+
+def parameters(model) -> int:
+    return price(model)["parameters"]["total"]
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.8])
+@pytest.mark.parametrize(("of", "size"), [("model", parameters), ("flops", flops)])
+def test_a_rule_of_its_own_size_on_folded_matrices_is_counted_from_what_they_hold(of, size, keep):
+    low = {"kind": "low_rank"}
+    first = {"replace": [{"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {**low, "rank": 8}}]}
+    model = compress(toys.build("llama"), first)[0]
+    rules = [
+        {"role": ["mlp.in", "mlp.gate"], "structure": {**low, "rank": 6}},
+        {"role": ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.out"], "structure": low},
+    ]
+    after = compress(copy.deepcopy(model), {"replace": rules, "budget": {"keep": keep, "of": of}}, text=text())[0]
+    assert (keep - 0.03) * size(model) < size(after) <= keep * size(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_flops_of_a_shared_factor_are_those_of_every_site(name):
+    """Gate and up share a right factor, but both multiply by it."""
+    model = toys.build(name)
+    shared = {"role": ["mlp.gate", "mlp.in"], "structure": {"kind": "low_rank"}}
+    shared["share"] = {"factors": ["right"], "across": "roles"}
+    rules = [shared, {"role": ["mlp.out", "attn.q", "attn.out"], "structure": {"kind": "low_rank"}}]
+    after = compress(copy.deepcopy(model), {"replace": rules, "budget": {"keep": 0.8, "of": "flops"}}, text=text())[0]
+    assert 0.77 * flops(model) < flops(after) <= 0.8 * flops(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_flops_are_used_up_a_second_time(name):
+    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": "flops"}}
+    once = compress(toys.build(name), recipe, text=text())[0]
+    before = flops(once)
+    assert 0.77 * before < flops(compress(once, recipe, text=text())[0]) <= 0.8 * before
+
+
+def test_a_rule_is_for_matrices_inside_or_outside_of_the_blocks():
+    rule = {"role": ["embed", "mlp.in"], "structure": {"kind": "low_rank", "rank": 4}}
+    with pytest.raises(ValueError, match=r"names matrices inside and outside of the blocks; .* write two rules"):
+        compress(toys.build("gpt2"), {"replace": [rule]}, text=text())
+
+
+def test_a_head_gets_its_own_matrix_with_a_text_too():
+    model = toys.build("gpt2")
+    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": "blocks"}}
+    tied, own = (compress(copy.deepcopy(model), recipe | {"untie": untie}, text=text())[0] for untie in (False, True))
+    assert own.lm_head.weight is not own.transformer.wte.weight
+    assert parameters(own) == parameters(tied) + 97 * 32

@@ -8,12 +8,14 @@ import torch
 from models import toys
 from plain import moment, text
 from test_compress import NARROW, compressed, size
+from transformers import AutoModelForCausalLM
 
 from tenfold.compress.block import stages_of
 from tenfold.compress.compress import compress
 from tenfold.compress.sensitivity import Survey
 from tenfold.compress.streams import Streams, blocks_of
 from tenfold.models.experts import unpack
+from tenfold.models.replace import densify
 from tenfold.models.sites import find_sites
 
 WORDS = text(8)
@@ -115,3 +117,74 @@ def test_with_the_text_experts_share_nothing():
     rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
     with pytest.raises(ValueError, match="asks for share across experts, which is not done with a calibration text"):
         compressed(toys.build("mixtral"), [rule | {"share": {"factors": ["right"], "across": "experts"}}], None)
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_layers_of_a_mixture_are_dropped(name, tmp_path):
+    model = toys.build(name)
+    recipe = {"first": "drop-layers", "budget": {"keep": 0.7, "of": "model"}, "calibrate": {}}
+    after, _ = compress(model, recipe, text=WORDS)
+    torch.testing.assert_close(toys.logits(reloaded(after, tmp_path)), toys.logits(after), atol=1e-5, rtol=0)
+
+
+def test_a_refused_recipe_leaves_a_model_that_is_saved_and_read(tmp_path):
+    model = toys.build("mixtral")
+    before = toys.logits(model)
+    with pytest.raises(ValueError, match="pooler"):
+        compress(model, {"replace": [{"role": "pooler", "structure": {"kind": "low_rank", "rank": 2}}]})
+    torch.testing.assert_close(toys.logits(reloaded(model, tmp_path)), before, atol=1e-5, rtol=0)
+
+
+def test_experts_of_different_widths_that_no_token_reaches():
+    model = compressed(toys.build("mixtral"), [{"narrow": "mlp"}], 0.6)
+    rule = {"role": ["mlp.in", "mlp.gate"], "structure": {"kind": "low_rank"}, "keep": 0.7}
+    after = compressed(model, [rule], None, words=text(2, window=2, seed=4))
+    assert torch.isfinite(toys.logits(after)).all()
+
+
+def test_unseen_experts_are_like_other_experts_not_like_attention():
+    model = toys.build("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.mul_(30)
+    unpack(model)
+    one, path = torch.ones(1, 1, dtype=torch.long), "model.layers.0"  # a single token, for two of four experts
+    sites = blocks_of(find_sites(model))
+    streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
+    look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
+    look.forward(0, stages)
+    seen = look.backward(0, path, stages, set()).moments
+    traces = [float(seen[k].second.trace()) for k, stage in enumerate(stages) if stage[0].endswith("gate")]
+    tokens = [seen[k].tokens for k, stage in enumerate(stages) if stage[0].endswith("gate")]
+    assert min(tokens) == 0 < max(tokens)
+    assert max(traces) < 3 * min(traces)
+
+
+def test_a_rule_for_a_part_of_an_expert_leaves_it_to_no_narrowing():
+    rule = {"path": "experts.each.0.up", "structure": {"kind": "low_rank", "rank": 4}}
+    with pytest.raises(
+        ValueError, match=r"narrow: mlp needs all its matrices, but another rule before it takes mlp.in"
+    ):
+        compressed(toys.build("mixtral"), [rule, {"narrow": "mlp"}])
+
+
+def test_experts_that_share_all_their_factors_are_put_together_again():
+    model = toys.build("mixtral")
+    rule = {"role": ["mlp.out", "mlp.gate", "mlp.in"], "structure": {"kind": "low_rank", "rank": 8}}
+    compress(model, {"replace": [rule | {"share": {"factors": ["left", "right"], "across": "experts"}}]})
+    before = toys.logits(model)
+    torch.testing.assert_close(toys.logits(densify(model)), before, atol=1e-5, rtol=0)
+
+
+def test_all_experts_are_read_by_one_pass_each(monkeypatch):
+    """Not one pass per expert: what each reads, then what each makes."""
+    calls, moments = [], Streams.expert_moments
+    monkeypatch.setattr(Streams, "expert_moments", lambda self, *rest: calls.append(rest) or moments(self, *rest))
+    rule = {"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {"kind": "low_rank", "rank": 8}}
+    compressed(toys.build("mixtral"), [rule], None)
+    assert len(calls) == 2 * 2  # in two blocks

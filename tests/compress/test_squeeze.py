@@ -128,3 +128,16 @@ def test_what_can_not_be_squeezed_is_said():
         compress(shared, {"squeeze": {"role": "mlp.in"}})
     with pytest.raises(ValueError):
         Squeeze(role="mlp.in", by=1.0)
+
+
+def test_when_all_bonds_are_one_it_stops(tmp_path):
+    model = compress(toys.build("gpt2"), {"replace": [{"role": "mlp.in", "structure": FULL | {"rank": 2}}]})[0]
+    after = squeezed(model, bonds=50)[0]
+    assert all(set(module.structure.ranks) == {1} for _, module in trains(after))
+    after.save_pretrained(tmp_path)
+    assert torch.equal(toys.logits(type(after).from_pretrained(tmp_path).eval()), toys.logits(after))
+
+
+def test_a_bias_is_trained_as_before():
+    after = squeezed(folded(freeze=["core_0"]), bonds=6)[0]
+    assert all(module.bias.requires_grad and not module.core_0.requires_grad for _, module in trains(after))

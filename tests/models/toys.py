@@ -56,9 +56,9 @@ EXPERTS: dict[str, tuple[str, str, dict]] = {
 }
 
 
-def config(name: str):
+def config(name: str, **changes):
     _, kind, settings = (TOYS | EXPERTS)[name]
-    return AutoConfig.for_model(kind, **settings)
+    return AutoConfig.for_model(kind, **settings | changes)
 
 
 def build(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:

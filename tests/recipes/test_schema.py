@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tenfold import api
 from tenfold.models.cost import inspect, meta_model, plan_of
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
@@ -245,3 +246,27 @@ def test_file_may_say_on(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\non: gpt2\nuntie: true\nreplace: []\n")
     assert load_recipe(path) == Recipe(name="mine", on="gpt2", untie=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            {"replace": [{"narrow": "mlp", "keep": 0.5}]},
+            "a rule that narrows takes no keep; a budget says how much stays",
+        ),
+        (
+            {"stages": [{"replace": []}], "first": "slice"},
+            "a recipe of stages says in them what is done, and has no first",
+        ),
+        (one() | {"squeeze": {"role": "mlp.in"}}, "squeeze and replace are two stages"),
+    ],
+)
+def test_nothing_that_is_said_is_ignored(recipe, says):
+    with pytest.raises(ValueError, match=says):
+        load_recipe(recipe)
+
+
+def test_stages_have_sizes_of_their_own():
+    with pytest.raises(ValueError, match="mpop-staged has stages, each with sizes of its own; leave --keep out"):
+        api.with_keep("mpop-staged", 0.5)
