@@ -126,4 +126,27 @@ def bytes_table(dense: dict, folded: list[dict], runs: list[dict], kinds: tuple[
     ]
     for size, name, bits, run in sorted(rows, key=lambda row: -row[0]):
         lines.append(f"| {name} | {bits} | {size:,} | {' | '.join(f'{score:.4g}' for score in scores(run))} |")
+    better = 1 if causal else -1  # lower perplexities, higher cosines
+    named = [
+        (size, f"{name} in {bits} bits", [better * score for score in scores(run)]) for size, name, bits, run in rows
+    ]
+    front = [one for one in named if not any(other is not one and beats(other, one) for other in named)]
+    lines += [
+        "",
+        "Nothing here is as small as one of these and as good: "
+        + ", ".join(name for _, name, _ in sorted(front))
+        + ".",
+    ]
+    plain = [one for one in named if one[1].endswith("32 bits") and not one[1].startswith("dense")]
+    quantised = [one for one in named if one[1].startswith("dense") and not one[1].endswith("32 bits")]
+    worse = {one[1]: other[1] for one in plain for other in quantised if beats(other, one)}
+    lines += [
+        f"Quantisation alone is the better choice than {one}: {other} is smaller and better."
+        for one, other in worse.items()
+    ]
     return [*lines, ""]
+
+
+def beats(one: tuple, other: tuple) -> bool:
+    """No larger and nowhere worse."""
+    return one[0] <= other[0] and all(a <= b for a, b in zip(one[2], other[2], strict=True))
