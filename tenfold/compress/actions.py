@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
-from tenfold.compress.fold import Fold, FoldTogether
+from tenfold.compress.fold import Fold, FoldExperts, FoldTogether
 from tenfold.compress.modegpt import Modules
 from tenfold.compress.units import ByLoss, Chooser, NarrowHeads, NarrowMlp
 from tenfold.models.heads import heads_of
@@ -49,6 +49,8 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
         _check_plain(rule)
         if rule.share is None:
             return [Fold(site, rule) for site in sites]
+        if rule.share.across == "experts":
+            return _across_experts(sites, rule)
         return [FoldTogether(some, rule) if len(some) > 1 else Fold(some[0], rule) for some in _by_expert(sites)]
     _check_whole(model, rule, sites)
     chooser = CHOOSERS[rule.method]()
@@ -71,11 +73,18 @@ def _by_expert(sites: list[Site]) -> list[list[Site]]:
     return list(found.values())
 
 
+def _across_experts(sites: list[Site], rule: Rule) -> list[Action]:
+    """Every role of the experts in one action; what is in no expert by itself."""
+    roles: dict[str, list[Site]] = {}
+    for site in sites:
+        roles.setdefault(site.path if site.expert is None else site.role, []).append(site)
+    return [FoldExperts(some, rule) if some[0].expert is not None else Fold(some[0], rule) for some in roles.values()]
+
+
 def _check_plain(rule: Rule) -> None:
     """Raise ValueError for what a rule may say but activations do not guide."""
-    apart = rule.share is not None and rule.share.across != "roles"
-    said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze}
-    said |= {f"share across {rule.share and rule.share.across}": apart}
+    layers = rule.share is not None and rule.share.across == "layers"
+    said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze, "share across layers": layers}
     if wrong := [name for name, value in said.items() if value]:
         raise ValueError(
             f"the rule for role {rule.role} asks for {', '.join(wrong)}, which is not done with a calibration text; drop it, "

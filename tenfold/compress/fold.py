@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from tenfold.compress.block import Block, Target
 from tenfold.models.plan import Entry, fitting, plain
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
-from tenfold.models.starts import factors_from
+from tenfold.models.starts import QUICK, factors_from
 from tenfold.structure import Factors, LowRank, Structure
 
 
@@ -137,6 +138,66 @@ class FoldTogether:
             made: Factors = {"left": left, "right": factors["right"]}
             entry = Entry(site, structure, site.bias, shared={"right": f"{plain(self.name)}_right"})
             changes.append((entry, made, block.new_bias(site.path, structure.dense(made))))
+        block.fold_together(changes)
+
+
+@dataclass
+class FoldExperts:
+    """One role of all experts of a block, which share factors: ``minimise sum_e ||G_e^(1/2) (W_e - What_e) C_e^(1/2)||^2``.
+
+    The size is what the rule says; shared factors count for the first expert.
+    """
+
+    sites: list[Site]
+    rule: Rule
+
+    def __post_init__(self):
+        spec, (site, *others), share = self.rule.spec, self.sites, self.rule.share
+        if different := [other for other in others if other.shape != site.shape]:
+            raise ValueError(
+                f"{different[0].path} is {different[0].shape[0]}x{different[0].shape[1]} and {site.path} {site.shape[0]}x"
+                f"{site.shape[1]}: experts of different widths can't share a factor"
+            )
+        if _open(spec) and self.rule.keep is None:
+            raise ValueError(
+                f"how much experts that share factors keep is not seen from activations: give the rule for role {self.rule.role} "
+                "a keep or a size of its own"
+            )
+        size = site.shape[0] * site.shape[1]
+        self.structure = (
+            Structure.within(*site.shape, spec, self.rule.keep * size) if _open(spec) else fitting(site, spec)
+        )
+        self.names = share.factors if share else []
+        shapes = self.structure.factor_shapes()
+        if unknown := [name for name in self.names if name not in shapes]:
+            raise ValueError(f"{site.path}: there is no factor {unknown[0]!r} to share; it has {', '.join(shapes)}")
+        self.common = sum(math.prod(shapes[name]) for name in self.names)
+
+    def curves(self, block: Block) -> list[Curve]:
+        out, inner = self.sites[0].shape
+        return [
+            Curve(
+                site.path,
+                np.array([self.structure.numel - (self.common if number else 0)]),
+                np.array([0.0]),
+                [self.structure],
+                settled=out * inner,
+                calls=site.calls,
+            )
+            for number, site in enumerate(self.sites)
+        ]
+
+    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
+        targets = [block.target(site.path) for site in self.sites]
+        rows = None if block.settings.outputs == "none" else [target.outputs for target in targets]
+        weights, metrics = [target.weight for target in targets], [target.inputs for target in targets]
+        options = QUICK | self.rule.start.options
+        joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.names), **options), []
+        for k, site in enumerate(self.sites):
+            made = {name: value if name in self.names else value[k] for name, value in joint.items()}
+            shared = {name: f"{plain(self.sites[0].path)}_{name}" for name in self.names}
+            bias = block.new_bias(site.path, self.structure.dense(made))
+            changes.append((Entry(site, self.structure, site.bias, shared=shared), made, bias))
         block.fold_together(changes)
 
 

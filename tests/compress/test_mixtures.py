@@ -113,10 +113,51 @@ def test_gate_and_up_of_every_expert_share_a_factor():
     assert torch.isfinite(toys.logits(after)).all()
 
 
-def test_with_the_text_experts_share_nothing():
-    rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
-    with pytest.raises(ValueError, match="asks for share across experts, which is not done with a calibration text"):
-        compressed(toys.build("mixtral"), [rule | {"share": {"factors": ["right"], "across": "experts"}}], None)
+SHARED = {"share": {"factors": ["right"], "across": "experts"}}
+
+
+def shared(roles=("mlp.in", "mlp.gate"), **rule) -> list[dict]:
+    return [{"role": [*roles], "structure": {"kind": "low_rank"}, **SHARED, **rule}]
+
+
+@each
+def test_experts_share_a_factor_that_is_fitted_to_all_their_tokens(name, tmp_path):
+    """Less is lost than without regard to the tokens, at the same size."""
+    model = toys.build(name)
+    metric = compressed(model, shared(keep=0.5), None)
+    nearest = compress(copy.deepcopy(model), {"replace": shared(keep=0.5)})[0]
+    assert size(metric) == size(nearest) < size(model)
+    errors = [(logits_on(one) - logits_on(model)).norm() for one in (metric, nearest)]
+    assert errors[0] < errors[1]
+    mixture = next(layer.mlp for layer in metric.model.layers if hasattr(layer.mlp, "experts"))
+    expert, other = mixture.experts.each[:2]
+    assert expert.up.factors()["right"] is other.up.factors()["right"]
+    assert expert.up.factors()["right"] is not expert.gate.factors()["right"]
+    assert torch.equal(toys.logits(reloaded(metric, tmp_path)), toys.logits(metric))
+
+
+@torch.no_grad()
+def logits_on(model):
+    return torch.cat([model(**batch).logits for batch in WORDS.batches])
+
+
+@pytest.mark.parametrize("keep", [0.65, 0.6])
+def test_what_experts_share_is_in_the_budget(keep):
+    model = toys.build("mixtral")
+    rules = [*shared(keep=0.6), {"role": ["attn.q", "attn.out", "mlp.out"], "structure": {"kind": "low_rank"}}]
+    after = compressed(model, rules, keep, "model")
+    assert (keep - 0.02) * size(model) < size(after) <= keep * size(model)
+
+
+def test_what_experts_can_not_share_is_said():
+    model = toys.build("mixtral")
+    with pytest.raises(ValueError, match=r"how much experts that share factors keep .* a keep or a size of its own"):
+        compressed(model, shared(), 0.7)
+    with pytest.raises(ValueError, match="there is no factor 'core_1' to share; it has left, right"):
+        compressed(model, shared(keep=0.5, share={"factors": ["core_1"], "across": "experts"}), None)
+    narrowed = compressed(model, [{"narrow": "mlp"}], 0.6)
+    with pytest.raises(ValueError, match="experts of different widths can't share a factor"):
+        compressed(narrowed, shared(keep=0.5), None)
 
 
 def reloaded(model, folder):
