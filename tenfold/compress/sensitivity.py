@@ -17,6 +17,8 @@ from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, ke
 from tenfold.models.experts import expert_of
 from tenfold.models.sites import shape_of
 
+AT_ONCE = 128  # tokens that are drawn at once
+
 
 @dataclass
 class Seen:
@@ -73,12 +75,15 @@ class Survey:
         for k, batch in enumerate(streams.batches):
             states, found = streams.states(k)[0], []
             for row in range(len(states)):  # one sequence at a time: the logits of a batch are large
-                leaf, one = states[row : row + 1].clone().requires_grad_(), slice(row, row + 1)
-                with torch.enable_grad(), passing(streams.blocks, streams.form, leaf):
-                    out = streams.model(**{name: value[one].to(streams.device) for name, value in batch.items()})
-                    loss = _loss(out, batch["attention_mask"][one].bool(), generator)
-                    found.append(torch.autograd.grad(loss, leaf)[0])
+                given = {name: value[row : row + 1].to(streams.device) for name, value in batch.items()}
+                found.append(self._turned(states[row : row + 1], given, generator))
             streams.shelf.put(f"gradient-{k}", torch.cat(found))
+
+    def _turned(self, states: Tensor, given: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        leaf = states.clone().requires_grad_()
+        with torch.enable_grad(), passing(self.streams.blocks, self.streams.form, leaf):
+            ends, by = _gradient(self.streams.model(**given), given["attention_mask"].bool().cpu(), generator)
+            return torch.autograd.grad(ends, leaf, by)[0]
 
     def backward(self, number: int, path: str, stages: list[list[str]], weighed: set[str]) -> Seen:
         """Through block ``number``, which is ``path``; the gradient then is that of the block before it.
@@ -125,14 +130,21 @@ def _with_unseen(matters: dict[str, Tensor], shapes: dict[str, int]) -> dict[str
     return matters
 
 
-def _loss(out, kept: Tensor, generator: torch.Generator) -> Tensor:
+def _gradient(out, kept: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What the model returns, and the gradient of the loss by it: of cross entropy ``softmax - one hot``, in place."""
     logits = getattr(out, "logits", None)
     if logits is None:
-        states = out.last_hidden_state[kept]
-        return (states * torch.randn(states.shape, generator=generator).to(states)).sum()
-    logits = logits[kept].float()
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        states = out.last_hidden_state
+        by = torch.zeros_like(states)
+        by[kept] = torch.randn((int(kept.sum()), states.shape[-1]), generator=generator).to(states)
+        return states, by
+    by = logits.detach().float().softmax(-1)
+    for some in kept.nonzero().split(AT_ONCE):  # drawing takes three times the memory of what it draws from
+        rows = tuple(some.to(by.device).T)
+        drawn = torch.multinomial(by[rows].cpu(), 1, generator=generator)[:, 0]
+        by[(*rows, drawn.to(by.device))] -= 1.0
+    by[~kept] = 0.0
+    return logits, by.to(logits.dtype)
 
 
 @dataclass

@@ -6,16 +6,15 @@ Half precision is too coarse for statistics, and slow on a CPU. :class:`Resident
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tenfold.compress.shelf import hand_back
 from tenfold.models.lazy import Lazy
 from tenfold.models.sites import dtype_of
 
@@ -84,13 +83,6 @@ def round_to(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-
-
-def hand_back() -> None:
-    """Memory that was freed goes back to the system: glibc keeps what block after block leaves in pieces."""
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Streamed:
