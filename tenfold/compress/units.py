@@ -245,7 +245,9 @@ class NarrowHeads:
         reader, columns = block.target(self.out.path).weight.clone(), []
         for group in range(self.heads.groups):
             count = chosen[f"{self.out.path} v{group}"]
-            basis = self.chooser.values(self, block, group)
+            basis = _evened(
+                self.chooser.values(self, block, group), [reader[:, self.columns(h)] for h in self.members(group)]
+            )
             self._turn(matrices, biases, "v", group, basis.there)
             kept["v"].append(self.rows("v", group)[:count])
             for head in self.members(group):
@@ -306,6 +308,13 @@ class NarrowHeads:
         base = Dense(out_features=out, in_features=len(columns))
         placed = Placed(base=base, out_features=out, in_features=inner, map_rows=False)
         return block.fold(self.out.path, placed, {"matrix": near, "columns": columns.int()}, bias)
+
+
+def _evened(basis: Basis, readers: list[Tensor]) -> Basis:
+    """``basis`` scaled so that the columns of what reads it are equally long: quantisers give several columns one scale."""
+    lengths = torch.stack([(reader @ basis.back).square().sum(0) for reader in readers]).sum(0).sqrt()
+    scale = (lengths / lengths.mean().clamp_min(1e-30)).clamp_min(1e-6)
+    return Basis(scale[:, None] * basis.there, basis.back / scale, basis.losses)
 
 
 def _whole(losses: np.ndarray) -> np.ndarray:
