@@ -19,7 +19,7 @@ from tenfold.compress.modegpt import Modules
 from tenfold.compress.units import ByLoss, Chooser, NarrowHeads, NarrowMlp
 from tenfold.models.heads import heads_of
 from tenfold.models.recipe import Rule
-from tenfold.models.sites import Site, find_sites
+from tenfold.models.sites import Site
 
 
 class Action(Protocol):
@@ -39,8 +39,8 @@ class Action(Protocol):
 CHOOSERS: dict[str, Callable[[], Chooser]] = {"loss": ByLoss, "modegpt": Modules}
 
 
-def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[Action]:
-    """What ``rule`` asks for in one block, where it matches ``sites``.
+def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site], block: list[Site]) -> list[Action]:
+    """What ``rule`` asks for in one block, of whose sites it gets ``sites``.
 
     Raises:
         ValueError: the rule narrows heads that are not known.
@@ -52,7 +52,7 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> list[A
         if rule.share.across == "experts":
             return _across_experts(sites, rule)
         return [FoldTogether(some, rule) if len(some) > 1 else Fold(some[0], rule) for some in _by_expert(sites)]
-    _check_whole(model, rule, sites)
+    _check_whole(rule, sites, block)
     chooser = CHOOSERS[rule.method]()
     if rule.narrow == "mlp":
         return [NarrowMlp(some, chooser) for some in _by_expert(sites)]
@@ -92,13 +92,10 @@ def _check_plain(rule: Rule) -> None:
         )
 
 
-def _check_whole(model: PreTrainedModel, rule: Rule, sites: list[Site]) -> None:
+def _check_whole(rule: Rule, sites: list[Site], block: list[Site]) -> None:
     """Raise ValueError where a rule that narrows does not have every matrix that it needs."""
-    block = sites[0].path.split(f".{sites[0].layer}.")[0] + f".{sites[0].layer}."
-    there = {site.path for site in find_sites(model) if site.path.startswith(block) and rule.matches(site)}
-    if missing := sorted(there - {site.path for site in sites}):
-        taken = sorted({site.role for site in find_sites(model) if site.path in missing})
+    if taken := sorted({site.role for site in block if rule.matches(site) and site not in sites}):
         raise ValueError(
-            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(taken)} of "
-            f"{block.rstrip('.')}; take that rule out, or limit both to different layers"
+            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(taken)} of layer "
+            f"{sites[0].layer}; take that rule out, or limit both to different layers"
         )

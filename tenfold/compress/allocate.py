@@ -90,7 +90,7 @@ def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
     slopes = [-np.diff(curve.losses) / np.diff(curve.costs) for curve in curves]
     low, high = (
         0.0,
-        2 * max(1.0, *(float(slope.max()) for slope in slopes if len(slope))),
+        2 * max([1.0, *(float(slope.max()) for slope in slopes if len(slope))]),
     )  # there all are at their least
     for _ in range(200):
         middle = (low + high) / 2 if low == 0 and high < 1e-30 else np.sqrt(max(low, 1e-40) * high)

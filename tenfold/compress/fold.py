@@ -183,6 +183,7 @@ class FoldExperts:
                 [self.structure],
                 settled=out * inner,
                 calls=site.calls,
+                indices=np.array([self.structure.index_numel]),
             )
             for number, site in enumerate(self.sites)
         ]

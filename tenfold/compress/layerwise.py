@@ -154,13 +154,12 @@ def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
             if number is not None:
                 matched.setdefault(number, []).append(site)
         used |= matched.keys()
-        actions = [a for k, found in matched.items() for a in actions_for(model, recipe.replace[k], found)]
+        actions = [a for k, found in matched.items() for a in actions_for(model, recipe.replace[k], found, sites)]
+        # what experts read comes first, so that one pass tells what all of them make of it
         actions.sort(
             key=lambda action: all(site.expert is not None and site.role == "mlp.out" for site in action.sites)
         )
-        works.append(
-            Work(path, sites, actions)
-        )  # what experts read first, so that one pass tells what all of them make of it
+        works.append(Work(path, sites, actions))
     for k, rule in enumerate(recipe.replace):
         if k not in used:
             raise ValueError(
