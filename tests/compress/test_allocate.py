@@ -137,3 +137,8 @@ def test_a_curve_keeps_what_no_other_option_beats(seed):
     assert list(zip(curve.costs, curve.losses, strict=True)) == sorted(good)
     assert [pairs["abcdefgh".index(option)] for option in curve.options] == sorted(good)
     assert curve.whole == costs[-1]
+
+
+def test_items_with_one_option_leave_nothing_to_choose():
+    curves = [Curve(name, np.array([cost]), np.array([0.0]), [cost]) for name, cost in (("a", 3), ("b", 4))]
+    assert allocate(curves, 7) == {"a": 3, "b": 4}

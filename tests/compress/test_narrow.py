@@ -39,6 +39,18 @@ def nats_left(reader, directions, units, kept) -> float:
 
 
 @seeds
+def test_single_precision_chooses_as_well(seed):
+    """What is used where there are many units."""
+    reader, directions, units = problem(seed)
+    exact, nearly = (
+        choose_units(torch.from_numpy(reader), moment(directions), moment(units).to(kind))
+        for kind in (torch.float64, torch.float32)
+    )
+    assert exact[0] == nearly[0]
+    np.testing.assert_allclose(nearly[1], exact[1], rtol=1e-3, atol=1e-4 * exact[1][0])
+
+
+@seeds
 def test_the_losses_are_those_of_least_squares(seed):
     given = problem(seed)
     order, losses = chosen_by(*given)
