@@ -206,6 +206,36 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
     assert max(traces) < 3 * min(traces)
 
 
+def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
+    model = toys.build("mixtral")
+    unpack(model)
+    one = torch.ones(1, 1, dtype=torch.long)  # a single token, for two of four experts
+    sites = blocks_of(find_sites(model))
+    streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
+    look, stages = Survey(streams), {}
+    for number, path in enumerate(sites):
+        stages[number] = stages_of(path, sites[path], streams, number)
+        look.forward(number, stages[number])
+    look.turn()
+    last = len(sites) - 1
+    ups = [site.path for site in sites[list(sites)[last]] if site.path.endswith(".up")]
+    matters = look.backward(last, list(sites)[last], stages[last], set(ups)).matters
+    traces = np.array([float(matters[path].trace()) for path in ups])
+    far = np.abs(traces[:, None] - traces).argsort(1)[:, 1]
+    unseen = [k for k in range(4) if torch.equal(matters[ups[k]], matters[ups[int(far[k])]])]
+    seen = [k for k in range(4) if k not in unseen]
+    assert len(unseen) == len(seen) == 2
+    torch.testing.assert_close(matters[ups[unseen[0]]], sum(matters[ups[k]] for k in seen) / 2)
+
+
+@each
+def test_narrow_experts_are_put_together_again(name):
+    """Their units stand where the fused weights have those of the gate and those of the other matrix."""
+    after = compressed(toys.build(name), [{"narrow": "mlp"}], 0.7)
+    before = toys.logits(after)
+    torch.testing.assert_close(toys.logits(densify(after)), before, atol=1e-5, rtol=0)
+
+
 def test_a_rule_for_a_part_of_an_expert_leaves_it_to_no_narrowing():
     rule = {"path": "experts.each.0.up", "structure": {"kind": "low_rank", "rank": 4}}
     with pytest.raises(
