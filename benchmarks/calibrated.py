@@ -47,7 +47,8 @@ RUN = """
 import json, sys, time
 import tenfold, torch
 from tenfold.run import compress_checkpoint
-from tenfold.models.recipe import Calibrate, load_recipe
+from tenfold.models.recipe import load_recipe
+from tenfold.models.settings import Calibrate
 from tenfold.compress import layerwise
 source, target, files, samples, calibrate, only = json.loads(sys.argv[1])
 def peak_kb():  # of this process alone: ru_maxrss begins with that of the process it was forked from

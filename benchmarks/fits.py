@@ -23,7 +23,7 @@ from tenfold.models.reading import reads_streams
 
 STRUCTURES = {
     "low rank": {"kind": "low_rank"},
-    "Kronecker sum": {"kind": "kronecker", "parts": 2},
+    "Kronecker sum, inner 4 x 4": {"kind": "kronecker", "inner": [4, 4]},
     "tensor train": {"kind": "tensor_train", "parts": 3},
     "block train": {"kind": "block_train"},
     "Monarch, 4 blocks": {"kind": "block_train", "blocks": 4},

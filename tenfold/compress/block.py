@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from tenfold.compress.streams import Moments, Streams
 from tenfold.models.experts import expert_of
 from tenfold.models.plan import Entry
-from tenfold.models.recipe import Calibrate
 from tenfold.models.replace import install, install_together, set_matrix
+from tenfold.models.settings import Calibrate
 from tenfold.models.sites import Site, weight_of
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import Dense, Factors, Structure

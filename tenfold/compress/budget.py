@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from tenfold.compress.allocate import Curve
 from tenfold.compress.shares import share_out
 from tenfold.models.cost import price, site_flops
-from tenfold.models.recipe import Budget, Calibrate, Recipe
+from tenfold.models.recipe import Budget, Recipe
+from tenfold.models.settings import Calibrate
 from tenfold.models.sites import FOLDED, Site, dtype_of, share_of
 from tenfold.structure import Structure
 

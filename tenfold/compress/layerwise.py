@@ -36,8 +36,9 @@ from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
-from tenfold.models.recipe import Calibrate, Recipe
+from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
+from tenfold.models.settings import Calibrate
 from tenfold.models.sites import Site, find_sites
 
 Progress = Callable[[Iterable], Iterable]

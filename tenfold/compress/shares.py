@@ -7,7 +7,7 @@ from typing import Any
 
 from tenfold.compress.allocate import Curve, allocate, by_shares, equal_shares
 from tenfold.compress.influence import influence_shares
-from tenfold.models.recipe import Calibrate
+from tenfold.models.settings import Calibrate
 
 # name -> (settings, curves, parameters that may stay, influence of every block) -> {name of an item: option}
 SHARED: dict[str, Callable[[Calibrate, Sequence[Curve], float, Mapping[str, float]], dict[str, Any]]] = {

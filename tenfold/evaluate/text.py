@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,24 +87,22 @@ def _rows(name: str) -> Iterable[dict]:
     return load_dataset("/".join(parts[:2]), *parts[2:], split="train", streaming=True)
 
 
-def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None, batch: int = 256) -> np.ndarray:
+def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None) -> np.ndarray:
     """The token numbers of ``texts``, each document followed by the end-of-text token; at most ``limit`` tokens."""
-    parts, total, pending = [], 0, []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def flush() -> int:
-        encoded = tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.extend(np.asarray(ids + end, dtype=np.int32) for ids in encoded)
-        pending.clear()
-        return sum(len(part) for part in parts[-len(encoded) :])
-
-    for text in texts:
-        pending.append(text)
-        if len(pending) == batch:
-            total += flush()
-            if limit is not None and total >= limit:
-                break
-    if pending:
-        flush()
+    parts, total = [], 0
+    for part in token_parts(texts, tokenizer):
+        parts.append(part)
+        total += len(part)
+        if limit is not None and total >= limit:
+            break
     stream = np.concatenate(parts) if parts else np.empty(0, np.int32)
     return stream if limit is None else stream[:limit]
+
+
+def token_parts(texts: Iterable[str], tokenizer, batch: int = 256) -> Iterator[np.ndarray]:
+    """The token numbers of one document after another, each followed by the end-of-text token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = iter(texts)
+    while some := list(islice(texts, batch)):
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.asarray(ids + end, dtype=np.int32)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
@@ -131,3 +133,15 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise FileExistsError(f"{path} is there already and not empty; choose another folder or add --overwrite")
     return path
+
+
+@contextmanager
+def silent():
+    """No progress bar of transformers: libraries are silent."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tenfold.models.roles import ROLES
+from tenfold.models.settings import Calibrate, Strict, Tokenizer, Train
 from tenfold.models.sites import Site
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Start(_Strict):
+class Start(Strict):
     """Where the factors come from.
 
     ``fit`` names a start of :mod:`tenfold.models.starts`; ``norm`` says what is done about the norm that a fit loses.
@@ -31,7 +28,7 @@ class Start(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Share(_Strict):
+class Share(Strict):
     """Factors that several sites of a rule use in common.
 
     Args:
@@ -45,7 +42,7 @@ class Share(_Strict):
     group: int | None = Field(None, ge=1)
 
 
-class Rule(_Strict):
+class Rule(Strict):
     """Which sites get which structure; of several rules the first that matches a site wins.
 
     ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
@@ -132,7 +129,7 @@ class Rule(_Strict):
         return named and (self.layers is None or site.layer in self.layers)
 
 
-class Budget(_Strict):
+class Budget(Strict):
     """The share of parameters that the rules without ``keep`` of their own leave.
 
     ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
@@ -149,47 +146,7 @@ class Budget(_Strict):
         return checked_keep(value)
 
 
-class Calibrate(_Strict):
-    """How activations guide the fits; see :mod:`tenfold.compress.layerwise`.
-
-    Args:
-        samples: how many windows, or documents, of the calibration text are read.
-        window: tokens in each; the model's context, 1,024 at most, unless given.
-        inputs: the metric of the inputs: their ``second`` moment, its ``diagonal`` to the power ``power`` (ASVD), or
-            ``none``.
-        outputs: the metric of the outputs: ``full`` Fisher information, the mean of each ``row`` of the weight's (FWSVD),
-            or ``none``.
-        refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
-            are compressed; without it, from the original inputs.
-        center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
-        skip_first: how many positions at the beginning of every window do not count.
-        survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
-        damping: what is added to the diagonal of a moment, as a share of its mean.
-        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
-            ``influence`` larger shares to blocks that change their input more (MoDeGPT).
-        temperature: of ``influence``; the higher, the more equal the shares.
-        refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
-        refine_rate: its first learning rate, as a share of the root mean square of every tensor.
-    """
-
-    samples: int = Field(192, ge=1)
-    window: int | None = Field(None, ge=2)
-    inputs: Literal["second", "diagonal", "none"] = "second"
-    power: float = 0.5
-    outputs: Literal["full", "row", "none"] = "full"
-    refit: bool = True
-    center: bool = True
-    skip_first: int = Field(0, ge=0)
-    survey: int = Field(32768, ge=1)
-    damping: float = Field(0.01, gt=0)
-    allocate: Literal["sensitivity", "uniform", "influence"] = "sensitivity"
-    temperature: float = Field(0.1, gt=0)
-    refine: int = Field(0, ge=0)
-    refine_rate: float = Field(3e-5, gt=0)
-    seed: int = 0
-
-
-class Heal(_Strict):
+class Heal(Strict):
     """Distillation after compression; see :mod:`tenfold.train.heal`."""
 
     steps: int | None = None
@@ -203,28 +160,7 @@ class Heal(_Strict):
     temperature: float = 1.0
 
 
-class Tokenizer(_Strict):
-    """A byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data."""
-
-    vocab_size: int = Field(ge=257)
-    documents: int = Field(10_000, ge=1)
-
-
-class Train(_Strict):
-    """Pre-training: ``tokens`` of the data once, ``batch * accumulate`` windows a step; Muon and AdamW."""
-
-    tokens: int | None = None
-    batch: int = 16
-    accumulate: int = 1
-    learning_rate: float = 2.0e-3
-    weight_decay: float = 0.1
-    schedule: str = "linear"
-    warmup: float = 0.03
-    compile: bool = False
-    seed: int = 0
-
-
-class Squeeze(_Strict):
+class Squeeze(Strict):
     """Bonds of tensor trains that are cut, those that lose least first; see :mod:`tenfold.compress.squeeze`.
 
     Args:
@@ -238,7 +174,7 @@ class Squeeze(_Strict):
     bonds: int = Field(1, ge=1)
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it.
 
     Args:
@@ -255,7 +191,7 @@ class Stage(_Strict):
     heal: Heal | None = None
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One published system or one recommended setting.
 
     ``first`` names a change of the whole model before the rules are carried out; see :mod:`tenfold.compress.first`.

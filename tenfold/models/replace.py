@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.experts import pack, unpack
+from tenfold.models.noise import DRAWS, ends_in_zero
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
 from tenfold.models.starts import QUICK, factors_from
@@ -44,8 +45,9 @@ def replace(
     folded anew, from the matrix that it holds.
 
     Args:
-        source: ``weights`` fits the factors to the model's matrices as the plan says, ``noise`` draws them so that
-            the entries of every matrix have the standard deviation of the configuration's initialiser.
+        source: ``weights`` fits the factors to the model's matrices as the plan says, ``noise`` draws them as
+            the start says (:mod:`tenfold.models.noise`), with the standard deviation of the matrix that is there, or of the
+            configuration's initialiser where there is none.
         progress: wraps the list of groups of sites that is worked through.
 
     Raises:
@@ -173,11 +175,24 @@ def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
 
 
 def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
-    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    made = [(entry, entry.structure.init(std), None) for entry in group]
+    made = [(entry, _drawn(model, entry), None) for entry in group]
     for entry, factors, _ in made[1:]:
         factors.update({name: made[0][1][name] for name in entry.shared})
     return made
+
+
+@torch.no_grad()
+def _drawn(model: PreTrainedModel, entry: Entry) -> Factors:
+    """Random factors as the start says; ``branch: scaled`` or ``zero`` is for what ends a branch beside the stream."""
+    weight, options = weight_of(model.get_submodule(entry.site.path)), entry.start.options
+    known = not weight.is_meta and bool(weight.any())
+    std = float(weight.float().std()) if known else getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    branch = options.get("branch") if entry.site.role.endswith(".out") else None
+    if branch == "scaled":
+        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        std /= (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
+    factors = DRAWS.get(entry.start.fit, DRAWS["noise"])(entry.structure, std, options, None)
+    return ends_in_zero(entry.structure, factors) if branch == "zero" else factors
 
 
 def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | None) -> tuple[nn.Module, nn.Module]:

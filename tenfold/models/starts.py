@@ -11,6 +11,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from tenfold.models.noise import DRAWS
 from tenfold.structure import Factors, Kronecker, Placed, Structure
 from tenfold.structure.permute import search
 
@@ -89,8 +90,14 @@ def permute(structure: Structure, weight: Tensor, options: dict) -> Factors:
     return search(structure, weight, **options)
 
 
-@start("noise")
-def noise(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """Random factors; entries get the standard deviation of the weight's."""
-    generator = torch.Generator().manual_seed(options.get("seed", 0))
-    return structure.init(float(weight.float().std()), generator)
+def _drawn(fit: str):
+    """Random factors; what is drawn by a standard deviation gets that of the weight's entries."""
+
+    def function(structure: Structure, weight: Tensor, options: dict) -> Factors:
+        generator = torch.Generator().manual_seed(options.get("seed", 0))
+        return DRAWS[fit](structure, float(weight.float().std()), options, generator)
+
+    return function
+
+
+STARTS.update({fit: _drawn(fit) for fit in DRAWS})

@@ -130,6 +130,17 @@ class Structure(ABC):
         """How many products are added up in one entry of ``W``, the parts of a sum together."""
         return sum(place.diagram.terms for place in self._placements)
 
+    def axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """``{factor: its axes as (batch, out, in)}``: a factor applied to vectors is a batch of matrices."""
+        return {name: axes for place in self._placements for name, axes in place.diagram.axes().items()}
+
+    def fans(self) -> dict[str, tuple[int, int]]:
+        """``{factor: (fan in, fan out)}``: over how many numbers it sums, and how many it makes of them.
+
+        Scalars that start at one are left out.
+        """
+        return {name: fans for place in self._placements for name, fans in place.diagram.fans().items()}
+
     def flops(self, rows: int = 1) -> int:
         """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
         adds = (len(self._placements) - 1) * rows * self.shape[0]

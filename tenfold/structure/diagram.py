@@ -73,6 +73,28 @@ class Diagram:
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.shape_of(labels) for name, labels in self.factors}
 
+    def axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """``{factor: its axes as (batch, out, in)}``: a factor applied to a vector is a batch of matrices.
+
+        Factors are applied from the last to the first: the one that comes last sums over a label (in), the one that comes
+        first makes it (out); what passes through is the batch. Factors that start at one are left out.
+        """
+        found, seen = {}, set(self.ins)
+        for number, (name, labels) in reversed(list(enumerate(self.factors))):
+            later = {label for _, others in self.factors[:number] for label in others} | set(self.outs)
+            kinds = [2 if label not in later else 1 if label not in seen else 0 for label in labels]
+            found[name] = tuple(tuple(k for k, kind in enumerate(kinds) if kind == want) for want in range(3))
+            seen |= set(labels)
+        return {name: found[name] for name in self.names if name not in self.ones}
+
+    def fans(self) -> dict[str, tuple[int, int]]:
+        """``{factor: (over how many numbers it sums, how many it makes of them)}``; see :meth:`axes`."""
+        labels = dict(self.factors)
+        return {
+            name: (self.size(labels[name][k] for k in inner), self.size(labels[name][k] for k in out))
+            for name, (_, out, inner) in self.axes().items()
+        }
+
     def transposed(self) -> Diagram:
         return Diagram(self.ins, self.outs, self.factors, self.sizes, self.ones)
 

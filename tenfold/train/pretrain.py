@@ -6,24 +6,45 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from tenfold.evaluate.text import documents, token_stream
+from tenfold.evaluate.text import documents
+from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
-from tenfold.train.optimizer import MuonAdamW
-from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
+from tenfold.train.optimizer import optimizer_for
+from tenfold.train.tokens import Tokens, is_tokens, write_tokens
+from tenfold.train.trainer import (
+    Log,
+    Progress,
+    Watch,
+    Watched,
+    Windows,
+    last_checkpoint,
+    shared_out,
+    training_arguments,
+    unwrapped,
+)
 
-END = "<|endoftext|>"
+END, MASK = "<|endoftext|>", "<|mask|>"
+KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
 def pretrain(
@@ -33,66 +54,190 @@ def pretrain(
     dtype: torch.dtype = torch.float16,
     advance: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes.
+    """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
     The recipe has ``model`` (a ``model_type`` and arguments of its configuration), ``tokenizer`` (``vocab_size`` of a
-    byte-level BPE that is trained on the first ``documents``), ``train`` (see :class:`tenfold.models.recipe.Train`), and
-    may have ``replace``: then the model is folded from noise before it is trained.
+    byte-level BPE that is trained on the first ``documents``, or where to take it from), ``train`` (see
+    :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is folded from noise before it is trained.
+
+    The folder has ``run.json`` (recipe, text and versions), ``tokens`` (the text as numbers, which other runs may take as their
+    data), ``log.jsonl`` (a line every few steps) and ``checkpoints``, each a Hugging Face folder, the last one and the best one.
 
     Args:
+        data: files of text, or one folder of tokens: ``tokens`` of another run.
         dtype: in which the result is written.
         advance: called as ``advance(step, steps)``.
 
     Returns:
         What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
+
+    Raises:
+        ValueError: the folder is another run's, the text has too few tokens, the loss is no number or runs away.
+        OSError: there is no room on the disk; the same call goes on from the last whole checkpoint.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if recipe.model is None or recipe.train is None or recipe.tokenizer is None:
-        raise ValueError(f"recipe {recipe.name!r} has no model, tokenizer or train section, which pre-training needs")
-    folder, settings = Path(output), recipe.train
-    folder.mkdir(parents=True, exist_ok=True)
-    length = recipe.model["n_positions"] if "n_positions" in recipe.model else recipe.model["max_position_embeddings"]
-    tokenizer = _tokenizer(folder, data, recipe, length)
-    tokens = _tokens(folder, data, tokenizer, settings.tokens)
-    windows = Windows(tokens, length)
+    if recipe.model is None or recipe.train is None:
+        raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
+    folder, settings, length = Path(output), recipe.train, _length(recipe)
+    with PartialState().main_process_first():
+        _same_run(folder, recipe, data)
+        tokens = _tokens(folder, data, recipe)
+    tokenizer = AutoTokenizer.from_pretrained(tokens.folder)
+    masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
+    train, rest = _split(tokens, length, settings.held_out)
+    held = Windows(rest, length, masked=masked) if len(rest) else None
+    windows = Windows(train, length, settings.seed, masked)
+    batch, accumulate = shared_out(settings.batch, settings.accumulate)
     steps = len(windows) // (settings.batch * settings.accumulate)
     torch.manual_seed(settings.seed)
     model = new_model(recipe, tokenizer)
+    size = sum(p.numel() for p in model.parameters())
     arguments = training_arguments(
         folder / "checkpoints",
         settings.learning_rate,
-        settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
+        batch,
+        gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
+        bf16=settings.precision == "bfloat16",
         torch_compile=settings.compile,
-        num_train_epochs=1,
+        gradient_checkpointing=settings.checkpointing,
+        max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),
-        save_steps=200,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        train_sampling_strategy="sequential",  # windows are in their order already, which no number of processes changes
         seed=settings.seed,
+        **_evaluation(held, settings),
     )
-    optimizer = MuonAdamW(model, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95))
-    trainer = Trainer(model=model, args=arguments, train_dataset=windows, optimizers=(optimizer, None))
-    trainer.remove_callback(PrinterCallback)
-    if advance is not None:
-        trainer.add_callback(Progress(advance))
+    trainer = _Pretrainer(
+        model=model,
+        args=arguments,
+        train_dataset=windows,
+        eval_dataset=held,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        recipe=recipe,
+    )
+    _watch(trainer, folder, settings.batch * settings.accumulate * length, advance)
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")) or None)
-    unwrapped(trainer).to(dtype).save_pretrained(folder)
+    try:
+        with silent():
+            trainer.train(resume_from_checkpoint=_resumed(folder))
+    except SafetensorError as reason:
+        raise OSError(f"a checkpoint could not be written ({reason}); make room and repeat the command") from None
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
-        "tokens": len(tokens) // length * length,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": steps * settings.batch * settings.accumulate * length,
+        "parameters": size,
         "seconds_of_last_run": round(time.perf_counter() - begun, 1),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
+        "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],
         "versions": versions(),
     }
-    (folder / "training.json").write_text(json.dumps(report, indent=1))
+    _finish(trainer, folder, dtype, tokenizer, report)
     return report
 
 
+class _Pretrainer(Watched):
+    def __init__(self, *args, recipe: Recipe, **kwargs):
+        self.recipe = recipe
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            train = self.recipe.train
+            self.optimizer = optimizer_for(
+                model or self.model, train.optimizer, train.rates, train.learning_rate, train.weight_decay
+            )
+        return self.optimizer
+
+
+def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch(trainer))
+    trainer.add_callback(Log(folder / "log.jsonl", tokens_a_step))
+    if advance is not None:
+        trainer.add_callback(Progress(advance))
+
+
+def _evaluation(held, settings) -> dict[str, Any]:
+    if held is None:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": settings.save_steps,
+        "per_device_eval_batch_size": settings.batch,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+
+
+def _split(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
+    """The tokens to train on, and the last ones, to look at the loss on."""
+    if not held_out:
+        return tokens, ()
+    held = held_out // length * length
+    if held >= len(tokens) - length or not held:
+        raise ValueError(
+            f"held_out {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
+        )
+    rest = Tokens(tokens.folder, len(tokens) - held)
+    return rest, tokens[len(tokens) - held :]
+
+
+def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any]) -> None:
+    trainer.accelerator.wait_for_everyone()
+    state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes together
+    if not trainer.is_world_process_zero():
+        return
+    model = unwrapped(trainer)
+    prefix = "_orig_mod."
+    state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+    with silent():
+        model.to(dtype).save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(report, indent=1))
+
+
+def _resumed(folder: Path) -> str | None:
+    kept = last_checkpoint(folder / "checkpoints")
+    return None if kept is None else str(kept)
+
+
+def _same_run(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
+    """Note what is run, or see that it is what was begun.
+
+    Raises:
+        ValueError: it is not; the keys that differ are named.
+    """
+    file = folder / "run.json"
+    now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if other := sorted(_differences(before["recipe"], now["recipe"])):
+            raise ValueError(
+                f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    new = file.with_name("run.json.new")
+    new.write_text(json.dumps(now, indent=1) + "\n")
+    new.replace(file)
+
+
+def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = one.keys() | other.keys()
+        return [
+            path for key in keys for path in _differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if one == other else [where]
+
+
 def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    named = {name: version(name) for name in ("tenfold", "torch", "transformers", "accelerate")}
+    return named | {"python": platform.python_version()}
 
 
 def new_model(recipe: Recipe, tokenizer):
@@ -103,7 +248,7 @@ def new_model(recipe: Recipe, tokenizer):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model = KINDS[recipe.train.objective].from_config(config)
     if recipe.replace:
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")
@@ -111,7 +256,7 @@ def new_model(recipe: Recipe, tokenizer):
 
 
 def train_tokenizer(texts, vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``vocab_size`` entries, the end-of-text token first."""
+    """A byte-level BPE tokenizer of ``vocab_size`` entries, the end-of-text token first, that of hidden words last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -133,19 +278,48 @@ def train_tokenizer(texts, vocab_size: int, length: int) -> PreTrainedTokenizerF
     )
 
 
-def _tokenizer(folder: Path, data, recipe: Recipe, length: int) -> PreTrainedTokenizerFast:
-    if (folder / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    sample = islice(documents(data), recipe.tokenizer.documents)
-    tokenizer = train_tokenizer(sample, recipe.tokenizer.vocab_size, length)
-    tokenizer.save_pretrained(folder)
+def _length(recipe: Recipe) -> int:
+    model = recipe.model
+    length = recipe.train.window or model.get("n_positions") or model.get("max_position_embeddings")
+    if length is None:
+        raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
+    return length
+
+
+def _tokenizer(data: Sequence[str | Path], recipe: Recipe, length: int):
+    wanted = recipe.tokenizer
+    if wanted is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} has no tokenizer section, and the data is text; name a tokenizer there"
+        )
+    if wanted.name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(wanted.name)
+    else:
+        sample = islice(documents(data), wanted.documents)
+        masked = recipe.train.objective == "masked"
+        tokenizer = train_tokenizer(sample, wanted.vocab_size - masked, length)
+        if masked:
+            tokenizer.add_special_tokens({"mask_token": MASK, "pad_token": END})
+    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
+        raise ValueError(f"tokenizer {wanted.name} has no mask token, which the objective masked needs; name another")
     return tokenizer
 
 
-def _tokens(folder: Path, data, tokenizer, limit: int | None) -> np.ndarray:
-    """The first ``limit`` tokens of ``data``, kept in ``tokens.npy`` so that a resumed run finds them."""
-    path = folder / "tokens.npy"
-    if not path.exists():
-        kind = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-        np.save(path, token_stream(documents(data, tokenizer), tokenizer, limit).astype(kind))
-    return np.load(path, mmap_mode="r")
+def _tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
+    """The data as numbers: written once, or another run's."""
+    limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
+    if not made:
+        place = folder / "tokens"
+        known = AutoTokenizer.from_pretrained(place) if is_tokens(place) else _tokenizer(data, recipe, _length(recipe))
+        return write_tokens(place, data, known, limit)
+    if len(data) > 1:
+        raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")
+    tokens = Tokens(Path(data[0]), limit)
+    size = len(AutoTokenizer.from_pretrained(tokens.folder))
+    wanted = recipe.tokenizer and (recipe.tokenizer.vocab_size or None)
+    if wanted and wanted != size:
+        raise ValueError(
+            f"{data[0]} holds tokens of a vocabulary of {size}, but recipe {recipe.name!r} wants {wanted}; leave the recipe's "
+            "tokenizer section out, or give text"
+        )
+    return tokens

@@ -1,29 +1,110 @@
-"""What pre-training and healing have in common: windows of tokens, and Trainer's arguments."""
+"""What all training has in common: windows of tokens, Trainer's arguments, and who watches over a run."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 
 class Windows(torch.utils.data.Dataset):
-    """A token stream cut into windows of ``length`` that do not overlap; the last, shorter one is left out."""
+    """A token stream cut into windows of ``length`` that do not overlap; the last, shorter one is left out.
 
-    def __init__(self, tokens: np.ndarray, length: int):
+    Args:
+        tokens: what a slice takes token numbers from: an array, or :class:`tenfold.train.tokens.Tokens`.
+        seed: of the order of the windows; the order of the text unless given.
+        masked: a tokenizer, and the share of tokens to hide: then the labels are those, and others are left out. What is hidden
+            in a window depends on ``seed`` and its number only.
+    """
+
+    def __init__(self, tokens, length: int, seed: int | None = None, masked: tuple[Any, float] | None = None):
         if len(tokens) < length:
             raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: give more text")
-        self.tokens, self.length = tokens, length
+        self.tokens, self.length, self.seed = tokens, length, seed or 0
+        order = torch.Generator().manual_seed(self.seed)
+        self.order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=order)
+        self.hide = masked and DataCollatorForLanguageModeling(masked[0], mlm_probability=masked[1])
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.tokens[index * self.length :][: self.length].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        place = int(self.order[index])
+        ids = torch.from_numpy(self.tokens[place * self.length : (place + 1) * self.length].astype(np.int64))
+        if not self.hide:
+            return {"input_ids": ids, "labels": ids}
+        self.hide.generator = torch.Generator().manual_seed(self.seed * len(self) + place)
+        hidden, labels = self.hide.torch_mask_tokens(ids[None].clone())
+        return {"input_ids": hidden[0], "labels": labels[0]}
+
+
+class Watched(Trainer):
+    """Trainer that stops where the loss is no number or runs away, before that is saved, and says where."""
+
+    AWAY = 2.0  # nats above the best mean of so many steps that count as running away:
+    STEPS = 50
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses: list[torch.Tensor] = []
+        self.recent: list[float] = []
+        self.best = math.inf
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+    def check(self) -> None:
+        """Look at the losses since the last time.
+
+        Raises:
+            ValueError: one is NaN or infinite, or they run away.
+        """
+        values, self.losses = [float(loss) for loss in self.losses], []
+        each = self.args.gradient_accumulation_steps
+        first = self.state.global_step - len(values) // each
+        for number, value in enumerate(values):
+            if not math.isfinite(value):
+                step = first + number // each
+                windows = each * self.args.per_device_train_batch_size * self.args.world_size
+                raise ValueError(
+                    f"the loss is {value} at step {step + 1} (windows {step * windows} to {(step + 1) * windows} of the data); "
+                    f"{self._good()}; lower the learning rate"
+                )
+        scale = each if self.model_accepts_loss_kwargs else 1  # then a micro-batch returns its share of the loss
+        self.recent = (self.recent + [value * scale for value in values])[-self.STEPS * each :]
+        mean = sum(self.recent) / max(1, len(self.recent))
+        if len(self.recent) == self.STEPS * each:
+            if mean > self.best + self.AWAY:
+                raise ValueError(
+                    f"the loss has run away to {mean:.2f} at step {self.state.global_step}, {mean - self.best:.2f} over the best "
+                    f"mean of {self.STEPS} steps; {self._good()}; lower the learning rate"
+                )
+            self.best = min(self.best, mean)
+
+    def _good(self) -> str:
+        kept = last_checkpoint(Path(self.args.output_dir))
+        return f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+
+
+class Watch(TrainerCallback):
+    """Lets a :class:`Watched` trainer look at its losses before it logs or saves."""
+
+    def __init__(self, trainer: Watched):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log or control.should_save or control.should_training_stop:
+            self.trainer.check()
 
 
 class Progress(TrainerCallback):
@@ -33,7 +114,73 @@ class Progress(TrainerCallback):
         self.advance = advance
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.advance(state.global_step, state.max_steps)
+        if state.is_world_process_zero:
+            self.advance(state.global_step, state.max_steps)
+
+
+class Log(TrainerCallback):
+    """A JSON line in ``file`` whenever Trainer logs: step, tokens, loss, learning rate, tokens a second, seconds left.
+
+    What an interrupted run logged behind its last checkpoint is cut off when it goes on.
+    """
+
+    def __init__(self, file: Path, tokens_a_step: int):
+        self.file, self.tokens = file, tokens_a_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        old = self.file.read_text().splitlines() if self.file.is_file() else []
+        kept = [line for line in old if _step(line) <= state.global_step]
+        self.file.write_text("".join(f"{line}\n" for line in kept))
+        self.begun, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        seconds, steps = time.perf_counter() - self.begun, state.global_step - self.first
+        row = {"step": state.global_step, "tokens": state.global_step * self.tokens} | {
+            key: value for key, value in logs.items() if key in ("loss", "eval_loss", "learning_rate", "grad_norm")
+        }
+        if steps:
+            left = (state.max_steps - state.global_step) * seconds / steps
+            row |= {"tokens_per_second": round(steps * self.tokens / seconds, 1), "seconds_left": round(left)}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # half a line
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``: Trainer writes ``trainer_state.json`` last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def shared_out(batch: int, accumulate: int, processes: int | None = None) -> tuple[int, int]:
+    """``(batch, accumulate)`` of each of several processes, so that all of them together see the same windows a step.
+
+    Raises:
+        ValueError: neither divides by the number of processes.
+    """
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if accumulate % processes == 0:
+        return batch, accumulate // processes
+    if batch % processes == 0:
+        return batch // processes, accumulate
+    raise ValueError(
+        f"{processes} processes can't share {accumulate} batches of {batch} windows evenly; make one of them a multiple of it"
+    )
 
 
 def training_arguments(folder: Path, learning_rate: float, batch: int, **more: Any) -> TrainingArguments:
@@ -46,7 +193,7 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "per_device_train_batch_size": batch,
         "max_grad_norm": 1.0,
         "save_total_limit": 1,
-        "report_to": "none",
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
         "disable_tqdm": True,
         "logging_steps": 10,
         "log_level": "error",

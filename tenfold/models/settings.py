@@ -1,0 +1,100 @@
+"""What a recipe says beside its rules: how activations guide the fits, and how a model is trained from scratch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Calibrate(Strict):
+    """How activations guide the fits; see :mod:`tenfold.compress.layerwise`.
+
+    Args:
+        samples: how many windows, or documents, of the calibration text are read.
+        window: tokens in each; the model's context, 1,024 at most, unless given.
+        inputs: the metric of the inputs: their ``second`` moment, its ``diagonal`` to the power ``power`` (ASVD), or
+            ``none``.
+        outputs: the metric of the outputs: ``full`` Fisher information, the mean of each ``row`` of the weight's (FWSVD),
+            or ``none``.
+        refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
+            are compressed; without it, from the original inputs.
+        center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
+        skip_first: how many positions at the beginning of every window do not count.
+        survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
+        damping: what is added to the diagonal of a moment, as a share of its mean.
+        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
+            ``influence`` larger shares to blocks that change their input more (MoDeGPT).
+        temperature: of ``influence``; the higher, the more equal the shares.
+        refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
+        refine_rate: its first learning rate, as a share of the root mean square of every tensor.
+    """
+
+    samples: int = Field(192, ge=1)
+    window: int | None = Field(None, ge=2)
+    inputs: Literal["second", "diagonal", "none"] = "second"
+    power: float = 0.5
+    outputs: Literal["full", "row", "none"] = "full"
+    refit: bool = True
+    center: bool = True
+    skip_first: int = Field(0, ge=0)
+    survey: int = Field(32768, ge=1)
+    damping: float = Field(0.01, gt=0)
+    allocate: Literal["sensitivity", "uniform", "influence"] = "sensitivity"
+    temperature: float = Field(0.1, gt=0)
+    refine: int = Field(0, ge=0)
+    refine_rate: float = Field(3e-5, gt=0)
+    seed: int = 0
+
+
+class Tokenizer(Strict):
+    """A byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data, or one by ``name``."""
+
+    vocab_size: int | None = Field(None, ge=257)
+    documents: int = Field(10_000, ge=1)
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.vocab_size is None) == (self.name is None):
+            raise ValueError("a tokenizer is either trained (vocab_size) or taken from somewhere (name)")
+        return self
+
+
+class Train(Strict):
+    """Pre-training: the first ``tokens`` of the data once, ``batch * accumulate`` windows a step.
+
+    Args:
+        objective: the next token, or (``masked``) the share ``hide`` of tokens that is hidden.
+        window: tokens in each; the positions that the model has unless given.
+        held_out: so many tokens at the end of the data are not trained on; the checkpoint that is best on them is kept.
+        batch: windows at once, of all processes together; ``accumulate`` batches make a step.
+        optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
+        rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
+        precision: in which products are computed; the weights that are trained are in float32.
+        compile, checkpointing: torch.compile, and activations computed again in the backward pass.
+        save_steps: how often a checkpoint is written.
+    """
+
+    objective: Literal["causal", "masked"] = "causal"
+    hide: float = Field(0.15, gt=0, lt=1)
+    tokens: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=2)
+    held_out: int = Field(0, ge=0)
+    batch: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1)
+    optimizer: Literal["muon", "adamw"] = "muon"
+    rates: Literal["one", "fans"] = "one"
+    learning_rate: float = Field(2.0e-3, gt=0)
+    weight_decay: float = 0.1
+    schedule: str = "linear"
+    warmup: float = 0.03
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: bool = False
+    checkpointing: bool = False
+    save_steps: int = Field(200, ge=1)
+    seed: int = 0

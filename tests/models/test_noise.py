@@ -1,0 +1,67 @@
+"""Matrices from noise: how large they are, and how their parts are."""
+
+import numpy as np
+import pytest
+import torch
+from models import toys
+
+from tenfold.models.noise import DRAWS
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import load_recipe
+from tenfold.models.replace import replace
+from tenfold.models.sites import find_sites
+from tenfold.structure import BlockTrain, LowRank, TensorTrain
+
+
+def test_balanced_cores_are_orthonormal_and_the_last_one_has_the_norm():
+    train = TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(6, 10))
+    factors = DRAWS["balanced"](train, 0.02, {}, torch.Generator().manual_seed(0))
+    for core in ("core_0", "core_1"):
+        columns = factors[core].reshape(-1, factors[core].shape[-1])
+        torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]), atol=1e-5, rtol=0)
+    assert float(train.dense(factors).norm()) == pytest.approx(0.02 * np.sqrt(60 * 24), rel=1e-4)
+
+
+def test_balanced_is_for_trains():
+    with pytest.raises(ValueError, match="balanced is for tensor trains; low_rank takes noise or fans"):
+        DRAWS["balanced"](LowRank(out_features=4, in_features=4, rank=2), 0.02, {})
+
+
+def test_every_factor_by_its_own_fans():
+    """``right (c b d r)`` makes ``b r`` of ``d`` numbers, ``left (b a c r)`` makes ``a`` of ``c r``."""
+    structure = BlockTrain(outs=(96, 16), ins=(24, 32), rank=4)
+    factors = DRAWS["fans"](structure, 99.0, {}, torch.Generator().manual_seed(0))
+    assert float(factors["right"].std()) == pytest.approx(np.sqrt(1 / 32) * min(1, np.sqrt(16 * 4 / 32)), rel=0.05)
+    assert float(factors["left"].std()) == pytest.approx(np.sqrt(1 / 96) * min(1, np.sqrt(96 / 96)), rel=0.05)
+
+
+def drawn(name: str, start) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = toys.build(name)
+    rule = {"role": ["mlp.in", "mlp.out", "attn.out"], "structure": {"kind": "low_rank", "rank": 8}, "start": start}
+    replace(model, make_plan(model, load_recipe({"replace": [rule]})), source="noise")
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_entries_are_as_large_as_those_that_were_there(name):
+    before = toys.build(name)
+    after = drawn(name, "noise")
+    for site in find_sites(after):
+        if site.role in ("mlp.in", "mlp.out", "attn.out"):
+            std = float(before.get_submodule(site.path).weight.detach().std())
+            assert float(after.get_submodule(site.path).dense().detach().std()) == pytest.approx(std, rel=0.25)
+
+
+@pytest.mark.parametrize("branch", ["scaled", "zero"])
+def test_what_ends_a_branch(branch):
+    model = drawn("llama", {"fit": "noise", "options": {"branch": branch}})
+    least = model.config.initializer_range / np.sqrt(2 * model.config.num_hidden_layers)
+    for site in find_sites(model):
+        if site.role in ("mlp.out", "attn.out"):
+            matrix = model.get_submodule(site.path).dense()
+            assert not matrix.any() if branch == "zero" else float(matrix.detach().std()) == pytest.approx(least, rel=0.25)
+    if branch == "zero":
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        ends = [m for path, m in model.named_modules() if path.endswith(("o_proj", "down_proj"))]
+        assert all(end.left.grad.any() for end in ends)

@@ -1,0 +1,256 @@
+"""Pre-training on models of toy size: that it learns, goes on exactly where it was, and says what went wrong."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from tenfold.api import evaluate
+from tenfold.train.pretrain import pretrain, train_tokenizer
+from tenfold.train.tokens import Tokens, write_tokens
+from tenfold.train.trainer import Windows, shared_out
+
+RECIPE = {
+    "name": "toy",
+    "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32},
+    "tokenizer": {"vocab_size": 300},
+    "train": {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6},
+}
+FOLDED = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "block_train", "rank": 2}}
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text(small.text())
+    return tmp_path / "text.txt"
+
+
+def with_train(**more) -> dict:
+    return RECIPE | {"train": RECIPE["train"] | more}
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step: int):
+    def advance(now, steps):
+        if now == step:
+            raise Killed
+
+    return advance
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("rules", [[], [FOLDED]], ids=["dense", "folded"])
+@pytest.mark.parametrize("train", [{}, {"optimizer": "adamw", "rates": "fans"}], ids=["muon", "adamw by fans"])
+def test_it_learns_and_reloads(text, tmp_path, rules, train):
+    recipe = with_train(**train) | {"replace": rules}
+    report = pretrain(recipe, [text], tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").float()
+    assert evaluate(model, AutoTokenizer.from_pretrained(tmp_path / "run"), [text], limit=640)["perplexity"] < 200
+    assert report["tokens"] == 3200 and json.loads((tmp_path / "run" / "training.json").read_text()) == report
+    assert model.dtype == torch.float32
+    assert hasattr(model.transformer.h[0].mlp.c_fc, "structure") == bool(rules)
+
+
+def test_masked_words_are_learnt(text, tmp_path):
+    model = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    model |= {"intermediate_size": 64, "max_position_embeddings": 32}
+    recipe = with_train(objective="masked") | {"model": model}
+    report = pretrain(recipe, [text], tmp_path / "run")
+    assert report["curve"][-1][1] < report["curve"][0][1] < 7
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 300
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").mask_token == "<|mask|>"
+
+
+def test_what_is_hidden_depends_on_the_window_only(tmp_path):
+    tokenizer = train_tokenizer([small.text()], 300, 32)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    tokens = np.arange(20, 20 + 256)
+    one, other = (Windows(tokens, 32, 3, (tokenizer, 0.3)) for _ in range(2))
+    backwards = {k: other[k] for k in reversed(range(8))}
+    hidden = torch.cat([one[k]["labels"] != -100 for k in range(8)])
+    assert 0.1 < hidden.float().mean() < 0.5
+    for k in range(8):
+        window = one[k]
+        assert torch.equal(window["input_ids"], backwards[k]["input_ids"])
+        known = torch.from_numpy(tokens[int(one.order[k]) * 32 :][:32])
+        shown = window["labels"] == -100
+        assert torch.equal(window["input_ids"][shown], known[shown])
+        assert torch.equal(window["labels"][~shown], known[~shown])
+
+
+def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path):
+    """The same weights, bit by bit, as a run that nobody killed; the log has every step once."""
+    whole = pretrain(RECIPE, [text], tmp_path / "whole")
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    steps = []
+    report = pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    assert steps == list(range(13, 26)), "it loses the steps since the last checkpoint, at 12, and no others"
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+    assert report["curve"] == whole["curve"]
+    logged = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "run")]
+    assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]
+    assert logged[1][-1]["tokens_per_second"] > 0 and logged[1][-1]["tokens"] == 24 * 128
+
+
+def test_what_is_half_written_is_no_checkpoint(text, tmp_path):
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-12" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (tmp_path / "run" / "tokens" / "tokens.json").unlink()
+    steps = []
+    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    assert steps[0] == 7, "from checkpoint 6"
+
+
+def test_a_finished_run_has_nothing_left_to_do(text, tmp_path):
+    pretrain(RECIPE, [text], tmp_path / "run")
+    steps = []
+    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    assert steps == []
+
+
+def test_checkpoints_are_models(text, tmp_path):
+    pretrain(RECIPE | {"replace": [FOLDED]}, [text], tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "checkpoint-24"
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    assert evaluate(AutoModelForCausalLM.from_pretrained(place), tokenizer, [text], limit=640)["perplexity"] < 200
+
+
+def test_the_best_checkpoint_and_the_last_one_are_kept(text, tmp_path):
+    report = pretrain(with_train(held_out=320, schedule="constant"), [text], tmp_path / "run")
+    assert [step for step, _ in report["held_out"]] == [6, 12, 18, 22] and report["tokens"] == 22 * 128
+    best = min(report["held_out"], key=lambda row: row[1])[0]
+    kept = {int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, 22} if best != 22 else 22 in kept
+
+
+def test_another_recipe_is_not_mixed_in(text, tmp_path):
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(7))
+    other = with_train(learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"is a run of another recipe \(other train.learning_rate\)"):
+        pretrain(other, [text], tmp_path / "run")
+
+
+def test_no_number_is_told_and_not_saved(text, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of the data\)"):
+        pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
+    for place in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
+        assert all(torch.isfinite(value).all() for value in weights(place).values())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
+    from tenfold.train.trainer import Watched
+
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(Watched, "AWAY", -1e3)
+    with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):
+        pretrain(with_train(save_steps=3), [text], tmp_path / "run")
+
+
+# tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_read_like_one_array(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tenfold.train.tokens.SHARD", 100)
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": small.text(20, k)}) for k in range(30)))
+    tokenizer = train_tokenizer([small.text()], 300, 32)
+    tokens = write_tokens(tmp_path / "tokens", [tmp_path / "lines.jsonl"], tokenizer, 777)
+    each = [tokenizer(json.loads(line)["text"])["input_ids"] + [0] for line in (tmp_path / "lines.jsonl").open()]
+    expected = np.concatenate(each)[:777]
+    assert len(tokens.shards) > 3 and len(tokens) == 777
+    for begin, end in [(0, 777), (95, 240), (101, 102), (700, 900), (5, 5)]:
+        assert np.array_equal(tokens[begin:end], expected[begin:end])
+    assert np.array_equal(Tokens(tmp_path / "tokens", 300)[:], expected[:300])
+
+
+def test_another_runs_tokens_are_data(text, tmp_path):
+    pretrain(RECIPE, [text], tmp_path / "one")
+    recipe = copy.deepcopy(RECIPE)
+    del recipe["tokenizer"]
+    pretrain(recipe, [tmp_path / "one" / "tokens"], tmp_path / "other")
+    expected = weights(tmp_path / "one")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "other").items())
+    with pytest.raises(ValueError, match=r"holds tokens of a vocabulary of 300, but recipe 'toy' wants 290"):
+        pretrain(RECIPE | {"tokenizer": {"vocab_size": 290}}, [tmp_path / "one" / "tokens"], tmp_path / "third")
+    tokenizer = train_tokenizer([small.text(seed=5)], 280, 32)
+    with pytest.raises(ValueError, match="holds the tokens of another run: other tokenizer"):
+        write_tokens(tmp_path / "one" / "tokens", [text], tokenizer, 3200)
+
+
+def test_no_documents(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"there are no documents in .*empty.jsonl; give text"):
+        pretrain(RECIPE, [tmp_path / "empty.jsonl"], tmp_path / "run")
+
+
+def test_too_short_a_text(tmp_path):
+    (tmp_path / "short.txt").write_text("a road")
+    with pytest.raises(ValueError, match=r"fewer than one window of 32: give more text"):
+        pretrain(RECIPE, [tmp_path / "short.txt"], tmp_path / "run")
+
+
+def test_a_recipe_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match="has no model or no train section"):
+        pretrain({"name": "empty"}, [], tmp_path / "run")
+
+
+# several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "processes", "each"), [(4, 2, 2, (4, 1)), (4, 3, 2, (2, 3))])
+def test_windows_are_shared_out(batch, accumulate, processes, each):
+    assert shared_out(batch, accumulate, processes) == each
+
+
+def test_windows_that_can_not_be_shared_out():
+    with pytest.raises(ValueError, match="3 processes can't share 2 batches of 4 windows evenly"):
+        shared_out(4, 2, 3)
+
+
+def launched(processes: int, *command: str) -> subprocess.CompletedProcess:
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "tenfold",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*run, *command], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_two_processes_train_as_one(text, tmp_path):
+    """Also when one of them goes on what both have begun."""
+    recipe = with_train(precision="float32", accumulate=2, tokens=6400)
+    recipe["model"] = recipe["model"] | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # drawn by each
+    one = pretrain(recipe, [text], tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]
+    done = launched(2, *command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-5)
+    (tmp_path / "two" / "checkpoints" / "checkpoint-25" / "trainer_state.json").unlink()
+    again = pretrain(recipe, [text], tmp_path / "two")
+    np.testing.assert_allclose(again["curve"], one["curve"], rtol=1e-5)
