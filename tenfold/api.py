@@ -27,6 +27,7 @@ from tenfold.models.recipe import Budget, Recipe, checked_keep, load_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
+from tenfold.train.tokens import is_tokens
 
 save = save_folded
 evaluate = perplexity
@@ -113,7 +114,7 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
     """``files``, all of which exist, or are data sets of a hub."""
     found = [file if str(file).startswith(HUB) else Path(file) for file in files]
     for file in found:
-        if isinstance(file, Path) and not file.is_file():
+        if isinstance(file, Path) and not file.is_file() and not is_tokens(file):
             raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -296,19 +297,25 @@ def heal(
 @app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
-    data: Annotated[list[str], typer.Option(help="Text to train on.")],
+    data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
     output: Output,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
 ) -> None:
-    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes."""
+    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes.
+
+    torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
+    """
     from tenfold import api
 
-    if not (output / "checkpoints").is_dir():
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not (output / "run.json").is_file():
         api.check_output(output, overwrite)
     with counted("training") as advance:
         report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
+    if not first:
+        return
     loss = report["curve"][-1][1]
     print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
 
@@ -350,8 +357,6 @@ def main() -> None:
 
 def _quiet() -> None:
     """transformers' own bars and notes are not for users of this command."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 
@@ -71,22 +73,44 @@ def tracked(what: str) -> Callable[[Iterable], Iterable]:
 
 
 class counted:
-    """A progress bar that is told ``(step, steps)``."""
+    """A progress bar that is told ``(step, steps, tokens a second)``; where no one looks, a line every twentieth."""
 
     def __init__(self, what: str):
-        self.what = what
+        self.what, self.said = what, -1
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[..., None]:
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        self.bar = Progress(console=Console(stderr=True), transient=True)
+        if not sys.stderr.isatty():
+            self.bar, self.begun = None, time.perf_counter()
+            return self._line
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[speed]}"), console=Console(stderr=True), transient=True)
         self.bar.start()
-        task = self.bar.add_task(self.what)
-        return lambda step, steps: self.bar.update(task, completed=step, total=steps)
+        task = self.bar.add_task(self.what, speed="")
+        return lambda step, steps, speed=None: self.bar.update(task, completed=step, total=steps, speed=_speed(speed))
+
+    def _line(self, step: int, steps: int, speed: float | None = None) -> None:
+        twentieth = 20 * step // steps
+        if self.said < 0:  # the first step says where an interrupted run goes on
+            self.said, self.first = 20 * (step - 1) // steps, step - 1
+        if twentieth > self.said:
+            self.said, seconds = twentieth, time.perf_counter() - self.begun
+            left = timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
+            print(
+                f"{self.what}: step {step:,} of {steps:,}, {left} left {_speed(speed)}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, *reason) -> None:
-        self.bar.stop()
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _speed(tokens: float | None) -> str:
+    return "" if tokens is None else f"{tokens:,.0f} tokens/s"
 
 
 def show_choices(choices: list[dict]) -> None:

@@ -52,7 +52,7 @@ def pretrain(
     data: Sequence[str | Path],
     output: str | Path,
     dtype: torch.dtype = torch.float16,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
@@ -66,7 +66,7 @@ def pretrain(
     Args:
         data: files of text, or one folder of tokens: ``tokens`` of another run.
         dtype: in which the result is written.
-        advance: called as ``advance(step, steps)``.
+        advance: called as ``advance(step, steps, tokens_per_second)``.
 
     Returns:
         What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
@@ -101,7 +101,7 @@ def pretrain(
         warmup_steps=settings.warmup,
         bf16=settings.precision == "bfloat16",
         torch_compile=settings.compile,
-        gradient_checkpointing=settings.checkpointing,
+        activation_checkpointing=settings.checkpointing,
         max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),
         save_steps=settings.save_steps,
@@ -158,7 +158,7 @@ def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
     trainer.add_callback(Watch(trainer))
     trainer.add_callback(Log(folder / "log.jsonl", tokens_a_step))
     if advance is not None:
-        trainer.add_callback(Progress(advance))
+        trainer.add_callback(Progress(advance, tokens_a_step))
 
 
 def _evaluation(held, settings) -> dict[str, Any]:

@@ -108,14 +108,20 @@ class Watch(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Tells ``advance(step, steps)`` after every optimizer step."""
+    """Tells ``advance(step, steps)`` after every optimizer step, or ``advance(step, steps, tokens a second)``."""
 
-    def __init__(self, advance):
-        self.advance = advance
+    def __init__(self, advance, tokens_a_step: int | None = None):
+        self.advance, self.tokens = advance, tokens_a_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.advance(state.global_step, state.max_steps)
+        if not state.is_world_process_zero:
+            return
+        steps, seconds = state.global_step - self.first, time.perf_counter() - self.begun
+        speed = [] if self.tokens is None else [steps * self.tokens / seconds]
+        self.advance(state.global_step, state.max_steps, *speed)
 
 
 class Log(TrainerCallback):

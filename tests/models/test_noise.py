@@ -60,7 +60,9 @@ def test_what_ends_a_branch(branch):
     for site in find_sites(model):
         if site.role in ("mlp.out", "attn.out"):
             matrix = model.get_submodule(site.path).dense()
-            assert not matrix.any() if branch == "zero" else float(matrix.detach().std()) == pytest.approx(least, rel=0.25)
+            assert (
+                not matrix.any() if branch == "zero" else float(matrix.detach().std()) == pytest.approx(least, rel=0.25)
+            )
     if branch == "zero":
         model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         ends = [m for path, m in model.named_modules() if path.endswith(("o_proj", "down_proj"))]

@@ -42,7 +42,7 @@ class Killed(Exception):
 
 
 def killed_at(step: int):
-    def advance(now, steps):
+    def advance(now, *rest):
         if now == step:
             raise Killed
 
@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path):
     with pytest.raises(Killed):
         pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
     steps = []
-    report = pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    report = pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == list(range(13, 26)), "it loses the steps since the last checkpoint, at 12, and no others"
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
@@ -115,14 +115,14 @@ def test_what_is_half_written_is_no_checkpoint(text, tmp_path):
     state.write_text(state.read_text()[:100])
     (tmp_path / "run" / "tokens" / "tokens.json").unlink()
     steps = []
-    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps[0] == 7, "from checkpoint 6"
 
 
 def test_a_finished_run_has_nothing_left_to_do(text, tmp_path):
     pretrain(RECIPE, [text], tmp_path / "run")
     steps = []
-    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, n: steps.append(k))
+    pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == []
 
 
