@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+from quality_studies import studies
+
 HEAD = """# Quality without training
 
 What every method leaves of a model when nothing is trained after it, at the same share of parameters and with the same
 calibration text. Written by `python benchmarks/quality.py --table` from the files in `results/quality/`, each of which has
-the whole recipe, the protocol and the versions. What the baselines are, and where they depart from their papers, is in
-[recipes.md](recipes.md#baselines).
+the whole recipe, the protocol and the versions, and from those that `fits.py`, `variants.py` and `healed.py` beside it write.
+What the baselines are, and where they depart from their papers, is in [recipes.md](recipes.md#baselines).
 """
 
 
@@ -24,18 +26,20 @@ def write_table(results: Path, target: Path, baselines: list[str], kinds: tuple[
         parts += [f"## {folder.name}\n", *made]
         if quantised := [run for run in runs if "bits" in run]:
             parts += bytes_table(dense, folded, quantised, kinds, causal)
-    target.write_text("\n".join(parts))
+    target.write_text("\n".join(parts + studies(results.parent, kinds)).rstrip() + "\n")
 
 
 def causal_tables(dense: dict, runs: list[dict], baselines: list[str], kinds: tuple[str, ...]) -> list[str]:
     sizes, scores = dense["parameters"], dense["scores"]
     protocol = scores[kinds[0]]["protocol"]
+    bits = " / ".join(f"{scores[kind]['bits_per_byte']:.3f}" for kind in kinds)
     lines = [
         f"{sizes['total']:,} parameters ({sizes['without_head']:,} without an output head of its own), {sizes['blocks']:,} of "
         f"them in the blocks. Perplexity per token on held-out text, {scores[kinds[0]]['tokens']:,} tokens of each kind, windows "
         f"of {protocol['window']} tokens. **kept** is the share of the blocks' parameters, measured; **outside** what is added "
         "or taken away elsewhere (embeddings, head). **gap** is how far the perplexity is above dense, for every kind of text "
-        "as a share of the best baseline's. Seconds on one thread of a shared machine.\n"
+        "as a share of the best baseline's. Seconds on one thread of a shared machine. "
+        f"The dense model has {bits} bits per byte.{costs(dense, runs, kinds)}\n"
     ]
     for keep in sorted({run["keep"]["asked"] for run in runs}, reverse=True):
         here = sorted((run for run in runs if run["keep"]["asked"] == keep), key=lambda run: perplexity(run, kinds[0]))
@@ -64,6 +68,15 @@ def causal_tables(dense: dict, runs: list[dict], baselines: list[str], kinds: tu
             said = ", ".join(f"{ratio:.2f} on {kind}" for ratio, kind in zip(ratios, kinds, strict=True))
             lines.append(f"The recommended recipe's gap to dense is, as a share of the best baseline's: {said}.\n")
     return lines
+
+
+def costs(dense: dict, runs: list[dict], kinds: tuple[str, ...]) -> str:
+    """What plain SVD at half of the blocks costs the model: one that learned too little hardly minds."""
+    plain = next((run for run in runs if run["method"] == "svd" and run["keep"]["asked"] == 0.5), None)
+    if plain is None:
+        return ""
+    ratios = " / ".join(f"{perplexity(plain, kind) / perplexity(dense, kind):,.1f}" for kind in kinds)
+    return f" Plain SVD at 50% makes its perplexity {ratios} times as high."
 
 
 def row(name: str, kept: float, outside: int, figures: list[float], gap: str, seconds: str, peak: str) -> str:
