@@ -23,9 +23,10 @@ from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.cost import read_config
+from tenfold.models.healing import Heal
 from tenfold.models.hub import check_output, from_pretrained
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe
+from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
 
@@ -101,6 +102,17 @@ def with_keep(recipe, keep: float | None, of: str = "model") -> Recipe:
             f"recipe {loaded.name} has stages, each with sizes of its own; leave --keep out, or write them there"
         )
     return loaded if keep is None else loaded.model_copy(update={"budget": Budget(keep=checked_keep(keep), of=of)})
+
+
+def heal_settings(losses: Sequence[str] = (), **settings: Any) -> Heal:
+    """``settings`` of a healing with ``losses`` written as ``kl=1.0``; those of :class:`Heal` where there are none."""
+    weights: dict[str, Any] = {}
+    for loss in losses:
+        name, equals, weight = loss.partition("=")
+        if not equals:
+            raise ValueError(f"loss {loss!r} has no weight; write {loss}=1.0")
+        weights[name] = weight
+    return parse_recipe({"heal": settings | ({"losses": weights} if weights else {})}, "the settings").heal
 
 
 def read_calibration(model, tokenizer, files, recipe: Recipe | None = None, samples: int | None = None) -> Calibration:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tenfold.models.healing import Heal
 from tenfold.models.roles import ROLES
 from tenfold.models.sites import Site
 
@@ -187,20 +188,6 @@ class Calibrate(_Strict):
     refine: int = Field(0, ge=0)
     refine_rate: float = Field(3e-5, gt=0)
     seed: int = 0
-
-
-class Heal(_Strict):
-    """Distillation after compression; see :mod:`tenfold.train.heal`."""
-
-    steps: int | None = None
-    epochs: float | None = None
-    tokens_per_step: int = 4096
-    learning_rate: float = 6.0e-5
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    distill: float = 1.0
-    temperature: float = 1.0
 
 
 class Tokenizer(_Strict):
