@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
@@ -22,9 +19,10 @@ from tenfold.evaluate.text import HUB
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
-from tenfold.models.cost import read_config
 from tenfold.models.healing import Heal
-from tenfold.models.hub import check_output, from_pretrained
+from tenfold.models.hub import check_output
+from tenfold.models.named import load_model
+from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.train.heal import heal as heal
@@ -46,32 +44,8 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
         device: for instance ``cuda``; an accelerator where there is one, unless given.
         dtype: for instance ``bfloat16``; that of the checkpoint unless given.
     """
-    config = read_config(str(name))
-    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    place = checked_device(device)
-    with _silent():
-        model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
-    return model.to(place).eval(), load_tokenizer(name)
-
-
-def load_tokenizer(name: str | Path):
-    """The tokenizer of a folder or a hub name, None if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
-
-
-@contextmanager
-def _silent():
-    """No progress bar of transformers: libraries are silent."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    place, kind = checked_device(device), checked_dtype(dtype)
+    return load_model(name, kind).to(place).eval(), load_tokenizer(name)
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | str:

@@ -65,7 +65,7 @@ def heal(
     if tokenizer is None:
         raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
     if asked and teacher is None:
-        raise ValueError(f"{', '.join(sorted(asked))} compare with a teacher: give one, or only the loss cross_entropy")
+        raise ValueError(f"the loss {', '.join(sorted(asked))} needs a teacher: give one, or cross_entropy alone")
     if asked:
         check_vocabulary(model, teacher, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
@@ -189,5 +189,5 @@ class _Healer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {float(loss)} at step {self.state.global_step + 1}; {_advice(self.args)}")
+            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {_advice(self.args)}")
         return loss

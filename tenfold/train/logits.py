@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tenfold.models.sites import base_model
 
-AGREEMENT = 1e-3  # of the logits from states with the model's own, as a share of the largest; autocast rounds
+AGREEMENT = 1e-2  # of the logits from states with the model's own, as a share of the largest; bfloat16 rounds to 0.8%
 
 
 class Predictor:
@@ -61,7 +61,7 @@ class Predictor:
 
     def _agrees(self, some: Tensor, own: Tensor) -> bool:
         try:
-            made = self.logits(self.run(input_ids=some)[0][0])
+            made = self.logits(self.run(input_ids=some)[0][0].flip(0)).flip(0)  # no position may know where it is
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
             return False
         return made.shape == own.shape and bool((made - own).abs().max() <= AGREEMENT * own.abs().max())

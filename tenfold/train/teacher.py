@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tenfold.models.cost import read_config
-from tenfold.models.hub import from_pretrained
 from tenfold.models.lazy import weight_files
+from tenfold.models.named import load_model, load_tokenizer
 from tenfold.models.reading import reads_streams
 
 Teacher = PreTrainedModel | str | Path
@@ -24,8 +23,7 @@ Teacher = PreTrainedModel | str | Path
 def load_teacher(teacher: Teacher, device: torch.device) -> PreTrainedModel:
     """The model itself, or the one of this folder or name in single precision, on ``device`` and ready to evaluate."""
     if not isinstance(teacher, PreTrainedModel):
-        kind = getattr(transformers, (read_config(str(teacher)).architectures or [""])[0], AutoModelForCausalLM)
-        teacher = from_pretrained(teacher, kind, dtype=torch.float32)
+        teacher = load_model(teacher, torch.float32)
     return teacher.to(device).eval()
 
 
@@ -43,7 +41,7 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
             f"the student predicts {own:,} tokens and the teacher {other:,}: their distributions can't be compared; "
             "take as teacher the model that the student was folded from"
         )
-    theirs = _tokenizer(teacher) if named else None
+    theirs = load_tokenizer(teacher) if named else None
     if theirs is None:
         return
     known = theirs.get_vocab()
@@ -53,13 +51,6 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
                 f"token {token!r} is number {number} for the student and {known.get(token, 'no token')} for the teacher: "
                 "their tokenizers differ; take as teacher the model that the student was folded from"
             )
-
-
-def _tokenizer(name: str | Path):
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, losses: Iterable[str]) -> None:
