@@ -115,7 +115,7 @@ def weights_digest(teacher: Teacher) -> str:
     """A fingerprint of the weights: whatever their names, order, ties and precision on disk.
 
     Those of a folder or a name are read tensor by tensor. A model in memory has the same fingerprint where its tensors are
-    those of its files: not so where transformers fuses experts.
+    those of its files: not so where transformers fuses experts, or old files hold masks.
     """
     files = [] if isinstance(teacher, PreTrainedModel) else weight_files(teacher)
     if not files:
