@@ -53,7 +53,7 @@ MODELS = ["gpt2", "gpt2-folded", "llama", "gemma3_text", "gemma2", "cohere", "op
 def batch_of(causal=True, length=11):
     ids = torch.randint(3, 97, (2, length))
     labels, mask = ids.clone(), torch.ones_like(ids)
-    mask[1, 8:], labels[1, 8:], labels[0, :3] = 0, -100, -100
+    mask[1, 8:], labels[1, 9:], labels[0, :3] = 0, -100, -100  # one token is padding by its mask alone
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
@@ -138,10 +138,15 @@ def test_no_more_logits_than_a_chunk_are_ever_held(name, stored):
         batch |= {"ids": torch.randint(0, 97, (2, 11, 1)), "log_probabilities": torch.randn(2, 11, 2)}
         teacher = None
     for chunk, most in ((4, 4), (1000, 22)):
+        distillation, held = Distillation(student, teacher, Heal(losses=ALL, chunk=chunk), name != "bert"), []
         with Widest(97, {32, 7}) as widest:
-            distillation = Distillation(student, teacher, Heal(losses=ALL, chunk=chunk), name != "bert")
-            distillation(**batch)["loss"].backward()
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
+                loss = distillation(**batch)["loss"]
+            loss.backward()
         assert widest.rows <= most
+        assert held and not [x for x in held if x.shape[-1:] == (97,) and x.shape[0] not in (32, 7)], (
+            "kept for backward"
+        )
     assert widest.rows > 4, "one chunk holds all"
 
 
@@ -278,6 +283,7 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
     stored_in(tmp_path / "store", teacher, windows, 5, progress=counting)
     assert seen == [4, 6], "the first two batches of two were there"
     stored_in(tmp_path / "once", teacher, windows, 5)
+    assert not (tmp_path / "store.partial").exists()
     one, other = Store(tmp_path / "store"), Store(tmp_path / "once")
     assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in one.arrays)
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["ids.npy", "log_probabilities.npy", "store.json"]
