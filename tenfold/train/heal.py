@@ -66,6 +66,8 @@ def heal(
         raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
     if asked and teacher is None:
         raise ValueError(f"the loss {', '.join(sorted(asked))} needs a teacher: give one, or cross_entropy alone")
+    if store is not None and not asked:
+        raise ValueError(f"{', '.join(settings.losses)} asks nothing of a teacher: leave the store {store} out")
     if asked:
         check_vocabulary(model, teacher, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
@@ -168,7 +170,7 @@ def _train(model, arguments, data, collator, settings: Heal, advance) -> dict[st
         raise ValueError(f"the weights are not finite after step {steps}; {_advice(arguments)}")
     return {
         "steps": steps,
-        "tokens": distillation.tokens,
+        "tokens": distillation.tokens * arguments.world_size,
         "seconds": round(time.perf_counter() - begun, 1),
         "losses": dict(settings.losses),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],

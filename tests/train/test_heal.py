@@ -174,9 +174,9 @@ def test_states_are_compared_layer_by_layer_on_what_is_there():
     there = batch["attention_mask"].bool()
     expected = 0.0
     for weight, a, b in ((1.0, h.hidden_states[1], g.hidden_states[2]), (10.0, h.hidden_states[0], g.hidden_states[0])):
-        expected += weight * float(((a - b)[there] ** 2).mean() / (b[there] ** 2).mean())
+        expected += weight * (((a - b)[there] ** 2).mean() / (b[there] ** 2).mean()).item()
     a, b = g.attentions[1].transpose(1, 2)[there], h.attentions[0].transpose(1, 2)[there]
-    expected += 100 * float(torch.where(a > 0, a * (a / b.clamp(min=1e-30)).log(), 0.0).sum(-1).mean())
+    expected += 100 * torch.where(a > 0, a * (a / b.clamp(min=1e-30)).log(), 0.0).sum(-1).mean().item()
     assert got.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -380,6 +380,8 @@ def test_cross_entropy_needs_no_teacher(folder, tokenizer):
     settings = Heal(steps=8, learning_rate=5e-3, tokens_per_step=256, losses={"cross_entropy": 1.0})
     report = heal(student, None, tokenizer, [folder / "text.txt"], settings)
     assert report["curve"][-1][1] < report["curve"][0][1]
+    with pytest.raises(ValueError, match="cross_entropy asks nothing of a teacher: leave the store answers out"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, store="answers")
     with pytest.raises(ValueError, match="the loss hidden, kl needs a teacher: give one, or cross_entropy alone"):
         heal(student, None, tokenizer, [folder / "text.txt"], Heal(losses={"kl": 1.0, "hidden": 1.0}))
 
