@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
@@ -20,10 +19,12 @@ from tenfold.evaluate.text import HUB
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
-from tenfold.models.cost import read_config
-from tenfold.models.hub import check_output, from_pretrained, silent
+from tenfold.models.healing import Heal
+from tenfold.models.hub import check_output
+from tenfold.models.named import load_model
+from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Budget, Recipe, checked_keep, load_recipe
+from tenfold.models.recipe import Budget, Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
@@ -45,20 +46,8 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
         device: for instance ``cuda``; an accelerator where there is one, unless given.
         dtype: for instance ``bfloat16``; that of the checkpoint unless given.
     """
-    config = read_config(str(name))
-    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    place = checked_device(device)
-    with silent():
-        model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
-    return model.to(place).eval(), load_tokenizer(name)
-
-
-def load_tokenizer(name: str | Path):
-    """The tokenizer of a folder or a hub name, None if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
+    place, kind = checked_device(device), checked_dtype(dtype)
+    return load_model(name, kind).to(place).eval(), load_tokenizer(name)
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | str:
@@ -89,6 +78,17 @@ def with_keep(recipe, keep: float | None, of: str = "model") -> Recipe:
             f"recipe {loaded.name} has stages, each with sizes of its own; leave --keep out, or write them there"
         )
     return loaded if keep is None else loaded.model_copy(update={"budget": Budget(keep=checked_keep(keep), of=of)})
+
+
+def heal_settings(losses: Sequence[str] = (), **settings: Any) -> Heal:
+    """``settings`` of a healing with ``losses`` written as ``kl=1.0``; those of :class:`Heal` where there are none."""
+    weights: dict[str, Any] = {}
+    for loss in losses:
+        name, equals, weight = loss.partition("=")
+        if not equals:
+            raise ValueError(f"loss {loss!r} has no weight; write {loss}=1.0")
+        weights[name] = weight
+    return parse_recipe({"heal": settings | ({"losses": weights} if weights else {})}, "the settings").heal
 
 
 def read_calibration(model, tokenizer, files, recipe: Recipe | None = None, samples: int | None = None) -> Calibration:

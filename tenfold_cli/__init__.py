@@ -246,16 +246,26 @@ def bench(
 @app.command()
 def heal(
     model: Annotated[str, typer.Argument(help="The folded model.")],
-    teacher: Annotated[str, typer.Option(help="The dense model that it came from.")],
     text: Text,
     output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model that it came from; cross_entropy alone needs none.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
     learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
-    distill: Annotated[
-        float, typer.Option(help="Weight of the teacher's distribution; the rest is cross entropy.")
-    ] = 1.0,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WEIGHT, repeatable: cross_entropy, kl, reverse_kl, jensen_shannon, hidden, attention, embedding; "
+            "kl=1 unless given."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the teacher's predictions in this folder; if they are there, read them.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="With --store: how many tokens are kept of every prediction.")] = 64,
     window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
     overwrite: Overwrite = False,
@@ -266,22 +276,26 @@ def heal(
 ) -> None:
     """Distil the dense model into the folded one and save it."""
     from tenfold import api
-    from tenfold.models.recipe import Heal
 
     api.check_output(output, overwrite)
     files = api.texts(text)
+    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step}
+    settings = api.heal_settings(loss or (), temperature=temperature, **given)
     student, tokenizer = api.load(model, device, "float32")
     stored, _ = api.load(model, "cpu", dtype)
-    settings = Heal(
-        steps=steps,
-        learning_rate=learning_rate,
-        tokens_per_step=tokens_per_step,
-        distill=distill,
-        temperature=temperature,
-    )
     with counted("healing") as advance:
         report = api.heal(
-            student, api.load(teacher, device, "float32")[0], tokenizer, files, settings, window, seed, advance
+            student,
+            teacher,
+            tokenizer,
+            files,
+            settings,
+            window,
+            seed,
+            advance,
+            store,
+            top_k,
+            tracked("asking the teacher"),
         )
     before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
     api.save(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from tenfold.models.healing import Heal
 from tenfold.models.roles import ROLES
 from tenfold.models.settings import Calibrate, Strict, Tokenizer, Train
 from tenfold.models.sites import Site
@@ -144,20 +145,6 @@ class Budget(Strict):
     @classmethod
     def _share(cls, value):
         return checked_keep(value)
-
-
-class Heal(Strict):
-    """Distillation after compression; see :mod:`tenfold.train.heal`."""
-
-    steps: int | None = None
-    epochs: float | None = None
-    tokens_per_step: int = 4096
-    learning_rate: float = 6.0e-5
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    distill: float = 1.0
-    temperature: float = 1.0
 
 
 class Squeeze(Strict):

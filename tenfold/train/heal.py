@@ -4,105 +4,192 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.recipe import Heal
+from tenfold.models.healing import Heal
+from tenfold.models.reading import context_of, reads_streams
+from tenfold.train.distil import Distillation
+from tenfold.train.logits import Predictor
+from tenfold.train.losses import STATES, WITHOUT_TEACHER
+from tenfold.train.store import Answered, Store, is_finished, origin, write_store
+from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
 from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
 
 
 def heal(
-    model,
-    teacher,
+    model: PreTrainedModel,
+    teacher: Teacher | None,
     tokenizer,
     files: Sequence[str | Path],
     settings: Heal | None = None,
     window: int | None = None,
     seed: int = 0,
     advance: Callable[[int, int], None] | None = None,
+    store: str | Path | None = None,
+    top_k: int = 64,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
-    """Train ``model``, in place, to predict what ``teacher`` predicts on ``files``.
+    """Train ``model``, in place, to predict what ``teacher`` predicts on ``files``; see :mod:`tenfold.train.losses`.
 
-    The loss of a token is ``distill * T^2 KL(teacher / T || model / T) + (1 - distill) * cross entropy``.
+    A causal model reads windows of one stream of text. A masked language model reads lines, cut to the window and padded, whose
+    tokens are masked anew each time; cross entropy is of the masked ones, divergences as ``settings.positions`` says.
 
     Args:
-        settings: steps or epochs, tokens a step, learning rate and schedule, the weight and temperature of the loss.
+        teacher: a model, or a folder or name of one; None where the losses ask for none (``cross_entropy``).
+        settings: the losses and their weights, steps or epochs, tokens a step, learning rate and schedule.
         window: tokens that the model sees at once; its context, 1,024 at most, unless given.
+        advance: is told ``(step, steps)``.
+        store: a folder for the teacher's ``top_k`` likeliest tokens and their log-probabilities. The first call writes it;
+            later ones read it, and load no teacher. Divergences are then over these tokens and one class for the rest.
+        progress: wraps the writing of the store.
 
     Returns:
-        ``steps``, ``tokens``, ``seconds`` and ``curve`` (step, loss).
+        ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights) and ``curve`` (step, loss).
+
+    Raises:
+        ValueError: teacher and student don't fit together, the store was made from something else, the text is too short,
+            or the loss is no longer finite.
     """
     settings = settings or Heal()
-    window = window or min(getattr(model.config, "max_position_embeddings", None) or 1024, 1024)
-    windows = Windows(token_stream(documents(files, tokenizer), tokenizer), window)
-    batch = max(1, settings.tokens_per_step // window)
-    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(
-            Path(folder),
-            settings.learning_rate,
-            batch,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            adam_beta2=0.95,
-            save_strategy="no",
-            logging_steps=max(1, (settings.steps or 200) // 20),
-            seed=seed,
-            **length,
+    asked = settings.losses.keys() - WITHOUT_TEACHER
+    window = _window(model, window)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
+    if asked and teacher is None:
+        raise ValueError(f"the loss {', '.join(sorted(asked))} needs a teacher: give one, or cross_entropy alone")
+    if store is not None and not asked:
+        raise ValueError(f"{', '.join(settings.losses)} asks nothing of a teacher: leave the store {store} out")
+    if asked:
+        check_vocabulary(model, teacher, tokenizer)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
+        arguments = _arguments(Path(folder), settings, window, seed)
+        data, collator = _data(model, tokenizer, files, window, seed)
+        loaded = None
+        if asked and store is not None:
+            data = _answered(data, model, teacher, tokenizer, settings, Path(store), top_k, arguments, progress)
+        elif asked:
+            loaded = load_teacher(teacher, arguments.device)
+            check_teacher(model, loaded, asked)
+        if "attention" in asked:
+            restored.enter_context(eager([model, loaded]))
+        model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
+        for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
+            restored.callback(model.__dict__.pop, name, None)
+        return _train(model, arguments, data, collator, settings, advance)
+
+
+def _window(model: PreTrainedModel, window: int | None) -> int:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"a {type(model).__name__} reads one text and writes another; healing is for models that read one text"
         )
-        trainer = _Distiller(model=model, args=arguments, train_dataset=windows, teacher=teacher, settings=settings)
-        trainer.remove_callback(PrinterCallback)
-        if advance is not None:
-            trainer.add_callback(Progress(advance))
-        begun = time.perf_counter()
-        trainer.train()
-    unwrapped(trainer).eval()
+    longest = context_of(model)
+    if window is not None and not 2 <= window <= longest:
+        raise ValueError(f"window {window} must be from 2 to the model's context of {longest}")
+    return window or min(longest, 1024)
+
+
+def _arguments(folder: Path, settings: Heal, window: int, seed: int) -> TrainingArguments:
+    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
+    return training_arguments(
+        folder,
+        settings.learning_rate,
+        max(1, settings.tokens_per_step // window),
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        save_strategy="no",
+        remove_unused_columns=False,
+        logging_steps=max(1, (settings.steps or 200) // 20),
+        seed=seed,
+        **length,
+    )
+
+
+def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> tuple[torch.utils.data.Dataset, Any]:
+    """What is trained on, and how a batch is made of it: None as Trainer does."""
+    if reads_streams(model):
+        tokens = token_stream(documents(files, tokenizer), tokenizer)
+        check_tokens(tokens, model, window)
+        return Windows(tokens, window), None
+    lines = [line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip()]
+    if not lines or tokenizer.mask_token is None:
+        lack = "the tokenizer has no mask token" if lines else "the text is empty"
+        raise ValueError(f"a {type(model).__name__} learns from masked text, but {lack}; give another")
+    cut = tokenizer(lines, truncation=True, max_length=window, return_overflowing_tokens=True)
+    rows = [{"input_ids": ids} for ids in cut["input_ids"]]
+    return rows, DataCollatorForLanguageModeling(tokenizer, seed=seed)
+
+
+def _answered(data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress) -> Answered:
+    """``data`` with the teacher's answers, which are computed where they are not there yet."""
+    if inside := sorted(settings.losses.keys() & STATES.keys()):
+        raise ValueError(
+            f"a store holds what the teacher predicts and nothing from inside it, which {', '.join(inside)} compare: leave "
+            "the store out, or these losses"
+        )
+    if not reads_streams(model):
+        raise ValueError(
+            "a masked language model's inputs are masked anew each time, so that no answer can be stored: leave the store out"
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    made_from = origin(
+        weights_digest(teacher), tokenizer, data.tokens, data.length, settings.temperature, top_k, vocabulary
+    )
+    with arguments.main_process_first(local=False, desc="the teacher's answers"):
+        if not is_finished(folder, made_from):
+            loaded = load_teacher(teacher, arguments.device)
+            check_teacher(model, loaded, ())
+            batch = arguments.per_device_train_batch_size
+            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+                write_store(folder, made_from, Predictor(loaded), data, batch, settings.chunk, progress)
+    return Answered(data, Store(folder))
+
+
+def _train(model, arguments, data, collator, settings: Heal, advance) -> dict[str, Any]:
+    distillation = model.forward
+    trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+    trainer.remove_callback(PrinterCallback)
+    if advance is not None:
+        trainer.add_callback(Progress(advance))
+    begun = time.perf_counter()
+    trainer.train()
+    model = unwrapped(trainer).eval()
     steps = trainer.state.global_step
+    if not all(bool(value.isfinite().all()) for value in model.parameters()):
+        raise ValueError(f"the weights are not finite after step {steps}; {_advice(arguments)}")
     return {
         "steps": steps,
-        "tokens": steps * batch * window,
+        "tokens": distillation.tokens * arguments.world_size,
         "seconds": round(time.perf_counter() - begun, 1),
+        "losses": dict(settings.losses),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
     }
 
 
-class _Distiller(Trainer):
-    """Trainer with the loss of :func:`heal`."""
+def _advice(arguments: TrainingArguments) -> str:
+    return f"nothing is saved: try a lower learning rate than {arguments.learning_rate:g}"
 
-    def __init__(self, *args, teacher, settings: Heal, **kwargs):
+
+class _Healer(Trainer):
+    """Trainer of a model whose ``forward`` is its loss."""
+
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.settings = teacher.to(self.args.device).eval().requires_grad_(False), settings
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        ids = inputs["input_ids"]
-        outputs = model(input_ids=ids, use_cache=False)
-        with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, use_cache=False).logits
-        loss = distillation_loss(outputs.logits[:, :-1], wanted[:, :-1], ids[:, 1:], self.settings)
-        return (loss, outputs) if return_outputs else loss
-
-
-def distillation_loss(logits: Tensor, wanted: Tensor, targets: Tensor, settings: Heal) -> Tensor:
-    """The loss of :func:`heal` for ``logits`` and ``wanted`` ``(batch, length, vocabulary)``, the mean over tokens."""
-    hot = settings.temperature
-    flat, goal = logits.float().flatten(0, 1), wanted.float().flatten(0, 1)
-    loss = logits.new_zeros((), dtype=torch.float32)
-    if settings.distill > 0:
-        student, teacher = (torch.log_softmax(values / hot, -1) for values in (flat, goal))
-        loss = (
-            settings.distill
-            * hot**2
-            * torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        )
-    if settings.distill < 1:
-        loss = loss + (1 - settings.distill) * torch.nn.functional.cross_entropy(flat, targets.flatten())
-    return loss
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {_advice(self.args)}")
+        return loss

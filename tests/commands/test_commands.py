@@ -91,6 +91,24 @@ def test_heal(call, dense, tmp_path):
     status, out, err = call("heal", folded, "--teacher", dense, *text, "-o", healed)
     assert status == 0, err
     assert "2 steps" in out and "tenfold heal" in (healed / "README.md").read_text()
+    stored = ("--store", tmp_path / "store", "--top-k", "16", "--loss", "kl=1.0", "--loss", "cross_entropy=0.1")
+    for name in ("first", "second"):
+        status, out, err = call("heal", folded, "--teacher", dense, *text, *stored, "-o", tmp_path / name)
+        assert status == 0, err
+    assert json.loads((tmp_path / "second" / "tenfold.json").read_text())["heal"]["losses"]["cross_entropy"] == 0.1
+    before = {path.name: path.read_bytes() for path in healed.iterdir()}
+    overwrite = ("-o", healed, "--overwrite")
+    for more, sentence in (
+        (("--learning-rate", "1e30", "--steps", "3"), "try a lower learning rate than 1e+30"),
+        (("--store", tmp_path / "store"), "top_k is 16 there and 64 here"),
+        (("--store", tmp_path / "store", "--loss", "hidden=1"), "nothing from inside it, which hidden compare"),
+        (("--loss", "kl"), "write kl=1.0"),
+    ):
+        status, _, err = call("heal", folded, "--teacher", dense, *text, *more, *overwrite)
+        assert status == 2 and sentence in err and len(err.strip().splitlines()) == 1, err
+    status, _, err = call("heal", folded, *text, *overwrite)
+    assert status == 2 and "the loss kl needs a teacher" in err
+    assert before == {path.name: path.read_bytes() for path in healed.iterdir()}, "what was there is still there"
 
 
 def test_pretrain(call, tmp_path):

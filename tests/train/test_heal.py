@@ -1,42 +1,209 @@
-"""Healing and pre-training, on models of toy size."""
+"""Healing: chunks and stores change nothing, what can't be compared is refused, and a healed model is an ordinary one."""
 
-import math
+import copy
 
 import pytest
 import small
 import torch
+import transformers
+from models import toys
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from tenfold.api import compress
-from tenfold.models.recipe import Heal
-from tenfold.train.heal import distillation_loss, heal
+from tenfold.api import compress, heal_settings
+from tenfold.models.healing import Heal
+from tenfold.train.distil import Distillation
+from tenfold.train.heal import heal
 from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
+
+CAPPED = {**toys.GEMMA, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
+TIED = {"replace": [{"role": "embed", "structure": {"kind": "low_rank", "rank": 7}}]}
+ALL = {"cross_entropy": 0.3, "kl": 1.0, "reverse_kl": 0.5, "jensen_shannon": 2.0}
 
 
-@pytest.mark.parametrize(("distill", "temperature"), [(1.0, 1.0), (0.0, 1.0), (0.4, 2.0)])
-def test_loss_is_its_formula(distill, temperature):
-    logits, wanted, targets = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
-    total = 0.0
-    for b in range(2):
-        for t in range(3):
-            p = torch.softmax(wanted[b, t].double() / temperature, 0)
-            q = torch.softmax(logits[b, t].double() / temperature, 0)
-            divergence = sum(float(p[v] * math.log(p[v] / q[v])) for v in range(5))
-            surprise = -math.log(torch.softmax(logits[b, t].double(), 0)[targets[b, t]])
-            total += distill * temperature**2 * divergence + (1 - distill) * surprise
-    loss = distillation_loss(logits, wanted, targets, Heal(distill=distill, temperature=temperature))
-    assert float(loss) == pytest.approx(total / 6, rel=1e-5)
+def build(name, seed=0):
+    if name == "gemma2":
+        torch.manual_seed(seed)
+        return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**CAPPED)).eval()
+    if name == "cohere":
+        torch.manual_seed(seed)
+        return transformers.CohereForCausalLM(transformers.CohereConfig(**toys.GROUPED, logit_scale=0.3)).eval()
+    model = toys.build(name.removesuffix("-folded"), seed)
+    return compress(model, TIED)[0] if name.endswith("-folded") else model
 
 
-def test_healing_brings_the_model_nearer_to_its_teacher(tmp_path):
-    folder = small.folder(tmp_path)
-    teacher = AutoModelForCausalLM.from_pretrained(folder)
-    student = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = train_tokenizer([small.text()], 300, 32)
+class OddHead(transformers.GPT2LMHeadModel):
+    """Logits that depend on where a token stands, so that some of them can't be computed by themselves."""
+
+    def forward(self, *arguments, **keywords):
+        out = super().forward(*arguments, **keywords)
+        out.logits = out.logits * torch.arange(1, out.logits.shape[1] + 1)[:, None]
+        return out
+
+
+MODELS = ["gpt2", "gpt2-folded", "llama", "gemma3_text", "gemma2", "cohere", "opt-projected", "bert"]
+
+
+def batch_of(causal=True, length=11):
+    ids = torch.randint(3, 97, (2, length))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    mask[1, 8:], labels[1, 9:], labels[0, :3] = 0, -100, -100  # one token is padding by its mask alone
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def plain(student, teacher, batch, weights, temperature, causal, masked=False):
+    """The loss from the logits of the whole batch."""
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    q, p, labels, there = student(**given).logits, teacher(**given).logits.detach(), batch["labels"], given
+    there = batch["attention_mask"].bool()
+    if causal:
+        q, p, labels, there = q[:, :-1], p[:, :-1], labels[:, 1:], there[:, 1:]
+    labelled = (labels != -100) & there
+    kept = labelled if causal or masked else there
+    crossed = -torch.log_softmax(q, -1)[labelled].gather(-1, labels[labelled][:, None]).mean()
+    p, q = (torch.softmax(values[kept] / temperature, -1) for values in (p, q))
+    m, heat = (p + q) / 2, temperature**2
+    parts = {
+        "cross_entropy": crossed,
+        "kl": heat * (p * (p / q).log()).sum(-1).mean(),
+        "reverse_kl": heat * (q * (q / p).log()).sum(-1).mean(),
+        "jensen_shannon": heat * (p * (p / m).log() + q * (q / m).log()).sum(-1).mean() / 2,
+    }
+    return sum(weight * parts[name] for name, weight in weights.items())
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_change_neither_loss_nor_gradients(name):
+    student, teacher = build(name).double(), build(name, 1).double()
+    causal, batch = name != "bert", batch_of()
+    settings = Heal(losses=ALL, temperature=1.7, chunk=5)
+    expected = plain(student, teacher, batch, ALL, 1.7, causal)
+    expected.backward()
+    wanted = gradients(student)
+    distillation = Distillation(student, teacher, settings, causal)
+    loss = distillation(**batch)["loss"]
+    loss.backward()
+    assert not distillation.student.whole and not distillation.teacher.whole
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    got = gradients(student)
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.allclose(got[key], value, rtol=1e-10, atol=1e-10), key
+
+
+def test_a_head_that_can_not_be_asked_for_some_positions_is_asked_for_all():
+    torch.manual_seed(0)
+    config = toys.config("gpt2")
+    student, teacher = OddHead(config).double().eval(), OddHead(config).double().eval()
+    batch = batch_of()
+    distillation = Distillation(student, teacher, Heal(losses=ALL, chunk=5))
+    loss = distillation(**batch)["loss"]
+    assert distillation.student.whole and distillation.teacher.whole
+    assert loss.item() == pytest.approx(plain(student, teacher, batch, ALL, 1.0, True).item(), rel=1e-10)
+
+
+class Widest(TorchDispatchMode):
+    """The most rows of any tensor that is as wide as the vocabulary; views of matrices are none."""
+
+    def __init__(self, vocabulary, but):
+        super().__init__()
+        self.vocabulary, self.but, self.rows = vocabulary, but, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] == self.vocabulary:
+                rows = value.numel() // self.vocabulary
+                self.rows = max(self.rows, rows if rows not in self.but else 0)
+        return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-folded", "gemma2", "bert"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_no_more_logits_than_a_chunk_are_ever_held(name, stored):
+    student, teacher, batch = build(name), build(name, 1), batch_of()
+    if stored:
+        batch |= {"ids": torch.randint(0, 97, (2, 11, 1)), "log_probabilities": torch.randn(2, 11, 2)}
+        teacher = None
+    for chunk, most in ((4, 4), (1000, 22)):
+        distillation, held = Distillation(student, teacher, Heal(losses=ALL, chunk=chunk), name != "bert"), []
+        with Widest(97, {32, 7}) as widest:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
+                loss = distillation(**batch)["loss"]
+            loss.backward()
+        assert widest.rows <= most
+        assert held and not [x for x in held if x.shape[-1:] == (97,) and x.shape[0] not in (32, 7)], (
+            "kept for backward"
+        )
+    assert widest.rows > 4, "one chunk holds all"
+
+
+def test_divergences_of_masked_models_are_at_all_positions_or_at_the_masked_ones():
+    student, teacher, batch = build("bert").double(), build("bert", 1).double(), batch_of()
+    for positions in ("all", "masked"):
+        settings = Heal(losses={"kl": 1.0}, positions=positions)
+        expected = plain(student, teacher, batch, {"kl": 1.0}, 1.0, False, masked=positions == "masked").item()
+        got = Distillation(student, teacher, settings, False)(**batch)["loss"]
+        assert got.item() == pytest.approx(expected, rel=1e-10)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = Distillation(student, teacher, settings, False)(**batch)["loss"]
+    loss.backward()
+    assert loss.item() == 0, "nothing masked is nothing to learn, and no error"
+
+
+def test_states_are_compared_layer_by_layer_on_what_is_there():
+    student, teacher, batch = build("llama").double(), build("llama", 1).double(), batch_of()
+    weights = {"hidden": 1.0, "embedding": 10.0, "attention": 100.0}
+    with eager([student, teacher]):
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        h, g = (m(**given, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
+        got = Distillation(student, teacher, Heal(losses=weights, layers=[(0, 1)]))(**batch)["loss"]
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    there = batch["attention_mask"].bool()
+    expected = 0.0
+    for weight, a, b in ((1.0, h.hidden_states[1], g.hidden_states[2]), (10.0, h.hidden_states[0], g.hidden_states[0])):
+        expected += weight * (((a - b)[there] ** 2).mean() / (b[there] ** 2).mean()).item()
+    a, b = g.attentions[1].transpose(1, 2)[there], h.attentions[0].transpose(1, 2)[there]
+    expected += 100 * torch.where(a > 0, a * (a / b.clamp(min=1e-30)).log(), 0.0).sum(-1).mean().item()
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        (2, 2, [[0, 0], [1, 1]]),
+        (6, 12, [[0, 1], [1, 3], [2, 5], [3, 7], [4, 9], [5, 11]]),
+        (3, 2, [[0, 0], [1, 0], [2, 1]]),
+        (5, 1, [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0]]),
+    ],
+)
+def test_layers_of_one_relative_depth(own, other, expected):
+    models = [
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=n, n_embd=8, n_head=1, vocab_size=9, n_positions=8)
+        )
+        for n in (own, other)
+    ]
+    assert layer_map(None, *models) == expected
+    assert layer_map([(0, 0)], *models) == [[0, 0]]
+    with pytest.raises(ValueError, match=rf"the pair \[{own}, 0\], but the student's layers are 0 to {own - 1}"):
+        layer_map([(own, 0)], *models)
+
+
+@pytest.mark.parametrize("losses", [{"kl": 1.0}, {"jensen_shannon": 1.0, "hidden": 0.1, "attention": 1.0}])
+def test_healing_brings_the_model_nearer_to_its_teacher(folder, tokenizer, tmp_path, losses):
+    teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     compress(student, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 1}}]})
-    frozen = {name: value.clone() for name, value in teacher.state_dict().items()}
-    seen = []
-    settings = Heal(steps=12, learning_rate=5e-3, tokens_per_step=256)
+    frozen, seen = {name: value.clone() for name, value in teacher.state_dict().items()}, []
+    settings = Heal(steps=12, learning_rate=5e-3, tokens_per_step=256, losses=losses, chunk=100)
     report = heal(
         student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda k, n: seen.append((k, n))
     )
@@ -44,6 +211,104 @@ def test_healing_brings_the_model_nearer_to_its_teacher(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert torch.equal(*(m(input_ids=torch.arange(8)[None]).logits for m in (student, again))), "still in autocast"
     assert student.config.use_cache, "Trainer turned the cache off"
-    assert report["steps"] == 12 and report["tokens"] == 12 * 256 and seen[-1] == (12, 12)
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    assert "forward" not in student.__dict__ and report["losses"] == losses
+    assert report["steps"] == 12 and 11 * 256 < report["tokens"] <= 12 * 256 and seen[-1] == (12, 12)
     assert report["curve"][-1][1] < 0.6 * report["curve"][0][1] or report["curve"][-1][1] < 1e-3
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
+
+
+def test_cross_entropy_needs_no_teacher(folder, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    settings = Heal(steps=8, learning_rate=5e-3, tokens_per_step=256, losses={"cross_entropy": 1.0})
+    report = heal(student, None, tokenizer, [folder / "text.txt"], settings)
+    assert report["curve"][-1][1] < report["curve"][0][1]
+    with pytest.raises(ValueError, match="cross_entropy asks nothing of a teacher: leave the store answers out"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, store="answers")
+    with pytest.raises(ValueError, match="the loss hidden, kl needs a teacher: give one, or cross_entropy alone"):
+        heal(student, None, tokenizer, [folder / "text.txt"], Heal(losses={"kl": 1.0, "hidden": 1.0}))
+
+
+def masked_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    words = {word: number for number, word in enumerate([*special, *small.WORDS, "."])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def test_masked_language_models_heal(tmp_path):
+    teacher, tokenizer = toys.build("bert"), masked_tokenizer()
+    student = copy.deepcopy(teacher)
+    compress(student, LOW)
+    words = small.text(1500).split()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(words[k : k + 3 + k % 90]) for k in range(0, len(words), 40)))
+    settings = Heal(steps=20, learning_rate=5e-3, tokens_per_step=256, losses={"kl": 1.0, "cross_entropy": 0.1})
+    report = heal(student, teacher, tokenizer, [text], settings, window=32)
+    assert report["curve"][-1][1] < report["curve"][0][1] and 0 < report["tokens"] < 20 * 256
+    with pytest.raises(ValueError, match="masked anew each time, so that no answer can be stored"):
+        heal(student, teacher, tokenizer, [text], settings, window=32, store=tmp_path / "store")
+    with pytest.raises(ValueError, match="has no mask token"):
+        heal(student, None, train_tokenizer([small.text()], 300, 32), [text], Heal(losses={"cross_entropy": 1.0}))
+
+
+def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    for rate, weights in ((1e30, "loss is nan at step 2"), (1e38, "")):
+        settings = Heal(steps=4, learning_rate=rate, tokens_per_step=64, schedule="constant", warmup=0.0)
+        with pytest.raises(ValueError, match=rf"{weights}.*nothing is saved: try a lower learning rate than 1e\+3"):
+            heal(student, teacher, tokenizer, [folder / "text.txt"], settings)
+    assert not {"forward", "_original_forward"} & student.__dict__.keys(), "forward is the class's again"
+
+
+def test_what_can_not_be_compared_is_refused(folder, tokenizer, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    text, kl = [folder / "text.txt"], Heal(steps=1)
+    with pytest.raises(ValueError, match=r"the student predicts 300 tokens and the teacher 301: .* folded from"):
+        heal(student, small.model(301), tokenizer, text, kl)
+    other = train_tokenizer(["quite another text with other words " * 9], 300, 32)
+    small.model(300).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"token .* is number \d+ for the student and .* their tokenizers differ"):
+        check_vocabulary(student, tmp_path / "other", tokenizer)
+    check_vocabulary(student, folder, tokenizer)
+    with pytest.raises(ValueError, match="the student is a BertForMaskedLM and the teacher a LlamaForCausalLM"):
+        check_teacher(toys.build("bert"), toys.build("llama"), ["kl"])
+    wide = transformers.GPT2LMHeadModel(transformers.GPT2Config(**toys.GPT | {"n_embd": 48, "n_head": 3}))
+    with pytest.raises(
+        ValueError, match="32 dimensions and the teacher's 48, which embedding and hidden can't compare"
+    ):
+        check_teacher(toys.build("gpt2"), wide, ["kl", "hidden", "embedding"])
+    with pytest.raises(ValueError, match="4 attention heads and the teacher 3"):
+        check_teacher(toys.build("gpt2"), wide, ["attention"])
+    check_teacher(toys.build("gpt2"), wide, ["kl"])
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration reads one text and writes another"):
+        heal(toys.build("t5"), None, tokenizer, text, kl)
+    with pytest.raises(ValueError, match="window 64 must be from 2 to the model's context of 32"):
+        heal(student, student, tokenizer, text, kl, window=64)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        heal(student, student, None, text, kl)
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        (["reversed_kl=1"], "there is no loss 'reversed_kl'; did you mean 'reverse_kl'?"),
+        (["kl"], "loss 'kl' has no weight; write kl=1.0"),
+        (["kl=-1"], "the weight of kl is -1.0, but must be above 0"),
+        (["kl=much"], "heal.losses.kl"),
+    ],
+)
+def test_losses_as_words(losses, sentence):
+    with pytest.raises(ValueError) as raised:
+        heal_settings(losses)
+    assert sentence in str(raised.value)
+    assert heal_settings(["kl=0.5", "hidden=2"], steps=3) == Heal(losses={"kl": 0.5, "hidden": 2.0}, steps=3)
+    assert heal_settings().losses == {"kl": 1.0}

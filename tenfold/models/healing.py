@@ -1,0 +1,54 @@
+"""What a recipe says about healing."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from tenfold.models.settings import Strict
+
+LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
+
+
+class Heal(Strict):
+    """Distillation after compression; see :mod:`tenfold.train.heal`.
+
+    Args:
+        losses: the weight of each; see :mod:`tenfold.train.losses`.
+        temperature: of the distributions that divergences compare.
+        layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; those of one relative
+            depth unless given.
+        positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
+        chunk: positions whose logits are held at once.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens_per_step: int = 4096
+    learning_rate: float = 6.0e-5
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    losses: dict[str, float] = Field({"kl": 1.0}, min_length=1)
+    temperature: float = Field(1.0, gt=0)
+    layers: list[tuple[int, int]] | None = Field(None, min_length=1)
+    positions: Literal["all", "masked"] = "all"
+    chunk: int = Field(1024, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, value):
+        for name, weight in value.items():
+            if name not in LOSSES:
+                near = get_close_matches(name, LOSSES, 1)
+                raise ValueError(
+                    f"there is no loss {name!r}; "
+                    + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOSSES)}")
+                )
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"the weight of {name} is {weight}, but must be above 0; leave out a loss that does not count"
+                )
+        return value

@@ -1,0 +1,27 @@
+"""A model and its tokenizer by the name of their folder, or on a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tenfold.models.cost import read_config
+from tenfold.models.hub import from_pretrained, silent
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of the class that its configuration names."""
+    kind = getattr(transformers, (read_config(str(name)).architectures or [""])[0], AutoModelForCausalLM)
+    with silent():
+        return from_pretrained(name, kind, dtype=dtype)
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of a folder or a hub name, None if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None

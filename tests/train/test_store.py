@@ -1,0 +1,158 @@
+"""Stored teachers: they answer as live ones do, are never half written, and are never another one's."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import small
+import torch
+from transformers import AutoModelForCausalLM
+
+from tenfold.api import compress
+from tenfold.models.healing import Heal
+from tenfold.train.distil import Distillation
+from tenfold.train.heal import heal
+from tenfold.train.logits import Predictor
+from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.store import Answered, Store, is_finished, origin, write_store
+from tenfold.train.teacher import weights_digest
+
+LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
+
+
+def windows_of(number=7, length=8, vocabulary=300):
+    ids = torch.randint(0, vocabulary, (number, length))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def stored_in(path, teacher, windows, k, temperature=1.0, batch=2, **more):
+    made_from = {"top_k": k, "vocabulary": 300, "window": 8, "temperature": temperature}
+    write_store(path, made_from, Predictor(teacher), windows, batch, 5, **more)
+    return Answered(windows, Store(path))
+
+
+def losses_of(student, teacher, data, name, temperature):
+    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+    settings = Heal(losses={name: 1.0}, temperature=temperature, chunk=6)
+    return float(Distillation(student, teacher, settings)(**batch)["loss"].detach())
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jensen_shannon", "cross_entropy"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_stored_teacher_of_all_tokens_is_the_live_one(tmp_path, name, temperature):
+    student, teacher, windows = small.model(seed=1), small.model(), windows_of()
+    data = stored_in(tmp_path / "store", teacher, windows, 300, temperature)
+    live = losses_of(student, teacher, windows, name, temperature)
+    assert losses_of(student, None, data, name, temperature) == pytest.approx(live, rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_stored_teacher_of_some_tokens_has_one_class_for_the_rest(tmp_path, temperature):
+    student, teacher, windows = small.model(seed=1), small.model(), windows_of(3)
+    data = stored_in(tmp_path / "store", teacher, windows, 5, temperature)
+    total = 0.0
+    for row in windows:
+        ids = row["input_ids"][None]
+        with torch.no_grad():
+            q, p = (np.float64(m(input_ids=ids).logits[0].double().numpy()) / temperature for m in (student, teacher))
+        for t in range(7):
+            a, b = np.exp(p[t]) / np.exp(p[t]).sum(), np.exp(q[t]) / np.exp(q[t]).sum()
+            top = np.argsort(-a)[:5]
+            a, b = ([*x[top], 1 - x[top].sum()] for x in (a, b))
+            total += temperature**2 * sum(x * np.log(x / y) for x, y in zip(a, b, strict=True)) / 21
+    assert losses_of(student, None, data, "kl", temperature) == pytest.approx(total, rel=1e-3)
+    assert Store(tmp_path / "store").arrays["log_probabilities"].dtype == np.float16
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_path):
+    teacher, windows, seen = small.model(), windows_of(), []
+
+    def interrupted(items):
+        for number, item in enumerate(items):
+            if number == 2:
+                raise Interrupted
+            yield item
+
+    def counting(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    with pytest.raises(Interrupted):
+        stored_in(tmp_path / "store", teacher, windows, 5, progress=interrupted)
+    assert not (tmp_path / "store").exists() and (tmp_path / "store.partial" / "progress.json").is_file()
+    stored_in(tmp_path / "store", teacher, windows, 5, progress=counting)
+    assert seen == [4, 6], "the first two batches of two were there"
+    stored_in(tmp_path / "once", teacher, windows, 5)
+    assert not (tmp_path / "store.partial").exists()
+    one, other = Store(tmp_path / "store"), Store(tmp_path / "once")
+    assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in one.arrays)
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["ids.npy", "log_probabilities.npy", "store.json"]
+    with pytest.raises(Interrupted):
+        stored_in(tmp_path / "third", teacher, windows, 5, progress=interrupted)
+    seen.clear()
+    stored_in(tmp_path / "third", teacher, windows, 6, progress=counting)
+    assert seen == [0, 2, 4, 6], "begun with another k: anew"
+
+
+def test_a_store_without_room_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    with pytest.raises(OSError, match=r"the store needs 0\.0 GB .* lower top_k from 5"):
+        stored_in(tmp_path / "store", small.model(), windows_of(), 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_something_else_is_refused(tmp_path, tokenizer):
+    tokens = np.arange(40)
+    first = origin("abc", tokenizer, tokens, 8, 1.0, 5, 300)
+    (tmp_path / "store").mkdir()
+    assert not is_finished(tmp_path / "store", first), "empty"
+    (tmp_path / "store" / "store.json").write_text(json.dumps(first))
+    assert is_finished(tmp_path / "store", first)
+    other = train_tokenizer(["entirely different words"], 270, 32)
+    for made_from, word in [
+        (origin("abd", tokenizer, tokens, 8, 1.0, 5, 300), "teacher is abc there and abd here"),
+        (origin("abc", other, tokens, 8, 1.0, 5, 300), "tokenizer is "),
+        (origin("abc", tokenizer, tokens + 1, 8, 1.0, 5, 300), "text is "),
+        (origin("abc", tokenizer, tokens, 16, 1.0, 5, 300), "window is 8 there and 16 here"),
+        (origin("abc", tokenizer, tokens, 8, 2.0, 6, 300), "temperature is 1.0 there and 2.0 here; top_k is 5 there"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            is_finished(tmp_path / "store", made_from)
+    with pytest.raises(
+        ValueError, match="the 301 likeliest tokens can't be stored: take from 1 to the vocabulary's 300"
+    ):
+        origin("abc", tokenizer, tokens, 8, 1.0, 301, 300)
+    (tmp_path / "store" / "store.json").unlink()
+    (tmp_path / "store" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no store"):
+        is_finished(tmp_path / "store", first)
+
+
+def test_the_second_healing_reads_the_store_and_no_teacher(folder, tokenizer, tmp_path, monkeypatch):
+    student, settings = AutoModelForCausalLM.from_pretrained(folder), Heal(steps=2, tokens_per_step=64)
+    compress(student, LOW)
+    again = copy.deepcopy(student)
+    given = {"store": tmp_path / "store", "top_k": 10}
+    first = heal(student, folder, tokenizer, [folder / "text.txt"], settings, **given)
+    monkeypatch.setattr("tenfold.train.heal.load_teacher", None)
+    second = heal(again, folder, tokenizer, [folder / "text.txt"], settings, **given)
+    assert first["curve"] == second["curve"]
+    with pytest.raises(ValueError, match=r"made from something else: window is 32 there and 16 here.*another folder"):
+        heal(again, folder, tokenizer, [folder / "text.txt"], settings, window=16, **given)
+    for name in ("hidden", "attention", "embedding"):
+        with pytest.raises(ValueError, match=f"nothing from inside it, which {name} compare: leave the store out"):
+            heal(again, folder, tokenizer, [folder / "text.txt"], Heal(losses={name: 1.0}), **given)
+
+
+def test_weights_have_one_fingerprint_in_memory_and_on_disk(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert weights_digest(model) == weights_digest(folder)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    assert weights_digest(model) != weights_digest(folder)
