@@ -18,6 +18,7 @@ from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.perplexity import comparable as comparable
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
+from tenfold.evaluate.tasks import evaluate_task as evaluate_task
 from tenfold.evaluate.text import HUB
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
@@ -26,6 +27,7 @@ from tenfold.models.cost import read_config
 from tenfold.models.hub import check_output, from_pretrained
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe
+from tenfold.train.finetune import finetune as finetune
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
 
@@ -132,6 +134,6 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 
 __all__ = [
-    "bench", "check_output", "comparable", "compress", "evaluate", "generate", "heal", "inspect", "load", "plan",
-    "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
+    "bench", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate", "heal", "inspect",
+    "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
 ]  # fmt: skip
