@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DataCollatorForSeq2Seq,
@@ -257,7 +258,8 @@ class Summary(Task):
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def check_model(self, model):
-        if not model.can_generate() or model.config.is_encoder_decoder:
+        encodes = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False)
+        if encodes or model.config.is_encoder_decoder or not model.can_generate():
             raise ValueError(f"task {self.name} needs a decoder such as gpt2 or llama, not a {type(model).__name__}")
 
     @torch.no_grad()
