@@ -11,6 +11,7 @@ import toy_tasks
 from transformers import BertForSequenceClassification
 
 from tenfold.evaluate import metrics
+from tenfold.evaluate.kinds import Example
 from tenfold.evaluate.metrics import METRICS, library
 from tenfold.evaluate.tasks import TASKS, evaluate_task, longest, prepare, task_named
 
@@ -222,17 +223,21 @@ def test_summaries_in_a_batch_are_those_written_one_by_one(tmp_path, kind):
         assert text == (alone.splitlines() or [""])[0].strip()
 
 
-def test_predictions_do_not_depend_on_the_batch(tmp_path):
+@torch.no_grad()
+def test_predictions_are_those_of_one_example_at_a_time(tmp_path):
     model, tokenizer = toy_tasks.bert()
-    torch.manual_seed(1)
+    model.config.num_labels = 1
     judge = BertForSequenceClassification(model.config).eval()
-    judge.config.num_labels = 2
-    examples = TASKS["sst2"].read(toy_tasks.write_sst2(tmp_path), "dev")
-    task = TASKS["sst2"]
-    at_once, one_by_one = (task.predict(judge, tokenizer, examples, 64, batch, iter) for batch in (60, 1))
-    assert at_once == one_by_one and set(at_once) <= {0, 1}
-    score = evaluate_task(judge, tokenizer, "sst2", tmp_path)["accuracy"]
-    assert score == sum(p == e.wanted for p, e in zip(at_once, examples, strict=True)) / len(examples)
+    task, examples = TASKS["stsb"], TASKS["stsb"].read(toy_tasks.write_stsb(tmp_path), "dev")
+    examples = [  # of all lengths, the long ones first
+        Example((example.texts[0], " ".join(example.texts[1].split()[: 5 - k // 6])), example.wanted)
+        for k, example in enumerate(examples)
+    ]
+    slow = [float(judge(**tokenizer(*example.texts, return_tensors="pt")).logits) for example in examples]
+    assert task.predict(judge, tokenizer, examples, 64, 7, iter) == pytest.approx(slow, abs=1e-5)
+    assert len(set(slow)) > 20
+    score = evaluate_task(judge.train(), tokenizer, "stsb", tmp_path)
+    assert judge.training and score["score"] == pytest.approx((score["pearson"] + score["spearman"]) / 2)
 
 
 WRONG = {
