@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
@@ -24,7 +22,7 @@ from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.cost import read_config
-from tenfold.models.hub import check_output, from_pretrained
+from tenfold.models.hub import check_output, from_pretrained, silent
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Budget, Calibrate, Recipe, checked_keep, load_recipe
 from tenfold.train.finetune import finetune as finetune
@@ -50,7 +48,7 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
     config = read_config(str(name))
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     place = checked_device(device)
-    with _silent():
+    with silent():
         model = from_pretrained(name, kind, dtype=checked_dtype(dtype))
     return model.to(place).eval(), load_tokenizer(name)
 
@@ -61,18 +59,6 @@ def load_tokenizer(name: str | Path):
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def _silent():
-    """No progress bar of transformers: libraries are silent."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
@@ -110,6 +112,21 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
             f"left over; {APART}"
         )
     return model
+
+
+@contextmanager
+def silent(reports: bool = True):
+    """No progress bar of transformers, and without ``reports`` nothing below an error: libraries are silent."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    if not reports:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.evaluate.kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
-from tenfold.models.hub import check_folder
+from tenfold.models.hub import check_folder, silent
 from tenfold.train.trained import free_head, way_named
 from tenfold.train.trainer import Progress, training_arguments, unwrapped
 
@@ -122,7 +122,8 @@ def finetune(
         report["runs"].append(run)
         report |= {"parameters": parameters} | _summary(report["runs"])
         if run["score"] > best:
-            trained.to(dtype or torch.float32).save_pretrained(output)
+            with silent():
+                trained.to(dtype or torch.float32).save_pretrained(output)
             tokenizer.save_pretrained(output)
         (Path(output) / "finetune.json").write_text(json.dumps(report, indent=1))
     return report
@@ -143,7 +144,8 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     way, (train, dev) = way_named(given.train), examples
     tokenizer = AutoTokenizer.from_pretrained(name)
     kind, told = task.loading()
-    model, loaded = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **told)
+    with silent(reports=False):  # the head is new, which the run reports
+        model, loaded = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **told)
     task.check_model(model)
     prepare(model, tokenizer)
     length, new = longest(model, given.length), set(loaded["missing_keys"])
