@@ -128,7 +128,14 @@ def lora(model: PreTrainedModel, rank: int) -> None:
         settings = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "fan_in_fan_out": transposed}
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=dense, **settings), model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.endswith(("part_1_left", "part_1_right")))
+        parameter.requires_grad_("lora_" in name)
+    for layer in _adapters(model):
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in layer.frozen)
+
+
+def _adapters(model: PreTrainedModel) -> list[Adapter]:
+    return [module for module in model.modules() if isinstance(module, Adapter)]
 
 
 def merged(model: PreTrainedModel) -> None:
@@ -139,6 +146,8 @@ def merged(model: PreTrainedModel) -> None:
             module.merge()
             model.set_submodule(path, module.get_base_layer())
     model.__dict__.pop("peft_config", None)
+    for layer in _adapters(model):
+        layer.frozen = ()  # the saved model trains as a whole again
     if _folded(model):
         before = getattr(model.config, "quantization_config", None)
         model.config.quantization_config = describe(model, getattr(before, "recipe", ""))

@@ -58,6 +58,7 @@ def test_an_easy_task_is_learned_saved_and_read_again(toys, tmp_path, kind, fold
     share = report["parameters"]["share"]
     assert share == 1.0 if train == "full" else share < 0.6, share
     assert not any("lora" in name for name in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,16 @@ def test_shared_factors_take_no_adapter(toys):
     tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
     with pytest.raises(ValueError, match="the layer shares"):
         WAYS["lora"].free(model, 2)
+
+
+def test_an_adapter_that_a_recipe_brings_stays(toys):
+    model, _ = toy_tasks.bert()
+    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "adapter": 2}]})
+    before = {id(p) for p in model.parameters()}
+    WAYS["lora"].free(model, 3)
+    free = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(free) == 2 * 2 * 6 and not before & {id(p) for p in free.values()}
+    assert all(3 in p.shape for p in free.values())
 
 
 def test_every_way_has_a_rate_and_every_task_its_metrics():
