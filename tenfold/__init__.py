@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         bench,
         compress,
         evaluate,
+        evaluate_task,
+        finetune,
         generate,
         heal,
         inspect,
@@ -36,8 +38,8 @@ _HOME = {
 }
 
 __all__ = [
-    "bench", "compress", "densify", "evaluate", "from_pretrained", "generate", "heal", "inspect", "load", "plan",
-    "pretrain", "read_calibration", "replace", "save",
+    "bench", "compress", "densify", "evaluate", "evaluate_task", "finetune", "from_pretrained", "generate", "heal", "inspect",
+    "load", "plan", "pretrain", "read_calibration", "replace", "save",
 ]  # fmt: skip
 
 

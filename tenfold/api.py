@@ -15,6 +15,7 @@ from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.perplexity import comparable as comparable
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
+from tenfold.evaluate.tasks import evaluate_task as evaluate_task
 from tenfold.evaluate.text import HUB
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
@@ -26,6 +27,7 @@ from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Budget, Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
+from tenfold.train.finetune import finetune as finetune
 from tenfold.train.heal import heal as heal
 from tenfold.train.pretrain import pretrain as pretrain
 from tenfold.train.tokens import is_tokens
@@ -120,6 +122,6 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 
 __all__ = [
-    "bench", "check_output", "comparable", "compress", "evaluate", "generate", "heal", "inspect", "load", "plan",
-    "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
+    "bench", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate", "heal", "inspect",
+    "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from tenfold_cli.show import (
     show_table,
     tracked,
 )
+from tenfold_cli.tasks import evaluate_tasks, finetune
 
 app = typer.Typer(
     name="tenfold",
@@ -37,10 +38,8 @@ Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds so
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Text = Annotated[
-    list[str],
-    typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME."),
-]
+TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
+Text = Annotated[list[str], TEXT]
 
 
 @app.command()
@@ -156,21 +155,27 @@ def compress(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or names.")],
-    text: Text,
+    text: Annotated[list[str] | None, TEXT] = None,
+    task: Annotated[str | None, typer.Option(help="Instead of a text: a task such as cola or samsum.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With --task: the folder with its files.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens at once; the model's context, 1024 at most.")] = None,
     stride: Annotated[int | None, typer.Option(help="How far the window moves; the window unless given.")] = None,
     tokenised: Annotated[bool, typer.Option(help="The text is tokenised (WikiText's .tokens), not raw.")] = False,
     per_word: Annotated[bool, typer.Option(help="Perplexity a word instead of a token.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Score only the first tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first tokens, or examples.")] = None,
     against: Annotated[Path | None, typer.Option(help="A JSON file that this command wrote, to compare with.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Perplexity and bits per byte, under a protocol that is printed with them."""
+    """Perplexity and bits per byte, under a protocol that is printed with them; or the score of a task."""
     from tenfold import api
 
+    if bool(text) == bool(task):
+        raise ValueError("give either --text FILE, for the perplexity, or --task NAME with --data FOLDER")
+    if task:
+        return evaluate_tasks(models, task, data, limit, output, as_json, device, dtype)
     files, results = api.texts(text), json.loads(against.read_text()) if against else []
     for name in models:
         model, tokenizer = api.load(name, device, dtype)
@@ -332,6 +337,9 @@ def pretrain(
         return
     loss = report["curve"][-1][1]
     print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
+
+
+app.command()(finetune)
 
 
 @app.command()

@@ -114,6 +114,21 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
     return model
 
 
+@contextmanager
+def silent(reports: bool = True):
+    """No progress bar of transformers, and without ``reports`` nothing below an error: libraries are silent."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    if not reports:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
 def check_folder(folder: Path) -> None:
     """Raise FileNotFoundError if ``folder`` lacks config.json or a file of weights that its index names."""
     if not (folder / "config.json").is_file():
@@ -133,15 +148,3 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise FileExistsError(f"{path} is there already and not empty; choose another folder or add --overwrite")
     return path
-
-
-@contextmanager
-def silent():
-    """No progress bar of transformers: libraries are silent."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

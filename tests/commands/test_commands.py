@@ -7,6 +7,7 @@ import sys
 import pytest
 import small
 import torch
+import toy_tasks
 from transformers import AutoModelForCausalLM
 
 import tenfold_cli
@@ -123,6 +124,21 @@ def test_pretrain(call, tmp_path):
     assert "640 tokens" in out and (tmp_path / "model" / "training.json").exists()
 
 
+def test_finetune_and_evaluate_on_a_task(call, dense, tmp_path):
+    place, tuned, figures = toy_tasks.write_sst2(tmp_path, 32, 16), tmp_path / "tuned", tmp_path / "figures.json"
+    task = ("--task", "sst2", "--data", place)
+    given = ("--seed", 1, "--seed", 2, "--epochs", 2, "--learning-rate", 3e-3, "--batch", 8, "--device", "cpu")
+    status, out, err = call("finetune", dense, *task, *given, "-o", tuned)
+    assert status == 0, err
+    assert "over 2 seeds" in out and "(100.0%); seed" in out and (tuned / "finetune.json").exists()
+    status, out, err = call("evaluate", tuned, *task, "--limit", 8, "-o", figures)
+    assert status == 0 and "task sst2, dev.tsv, 8 examples" in out, err
+    assert json.loads(figures.read_text())[0]["examples"] == 8
+    toy_tasks.write_summaries(tmp_path)
+    status, out, err = call("evaluate", dense, "--task", "samsum", "--data", place, "--limit", 2, "--json")
+    assert status == 0 and set(json.loads(out)[0]) >= {"rouge1", "rouge2", "rougeL", "score"}, err
+
+
 KRONY = ("--recipe", "krony-81m")
 WRONG = {
     "no such model": (("inspect", "./nothing"), "nothing"),
@@ -144,6 +160,20 @@ WRONG = {
     "missing text": (("evaluate", "{dense}", "--text", "{new}.txt"), "there is no file"),
     "unknown dtype": (("generate", "{dense}", "the", "--dtype", "float99"), "float99"),
     "unknown device": (("generate", "{dense}", "the", "--device", "abacus"), "abacus"),
+    "text and task": (("evaluate", "{dense}"), "give either --text FILE"),
+    "a task without data": (("evaluate", "{dense}", "--task", "cola"), "--data FOLDER"),
+    "unknown task": (
+        ("finetune", "{dense}", "--task", "colla", "--data", "{dense}", "-o", "{new}"),
+        "did you mean 'cola'",
+    ),
+    "no file of a task": (
+        ("finetune", "{dense}", "--task", "cola", "--data", "{dense}", "-o", "{new}"),
+        "has no train.tsv",
+    ),
+    "no head for a task": (
+        ("evaluate", "{dense}", "--task", "cola", "--data", "{dense}"),
+        "fine-tune it first: tenfold finetune MODEL --task cola",
+    ),
     "window too long": (("evaluate", "{dense}", "--text", "{dense}/text.txt", "--window", "64"), "context of 32"),
 }
 

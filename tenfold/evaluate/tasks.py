@@ -1,0 +1,113 @@
+"""The tasks, as data: where their files are, which columns and labels they have, and by what they are scored.
+
+Add a task by an entry in :data:`TASKS`. The score of a task is the mean of its metrics: one for most, two where GLUE gives two.
+
+Reference: arXiv 1804.07461 (GLUE); arXiv 1911.12237 (SAMSum); arXiv 2004.15011 (SciTLDR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from tenfold.evaluate.kinds import Sentences, Summary, Task
+
+LONGEST = 512  # tokens of an example at most, unless a length is given
+YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}
+GLUE = [
+    Sentences(name="cola", folder="CoLA", texts=(3,), label=1, metrics=("matthews",),
+              labels={"0": "unacceptable", "1": "acceptable"}),
+    Sentences(name="sst2", folder="SST-2", texts=("sentence",), label="label", metrics=("accuracy",),
+              labels={"0": "negative", "1": "positive"}),
+    Sentences(name="mrpc", folder="MRPC", texts=("#1 String", "#2 String"), label="Quality", metrics=("f1", "accuracy"),
+              labels={"0": "not_equivalent", "1": "equivalent"}),
+    Sentences(name="stsb", folder="STS-B", texts=("sentence1", "sentence2"), label="score",
+              metrics=("pearson", "spearman"), labels={}),
+    Sentences(name="qnli", folder="QNLI", texts=("question", "sentence"), label="label", metrics=("accuracy",),
+              labels=YES_NO),
+    Sentences(name="rte", folder="RTE", texts=("sentence1", "sentence2"), label="label", metrics=("accuracy",),
+              labels=YES_NO),
+    Sentences(name="wnli", folder="WNLI", texts=("sentence1", "sentence2"), label="label", metrics=("accuracy",),
+              labels={"0": "not_entailment", "1": "entailment"}),
+]  # fmt: skip
+SUMMARIES = [
+    Summary(name="samsum", file="samsum_{split}.jsonl", new_tokens=64),
+    Summary(name="scitldr", file="scitldr_{split}.jsonl", new_tokens=64),
+]
+TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *SUMMARIES)}
+
+
+def task_named(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest one.
+    """
+    if name not in TASKS:
+        near = get_close_matches(name, TASKS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TASKS)}"
+        raise ValueError(f"there is no task {name!r}; {hint}")
+    return TASKS[name]
+
+
+def prepare(model, tokenizer) -> None:
+    """Let ``model`` and ``tokenizer`` agree on what pads: the end-of-text token, where there is no token of its own.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has neither of the two.
+    """
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer to read the task with; copy tokenizer.json there")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a padding nor an end-of-text token; give it a pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def longest(model, length: int | None = None) -> int:
+    """Tokens of an example at most: ``length``, or the model's context, :data:`LONGEST` at most."""
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    if length is not None and not 8 <= length <= context:
+        raise ValueError(f"length {length} must be from 8 to the model's context of {context}")
+    return length or min(context, LONGEST)
+
+
+def evaluate_task(
+    model,
+    tokenizer,
+    task: str | Task,
+    data: str | Path,
+    split: str = "dev",
+    limit: int | None = None,
+    length: int | None = None,
+    batch: int = 32,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Any]:
+    """Score ``model`` on a split of ``task``, without training.
+
+    Args:
+        model: with a classification head that was fine-tuned, or for summaries any decoder.
+        data: the folder with the files of the task.
+        limit: only the first examples.
+        length: tokens of an example at most.
+
+    Returns:
+        The metrics, ``score`` (their mean), ``task``, ``split``, ``examples``, and ``data``, the file's name.
+
+    Raises:
+        ValueError: the task is not known, its data are wrong, or the model has no head for it.
+        FileNotFoundError: the file of the split is missing.
+        ImportError: a library of the metrics is missing.
+    """
+    task = task_named(task) if isinstance(task, str) else task
+    task.check()
+    task.check_model(model)
+    prepare(model, tokenizer)
+    examples, was = task.read(data, split, limit), model.training
+    predictions = task.predict(model.eval(), tokenizer, examples, longest(model, length), batch, progress)
+    model.train(was)
+    about = {"task": task.name, "split": split, "examples": len(examples), "data": task.find(data, split).name}
+    return task.score(predictions, examples) | about

@@ -1,0 +1,238 @@
+"""Fine-tuning on tasks, on models of toy size: what is trained, what is learned, and what is saved."""
+
+import json
+import statistics
+
+import pytest
+import torch
+import toy_tasks
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerState
+
+import tenfold
+from tenfold.api import evaluate_task, load
+from tenfold.evaluate.tasks import TASKS
+from tenfold.nn import FactorizedLinear
+from tenfold.train.finetune import Best, counted
+from tenfold.train.trained import WAYS, free_head
+
+RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
+KINDS = [(kind, folded) for kind in ("gpt2", "bert", "llama") for folded in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """The toys, made when they are asked for, and the data."""
+    place, made = tmp_path_factory.mktemp("toys"), {}
+    toy_tasks.write_summaries(toy_tasks.write_sst2(place))
+    (place / "STS-B").mkdir()
+    toy_tasks.write_stsb(place / "STS-B")
+
+    def toy(kind, folded):
+        if (kind, folded) not in made:
+            made[kind, folded] = toy_tasks.folder(place, kind, folded)
+        return made[kind, folded]
+
+    return toy, place
+
+
+def trained(toys, output, kind, folded, train, task="sst2", **more):
+    toy, place = toys
+    settings = {"epochs": 4, "batch": 16, "learning_rate": RATES[train], "device": "cpu"} | more
+    return tenfold.finetune(toy(kind, folded), task, place, output, train=train, **settings)
+
+
+LEARNED = [(*kind, "full") for kind in KINDS[:4]] + [(k, True, "auxiliary") for k in ("gpt2", "bert", "llama")]
+LEARNED += [("gpt2", False, "lora"), ("gpt2", True, "lora"), ("bert", True, "lora")]
+
+
+@pytest.mark.parametrize(("kind", "folded", "train"), LEARNED)
+def test_an_easy_task_is_learned_saved_and_read_again(toys, tmp_path, kind, folded, train):
+    report = trained(toys, tmp_path / "out", kind, folded, train)
+    assert report["score"]["mean"] > 0.95 and report["runs"][0]["accuracy"] == report["score"]["mean"]
+    assert json.loads((tmp_path / "out" / "finetune.json").read_text()) == report
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert evaluate_task(model, tokenizer, "sst2", toys[1])["score"] == report["score"]["mean"]
+    assert model.config.id2label == {0: "negative", 1: "positive"} and model.dtype == torch.float32
+    assert any(isinstance(layer, FactorizedLinear) for layer in model.modules()) == folded
+    share = report["parameters"]["share"]
+    assert share == 1.0 if train == "full" else share < 0.6, share
+    assert not any("lora" in name for name in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded", "train"), [("gpt2", True, "auxiliary"), ("bert", True, "lora"), ("bert", False, "lora")]
+)
+def test_saved_numbers_are_predicted_again(toys, tmp_path, kind, folded, train):
+    report = trained(toys, tmp_path / "out", kind, folded, train, "stsb")
+    again = evaluate_task(*load(tmp_path / "out", "cpu"), "stsb", toys[1])
+    for name in ("pearson", "spearman", "score"):
+        assert again[name] == pytest.approx(report["runs"][0][name], abs=1e-5)
+    assert report["runs"][0]["pearson"] != 0.0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+def test_auxiliary_leaves_central_tensors_and_what_is_dense(toys, tmp_path, kind):
+    report = trained(toys, tmp_path / "out", kind, True, "auxiliary", epochs=1)
+    seen = (AutoModelForSequenceClassification.from_pretrained(f) for f in (toys[0](kind, True), tmp_path / "out"))
+    before, after = seen
+    new, moved, total = report["runs"][0]["new"], 0, 0
+    values, layers = dict(before.named_parameters()), dict(before.named_modules())
+    for name, value in after.named_parameters():
+        path, leaf = name.rpartition(".")[::2]
+        layer = layers[path]
+        total += value.numel()
+        if isinstance(layer, FactorizedLinear) and leaf != "bias":
+            sizes = {factor: getattr(layer, factor).numel() for factor in layer.structure.factor_shapes()}
+            free = leaf != max(sizes, key=sizes.get)
+        else:
+            free = value.ndim == 1 or name in new or path.split(".")[0] in ("classifier", "score")
+        moved += value.numel() * free
+        if name not in new:  # drawn anew by either load
+            assert torch.equal(value, values[name]) != free or values[name].norm() == 0, name
+    assert report["parameters"] == {"total": total, "trainable": moved, "share": moved / total}
+
+
+def test_shared_central_tensors_stay(toys):
+    model, _ = toy_tasks.bert()
+    share = {"factors": ["core_1"], "across": "layers"}
+    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
+    WAYS["auxiliary"].free(model, 8)
+    free = {name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    assert free == {f"bert.encoder.layer.{k}.intermediate.dense.core_{j}" for k in (0, 1) for j in (0, 2)}
+
+
+def test_what_a_recipe_freezes_stays_in_auxiliary_but_not_in_full(toys):
+    model, _ = toy_tasks.gpt2()
+    rule = {"role": "mlp.in", "structure": toy_tasks.TRAIN, "freeze": ["core_0"]}
+    tenfold.compress(model, {"replace": [rule]})
+    layer = model.transformer.h[0].mlp.c_fc
+    WAYS["auxiliary"].free(model, 8)
+    assert [layer.get_parameter(f"core_{k}").requires_grad for k in range(3)] == [False, False, True]
+    WAYS["full"].free(model, 8)
+    assert counted(model)["share"] == 1.0
+
+
+def test_lora_starts_at_the_same_function_and_frees_its_parts_and_the_head(toys):
+    toy, _ = toys
+    for folded in (False, True):
+        model = AutoModelForSequenceClassification.from_pretrained(toy("gpt2", folded), pad_token_id=0).eval()
+        ids = torch.arange(1, 13).reshape(2, 6)
+        with torch.no_grad():
+            wanted = model(ids).logits
+            WAYS["lora"].free(model, 2)
+            free_head(model, set())
+            assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+        outs = [3 * 32, 32, 4 * 32, 32]
+        inner = [32, 32, 32, 4 * 32]
+        low_rank = 2 * sum(2 * (out + width) for out, width in zip(outs, inner, strict=True))
+        assert counted(model)["trainable"] == low_rank + model.score.weight.numel()
+
+
+def test_seeds_repeat_and_their_spread_is_reported(toys, tmp_path):
+    given = {"task": "stsb", "epochs": 1, "limit": 48, "dev_limit": 20}
+    steps = []
+    report = trained(
+        toys, tmp_path / "a", "bert", True, "auxiliary", seeds=[3, 1, 2], advance=lambda k, n: steps.append((k, n)), **given
+    )  # fmt: skip
+    scores = [run["score"] for run in report["runs"]]
+    assert len(set(scores)) > 1 and report["examples"] == {"train": 48, "dev": 20}
+    assert report["score"] == {"mean": statistics.mean(scores), "std": statistics.stdev(scores)}
+    assert report["best_seed"] == [3, 1, 2][scores.index(max(scores))]
+    assert steps == [(k, 9) for k in range(1, 10)]
+    again = trained(toys, tmp_path / "b", "bert", True, "auxiliary", seeds=[1], **given)
+    assert again["runs"][0]["curve"] == report["runs"][1]["curve"] and again["score"]["std"] is None
+    order = sorted((3, 1, 2), key=lambda seed: -scores[[3, 1, 2].index(seed)])[
+        :2
+    ]  # the best one first, then a worse one
+    trained(toys, tmp_path / "c", "bert", True, "auxiliary", seeds=order, **given)
+    saved = evaluate_task(*load(tmp_path / "c", "cpu"), "stsb", toys[1], limit=20)
+    assert saved["score"] == pytest.approx(max(scores), abs=1e-6), "the best seed's model, not the last one's"
+
+
+def test_a_seed_draws_its_own_head(toys, tmp_path):
+    report = trained(
+        toys, tmp_path / "out", "bert", False, "full", "stsb", seeds=[0, 1], learning_rate=1e-12, epochs=0.1
+    )
+    assert report["runs"][0]["score"] != report["runs"][1]["score"]
+
+
+def test_the_best_epoch_is_kept_the_first_of_equals():
+    model, best = torch.nn.Linear(2, 2, bias=True), Best()
+    model.bias.requires_grad_(False)
+    for epoch, score in enumerate([0.2, 0.9, 0.4, 0.9], 1):
+        model.weight.data.fill_(epoch)
+        metrics = {"eval_score": score, "eval_f1": score / 2, "epoch": epoch}
+        best.on_evaluate(None, TrainerState(epoch=epoch), None, metrics, model)
+    assert (best.restored(model).weight == 2).all() and best.epoch == 2
+    assert best.scores == {"score": 0.9, "f1": 0.45} and list(best.values) == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded", "train"), [("gpt2", True, "full"), ("llama", False, "full"), ("gpt2", False, "lora")]
+)
+def test_a_decoder_learns_to_summarise(toys, tmp_path, kind, folded, train):
+    before = evaluate_task(*load(toys[0](kind, folded), "cpu"), "samsum", toys[1])
+    report = trained(toys, tmp_path / "out", kind, folded, train, "samsum", epochs=8, batch=4)
+    assert before["score"] < 0.5 < 0.95 < report["score"]["mean"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again = evaluate_task(model, AutoTokenizer.from_pretrained(tmp_path / "out"), "samsum", toys[1])
+    assert again["rougeL"] == report["runs"][0]["rougeL"]
+
+
+def test_a_fine_tuned_model_is_fine_tuned_further(toys, tmp_path):
+    trained(toys, tmp_path / "one", "bert", True, "auxiliary")
+    report = tenfold.finetune(
+        tmp_path / "one", "sst2", toys[1], tmp_path / "two", epochs=0.2, learning_rate=1e-8, device="cpu"
+    )
+    assert report["runs"][0]["new"] == [] and report["score"]["mean"] > 0.95
+
+
+REFUSED = {
+    "unknown task": ({"task": "mprc"}, ValueError, "did you mean 'mrpc'"),
+    "unknown way": ({"train": "auxilary"}, ValueError, "did you mean 'auxiliary'"),
+    "dense auxiliary": ({"train": "auxiliary"}, ValueError, "without folded layers has no auxiliary tensors; fold it"),
+    "no file": ({"task": "rte"}, FileNotFoundError, r"task rte has no train\.tsv"),
+    "no model": ({"model": "./nothing"}, FileNotFoundError, "there is no model './nothing'"),
+    "no epochs": ({"epochs": 0}, ValueError, "epochs 0 must be more than 0"),
+    "no rate": ({"learning_rate": -1.0}, ValueError, r"learning rate -1\.0"),
+    "equal seeds": ({"seeds": [1, 1]}, ValueError, r"seeds \[1, 1\] must be different"),
+    "an encoder's summary": ({"task": "samsum"}, ValueError, "needs a decoder such as gpt2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(toys, tmp_path, case):
+    wrong, kind, message = REFUSED[case]
+    (tmp_path / "SST-2").mkdir()
+    toy_tasks.write_sst2(tmp_path / "SST-2")
+    place = toy_tasks.write_summaries(tmp_path)
+    toy = wrong.get("model") or toys[0]("bert", False)
+    given = {"task": "sst2", "device": "cpu"} | {name: value for name, value in wrong.items() if name != "model"}
+    with pytest.raises(kind, match=message):
+        tenfold.finetune(toy, data=place, output=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_factors_take_no_adapter(toys):
+    model, _ = toy_tasks.bert()
+    share = {"factors": ["core_1"], "across": "layers"}
+    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
+    with pytest.raises(ValueError, match="the layer shares"):
+        WAYS["lora"].free(model, 2)
+
+
+def test_an_adapter_that_a_recipe_brings_stays(toys):
+    model, _ = toy_tasks.bert()
+    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "adapter": 2}]})
+    before = {id(p) for p in model.parameters()}
+    WAYS["lora"].free(model, 3)
+    free = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(free) == 2 * 2 * 6 and not before & {id(p) for p in free.values()}
+    assert all(3 in p.shape for p in free.values())
+
+
+def test_every_way_has_a_rate_and_every_task_its_metrics():
+    assert set(WAYS) == {"full", "auxiliary", "lora"} and all(way.learning_rate > 0 for way in WAYS.values())
+    assert all(task.metrics for task in TASKS.values())
