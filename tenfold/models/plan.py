@@ -17,6 +17,7 @@ class Entry:
     Args:
         shared: ``{factor name: key in SharedFactors}``.
         frozen: names of factors that stay as they are in training.
+        adapter: whether the last part of ``structure``, a sum, is an adapter.
     """
 
     site: Site
@@ -25,6 +26,7 @@ class Entry:
     start: Start = field(default_factory=Start)
     shared: dict[str, str] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
             raise ValueError(f"{site.path}: there is no factor {name!r} to share or freeze; it has {', '.join(names)}")
     shared = {prefix + name: _key(rule.share, number, site, name) for name in rule.share.factors} if rule.share else {}
     bias = site.bias and rule.bias == "keep"
-    return Entry(site, structure, bias, rule.start, shared, tuple(prefix + name for name in rule.freeze))
+    frozen = tuple(prefix + name for name in rule.freeze)
+    return Entry(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None)
 
 
 def _key(share: Share, number: int, site: Site, name: str) -> str:

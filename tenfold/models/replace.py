@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tenfold.models.experts import pack, unpack
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
-from tenfold.models.starts import QUICK, factors_from
+from tenfold.models.starts import QUICK, beside_adapter, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.structure import Factors, Structure
@@ -150,21 +150,32 @@ def _folded(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 @torch.no_grad()
 def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
     """The factors of one entry, or of several that share some, fitted in float32 or better."""
-    first, names = group[0], tuple(group[0].shared)
+    first, structure, names = group[0], fitted_part(group[0]), tuple(group[0].shared)
+    if first.adapter:
+        names = tuple(name.removeprefix("part_0_") for name in names)
     weights = [weight_of(model.get_submodule(entry.site.path)) for entry in group]
     weights = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     try:
         if len(group) == 1:
-            sets = [factors_from(first.structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
+            sets = [factors_from(structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
         else:
-            joint = first.structure.fit(weights, shared=names, **QUICK | first.start.options)
+            joint = structure.fit(weights, shared=names, **QUICK | first.start.options)
             sets = [{n: v if n in names else v[k] for n, v in joint.items()} for k in range(len(group))]
     except ValueError as reason:
         raise ValueError(f"{', '.join(entry.site.path for entry in group)}: {reason}") from None
     return [
-        (entry, factors, _error(entry.structure, factors, weight))
+        (entry, _whole(entry, factors), _error(structure, factors, weight))
         for entry, factors, weight in zip(group, sets, weights, strict=True)
     ]
+
+
+def fitted_part(entry: Entry) -> Structure:
+    """What of an entry's structure holds the weight at first: an adapter beside it starts at zero."""
+    return entry.structure.parts[0] if entry.adapter else entry.structure
+
+
+def _whole(entry: Entry, factors: Factors) -> Factors:
+    return beside_adapter(entry.structure, factors) if entry.adapter else factors
 
 
 def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
@@ -174,7 +185,7 @@ def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
 
 def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    made = [(entry, entry.structure.init(std), None) for entry in group]
+    made = [(entry, _whole(entry, fitted_part(entry).init(std)), None) for entry in group]
     for entry, factors, _ in made[1:]:
         factors.update({name: made[0][1][name] for name in entry.shared})
     return made
