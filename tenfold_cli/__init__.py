@@ -314,6 +314,27 @@ def pretrain(
 
 
 @app.command()
+def deepen(
+    model: Model,
+    output: Output,
+    layers: Annotated[int, typer.Option(help="How many layers the result has.")],
+    recipe: Annotated[str | None, typer.Option(help="What is shared, by name or file; deepen unless given.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
+    import tenfold
+    from tenfold import api
+
+    api.check_output(output, overwrite)
+    loaded, tokenizer = api.load(model, device, dtype)
+    deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting"))
+    api.save(deeper, output, tokenizer, report, command())
+    print(f"{report['layers'][0]} to {layers} layers, {count_line(report)}; saved in {output}")
+
+
+@app.command()
 def densify(
     model: Model, output: Output, overwrite: Overwrite = False, device: Device = None, dtype: Dtype = None
 ) -> None:

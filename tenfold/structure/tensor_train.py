@@ -35,8 +35,17 @@ class TensorTrain(Structure, kind="tensor_train"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        """Instead of ``ranks`` a recipe may give ``rank``: a number (clipped from the left) or ``full`` (both sides)."""
+        """Instead of ``ranks`` a recipe may give ``rank``: a number (clipped from the left) or ``full`` (both sides).
+
+        ``mirror: true`` makes the central core large and the others small, as in MPOBERT: the largest of the derived factors
+        lie in the middle, and those of ``ins`` in the reverse order of those of ``outs``.
+        """
+        spec, mirror = dict(spec), spec.get("mirror", False)
+        spec.pop("mirror", None)
+        given = spec.keys() & {"outs", "ins"}
         spec = super().complete(out, inner, spec)
+        if mirror:
+            spec |= {name: _centred(spec[name], step) for name, step in (("outs", 1), ("ins", -1)) if name not in given}
         if "rank" in spec:
             spec["ranks"] = left_clipped(spec["outs"], spec["ins"], spec.pop("rank"))
         return spec
@@ -109,6 +118,13 @@ class TensorTrain(Structure, kind="tensor_train"):
             core = torch.tensordot(factors[f"core_{k}"].double(), right, 1)
             right = torch.linalg.qr(core.reshape(core.shape[0], -1).T).R.T
         return left, right
+
+
+def _centred(factors: tuple[int, ...], step: int) -> tuple[int, ...]:
+    """``factors``, which descend, from the middle to both ends; backwards for ``step = -1``."""
+    places = sorted(range(len(factors)), key=lambda k: (abs(k - len(factors) // 2), k))
+    placed = dict(zip(places, factors, strict=True))
+    return tuple(placed[k] for k in range(len(factors)))[::step]
 
 
 def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | Literal["full"]) -> tuple[int, ...]:

@@ -143,3 +143,13 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tenfold", "inspect", "./nothing", "--debug"])
     with pytest.raises(FileNotFoundError):
         tenfold_cli.main()
+
+
+def test_deepen(call, dense, tmp_path):
+    deep = tmp_path / "deep"
+    status, out, err = call("deepen", dense, "-o", deep, "--layers", 3)
+    assert status == 0 and "2 to 3 layers, parameters" in out, err
+    assert json.loads((deep / "config.json").read_text())["n_layer"] == 3
+    assert len(AutoModelForCausalLM.from_pretrained(deep).transformer.h) == 3
+    status, _, err = call("deepen", deep, "-o", tmp_path / "less", "--layers", 2)
+    assert status == 2 and "deepening only adds" in err
