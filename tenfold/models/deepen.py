@@ -23,7 +23,7 @@ from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.sites import FOLDED, Site, base_path, find_sites, module_at
 from tenfold.models.stored import describe
 from tenfold.nn import FactorizedLinear
-from tenfold.structure import LowRank, Sum
+from tenfold.structure import LowRank, Structure, Sum
 
 RECIPE = "deepen"
 
@@ -64,13 +64,22 @@ def deepen(
     """
     before = _depth(model)
     if layers < before:
-        raise ValueError(f"the model has {before} layers and deepening only adds: ask for more than {before}, not {layers}")
+        raise ValueError(
+            f"the model has {before} layers and deepening only adds: ask for more than {before}, not {layers}"
+        )
+    for path, layer in model.named_modules():
+        if isinstance(layer, FOLDED) and not isinstance(layer.structure, Structure):
+            raise ValueError(
+                f"{path} is a {layer.structure.kind} layer, of which no matrix could be made smaller; train deeper anew"
+            )
     dense, errors = count(model), {}
     if not any(isinstance(module_at(model, site.path), FOLDED) for site in find_sites(model) if site.layer is not None):
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(RECIPE if recipe is None else recipe)
         errors = {c.path: c.error for c in replace(model, make_plan(model, loaded), "weights", progress)}
     elif recipe is not None:
-        raise ValueError("the model is folded already and keeps its structures and shared factors; leave the recipe out")
+        raise ValueError(
+            "the model is folded already and keeps its structures and shared factors; leave the recipe out"
+        )
     deep = _extended(model, before, layers)
     return deep, {
         "layers": [before, layers],
@@ -114,7 +123,7 @@ def _depth(model: PreTrainedModel) -> int:
         )
     if getattr(config, "decoder_sparse_step", 1) != 1:
         raise ValueError(
-            f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, and the added ones would not be "
+            f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, the added ones would not be "
             "copies of others; deepen a model with experts in every block"
         )
     return config.num_hidden_layers

@@ -16,6 +16,7 @@ from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_
 from tenfold.models.starts import QUICK, beside_adapter, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
+from tenfold.nn.kinds import check_matrix, layer_of
 from tenfold.structure import Factors, Structure
 
 CONTAINER = "shared_factors"
@@ -80,7 +81,8 @@ def install_empty(model: PreTrainedModel, plan: Plan) -> None:
 
 @torch.no_grad()
 def _check_weights(model: PreTrainedModel, plan: Plan) -> None:
-    for path in plan.entries:
+    for path, entry in plan.entries.items():
+        check_matrix(entry.structure.kind, path)
         weight = weight_of(model.get_submodule(path))
         if weight.is_meta:
             raise ValueError(f"the weight of {path} is not in memory (meta device or offloaded); load it first")
@@ -200,7 +202,7 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
         scale = getattr(old, "scalar_embed_scale", getattr(old, "scale", 1.0))
         new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
-        new = FactorizedLinear(entry.structure, entry.bias, **given)
+        new = layer_of(entry.structure)(entry.structure, entry.bias, **given)
         if entry.bias and old.bias is not None and len(old.bias) == len(new.bias):  # not where the layer gets narrower
             new.bias = old.bias  # the parameter itself: BERT's head shares it
         elif not entry.bias:
@@ -297,6 +299,11 @@ def tie(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> PreTrainedModel:
     """Every folded layer as an ordinary one again, in place; the result is a plain checkpoint that needs no tenfold."""
+    for path, layer in _folded(model):
+        if not isinstance(layer.structure, Structure):
+            raise ValueError(
+                f"{path} can't be densified: {layer.structure.kind} has a non-linearity between its factors"
+            )
     tied = is_tied(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

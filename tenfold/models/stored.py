@@ -10,6 +10,7 @@ from tenfold.models.experts import unpack
 from tenfold.models.hook import METHOD, VERSION, FoldedConfig
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, Site, is_tied, resolve
+from tenfold.nn.kinds import family
 from tenfold.structure import Structure
 
 
@@ -54,7 +55,7 @@ def structures(config: FoldedConfig) -> dict[str, Structure]:
 
 def _structure(path: str, spec: dict[str, Any]) -> Structure:
     try:
-        return Structure.from_json(spec["structure"])
+        return family(spec["structure"].get("kind")).from_json(spec["structure"])
     except ValueError as reason:
         raise ValueError(f"site {path} of the checkpoint: {reason}") from None
     except (KeyError, TypeError, AttributeError):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import tenfold
 from tenfold.models.deepen import deepen
 from tenfold.models.recipe import load_recipe
-from tenfold.models.sites import find_sites, weight_of
+from tenfold.models.sites import find_sites
 
 FULL = {"kind": "tensor_train", "parts": 3, "mirror": True, "rank": "full"}
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
