@@ -69,9 +69,7 @@ def deepen(
         )
     for path, layer in model.named_modules():
         if isinstance(layer, FOLDED) and not isinstance(layer.structure, Structure):
-            raise ValueError(
-                f"{path} is a {layer.structure.kind} layer, of which no matrix could be made smaller; train deeper anew"
-            )
+            raise ValueError(f"{path} is a {layer.structure.kind} layer, of which no matrix could be made smaller")
     dense, errors = count(model), {}
     if not any(isinstance(module_at(model, site.path), FOLDED) for site in find_sites(model) if site.layer is not None):
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(RECIPE if recipe is None else recipe)
@@ -192,7 +190,7 @@ def _extended(model: PreTrainedModel, before: int, layers: int) -> PreTrainedMod
 def _entry(path: str, layer: nn.Module) -> Entry:
     bias = getattr(layer, "bias", None) is not None
     site = Site(path, "", None, layer.structure.shape, bias)
-    return Entry(site, layer.structure, bias, shared=layer.shared, frozen=layer.frozen)
+    return Entry(site, layer.structure, bias, shared=layer.shared, frozen=layer.frozen, mask=layer.mask)
 
 
 def _begin(module: nn.Module, scale: float) -> None:

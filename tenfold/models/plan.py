@@ -18,6 +18,7 @@ class Entry:
     Args:
         shared: ``{factor name: key in SharedFactors}``.
         frozen: names of factors that stay as they are in training.
+        mask: the probability with which the gradient of its shared factors is dropped.
         adapter: whether the last part of ``structure``, a sum, is an adapter.
     """
 
@@ -28,6 +29,7 @@ class Entry:
     shared: dict[str, str] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     adapter: bool = False
+    mask: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
     shared = {prefix + name: _key(rule.share, number, site, name) for name in rule.share.factors} if rule.share else {}
     bias = site.bias and rule.bias == "keep"
     frozen = tuple(prefix + name for name in rule.freeze)
-    return Entry(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None)
+    return Entry(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None, _mask(rule))
+
+
+def _mask(rule: Rule) -> float:
+    return rule.share.mask if rule.share else 0.0
 
 
 def _key(share: Share, number: int, site: Site, name: str) -> str:

@@ -123,15 +123,17 @@ def _container(model: PreTrainedModel, plan: Plan) -> SharedFactors | None:
     """A new container: the shared factors of ``plan``, and those that layers outside of it go on using."""
     staying = [layer for path, layer in _folded(model) if layer.shared and path not in plan.entries]
     kept = {key: layer._container[0].get_parameter(key) for layer in staying for key in layer.shared.values()}
+    masks = {key: layer.mask for layer in staying for key in layer.shared.values() if layer.mask}
     new = {}
     for entry in plan.entries.values():
         new |= {key: entry.structure.factor_shapes()[name] for name, key in entry.shared.items()}
+        masks |= {key: entry.mask for key in entry.shared.values() if entry.mask}
     if clash := sorted(kept.keys() & new.keys()):
         raise ValueError(f"layers outside of the plan share {clash} already; fold all that share a factor at once")
     _drop_container(model)
     if not kept and not new:
         return None
-    container = SharedFactors(new, model.device, dtype_of(model))
+    container = SharedFactors(new, masks, model.device, dtype_of(model))
     for key, parameter in kept.items():
         container.register_parameter(key, parameter)
     for layer in staying:

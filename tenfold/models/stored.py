@@ -22,7 +22,7 @@ def describe(model: PreTrainedModel, recipe: str = "") -> FoldedConfig:
 
 def _site(layer) -> dict[str, Any]:
     site = {"structure": layer.structure.to_json(), "bias": getattr(layer, "bias", None) is not None}
-    more = {"shared": layer.shared, "frozen": list(layer.frozen)}
+    more = {"shared": layer.shared, "frozen": list(layer.frozen), "mask": layer.mask}
     return site | {key: value for key, value in more.items() if value}
 
 
@@ -39,7 +39,8 @@ def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
         if path is not None:
             site = Site(path, "", None, structure.shape, spec["bias"])
             shared, frozen = spec.get("shared", {}), tuple(spec.get("frozen", ()))
-            entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen)
+            mask = spec.get("mask", 0.0)
+            entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen, mask=mask)
     return Plan(entries, config.untied, config.recipe)
 
 
