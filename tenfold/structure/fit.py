@@ -9,6 +9,7 @@ symmetric eigendecomposition, which nothing can make fail. The objective never g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -62,6 +63,14 @@ def fit(
         settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
         each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
+    plain = all(metric is None for metric in (*norms, *rows))
+    if (
+        several
+        and plain
+        and start is None
+        and (form := structure.shared_form(targets, tuple(shared), sweeps, tolerance))
+    ):
+        return form
     problem = Problem(structure, targets, norms, rows, tuple(shared))
     if not several and start is None:
         start, exact = problem.known()
@@ -182,7 +191,8 @@ class Problem:
         """The minimiser over one factor with all others fixed."""
         systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
         if name in self.shared:
-            systems = [(sum(gram for gram, _, _ in systems), sum(right for _, right, _ in systems), systems[0][2])]
+            grams, rights, labels = zip(*systems, strict=True)
+            systems = [(reduce(torch.add, grams), reduce(torch.add, rights), labels[0])]
         order = dict(place.diagram.factors)[name]
         found = []
         for gram, right, labels in systems:

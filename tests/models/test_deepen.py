@@ -221,3 +221,17 @@ def test_a_folded_model_takes_no_recipe():
     deep, _ = deepen(toys.build("gpt2"), 3, SHARED)
     with pytest.raises(ValueError, match="folded already and keeps its structures"):
         tenfold.deepen(deep, 4, SHARED)
+
+
+@pytest.mark.parametrize("untie", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_what_is_folded_outside_of_the_blocks_stays(name, untie, tmp_path):
+    low = {"kind": "low_rank", "rank": 5}
+    recipe = {"replace": [{"role": "embed", "structure": low}, *OWN["replace"]], "untie": untie}
+    deep, _ = deepen(toys.build(name), 2, recipe)
+    twice, _ = deepen(copy.deepcopy(deep), 4)
+    assert torch.equal(twice.get_input_embeddings().left, deep.get_input_embeddings().left)
+    twice.save_pretrained(tmp_path)
+    again = type(twice).from_pretrained(tmp_path).eval()
+    assert torch.equal(toys.logits(again), toys.logits(twice))
+    assert twice.config.quantization_config.untied == untie
