@@ -28,18 +28,20 @@ if TYPE_CHECKING:
         read_calibration,
         save,
     )
+    from tenfold.models.deepen import deepen
     from tenfold.models.hub import from_pretrained
     from tenfold.models.replace import densify, replace
 
 _HOME = {
+    "deepen": "tenfold.models.deepen",
     "from_pretrained": "tenfold.models.hub",
     "densify": "tenfold.models.replace",
     "replace": "tenfold.models.replace",
 }
 
 __all__ = [
-    "bench", "compress", "densify", "evaluate", "evaluate_task", "finetune", "from_pretrained", "generate", "heal", "inspect",
-    "load", "plan", "pretrain", "read_calibration", "replace", "save",
+    "bench", "compress", "deepen", "densify", "evaluate", "evaluate_task", "finetune", "from_pretrained", "generate", "heal",
+    "inspect", "load", "plan", "pretrain", "read_calibration", "replace", "save",
 ]  # fmt: skip
 
 

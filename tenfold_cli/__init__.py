@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tenfold_cli import tasks, training
+from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command
 from tenfold_cli.show import (
     count_line,
     counted,
@@ -22,7 +23,6 @@ from tenfold_cli.show import (
     show_table,
     tracked,
 )
-from tenfold_cli.tasks import evaluate_tasks, finetune
 
 app = typer.Typer(
     name="tenfold",
@@ -32,14 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
-Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds something already.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
-Text = Annotated[list[str], TEXT]
 
 
 @app.command()
@@ -175,7 +167,7 @@ def evaluate(
     if bool(text) == bool(task):
         raise ValueError("give either --text FILE, for the perplexity, or --task NAME with --data FOLDER")
     if task:
-        return evaluate_tasks(models, task, data, limit, output, as_json, device, dtype)
+        return tasks.evaluate_tasks(models, task, data, limit, output, as_json, device, dtype)
     files, results = api.texts(text), json.loads(against.read_text()) if against else []
     for name in models:
         model, tokenizer = api.load(name, device, dtype)
@@ -248,98 +240,8 @@ def bench(
     return show_table(["", "rows", "tokens/s", "dense tokens/s", "ratio"], rows)
 
 
-@app.command()
-def heal(
-    model: Annotated[str, typer.Argument(help="The folded model.")],
-    text: Text,
-    output: Output,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model that it came from; cross_entropy alone needs none.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
-    loss: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=WEIGHT, repeatable: cross_entropy, kl, reverse_kl, jensen_shannon, hidden, attention, embedding; "
-            "kl=1 unless given."
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
-    store: Annotated[
-        Path | None, typer.Option(help="Keep the teacher's predictions in this folder; if they are there, read them.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="With --store: how many tokens are kept of every prediction.")] = 64,
-    window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
-    overwrite: Overwrite = False,
-    device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")
-    ] = None,
-) -> None:
-    """Distil the dense model into the folded one and save it."""
-    from tenfold import api
-
-    api.check_output(output, overwrite)
-    files = api.texts(text)
-    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step}
-    settings = api.heal_settings(loss or (), temperature=temperature, **given)
-    student, tokenizer = api.load(model, device, "float32")
-    stored, _ = api.load(model, "cpu", dtype)
-    with counted("healing") as advance:
-        report = api.heal(
-            student,
-            teacher,
-            tokenizer,
-            files,
-            settings,
-            window,
-            seed,
-            advance,
-            store,
-            top_k,
-            tracked("asking the teacher"),
-        )
-    before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
-    api.save(
-        student.to(stored.dtype),
-        output,
-        tokenizer,
-        before | {"heal": report},
-        f"{before.get('command', '')}\n{command()}".strip(),
-    )
-    print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
-
-
-@app.command()
-def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
-    data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
-    output: Output,
-    overwrite: Overwrite = False,
-    device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
-) -> None:
-    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes.
-
-    torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
-    """
-    from tenfold import api
-
-    first = os.environ.get("RANK", "0") == "0"
-    if first and not (output / "run.json").is_file():
-        api.check_output(output, overwrite)
-    with counted("training") as advance:
-        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
-    if not first:
-        return
-    loss = report["curve"][-1][1]
-    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
-
-
-app.command()(finetune)
+for trains in (training.heal, tasks.finetune, training.pretrain, training.deepen):
+    app.command()(trains)
 
 
 @app.command()
@@ -356,10 +258,6 @@ def densify(
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
     print(f"saved in {output}; it loads without tenfold")
-
-
-def command() -> str:
-    return shlex.join(["tenfold", *sys.argv[1:]])
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ def _check_plain(rule: Rule) -> None:
     """Raise ValueError for what a rule may say but activations do not guide."""
     layers = rule.share is not None and rule.share.across == "layers"
     said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze, "share across layers": layers}
+    said["a mask"] = rule.share is not None and rule.share.mask
     if wrong := [name for name, value in said.items() if value]:
         raise ValueError(
             f"the rule for role {rule.role} asks for {', '.join(wrong)}, which is not done with a calibration text; drop it, "

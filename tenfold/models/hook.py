@@ -16,7 +16,7 @@ class FoldedConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a folded model; unknown keys are kept out.
 
     Args:
-        sites: ``{path: {structure, bias, shared, frozen}}``, the last two where there are any.
+        sites: ``{path: {structure, bias, shared, frozen, mask}}``, the last three where there are any.
         untied: whether the output head has a matrix of its own.
         recipe: the name of the recipe.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
 from tenfold.models.sites import Site, find_sites, is_tied, share_of
+from tenfold.nn.kinds import LAYERS, family
 from tenfold.structure import LowRank, Stacked, Structure, Sum
 
 
@@ -17,6 +18,8 @@ class Entry:
     Args:
         shared: ``{factor name: key in SharedFactors}``.
         frozen: names of factors that stay as they are in training.
+        mask: the probability with which the gradient of its shared factors is dropped.
+        adapter: whether the last part of ``structure``, a sum, is an adapter.
     """
 
     site: Site
@@ -25,6 +28,8 @@ class Entry:
     start: Start = field(default_factory=Start)
     shared: dict[str, str] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    adapter: bool = False
+    mask: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,12 @@ def _keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> float | No
 
 def _budgeted(rule: Rule) -> bool:
     """Whether a share to keep sets the rank of the rule's structures."""
-    return Structure.family(rule.spec["kind"]).is_open(rule.spec)
+    return family(rule.spec["kind"]).is_open(rule.spec)
 
 
 def fitting(site: Site, spec: dict) -> Structure:
     """The structure of a whole site that ``spec`` says, nothing left open; every complaint names the site."""
-    return _named(site, spec, lambda: Structure.for_shape(*site.shape, spec))
+    return _named(site, spec, lambda: family(spec.get("kind")).for_shape(*site.shape, spec))
 
 
 def _fitting(rule: Rule, site: Site, keep: float | None) -> Structure:
@@ -135,7 +140,12 @@ def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
             raise ValueError(f"{site.path}: there is no factor {name!r} to share or freeze; it has {', '.join(names)}")
     shared = {prefix + name: _key(rule.share, number, site, name) for name in rule.share.factors} if rule.share else {}
     bias = site.bias and rule.bias == "keep"
-    return Entry(site, structure, bias, rule.start, shared, tuple(prefix + name for name in rule.freeze))
+    frozen = tuple(prefix + name for name in rule.freeze)
+    return Entry(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None, _mask(rule))
+
+
+def _mask(rule: Rule) -> float:
+    return rule.share.mask if rule.share else 0.0
 
 
 def _key(share: Share, number: int, site: Site, name: str) -> str:
@@ -169,8 +179,20 @@ def _check_shared(entries: dict[str, Entry]) -> None:
                 )
 
 
+def _layer(rule: Rule, site: Site):
+    """What describes a layer that no matrix stands for."""
+    kind, said = rule.spec["kind"], {"split": rule.split > 1, "adapter": rule.adapter is not None, "keep": rule.keep}
+    if wrong := [name for name, value in said.items() if value]:
+        raise ValueError(f"{kind} is no structure and takes no {', '.join(wrong)}; give it a rank")
+    if site.role == "embed":
+        raise ValueError(f"{kind} takes the place of linear layers; choose a structure for the embedding")
+    return family(kind).for_shape(*site.shape, rule.spec)
+
+
 def _structure(rule: Rule, site: Site, keep: float | None) -> Structure:
     (out, inner), spec = site.shape, rule.spec
+    if spec["kind"] in LAYERS:
+        return _layer(rule, site)
     if rule.split > 1 and site.interleaved:
         raise ValueError(f"its parts alternate head by head, so split: {rule.split} can't part them; leave split out")
     if out % rule.split:

@@ -36,11 +36,13 @@ class Share(Strict):
         factors: their names.
         across: ``layers`` (one set per role), ``roles`` (one set per layer), or ``experts`` (one set per role and layer).
         group: how many neighbouring layers share; all of them without it.
+        mask: the probability with which a site's part of the gradient of a shared factor is dropped in a step.
     """
 
     factors: list[str]
     across: Literal["layers", "roles", "experts"] = "layers"
     group: int | None = Field(None, ge=1)
+    mask: float = Field(0.0, ge=0, lt=1)
 
 
 class Rule(Strict):

@@ -14,9 +14,10 @@ from tenfold.models.experts import pack, unpack
 from tenfold.models.noise import DRAWS, ends_in_zero
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
-from tenfold.models.starts import QUICK, factors_from
+from tenfold.models.starts import QUICK, beside_adapter, factors_from
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
+from tenfold.nn.kinds import check_matrix, layer_of
 from tenfold.structure import Factors, Structure
 
 CONTAINER = "shared_factors"
@@ -82,7 +83,8 @@ def install_empty(model: PreTrainedModel, plan: Plan) -> None:
 
 @torch.no_grad()
 def _check_weights(model: PreTrainedModel, plan: Plan) -> None:
-    for path in plan.entries:
+    for path, entry in plan.entries.items():
+        check_matrix(entry.structure.kind, path)
         weight = weight_of(model.get_submodule(path))
         if weight.is_meta:
             raise ValueError(f"the weight of {path} is not in memory (meta device or offloaded); load it first")
@@ -123,15 +125,17 @@ def _container(model: PreTrainedModel, plan: Plan) -> SharedFactors | None:
     """A new container: the shared factors of ``plan``, and those that layers outside of it go on using."""
     staying = [layer for path, layer in _folded(model) if layer.shared and path not in plan.entries]
     kept = {key: layer._container[0].get_parameter(key) for layer in staying for key in layer.shared.values()}
+    masks = {key: layer.mask for layer in staying for key in layer.shared.values() if layer.mask}
     new = {}
     for entry in plan.entries.values():
         new |= {key: entry.structure.factor_shapes()[name] for name, key in entry.shared.items()}
+        masks |= {key: entry.mask for key in entry.shared.values() if entry.mask}
     if clash := sorted(kept.keys() & new.keys()):
         raise ValueError(f"layers outside of the plan share {clash} already; fold all that share a factor at once")
     _drop_container(model)
     if not kept and not new:
         return None
-    container = SharedFactors(new, model.device, dtype_of(model))
+    container = SharedFactors(new, masks, model.device, dtype_of(model))
     for key, parameter in kept.items():
         container.register_parameter(key, parameter)
     for layer in staying:
@@ -152,21 +156,32 @@ def _folded(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 @torch.no_grad()
 def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
     """The factors of one entry, or of several that share some, fitted in float32 or better."""
-    first, names = group[0], tuple(group[0].shared)
+    first, structure, names = group[0], fitted_part(group[0]), tuple(group[0].shared)
+    if first.adapter:
+        names = tuple(name.removeprefix("part_0_") for name in names)
     weights = [weight_of(model.get_submodule(entry.site.path)) for entry in group]
     weights = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     try:
         if len(group) == 1:
-            sets = [factors_from(first.structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
+            sets = [factors_from(structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
         else:
-            joint = first.structure.fit(weights, shared=names, **QUICK | first.start.options)
+            joint = structure.fit(weights, shared=names, **QUICK | first.start.options)
             sets = [{n: v if n in names else v[k] for n, v in joint.items()} for k in range(len(group))]
     except ValueError as reason:
         raise ValueError(f"{', '.join(entry.site.path for entry in group)}: {reason}") from None
     return [
-        (entry, factors, _error(entry.structure, factors, weight))
+        (entry, _whole(entry, factors), _error(structure, factors, weight))
         for entry, factors, weight in zip(group, sets, weights, strict=True)
     ]
+
+
+def fitted_part(entry: Entry) -> Structure:
+    """What of an entry's structure holds the weight at first: an adapter beside it starts at zero."""
+    return entry.structure.parts[0] if entry.adapter else entry.structure
+
+
+def _whole(entry: Entry, factors: Factors) -> Factors:
+    return beside_adapter(entry.structure, factors) if entry.adapter else factors
 
 
 def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
@@ -175,7 +190,7 @@ def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
 
 
 def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
-    made = [(entry, _drawn(model, entry), None) for entry in group]
+    made = [(entry, _whole(entry, _drawn(model, entry)), None) for entry in group]
     for entry, factors, _ in made[1:]:
         factors.update({name: made[0][1][name] for name in entry.shared})
     return made
@@ -184,15 +199,14 @@ def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Fact
 @torch.no_grad()
 def _drawn(model: PreTrainedModel, entry: Entry) -> Factors:
     """Random factors as the start says; ``branch: scaled`` or ``zero`` is for what ends a branch beside the stream."""
-    weight, options = weight_of(model.get_submodule(entry.site.path)), entry.start.options
-    known = not weight.is_meta and bool(weight.any())
-    std = float(weight.float().std()) if known else getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    structure, options = fitted_part(entry), entry.start.options
+    weight, config = weight_of(model.get_submodule(entry.site.path)), model.config.get_text_config()
+    usual, known = getattr(config, "initializer_range", 0.02), not weight.is_meta and bool(weight.any())
     branch = options.get("branch") if entry.site.role.endswith(".out") else None
-    if branch == "scaled":
-        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-        std /= (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
-    factors = DRAWS.get(entry.start.fit, DRAWS["noise"])(entry.structure, std, options, None)
-    return ends_in_zero(entry.structure, factors) if branch == "zero" else factors
+    std = float(weight.float().std()) if known else usual
+    std = usual / (2 * config.num_hidden_layers) ** 0.5 if branch == "scaled" else std
+    factors = DRAWS.get(entry.start.fit, DRAWS["noise"])(structure, std, options, None)
+    return ends_in_zero(structure, factors) if branch == "zero" else factors
 
 
 def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | None) -> tuple[nn.Module, nn.Module]:
@@ -204,7 +218,7 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
         scale = getattr(old, "scalar_embed_scale", getattr(old, "scale", 1.0))
         new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
-        new = FactorizedLinear(entry.structure, entry.bias, **given)
+        new = layer_of(entry.structure)(entry.structure, entry.bias, **given)
         if entry.bias and old.bias is not None and len(old.bias) == len(new.bias):  # not where the layer gets narrower
             new.bias = old.bias  # the parameter itself: BERT's head shares it
         elif not entry.bias:
@@ -301,6 +315,11 @@ def tie(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> PreTrainedModel:
     """Every folded layer as an ordinary one again, in place; the result is a plain checkpoint that needs no tenfold."""
+    for path, layer in _folded(model):
+        if not isinstance(layer.structure, Structure):
+            raise ValueError(
+                f"{path} can't be densified: {layer.structure.kind} has a non-linearity between its factors"
+            )
     tied = is_tied(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tenfold.models.noise import DRAWS
-from tenfold.structure import Factors, Kronecker, Placed, Structure
+from tenfold.structure import Factors, Kronecker, Placed, Structure, Sum
 from tenfold.structure.permute import search
 
 QUICK = {"sweeps": 20, "tolerance": 1e-4}  # alternating fits of a whole model; a recipe may ask for more
@@ -35,6 +35,20 @@ def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, opti
         raise ValueError(f"there is no start {fit!r}; {hint}")
     factors = STARTS[fit](structure, weight, options)
     return restored(structure, factors, weight) if norm == "restore" else factors
+
+
+def beside_adapter(structure: Sum, factors: Factors) -> Factors:
+    """``factors`` of the first part of ``structure``, and an adapter behind it that is zero and can learn.
+
+    ``left`` is zero and ``right`` random. A fit would make both zero where the first part leaves nothing, and no gradient
+    leads away from there.
+
+    Reference: arXiv 2106.09685; arXiv 2303.16753.
+    """
+    adapter = structure.parts[1]
+    right = adapter.init(adapter.shape[1] ** -0.5)["right"]
+    new = {"part_1_left": right.new_zeros(adapter.shape[0], adapter.rank), "part_1_right": right}
+    return {f"part_0_{name}": value for name, value in factors.items()} | new
 
 
 def restored(structure: Structure, factors: Factors, weight: Tensor) -> Factors:

@@ -10,6 +10,7 @@ from tenfold.models.experts import unpack
 from tenfold.models.hook import METHOD, VERSION, FoldedConfig
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.sites import FOLDED, Site, is_tied, resolve
+from tenfold.nn.kinds import family
 from tenfold.structure import Structure
 
 
@@ -21,7 +22,7 @@ def describe(model: PreTrainedModel, recipe: str = "") -> FoldedConfig:
 
 def _site(layer) -> dict[str, Any]:
     site = {"structure": layer.structure.to_json(), "bias": getattr(layer, "bias", None) is not None}
-    more = {"shared": layer.shared, "frozen": list(layer.frozen)}
+    more = {"shared": layer.shared, "frozen": list(layer.frozen), "mask": layer.mask}
     return site | {key: value for key, value in more.items() if value}
 
 
@@ -38,7 +39,8 @@ def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
         if path is not None:
             site = Site(path, "", None, structure.shape, spec["bias"])
             shared, frozen = spec.get("shared", {}), tuple(spec.get("frozen", ()))
-            entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen)
+            mask = spec.get("mask", 0.0)
+            entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen, mask=mask)
     return Plan(entries, config.untied, config.recipe)
 
 
@@ -54,7 +56,7 @@ def structures(config: FoldedConfig) -> dict[str, Structure]:
 
 def _structure(path: str, spec: dict[str, Any]) -> Structure:
     try:
-        return Structure.from_json(spec["structure"])
+        return family(spec["structure"].get("kind")).from_json(spec["structure"])
     except ValueError as reason:
         raise ValueError(f"site {path} of the checkpoint: {reason}") from None
     except (KeyError, TypeError, AttributeError):

@@ -18,16 +18,28 @@ class SharedFactors(nn.Module):
 
     Args:
         shapes: ``{key: shape}``, a key for every group of layers and factor.
+        masks: ``{key: probability}`` with which one use of a factor gives it no gradient, in training only: what is updated
+            by many experts is updated too often. Every use, that of an expert in a step, draws for itself, from torch's
+            generator, and all uses compute the same.
+
+    Reference: MPOE, arXiv 2203.01104 (the mask).
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], device=None, dtype=None):
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], masks: dict[str, float] | None = None, device=None, dtype=None
+    ):
         super().__init__()
+        self.masks = dict(masks or {})
         for key, shape in shapes.items():
             self.register_parameter(key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def forward(self, key: str) -> Tensor:
         """The factor of this key."""
-        return getattr(self, key)
+        factor = getattr(self, key)
+        if key in self.masks and self.training and torch.is_grad_enabled():
+            kept = torch.rand((), device=factor.device) >= self.masks[key]
+            return torch.where(kept, factor, factor.detach())  # no branch, so that a graph can be compiled
+        return factor
 
 
 class _Factorized(nn.Module):
@@ -47,6 +59,12 @@ class _Factorized(nn.Module):
     def attach(self, container: SharedFactors) -> None:
         """Take the shared factors from ``container``."""
         self._container[:] = [container]
+
+    @property
+    def mask(self) -> float:
+        """The probability with which the gradient of its shared factors is dropped."""
+        masks = self._container[0].masks if self._container else {}
+        return max((masks.get(key, 0.0) for key in self.shared.values()), default=0.0)
 
     def freeze(self) -> None:
         """Take what ``frozen`` names out of training; again after a load, which makes new parameters."""

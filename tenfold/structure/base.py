@@ -62,6 +62,12 @@ class Structure(ABC):
         """
         return None
 
+    def shared_form(
+        self, weights: Sequence[Tensor], shared: tuple[str, ...], sweeps: int, tolerance: float
+    ) -> Factors | None:
+        """A good joint fit, in the Frobenius norm, of factors some of which are shared; None: not known for these."""
+        return None
+
     @property
     def optimal(self) -> bool:
         """Whether the closed form is the nearest member in the Frobenius norm."""

@@ -9,6 +9,7 @@ symmetric eigendecomposition, which nothing can make fail. The objective never g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -62,6 +63,14 @@ def fit(
         settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
         each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
+    plain = all(metric is None for metric in (*norms, *rows))
+    if (
+        several
+        and plain
+        and start is None
+        and (form := structure.shared_form(targets, tuple(shared), sweeps, tolerance))
+    ):
+        return form
     problem = Problem(structure, targets, norms, rows, tuple(shared))
     if not several and start is None:
         start, exact = problem.known()
@@ -182,14 +191,14 @@ class Problem:
         """The minimiser over one factor with all others fixed."""
         systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
         if name in self.shared:
-            systems = [(torch.stack([s[0] for s in systems]).sum(0), torch.stack([s[1] for s in systems]).sum(0))]
-        labels, split = self._labels(place.diagram, name)
-        solved = [
-            solve_symmetric(gram, right.reshape(gram.shape[:-1])[..., None, :])[..., 0, :] for gram, right in systems
-        ]
-        shaped = [value.reshape(place.diagram.shape_of((*split, *labels))) for value in solved]
-        order = [(*split, *labels).index(label) for label in dict(place.diagram.factors)[name]]
-        return torch.stack([value.permute(order) for value in shaped])
+            grams, rights, labels = zip(*systems, strict=True)
+            systems = [(reduce(torch.add, grams), reduce(torch.add, rights), labels[0])]
+        order = dict(place.diagram.factors)[name]
+        found = []
+        for gram, right, labels in systems:
+            value = solve_symmetric(gram, right).reshape(place.diagram.shape_of(labels))
+            found.append(value.permute([labels.index(label) for label in order]))
+        return torch.stack(found)
 
     def _labels(self, diagram: Diagram, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The labels of a factor that one system couples, and those that split it."""
@@ -197,8 +206,11 @@ class Problem:
         own = dict(diagram.factors)[name]
         return tuple(x for x in own if x not in independent), tuple(x for x in own if x in independent)
 
-    def system(self, factors: Factors, place: Placement, name: str, s: int) -> tuple[Tensor, Tensor]:
-        """``gram (*split, n, n)`` and ``right (*split, *coupled)`` of the normal equations of one factor."""
+    def system(self, factors: Factors, place: Placement, name: str, s: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """``gram (*split, n, n)`` and ``right (*split, m, n)`` of the normal equations of one factor, and its labels.
+
+        Labels that nothing else in the normal equations has do not split the system: they are its ``m`` right sides.
+        """
         diagram, (coupled, split) = place.diagram, self._labels(place.diagram, name)
         rest = self.targets[s] - self.structure.dense(factors) + place.dense(factors)
         metric = self.metrics[s]
@@ -216,9 +228,12 @@ class Problem:
             gram.append((both, metric.reshape(diagram.shape_of(ins) * 2)))
         sizes = dict(diagram.sizes) | {twin[label]: size for label, size in diagram.sizes}
         mirrored = tuple(twin[label] for label in coupled)
-        n = diagram.size(coupled)
-        left = _einsum(gram, (*split, *coupled, *mirrored), sizes, rest.device)
-        return left.reshape(*diagram.shape_of(split), n, n), _einsum(right, (*split, *coupled), sizes, rest.device)
+        known = {label for labels, _ in gram for label in labels}
+        sides, split = tuple(x for x in split if x not in known), tuple(x for x in split if x in known)
+        shape, m, n = diagram.shape_of(split), diagram.size(sides), diagram.size(coupled)
+        left = _einsum(gram, (*split, *coupled, *mirrored), sizes, rest.device).reshape(*shape, n, n)
+        labels = (*split, *sides, *coupled)
+        return left, _einsum(right, labels, sizes, rest.device).reshape(*shape, m, n), labels
 
     def polish(self, state: Factors, steps: int) -> Factors:
         """L-BFGS on every factor at once, through autograd."""

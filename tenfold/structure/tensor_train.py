@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tenfold.structure import dims
 from tenfold.structure.base import Factors, Structure
+from tenfold.structure.centre import fit_centre
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.kronecker import rearrange
 from tenfold.structure.linalg import tt_ranks, tt_svd
@@ -35,8 +37,17 @@ class TensorTrain(Structure, kind="tensor_train"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        """Instead of ``ranks`` a recipe may give ``rank``: a number (clipped from the left) or ``full`` (both sides)."""
+        """Instead of ``ranks`` a recipe may give ``rank``: a number (clipped from the left) or ``full`` (both sides).
+
+        ``mirror: true`` makes the central core large and the others small, as in MPOBERT: the largest of the derived factors
+        lie in the middle, and those of ``ins`` in the reverse order of those of ``outs``.
+        """
+        spec, mirror = dict(spec), spec.get("mirror", False)
+        spec.pop("mirror", None)
+        given = spec.keys() & {"outs", "ins"}
         spec = super().complete(out, inner, spec)
+        if mirror:
+            spec |= {name: _centred(spec[name], step) for name, step in (("outs", 1), ("ins", -1)) if name not in given}
         if "rank" in spec:
             spec["ranks"] = left_clipped(spec["outs"], spec["ins"], spec.pop("rank"))
         return spec
@@ -74,6 +85,32 @@ class TensorTrain(Structure, kind="tensor_train"):
             f"core_{k}": core.reshape(bonds[k], self.outs[k], self.ins[k], bonds[k + 1]) for k, core in enumerate(cores)
         }
 
+    def shared_form(
+        self, weights: Sequence[Tensor], shared: tuple[str, ...], sweeps: int, tolerance: float
+    ) -> Factors | None:
+        """Where one core inside is shared and nothing is cut outside of its bonds: see :mod:`tenfold.structure.centre`."""
+        count, bonds = len(self.outs), (1, *self.ranks, 1)
+        sides = [a * c for a, c in zip(self.outs, self.ins, strict=True)]
+        at = next((k for k in range(1, count - 1) if shared == (f"core_{k}",)), None)
+        if at is None:
+            return None
+        whole = all(bonds[k] == math.prod(sides[:k]) for k in range(at)) and all(
+            bonds[k] == math.prod(sides[k:]) for k in range(at + 2, count + 1)
+        )
+        outer = math.prod(sides[:at]), sides[at], math.prod(sides[at + 1 :])
+        if not whole or bonds[at] > outer[0] or bonds[at + 1] > outer[2]:
+            return None
+        tensors = [rearrange(weight, self.outs, self.ins).reshape(outer) for weight in weights]
+        centre, lefts, rights = fit_centre(tensors, bonds[at], bonds[at + 1], sweeps, tolerance)
+        found = {f"core_{at}": centre, f"core_{at - 1}": torch.stack(lefts), f"core_{at + 1}": torch.stack(rights)}
+        for k in (*range(at - 1), *range(at + 2, count)):  # whole bonds: cores that only carry their labels on
+            size = bonds[k + 1] if k < at else bonds[k]
+            found[f"core_{k}"] = torch.eye(size).to(centre).expand(len(weights), size, size)
+        return {
+            name: found[name].reshape(*(() if name in shared else (len(weights),)), *shape)
+            for name, shape in self.factor_shapes().items()
+        }
+
     def spectrum(self, factors: Factors, bond: int) -> Float[Tensor, "r"]:
         """The singular values of ``W`` unfolded between core ``bond`` and the next one, in float64."""
         left, right = self._roots(factors, bond)
@@ -109,6 +146,13 @@ class TensorTrain(Structure, kind="tensor_train"):
             core = torch.tensordot(factors[f"core_{k}"].double(), right, 1)
             right = torch.linalg.qr(core.reshape(core.shape[0], -1).T).R.T
         return left, right
+
+
+def _centred(factors: tuple[int, ...], step: int) -> tuple[int, ...]:
+    """``factors``, which descend, from the middle to both ends; backwards for ``step = -1``."""
+    places = sorted(range(len(factors)), key=lambda k: (abs(k - len(factors) // 2), k))
+    placed = dict(zip(places, factors, strict=True))
+    return tuple(placed[k] for k in range(len(factors)))[::step]
 
 
 def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | Literal["full"]) -> tuple[int, ...]:

@@ -81,6 +81,7 @@ def cores(*shapes: tuple[int, int, int, int]) -> tuple[int, int]:
 
 SQUARE = cores((1, 3, 4, 12), (12, 4, 4, 192), (192, 4, 4, 192), (192, 4, 4, 12), (12, 4, 3, 1))
 WIDE = cores((1, 3, 4, 12), (12, 4, 4, 192), (192, 4, 8, 384), (384, 4, 6, 16), (16, 4, 4, 1))
+WIDE_CENTRED = cores((1, 3, 4, 12), (12, 4, 6, 288), (288, 4, 8, 256), (256, 4, 4, 16), (16, 4, 4, 1))
 SQUARE_L = cores((1, 4, 4, 16), (16, 4, 4, 256), (256, 4, 4, 256), (256, 4, 4, 16), (16, 4, 4, 1))
 WIDE_L = cores((1, 4, 4, 16), (16, 4, 4, 256), (256, 4, 8, 512), (512, 4, 8, 16), (16, 4, 4, 1))
 TABLE = cores((1, 5, 2, 10), (10, 10, 2, 200), (200, 10, 4, 480), (480, 10, 4, 12), (12, 6, 2, 1))
@@ -141,6 +142,9 @@ LLAMA = LLAMA_REST + 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 BLAST = LLAMA_REST + 32 * (4 * 1024 * (4096 + 4096 + 16**2) + 3 * 1488 * (4096 + 11008 + 16**2))
 JOINT = LLAMA_REST + 32 * (2 * 4096**2 + 4096 * 11008 + 1792 * (2 * 4096 + 4096) + 2304 * (2 * 11008 + 4096))
 
+COLA = 2 * 32000 * 512 + (2 * 8 + 1) * 512 + 8 * 128 * (4 * (512 + 512) + 3 * (512 + 1376))
+MPOE_BLOCK = 4 * 768**2 + 4 * 768 + 8 * 768 + 3 * WIDE[0] + 8 * 3 * WIDE[1]  # attention, norms, router, experts
+
 # recipe: (total, total without the output head, both by arithmetic)
 COUNTS = {
     "ttm-16": (68_085_504, 68_085_504, UNBIASED + twice([(4, 4)] * 4 + [(3, 12)], 16)),
@@ -162,6 +166,9 @@ COUNTS = {
     "mpobert-48": (78_225_920, 78_225_920, mpobert(48, 1024, SQUARE_L, WIDE_L)),
     "mpobert-48-no-adapter": (75_080_192, 75_080_192, mpobert(48, 1024, SQUARE_L, WIDE_L, adapter=0)),
     "mpobert-48-plus": (103_391_744, 103_391_744, mpobert(48, 1024, SQUARE_L, WIDE_L, groups=3)),
+    "deepen": (19_509_120, 19_509_120, mpobert(12, 768, SQUARE, WIDE_CENTRED)),
+    "cola": (42_770_944, 26_386_944, COLA),
+    "mpoe": (205_154_304, 205_154_304, 50257 * 768 + 768 + 12 * MPOE_BLOCK),
     "mpop": (12_693_748, 12_693_748, MPOP_TRAINED + MPOP_CENTRAL),
     "mpop-squeezed": (9_069_588, 9_069_588, CUT),
     "tensorgpt": (96_547_173, 96_547_173, TENSORGPT),

@@ -1,0 +1,33 @@
+"""What a recipe's ``kind`` may name: the structures, and layers that are none.
+
+To add such a layer: write what describes it and the layer, see :mod:`tenfold.nn.cola`, and a line in ``LAYERS``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenfold.nn.cola import Cola, ColaLinear
+from tenfold.nn.layers import FactorizedLinear
+from tenfold.structure import Structure
+
+LAYERS: dict[str, tuple[Any, type[FactorizedLinear]]] = {"cola": (Cola, ColaLinear)}
+
+
+def family(kind: str | None) -> Any:
+    """What describes layers of this kind: a class of structures, or one of ``LAYERS``."""
+    return LAYERS[kind][0] if kind in LAYERS else Structure.family(kind)
+
+
+def layer_of(structure: Any) -> type[FactorizedLinear]:
+    """The layer that computes what ``structure`` describes."""
+    return LAYERS[structure.kind][1] if structure.kind in LAYERS else FactorizedLinear
+
+
+def check_matrix(kind: str | None, where: str) -> None:
+    """Raise ValueError for a kind of layer that no matrix can be folded into."""
+    if kind in LAYERS:
+        raise ValueError(
+            f"{where}: {kind} has a non-linearity between its factors, so that it can't take the place of a trained matrix; "
+            "train it from noise (tenfold pretrain), or choose a structure, for instance low_rank"
+        )

@@ -1,0 +1,24 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds something already.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
+Text = Annotated[list[str], TEXT]
+
+
+def command() -> str:
+    """The exact command, for model cards."""
+    return shlex.join(["tenfold", *sys.argv[1:]])

@@ -1,0 +1,122 @@
+"""The commands that train, and the one that makes a deeper model to train on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, Text, command
+from tenfold_cli.show import count_line, counted, tracked
+
+
+def heal(
+    model: Annotated[str, typer.Argument(help="The folded model.")],
+    text: Text,
+    output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model that it came from; cross_entropy alone needs none.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WEIGHT, repeatable: cross_entropy, kl, reverse_kl, jensen_shannon, hidden, attention, embedding; "
+            "kl=1 unless given."
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the teacher's predictions in this folder; if they are there, read them.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="With --store: how many tokens are kept of every prediction.")] = 64,
+    window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")
+    ] = None,
+) -> None:
+    """Distil the dense model into the folded one and save it."""
+    from tenfold import api
+
+    api.check_output(output, overwrite)
+    files = api.texts(text)
+    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step}
+    settings = api.heal_settings(loss or (), temperature=temperature, **given)
+    student, tokenizer = api.load(model, device, "float32")
+    stored, _ = api.load(model, "cpu", dtype)
+    with counted("healing") as advance:
+        report = api.heal(
+            student,
+            teacher,
+            tokenizer,
+            files,
+            settings,
+            window,
+            seed,
+            advance,
+            store,
+            top_k,
+            tracked("asking the teacher"),
+        )
+    before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
+    api.save(
+        student.to(stored.dtype),
+        output,
+        tokenizer,
+        before | {"heal": report},
+        f"{before.get('command', '')}\n{command()}".strip(),
+    )
+    print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
+    data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
+) -> None:
+    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes.
+
+    torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
+    """
+    from tenfold import api
+
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not (output / "run.json").is_file():
+        api.check_output(output, overwrite)
+    with counted("training") as advance:
+        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
+    if not first:
+        return
+    loss = report["curve"][-1][1]
+    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
+
+
+def deepen(
+    model: Model,
+    output: Output,
+    layers: Annotated[int, typer.Option(help="How many layers the result has.")],
+    recipe: Annotated[str | None, typer.Option(help="What is shared, by name or file; deepen unless given.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
+    import tenfold
+    from tenfold import api
+
+    api.check_output(output, overwrite)
+    loaded, tokenizer = api.load(model, device, dtype)
+    deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting"))
+    api.save(deeper, output, tokenizer, report, command())
+    print(f"{report['layers'][0]} to {layers} layers, {count_line(report)}; saved in {output}")
