@@ -1,0 +1,146 @@
+"""Pre-training at equal tokens: structured models, the dense model of the same shape, and dense rivals of equal size.
+
+    python benchmarks/training.py --data DIR [--rows dense narrower ...] [--rates 2e-3 4e-3 8e-3]
+    python benchmarks/training.py --table
+
+Every contender is trained from scratch on the same tokens in the same order, once for every learning rate; the best one counts.
+A run is a resumable ``tenfold pretrain``; it writes results/training/SHAPE/ROW-RATE.json, and what is there is not run again.
+``narrower`` and ``shallower`` are dense and keep as many parameters as the structured rows; rows that are contracted through
+their factors have the FLOPs of these rivals, too. DIR is that of quality.py; text is kept in ``--work`` only.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from tenfold import api
+from tenfold.evaluate.text import documents
+from tenfold.models.sites import share_of
+from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokens import is_tokens, write_tokens
+
+SHAPE = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+BLOCKS = ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
+MLP = ["mlp.in", "mlp.gate", "mlp.out"]
+KEEP = {"keep": 0.6, "of": "blocks"}
+
+
+def everywhere(**structure) -> dict:
+    return {"replace": [{"role": BLOCKS, "structure": structure, "start": "noise"}], "budget": KEEP}
+
+
+def train_like(share: float) -> dict:
+    """A tensor train in the feed-forward matrices, with the share of their parameters that a published rank has."""
+    structure = {"kind": "tensor_train", "parts": 3}
+    return {"replace": [{"role": MLP, "structure": structure, "keep": share, "start": "balanced"}]}
+
+
+ROWS = {
+    "dense": {},
+    "narrower": {
+        "model": {"hidden_size": 192, "intermediate_size": 640, "num_attention_heads": 3, "num_key_value_heads": 3}
+    },
+    "shallower": {"model": {"num_hidden_layers": 5, "intermediate_size": 736}},
+    "low rank": everywhere(kind="low_rank"),
+    "block train": everywhere(kind="block_train", blocks=4),
+    "block train, rates by fans": everywhere(kind="block_train", blocks=4)
+    | {"train": {"optimizer": "adamw", "rates": "fans"}},
+    "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
+    "ttm-16": train_like(0.006),
+    "ttm-32": train_like(0.07),
+    "ttm-64": train_like(0.28),
+}
+
+
+def recipe_of(row: str, rate: float, given) -> dict:
+    own = ROWS[row]
+    train = {"tokens": given.tokens, "batch": 16, "learning_rate": rate, "schedule": "linear", "compile": given.compile}
+    made = {"name": row, "model": SHAPE | own.get("model", {}), "train": train | own.get("train", {})}
+    return made | {key: own[key] for key in ("replace", "budget") if key in own}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--tokens", type=int, default=8_192_000)
+    parser.add_argument("--scored", type=int, default=100_000, help="held-out tokens")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("training-work"), help="where runs live")
+    parser.add_argument("--output", type=Path, default=Path("results/training/small"))
+    parser.add_argument(
+        "--table", action="store_true", help="only write docs/training-results.md from the result files"
+    )
+    given = parser.parse_args()
+    if not given.table:
+        given.output.mkdir(parents=True, exist_ok=True)
+        for row in given.rows:
+            for rate in given.rates:
+                run(row, rate, given)
+    write_table(given.output.parent, Path("docs/training-results.md"))
+
+
+def run(row: str, rate: float, given) -> None:
+    file = given.output / f"{row.replace(' ', '-').replace(',', '')}-{rate:g}.json"
+    if file.exists():
+        return
+    folder = given.work / file.stem
+    report = api.pretrain(recipe_of(row, rate, given), [tokens_of(given)], folder, torch.float32)
+    model, tokenizer = api.load(folder, dtype="float32")
+    scores = api.evaluate(model, tokenizer, [given.data / "corpus" / "valid.jsonl.xz"], limit=given.scored, batch=16)
+    price = api.price(model)
+    result = {"row": row, "rate": rate, "scores": scores, "training": report}
+    result |= {"parameters": price["parameters"] | {"blocks": share_of(model, "blocks")}}
+    result |= {"flops_per_token": price["flops_per_token"], "threads": torch.get_num_threads()}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{row} at {rate:g}: perplexity {scores['perplexity']:.2f}, {report['seconds_of_last_run']} s", flush=True)
+
+
+def tokens_of(given) -> Path:
+    """The same tokens for all runs."""
+    folder, files = given.work / "tokens", sorted((given.data / "corpus").glob("train-*.jsonl.xz"))
+    if not is_tokens(folder):
+        tokenizer = train_tokenizer(islice(documents(files), 5000), 4096, SHAPE["max_position_embeddings"])
+        write_tokens(folder, files, tokenizer, given.tokens)
+    return folder
+
+
+def write_table(results: Path, target: Path) -> None:
+    lines = [
+        "# Pre-training at equal tokens\n",
+        "Written by `python benchmarks/training.py --table` from the files in `results/training/`. Every row is the best of its",
+        "learning rates; **relative** is its held-out perplexity over that of the dense model of the same shape.\n",
+    ]
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        best = {}
+        for found in sorted(runs, key=lambda found: -found["scores"]["perplexity"]):
+            best[found["row"]] = found
+        dense = best.get("dense")
+        lines += [f"## {folder.name}\n"]
+        lines += [
+            "| row | blocks | parameters | FLOPs a token at 1,024 rows | tokens | rates tried | rate | perplexity | relative |"
+        ]
+        lines += ["|" + "---|" * 9]
+        for row in (name for name in ROWS if name in best):
+            one, tried = best[row], sorted(found["rate"] for found in runs if found["row"] == row)
+            score = one["scores"]["perplexity"]
+            relative = f"{score / dense['scores']['perplexity']:.3f}" if dense else ""
+            size, flops = one["parameters"], one["flops_per_token"]["1024"]
+            lines.append(
+                f"| {row} | {size['blocks']:,} | {size['total']:,} | {flops:,} | {one['training']['tokens']:,} | "
+                f"{', '.join(f'{rate:g}' for rate in tried)} | {one['rate']:g} | {score:.2f} | {relative} |"
+            )
+        lines.append("")
+    target.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
