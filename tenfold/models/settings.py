@@ -75,6 +75,7 @@ class Train(Strict):
         batch: windows at once, of all processes together; ``accumulate`` batches make a step.
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
+        guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
         precision: in which products are computed; the weights that are trained are in float32.
         compile, checkpointing: torch.compile, and activations computed again in the backward pass.
         save_steps: how often a checkpoint is written.
@@ -89,6 +90,7 @@ class Train(Strict):
     accumulate: int = Field(1, ge=1)
     optimizer: Literal["muon", "adamw"] = "muon"
     rates: Literal["one", "fans"] = "one"
+    guide: float = Field(0.0, ge=0, le=1)
     learning_rate: float = Field(2.0e-3, gt=0)
     weight_decay: float = 0.1
     schedule: str = "linear"

@@ -29,6 +29,7 @@ from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
+from tenfold.train.guide import Guided
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.tokens import Tokens, is_tokens, write_tokens
 from tenfold.train.trainer import (
@@ -92,6 +93,7 @@ def pretrain(
     torch.manual_seed(settings.seed)
     model = new_model(recipe, tokenizer)
     size = sum(p.numel() for p in model.parameters())
+    guided = Guided(model, settings.guide) if settings.guide else None
     arguments = training_arguments(
         folder / "checkpoints",
         settings.learning_rate,
@@ -120,6 +122,8 @@ def pretrain(
         recipe=recipe,
     )
     _watch(trainer, folder, settings.batch * settings.accumulate * length, advance)
+    if guided is not None:
+        trainer.add_callback(guided)
     begun = time.perf_counter()
     try:
         with silent():
@@ -135,7 +139,7 @@ def pretrain(
         "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],
         "versions": versions(),
     }
-    _finish(trainer, folder, dtype, tokenizer, report)
+    _finish(trainer, folder, dtype, tokenizer, report, guided)
     return report
 
 
@@ -186,7 +190,7 @@ def _split(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
     return rest, tokens[len(tokens) - held :]
 
 
-def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any]) -> None:
+def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any], guided) -> None:
     trainer.accelerator.wait_for_everyone()
     state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes together
     if not trainer.is_world_process_zero():
@@ -194,6 +198,9 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
     model = unwrapped(trainer)
     prefix = "_orig_mod."
     state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+    if guided is not None:
+        guided.remove()
+        state = {key: value for key, value in state.items() if key in model.state_dict()}
     with silent():
         model.to(dtype).save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import small
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from tenfold.api import evaluate
+from tenfold.api import compress, evaluate
+from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
 from tenfold.train.trainer import Windows, shared_out
@@ -164,6 +166,43 @@ def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
     monkeypatch.setattr(Watched, "AWAY", -1e3)
     with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):
         pretrain(with_train(save_steps=3), [text], tmp_path / "run")
+
+
+# guides -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_guide_leads_and_leaves(text, tmp_path):
+    """At first the model is as it was, in between it is a mixture, at the end it is structured and nothing else."""
+    model = small.model()
+    compress(model, {"replace": [FOLDED]})
+    ids = torch.arange(8)[None]
+    before, guided = model(input_ids=ids).logits, Guided(model, 0.5)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-5, rtol=0)
+    layer, x = guided.layers[0], torch.randn(3, 32)
+    with torch.no_grad():
+        layer.guide.weight.add_(0.1)
+    for step, share in [(0, 1.0), (5, 0.5), (10, 0.0), (15, 0.0)]:
+        guided.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=20), None)
+        expected = share * (x @ layer.guide.weight.T) + (1 - share) * (x @ layer.dense().T) + layer.bias
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
+    guided.remove()
+    assert not any("guide" in name for name in model.state_dict())
+
+
+def test_guided_training_ends_structured_and_resumes(text, tmp_path):
+    recipe = with_train(guide=0.5) | {"replace": [FOLDED]}
+    pretrain(recipe, [text], tmp_path / "whole")
+    with pytest.raises(Killed):
+        pretrain(recipe, [text], tmp_path / "run", advance=killed_at(9))
+    pretrain(recipe, [text], tmp_path / "run")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert not any("guide" in name for name in found)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_there_is_nothing_to_guide(text, tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to guide"):
+        pretrain(with_train(guide=0.5), [text], tmp_path / "run")
 
 
 # tokens -----------------------------------------------------------------------------------------------------------
