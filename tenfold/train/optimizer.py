@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tenfold.nn import FactorizedLinear, SharedFactors
 
@@ -37,11 +38,14 @@ class Muon(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
         state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = _matrices(grad.lerp(state["momentum"], group["momentum"]), order)
+        update = _matrices(_whole(grad.lerp(state["momentum"], group["momentum"])), order)
         sides = update.shape[-2:]
         update = orthogonal(update) * (0.2 * math.sqrt(max(sides)))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(_factor(update, order, parameter.shape).to(parameter), alpha=group["lr"])
+        update = _factor(update, order, parameter.shape).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+        parameter.sub_(update, alpha=group["lr"])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -54,6 +58,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Of all processes together: a matrix is orthogonalised as a whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _matrices(tensor: Tensor, order) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.evaluate.text import documents
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, load_recipe
+from tenfold.models.recipe import Recipe, load_recipe, parse_recipe
 from tenfold.models.replace import replace
 from tenfold.train.guide import Guided
 from tenfold.train.optimizer import optimizer_for
@@ -221,8 +221,8 @@ def _same_run(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
     file = folder / "run.json"
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
-        before = json.loads(file.read_text())
-        if other := sorted(_differences(before["recipe"], now["recipe"])):
+        before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
+        if other := sorted(_differences(before, now["recipe"])):
             raise ValueError(
                 f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
             )

@@ -1,0 +1,49 @@
+"""What each of two processes runs for the test of sharded parameters: torchrun sharded.py FILE KIND."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import toys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tenfold.api import compress
+from tenfold.train.optimizer import optimizer_for
+
+RULE = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "tensor_train", "parts": 3, "rank": 6}}
+RULE |= {"share": {"factors": ["core_1"]}}
+
+
+def losses(kind: str, shard: bool, rank: int = 0, ranks: int = 1) -> list[float]:
+    model = toys.build("llama").double()
+    compress(model, {"replace": [RULE]})
+    model.train()
+    if shard:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer, found = optimizer_for(model, kind, "one", 1e-2, 0.1), []
+    for step in range(4):
+        ids = torch.randint(0, 90, (4, 12), generator=torch.Generator().manual_seed(step % 2))
+        mine = ids.chunk(ranks)[rank]
+        loss = model(input_ids=mine, labels=mine).loss
+        loss.backward()
+        optimizer.step()
+        model.zero_grad()
+        whole = loss.detach().clone()
+        if shard:
+            dist.all_reduce(whole)
+        found.append(float(whole) / ranks)
+    return found
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    result = losses(sys.argv[2], True, dist.get_rank(), dist.get_world_size())
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(result))
+    dist.destroy_process_group()
