@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from tenfold.compress.journal import Journal, write_json, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
+from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
@@ -159,7 +161,10 @@ def compress_in_stages(
             text = api.read_calibration(model, tokenizer, files, step, samples) if step.calibrate else None
             model, report = api.compress(model, step, "weights", progress, text, announce)
             if step.heal:
-                report["heal"] = api.heal(model, teacher, tokenizer, healing, step.heal, advance=advance)
+                kept = folder / f"healing-{number}"
+                given = {"advance": advance, "checkpoints": kept}
+                report["heal"] = api.heal(model, teacher, tokenizer, healing, step.heal, **given)
+                shutil.rmtree(kept)
             new = folder / f"stage-{number}.new"
             shutil.rmtree(new, ignore_errors=True)
             api.save(model.to(usual), new, tokenizer, report, command, max_shard_size)
@@ -174,6 +179,50 @@ def compress_in_stages(
     if output.exists():
         shutil.rmtree(output)
     done.rename(output)
+    shutil.rmtree(folder)
+    return report
+
+
+def heal_checkpoint(
+    name: str | Path,
+    teacher: str | Path | None,
+    output: str | Path,
+    files: Sequence[str | Path],
+    settings: Heal,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    **given: Any,
+) -> dict[str, Any]:
+    """Heal the checkpoint ``name`` and write it to the folder ``output``; returns the report of :func:`tenfold.heal`.
+
+    Checkpoints are in ``output.partial``, and the same call goes on behind the last one.
+
+    Args:
+        given: what :func:`tenfold.heal` takes beside these.
+    """
+    output = api.check_output(Path(output), overwrite)
+    model, tokenizer = api.load(name, device, "float32")
+    usual = api.load(name, "cpu", dtype)[0].dtype
+    stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
+    same = {"model": str(name), "teacher": str(teacher), "heal": settings.model_dump(mode="json"), "text": stated}
+    same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
+    with PartialState().main_process_first():
+        folder = _partial(output, same, overwrite)
+    report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
+    if not PartialState().is_main_process:
+        return report
+    known = Path(name) / "tenfold.json"
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    new = folder / output.name
+    shutil.rmtree(new, ignore_errors=True)
+    told = f"{before.get('command', '')}\n{command}".strip()
+    api.save(model.to(usual), new, tokenizer, before | {"heal": report}, told)
+    if output.exists():
+        shutil.rmtree(output)
+    new.rename(output)
     shutil.rmtree(folder)
     return report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ def heal(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
     learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
+    batch: Annotated[int | None, typer.Option(help="Windows at once; all of a step's unless given.")] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,38 +43,26 @@ def heal(
         str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")
     ] = None,
 ) -> None:
-    """Distil the dense model into the folded one and save it."""
+    """Distil the dense model into the folded one and save it; repeat the command after an interruption and it goes on."""
     from tenfold import api
+    from tenfold.run import heal_checkpoint
 
-    api.check_output(output, overwrite)
     files = api.texts(text)
-    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step}
+    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step, "batch": batch}
     settings = api.heal_settings(loss or (), temperature=temperature, **given)
-    student, tokenizer = api.load(model, device, "float32")
-    stored, _ = api.load(model, "cpu", dtype)
+    more = {"window": window, "seed": seed, "store": store, "top_k": top_k, "progress": tracked("asking the teacher")}
     with counted("healing") as advance:
-        report = api.heal(
-            student,
-            teacher,
-            tokenizer,
-            files,
-            settings,
-            window,
-            seed,
-            advance,
-            store,
-            top_k,
-            tracked("asking the teacher"),
-        )
-    before = json.loads((Path(model) / "tenfold.json").read_text()) if (Path(model) / "tenfold.json").is_file() else {}
-    api.save(
-        student.to(stored.dtype),
-        output,
-        tokenizer,
-        before | {"heal": report},
-        f"{before.get('command', '')}\n{command()}".strip(),
-    )
-    print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
+        report = heal_checkpoint(
+            model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite, command=command(),
+            advance=advance, **more,
+        )  # fmt: skip
+    if _first():
+        print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
+
+
+def _first() -> bool:
+    """Whether this is the first of several processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def pretrain(
@@ -91,12 +79,11 @@ def pretrain(
     """
     from tenfold import api
 
-    first = os.environ.get("RANK", "0") == "0"
-    if first and not (output / "run.json").is_file():
+    if _first() and not (output / "run.json").is_file():
         api.check_output(output, overwrite)
     with counted("training") as advance:
         report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
-    if not first:
+    if not _first():
         return
     loss = report["curve"][-1][1]
     print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")

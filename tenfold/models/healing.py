@@ -16,6 +16,8 @@ class Heal(Strict):
     """Distillation after compression; see :mod:`tenfold.train.heal`.
 
     Args:
+        tokens_per_step: of all processes together, ``batch`` windows at once; all of a step's unless given.
+        save_steps: how often a checkpoint is written, where one is kept.
         losses: the weight of each; see :mod:`tenfold.train.losses`.
         temperature: of the distributions that divergences compare.
         layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; those of one relative
@@ -26,7 +28,9 @@ class Heal(Strict):
 
     steps: int | None = None
     epochs: float | None = None
-    tokens_per_step: int = 4096
+    tokens_per_step: int = Field(4096, ge=1)
+    batch: int | None = Field(None, ge=1)
+    save_steps: int = Field(200, ge=1)
     learning_rate: float = 6.0e-5
     schedule: str = "cosine"
     warmup: float = 0.05

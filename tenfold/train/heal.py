@@ -16,13 +16,14 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.healing import Heal
+from tenfold.models.hub import silent
 from tenfold.models.reading import context_of, reads_streams
 from tenfold.train.distil import Distillation
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
-from tenfold.train.trainer import Progress, Windows, training_arguments, unwrapped
+from tenfold.train.trainer import Log, Progress, Windows, last_checkpoint, shared_out, training_arguments, unwrapped
 
 
 def heal(
@@ -37,6 +38,7 @@ def heal(
     store: str | Path | None = None,
     top_k: int = 64,
     progress: Callable[[Iterable], Iterable] = iter,
+    checkpoints: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train ``model``, in place, to predict what ``teacher`` predicts on ``files``; see :mod:`tenfold.train.losses`.
 
@@ -51,6 +53,7 @@ def heal(
         store: a folder for the teacher's ``top_k`` likeliest tokens and their log-probabilities. The first call writes it;
             later ones read it, and load no teacher. Divergences are then over these tokens and one class for the rest.
         progress: wraps the writing of the store.
+        checkpoints: a folder to keep some in, and ``log.jsonl``; the same call goes on behind the last whole one.
 
     Returns:
         ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights) and ``curve`` (step, loss).
@@ -71,7 +74,8 @@ def heal(
     if asked:
         check_vocabulary(model, teacher, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
-        arguments = _arguments(Path(folder), settings, window, seed)
+        kept = None if checkpoints is None else Path(checkpoints)
+        arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None)
         data, collator = _data(model, tokenizer, files, window, seed)
         loaded = None
         if asked and store is not None:
@@ -84,7 +88,7 @@ def heal(
         model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
         for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
             restored.callback(model.__dict__.pop, name, None)
-        return _train(model, arguments, data, collator, settings, advance)
+        return _train(model, arguments, data, collator, settings, advance, kept)
 
 
 def _window(model: PreTrainedModel, window: int | None) -> int:
@@ -98,17 +102,22 @@ def _window(model: PreTrainedModel, window: int | None) -> int:
     return window or min(longest, 1024)
 
 
-def _arguments(folder: Path, settings: Heal, window: int, seed: int) -> TrainingArguments:
+def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool) -> TrainingArguments:
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
+    windows = max(1, settings.tokens_per_step // window)
+    batch = min(settings.batch or windows, windows)
+    batch, accumulate = shared_out(batch, max(1, round(windows / batch)))
     return training_arguments(
         folder,
         settings.learning_rate,
-        max(1, settings.tokens_per_step // window),
+        batch,
+        gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
-        save_strategy="no",
+        save_strategy="steps" if keep else "no",
+        save_steps=settings.save_steps,
         remove_unused_columns=False,
         logging_steps=max(1, (settings.steps or 200) // 20),
         seed=seed,
@@ -156,21 +165,24 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
     return Answered(data, Store(folder))
 
 
-def _train(model, arguments, data, collator, settings: Heal, advance) -> dict[str, Any]:
+def _train(model, arguments, data, collator, settings: Heal, advance, kept: Path | None) -> dict[str, Any]:
     distillation = model.forward
     trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
     if advance is not None:
         trainer.add_callback(Progress(advance))
-    begun = time.perf_counter()
-    trainer.train()
+    if kept is not None:
+        trainer.add_callback(Log(kept / "log.jsonl"))
+    begun, last = time.perf_counter(), kept and last_checkpoint(kept)
+    with silent():
+        trainer.train(resume_from_checkpoint=last and str(last))
     model = unwrapped(trainer).eval()
     steps = trainer.state.global_step
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
         raise ValueError(f"the weights are not finite after step {steps}; {_advice(arguments)}")
     return {
         "steps": steps,
-        "tokens": distillation.tokens * arguments.world_size,
+        "tokens": distillation.tokens * arguments.world_size,  # since it went on
         "seconds": round(time.perf_counter() - begun, 1),
         "losses": dict(settings.losses),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],

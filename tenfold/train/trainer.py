@@ -125,17 +125,18 @@ class Progress(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """A JSON line in ``file`` whenever Trainer logs: step, tokens, loss, learning rate, tokens a second, seconds left.
+    """A JSON line in ``file`` whenever Trainer logs: step, loss, learning rate, seconds left; tokens where a step's are known.
 
     What an interrupted run logged behind its last checkpoint is cut off when it goes on.
     """
 
-    def __init__(self, file: Path, tokens_a_step: int):
+    def __init__(self, file: Path, tokens_a_step: int | None = None):
         self.file, self.tokens = file, tokens_a_step
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         old = self.file.read_text().splitlines() if self.file.is_file() else []
         kept = [line for line in old if _step(line) <= state.global_step]
         self.file.write_text("".join(f"{line}\n" for line in kept))
@@ -145,12 +146,13 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         seconds, steps = time.perf_counter() - self.begun, state.global_step - self.first
-        row = {"step": state.global_step, "tokens": state.global_step * self.tokens} | {
-            key: value for key, value in logs.items() if key in ("loss", "eval_loss", "learning_rate", "grad_norm")
-        }
+        row = {"step": state.global_step}
+        row |= {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
         if steps:
-            left = (state.max_steps - state.global_step) * seconds / steps
-            row |= {"tokens_per_second": round(steps * self.tokens / seconds, 1), "seconds_left": round(left)}
+            row["seconds_left"] = round((state.max_steps - state.global_step) * seconds / steps)
+        if self.tokens is not None:
+            row["tokens"] = state.global_step * self.tokens
+            row["tokens_per_second"] = round(steps * self.tokens / seconds, 1)
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 

@@ -8,10 +8,11 @@ import torch
 import transformers
 from models import toys
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tenfold.api import compress, heal_settings
 from tenfold.models.healing import Heal
+from tenfold.run import heal_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.pretrain import train_tokenizer
@@ -312,3 +313,48 @@ def test_losses_as_words(losses, sentence):
     assert sentence in str(raised.value)
     assert heal_settings(["kl=0.5", "hidden=2"], steps=3) == Heal(losses={"kl": 0.5, "hidden": 2.0}, steps=3)
     assert heal_settings().losses == {"kl": 1.0}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
+    dense, folded = small.folder(tmp_path / "dense"), tmp_path / "folded"
+    student = AutoModelForCausalLM.from_pretrained(dense)
+    compress(student, LOW)
+    student.save_pretrained(folded)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folded)
+    settings = Heal(steps=9, learning_rate=5e-3, tokens_per_step=128, batch=2, save_steps=3)
+
+    def call(name, **given):
+        return heal_checkpoint(folded, dense, tmp_path / name, [dense / "text.txt"], settings, **given)
+
+    def stop(step, steps):
+        if step == 5:
+            raise Killed
+
+    whole, seen = call("whole"), []
+    with pytest.raises(Killed):
+        call("run", advance=stop)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(FileExistsError, match=r"run.partial holds what another run"):
+        heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
+    report = call("run", advance=lambda step, steps: seen.append(step))
+    assert seen == [4, 5, 6, 7, 8, 9] and report["curve"] == whole["curve"]
+    assert not (tmp_path / "run.partial").exists()
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_batches_add_up_to_a_step(tmp_path):
+    folder = small.folder(tmp_path)
+    curves = []
+    for batch in (None, 1):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        compress(model, LOW)
+        settings = Heal(steps=4, tokens_per_step=128, batch=batch, learning_rate=1e-3)
+        report = heal(model, folder, AutoTokenizer.from_pretrained(folder), [folder / "text.txt"], settings)
+        assert report["tokens"] == 4 * 128
+        curves.append([loss for _, loss in report["curve"]])
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=0.03, atol=0)
