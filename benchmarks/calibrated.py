@@ -1,13 +1,14 @@
 """Seconds and peak memory of calibrated compression from disk to disk, each run in a process of its own.
 
-    python benchmarks/calibrated.py gpt2 [results/calibrated-gpt2.json]
-    python benchmarks/calibrated.py llama [results/calibrated-llama.json]
+    python benchmarks/calibrated.py gpt2
+    python benchmarks/calibrated.py llama
 
 ``gpt2``: a randomly initialised GPT-2 small, float32, 128 windows of 1,024 tokens, the recommended recipe; also the statistics
 of one stream alone. ``llama``: a randomly initialised model of 1.6 billion parameters in the shape of Llama, bfloat16 on disk,
 8 windows of 256 tokens. Random weights and the text of the demo: the figures are times and bytes, not quality.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -107,26 +108,34 @@ def measured(source: Path, target: Path, samples: int, calibrate: dict, only: st
     files = [str(DEMO / f"{part}.jsonl") for part in ("calibration", "healing", "heldout")]
     given = json.dumps([str(source), str(target), files, samples, calibrate, only])
     begun = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", RUN, given], stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | {"MKL_DISABLE_FAST_MM": "1"}  # as the command sets it
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, given], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
     return json.loads(done.stdout.splitlines()[-1]) | {"wall_seconds": round(time.perf_counter() - begun, 1)}
 
 
 def main() -> None:
-    name = sys.argv[1]
-    target = Path(sys.argv[2] if len(sys.argv) > 2 else f"results/calibrated-{name}.json")
-    layers = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    result = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    result |= {package: version(package) for package in ("torch", "transformers", "tenfold")}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("--runs", nargs="+", help="all of the shape's unless given; others stay in the result file")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--output", type=Path, help="results/calibrated-SHAPE.json unless given")
+    given = parser.parse_args()
+    target = given.output or Path(f"results/calibrated-{given.shape}.json")
+    result = json.loads(target.read_text()) if target.exists() else {}
+    about = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    about |= {package: version(package) for package in ("torch", "transformers", "tenfold")}
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "dense"
         source.mkdir()
-        make(name, source, layers)
+        make(given.shape, source, given.layers)
         result["checkpoint_mb"] = round(sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**20)
-        for run, settings in RUNS[name].items():
-            result[run] = measured(source, Path(place) / run, **settings)
+        for run in given.runs or RUNS[given.shape]:
+            result[run] = measured(source, Path(place) / run, **RUNS[given.shape][run]) | {"on": about}
             print(run, result[run], file=sys.stderr)
             shutil.rmtree(Path(place) / run, ignore_errors=True)
-            target.write_text(json.dumps(result, indent=1))
+            target.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

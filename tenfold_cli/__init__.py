@@ -264,6 +264,7 @@ def main() -> None:
     """Run a command; what went wrong is one sentence on standard error and exit status 2."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # MKL would keep hundreds of megabytes for later products
     if not debug:
         _quiet()
     try:

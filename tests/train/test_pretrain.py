@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import small
 import torch
@@ -18,7 +20,7 @@ from tenfold.api import compress, evaluate
 from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import Windows, shared_out
+from tenfold.train.trainer import Windows, last_checkpoint, shared_out
 
 RECIPE = {
     "name": "toy",
@@ -265,7 +267,7 @@ def test_windows_that_can_not_be_shared_out():
         shared_out(4, 2, 3)
 
 
-def launched(processes: int, *command: str) -> subprocess.CompletedProcess:
+def starting(processes: int, *command: str) -> subprocess.Popen:
     run = [
         sys.executable,
         "-m",
@@ -276,20 +278,32 @@ def launched(processes: int, *command: str) -> subprocess.CompletedProcess:
         "tenfold",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*run, *command], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.Popen(
+        [*run, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_two_processes_train_as_one(text, tmp_path):
-    """Also when one of them goes on what both have begun."""
-    recipe = with_train(precision="float32", accumulate=2, tokens=6400)
+    """Also when one of them is killed in the middle, and when a single one goes on with what both have begun."""
+    recipe = with_train(precision="float32", accumulate=2, tokens=12800, save_steps=10)
     recipe["model"] = recipe["model"] | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # drawn by each
     one = pretrain(recipe, [text], tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]
-    done = launched(2, *command)
-    assert done.returncode == 0, done.stderr[-2000:]
+    first = starting(2, *command)
+    while (
+        first.poll() is None
+        and not (tmp_path / "two" / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists()
+    ):
+        time.sleep(0.05)
+    workers = psutil.Process(first.pid).children()
+    assert len(workers) == 2, first.communicate()[1]
+    workers[1].kill()
+    assert first.wait(timeout=120) != 0
+    second = starting(2, *command)
+    assert second.communicate(timeout=300) and second.returncode == 0
     two = json.loads((tmp_path / "two" / "training.json").read_text())
     np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-5)
-    (tmp_path / "two" / "checkpoints" / "checkpoint-25" / "trainer_state.json").unlink()
+    (last_checkpoint(tmp_path / "two" / "checkpoints") / "trainer_state.json").unlink()
     again = pretrain(recipe, [text], tmp_path / "two")
     np.testing.assert_allclose(again["curve"], one["curve"], rtol=1e-5)
