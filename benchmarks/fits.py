@@ -4,7 +4,7 @@
     python benchmarks/fits.py --data DIR --model ENCODER --keep 0.5
 
 Data, models and scores are those of quality.py. All matrices get the same share, so that the fit is the only difference. The
-fit in the metric starts from the closed form, and stops after 20 rounds. Writes results/fits/MODEL.json, run by run.
+fit in the metric starts from the closed form, and stops after 5 rounds. Writes results/fits/MODEL.json, run by run.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def recipe_of(work, structure: dict, keep: float, fit: dict) -> dict:
     roles = ["mlp.in", "mlp.gate", "mlp.out"]
     if work.of == "blocks":
         roles += ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out"]
-    start = {"options": {"sweeps": 20, "tolerance": 1e-5}} if fit["inputs"] == "second" else "nearest"
+    start = {"options": {"sweeps": 5, "tolerance": 1e-4}} if fit["inputs"] == "second" else "nearest"
     rule = {"role": roles, "structure": structure, "start": start}
     return {"replace": [rule], "budget": {"keep": keep, "of": work.of}, "calibrate": fit}
 
