@@ -170,7 +170,7 @@ def test_there_is_no_mask_in_evaluation():
     torch.random.set_rng_state(state)
 
 
-def test_the_mask_is_saved_copied_and_compiled(tmp_path):
+def test_the_mask_is_saved_and_copied(tmp_path):
     model = mixture(mask=0.4)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -179,6 +179,10 @@ def test_the_mask_is_saved_copied_and_compiled(tmp_path):
         assert one.model.shared_factors.masks.keys() == centres(one).keys()
     fold(again, [{"role": "attn.q", "structure": {"kind": "low_rank", "rank": 2}}])  # a fold beside it keeps it
     assert set(again.model.shared_factors.masks.values()) == {0.4}
+
+
+@pytest.mark.traced
+def test_the_mask_is_compiled():
     made = torch.compile(four(0.5)["layers"][0], backend="eager", fullgraph=True)
     assert made(torch.randn(2, 8, dtype=torch.float64)).shape == (2, 8)
 

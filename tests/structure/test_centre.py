@@ -65,7 +65,9 @@ def test_it_is_as_near_as_the_alternating_fit(structure, shared):
 def test_more_rounds_never_lose_more(structure, shared):
     targets = weights(structure)
     errors = [
-        lost(structure, targets, one_by_one(structure.fit(targets, shared=(shared,), sweeps=n, tolerance=0), shared, 4))
+        lost(
+            structure, targets, one_by_one(structure.fit(targets, shared=(shared,), sweeps=n, tolerance=0.0), shared, 4)
+        )
         for n in (1, 2, 5, 20)
     ]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(errors))

@@ -1,6 +1,7 @@
 """What each of two processes runs for the test of sharded parameters: torchrun sharded.py FILE KIND."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,4 +47,6 @@ if __name__ == "__main__":
     result = losses(sys.argv[2], True, dist.get_rank(), dist.get_world_size())
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may still be there when the interpreter is taken down, and abort it
