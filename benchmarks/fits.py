@@ -7,15 +7,14 @@ Data, models and scores are those of quality.py. All matrices get the same share
 fit in the metric starts from the closed form, and stops after 5 rounds. Writes results/fits/MODEL.json, run by run.
 """
 
-import argparse
 import copy
 import json
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from quality import Causal, Encoder, counted
+from study import arguments, results
 from transformers import AutoModel
 
 from tenfold import api
@@ -49,18 +48,11 @@ def recipe_of(work, structure: dict, keep: float, fit: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", help="of the result file; the model's unless given")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
+    parser = arguments(__doc__, [0.8, 0.5])
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of a causal model")
     given = parser.parse_args()
-    file = Path("results/fits") / f"{given.name or Path(given.model).name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    result = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
+    file, result = results("fits", given)
     done = {(run["structure"], run["keep"], run["fit"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory() as scratch:
         causal = reads_streams(AutoModel.from_pretrained(given.model))

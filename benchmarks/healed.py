@@ -6,32 +6,24 @@ Both keep the same parameters. The decomposition starts from Van Loan's with the
 model for 200 steps of 16 x 512 tokens, with each of the learning rates; the best one counts. Scores are those of quality.py.
 """
 
-import argparse
 import copy
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 from quality import Causal, counted, lines
+from study import arguments, results
 
 from tenfold import api
 from tenfold.models.recipe import Heal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", help="of the result file; the model's unless given")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
+    parser = arguments(__doc__, [0.8, 0.5])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
-    file = Path("results/healed") / f"{given.name or Path(given.model).name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    result = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
+    file, result = results("healed", given)
     with tempfile.TemporaryDirectory() as scratch:
         work = Causal(given.model, given.data, Path(scratch), 192)
         result["dense"] = work.score(work.model)

@@ -5,15 +5,14 @@
 Data, models and scores are those of quality.py. Writes results/variants/MODEL.json, run by run; what is there is not run again.
 """
 
-import argparse
 import copy
 import json
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from quality import Causal, counted
+from study import arguments, results
 
 from tenfold import api
 
@@ -30,18 +29,11 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", help="of the result file; the model's unless given")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.65, 0.5])
+    parser = arguments(__doc__, [0.8, 0.65, 0.5])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--samples", type=int, default=192, help="calibration windows")
     given = parser.parse_args()
-    file = Path("results/variants") / f"{given.name or Path(given.model).name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    result = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
+    file, result = results("variants", given)
     done = {(run["variant"], run["keep"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory() as scratch:
         work = Causal(given.model, given.data, Path(scratch), given.samples)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from tenfold import api
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.journal import Journal, write_json, write_tensors
+from tenfold.compress.journal import Journal, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
+from tenfold.models.files import write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy
 from tenfold.models.recipe import Recipe, load_recipe

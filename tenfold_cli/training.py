@@ -79,10 +79,11 @@ def pretrain(
     """
     from tenfold import api
 
+    api.checked_device(device)
     if _first() and not (output / "run.json").is_file():
         api.check_output(output, overwrite)
     with counted("training") as advance:
-        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance)
+        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance, device)
     if not _first():
         return
     loss = report["curve"][-1][1]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.compress.shelf import Shelf
+from tenfold.models.files import write_json
 from tenfold.models.hook import FoldedConfig
 from tenfold.models.replace import install_empty
 from tenfold.models.stored import describe, stored_plan
@@ -114,13 +115,6 @@ def put_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
         else:
             module._buffers[leaf] = value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value))
-    new.replace(path)
 
 
 def _option(value: Any) -> Any:

@@ -8,11 +8,11 @@ Reference: arXiv 1804.07461 (GLUE); arXiv 1911.12237 (SAMSum); arXiv 2004.15011 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tenfold.evaluate.kinds import Sentences, Summary, Task
+from tenfold.evaluate.task_kinds import Sentences, Summary, Task
+from tenfold.models.names import check_name
 
 LONGEST = 512  # tokens of an example at most, unless a length is given
 YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}
@@ -45,10 +45,7 @@ def task_named(name: str) -> Task:
     Raises:
         ValueError: there is none; the message names the nearest one.
     """
-    if name not in TASKS:
-        near = get_close_matches(name, TASKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TASKS)}"
-        raise ValueError(f"there is no task {name!r}; {hint}")
+    check_name(name, TASKS, "task")
     return TASKS[name]
 
 

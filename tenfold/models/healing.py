@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Literal
 
 from pydantic import Field, field_validator
 
+from tenfold.models.names import check_name
 from tenfold.models.settings import Strict
 
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
@@ -45,12 +45,7 @@ class Heal(Strict):
     @classmethod
     def _known(cls, value):
         for name, weight in value.items():
-            if name not in LOSSES:
-                near = get_close_matches(name, LOSSES, 1)
-                raise ValueError(
-                    f"there is no loss {name!r}; "
-                    + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOSSES)}")
-                )
+            check_name(name, LOSSES, "loss")
             if not 0 < weight < float("inf"):
                 raise ValueError(
                     f"the weight of {name} is {weight}, but must be above 0; leave out a loss that does not count"

@@ -6,11 +6,11 @@ Add a start by writing a function with its name in ``@start``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from tenfold.models.names import check_name
 from tenfold.models.noise import DRAWS
 from tenfold.structure import Factors, Kronecker, Placed, Structure, Sum
 from tenfold.structure.permute import search
@@ -29,10 +29,7 @@ def start(*names: str):
 
 def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, options: dict) -> Factors:
     """The factors that the start ``fit`` makes for ``weight (out, in)``, the lost norm restored if asked."""
-    if fit not in STARTS:
-        near = get_close_matches(fit, STARTS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STARTS)}"
-        raise ValueError(f"there is no start {fit!r}; {hint}")
+    check_name(fit, STARTS, "start")
     factors = STARTS[fit](structure, weight, options)
     return restored(structure, factors, weight) if norm == "restore" else factors
 

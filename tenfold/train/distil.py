@@ -30,7 +30,7 @@ class Distillation:
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: Heal, causal: bool = True):
         self.student, self.teacher = Predictor(student), teacher and Predictor(teacher)
-        self.settings, self.causal, self.checked, self.tokens = settings, causal, False, 0
+        self.settings, self.causal, self.checked = settings, causal, False
         self.of_rows = {name: weight for name, weight in settings.losses.items() if name in LOGITS}
         self.of_states = {name: weight for name, weight in settings.losses.items() if name in STATES}
         self.diverging = bool(self.of_rows.keys() - WITHOUT_TEACHER)
@@ -56,7 +56,6 @@ class Distillation:
         if attention_mask is not None:
             given["attention_mask"] = attention_mask
         there = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        self.tokens += int(there.sum())
         inside = {"output_hidden_states": True} if self.of_states else {}
         if "attention" in self.of_states:
             inside["output_attentions"] = True

@@ -17,12 +17,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from tenfold.evaluate.kinds import Task
+from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
 from tenfold.models.hub import check_folder, silent
-from tenfold.train.trained import free_head, way_named
 from tenfold.train.trainer import Progress, training_arguments, unwrapped
+from tenfold.train.ways import free_head, way_named
 
 LIBRARIES = ("tenfold", "torch", "transformers", "scikit-learn", "scipy", "rouge-score", "peft")
 
@@ -32,7 +32,7 @@ class Settings:
     """How a fine-tuning trains.
 
     Args:
-        train: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.trained`.
+        train: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.ways`.
         epochs: passes over the training examples; after each the dev examples are scored.
         learning_rate: the peak of a linear schedule; that of ``train`` unless given.
         batch: examples a step.

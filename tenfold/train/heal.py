@@ -75,7 +75,7 @@ def heal(
         check_vocabulary(model, teacher, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
         kept = None if checkpoints is None else Path(checkpoints)
-        arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None)
+        arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None, reads_streams(model))
         data, collator = _data(model, tokenizer, files, window, seed)
         loaded = None
         if asked and store is not None:
@@ -102,7 +102,7 @@ def _window(model: PreTrainedModel, window: int | None) -> int:
     return window or min(longest, 1024)
 
 
-def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool) -> TrainingArguments:
+def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool, whole: bool) -> TrainingArguments:
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     windows = max(1, settings.tokens_per_step // window)
     batch = min(settings.batch or windows, windows)
@@ -119,6 +119,7 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool)
         save_strategy="steps" if keep else "no",
         save_steps=settings.save_steps,
         remove_unused_columns=False,
+        include_num_input_tokens_seen="all" if whole else "non_padding",
         logging_steps=max(1, (settings.steps or 200) // 20),
         seed=seed,
         **length,
@@ -166,7 +167,6 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
 
 
 def _train(model, arguments, data, collator, settings: Heal, advance, kept: Path | None) -> dict[str, Any]:
-    distillation = model.forward
     trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
     if advance is not None:
@@ -182,7 +182,7 @@ def _train(model, arguments, data, collator, settings: Heal, advance, kept: Path
         raise ValueError(f"the weights are not finite after step {steps}; {_advice(arguments)}")
     return {
         "steps": steps,
-        "tokens": distillation.tokens * arguments.world_size,  # since it went on
+        "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(time.perf_counter() - begun, 1),
         "losses": dict(settings.losses),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],

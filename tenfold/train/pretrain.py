@@ -25,13 +25,15 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents
+from tenfold.models.files import write_json
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe, parse_recipe
 from tenfold.models.replace import replace
+from tenfold.models.settings import Train
 from tenfold.train.guide import Guided
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.tokens import Tokens, is_tokens, write_tokens
+from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
 from tenfold.train.trainer import (
     Log,
     Progress,
@@ -54,6 +56,7 @@ def pretrain(
     output: str | Path,
     dtype: torch.dtype = torch.float16,
     advance: Callable[[int, int, float], None] | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
@@ -68,6 +71,7 @@ def pretrain(
         data: files of text, or one folder of tokens: ``tokens`` of another run.
         dtype: in which the result is written.
         advance: called as ``advance(step, steps, tokens_per_second)``.
+        device: ``cpu`` keeps an accelerator out of it.
 
     Returns:
         What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
@@ -89,7 +93,7 @@ def pretrain(
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
     batch, accumulate = shared_out(settings.batch, settings.accumulate)
-    steps = len(windows) // (settings.batch * settings.accumulate)
+    steps = _steps(windows, settings)
     torch.manual_seed(settings.seed)
     model = new_model(recipe, tokenizer)
     size = sum(p.numel() for p in model.parameters())
@@ -110,6 +114,7 @@ def pretrain(
         save_total_limit=2,
         train_sampling_strategy="sequential",  # windows are in their order already, which no number of processes changes
         seed=settings.seed,
+        **({"use_cpu": True} if device == "cpu" else {}),
         **_evaluation(held, settings),
     )
     trainer = _Pretrainer(
@@ -141,6 +146,15 @@ def pretrain(
     }
     _finish(trainer, folder, dtype, tokenizer, report, guided)
     return report
+
+
+def _steps(windows: Windows, settings: Train) -> int:
+    each = settings.batch * settings.accumulate
+    if len(windows) < each:
+        raise ValueError(
+            f"the text has {len(windows)} windows, fewer than the {each} of a step; give more text or a smaller batch"
+        )
+    return len(windows) // each
 
 
 class _Pretrainer(Watched):
@@ -228,9 +242,7 @@ def _same_run(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    new = file.with_name("run.json.new")
-    new.write_text(json.dumps(now, indent=1) + "\n")
-    new.replace(file)
+    write_json(file, now)
 
 
 def _differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -321,9 +333,13 @@ def _tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
         return write_tokens(place, data, known, limit)
     if len(data) > 1:
         raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")
-    tokens = Tokens(Path(data[0]), limit)
+    tokens, named = Tokens(Path(data[0]), limit), recipe.tokenizer and recipe.tokenizer.name
+    if named and fingerprint(AutoTokenizer.from_pretrained(named)) != tokens.about["tokenizer"]:
+        raise ValueError(
+            f"{data[0]} holds tokens of another tokenizer than {named}; leave the recipe's section out, or give text"
+        )
     size = len(AutoTokenizer.from_pretrained(tokens.folder))
-    wanted = recipe.tokenizer and (recipe.tokenizer.vocab_size or None)
+    wanted = recipe.tokenizer and recipe.tokenizer.vocab_size
     if wanted and wanted != size:
         raise ValueError(
             f"{data[0]} holds tokens of a vocabulary of {size}, but recipe {recipe.name!r} wants {wanted}; leave the recipe's "

@@ -19,8 +19,10 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from tenfold.models.files import write_json
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import log_probabilities
+from tenfold.train.tokens import fingerprint
 
 STORE, PROGRESS = "store.json", "progress.json"
 ARRAYS = ("ids", "log_probabilities")
@@ -37,10 +39,9 @@ def origin(
     """
     if not 1 <= k <= vocabulary:
         raise ValueError(f"the {k} likeliest tokens can't be stored: take from 1 to the vocabulary's {vocabulary:,}")
-    entries = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
         "teacher": teacher,
-        "tokenizer": hashlib.sha256(entries).hexdigest()[:16],
+        "tokenizer": fingerprint(tokenizer)[:16],
         "text": hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int32)).hexdigest()[:16],
         "window": window,
         "temperature": temperature,
@@ -120,10 +121,10 @@ def write_store(
         for array, values in zip(arrays, zip(*parts, strict=True), strict=True):
             array[begin:end] = torch.cat(values).unflatten(0, ids.shape).cpu().numpy()
             array.flush()
-        _write_json(partial / PROGRESS, made_from | {"windows": end})
+        write_json(partial / PROGRESS, made_from | {"windows": end})
     del arrays
     (partial / PROGRESS).unlink()
-    _write_json(partial / STORE, made_from)
+    write_json(partial / STORE, made_from)
     if folder.exists():
         folder.rmdir()  # is_finished has seen that it is empty
     partial.rename(folder)
@@ -162,10 +163,3 @@ def _open(partial: Path, made_from: dict[str, Any], windows: int) -> tuple[list[
         )
         for name in ARRAYS
     ], 0
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value, indent=1))
-    new.replace(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.evaluate.text import documents, token_parts
+from tenfold.models.files import write_json
 
 SHARD = 2**26  # tokens in one file
 
@@ -64,7 +65,7 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
     if not total:
         raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
     tokenizer.save_pretrained(folder)
-    _write(folder / "tokens.json", wanted | {"tokens": total, "shards": names})
+    write_json(folder / "tokens.json", wanted | {"tokens": total, "shards": names})
     return Tokens(folder)
 
 
@@ -104,9 +105,3 @@ def _named(file: str | Path) -> list:
 
 def _about(folder: Path) -> dict:
     return json.loads((folder / "tokens.json").read_text())
-
-
-def _write(file: Path, data: dict) -> None:
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(data, indent=1) + "\n")
-    new.replace(file)

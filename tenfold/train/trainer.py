@@ -60,7 +60,7 @@ class Watched(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach())  # of a micro-batch: its share of the step's loss
         return loss
 
     def check(self) -> None:
@@ -80,8 +80,7 @@ class Watched(Trainer):
                     f"the loss is {value} at step {step + 1} (windows {step * windows} to {(step + 1) * windows} of the data); "
                     f"{self._good()}; lower the learning rate"
                 )
-        scale = each if self.model_accepts_loss_kwargs else 1  # then a micro-batch returns its share of the loss
-        self.recent = (self.recent + [value * scale for value in values])[-self.STEPS * each :]
+        self.recent = (self.recent + [value * each for value in values])[-self.STEPS * each :]
         mean = sum(self.recent) / max(1, len(self.recent))
         if len(self.recent) == self.STEPS * each:
             if mean > self.best + self.AWAY:

@@ -11,8 +11,8 @@ import toy_tasks
 from transformers import BertForSequenceClassification
 
 from tenfold.evaluate import metrics
-from tenfold.evaluate.kinds import Example
 from tenfold.evaluate.metrics import METRICS, library
+from tenfold.evaluate.task_kinds import Example
 from tenfold.evaluate.tasks import TASKS, evaluate_task, longest, prepare, task_named
 
 WANTED = [1, 0, 1, 1, 0, 0, 1, 0, 1, 1]

@@ -13,7 +13,7 @@ from tenfold.api import evaluate_task, load
 from tenfold.evaluate.tasks import TASKS
 from tenfold.nn import FactorizedLinear
 from tenfold.train.finetune import Best, counted
-from tenfold.train.trained import WAYS, free_head
+from tenfold.train.ways import WAYS, free_head
 
 RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
 KINDS = [(kind, folded) for kind in ("gpt2", "bert", "llama") for folded in (False, True)]

@@ -341,7 +341,11 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     with pytest.raises(FileExistsError, match=r"run.partial holds what another run"):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
     report = call("run", advance=lambda step, steps: seen.append(step))
-    assert seen == [4, 5, 6, 7, 8, 9] and report["curve"] == whole["curve"]
+    assert (
+        seen == [4, 5, 6, 7, 8, 9]
+        and report["curve"] == whole["curve"]
+        and report["tokens"] == whole["tokens"] == 9 * 128
+    )
     assert not (tmp_path / "run.partial").exists()
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "run"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.evaluate.metrics import library
+from tenfold.models.names import check_name
 from tenfold.models.sites import FOLDED, base_model, find_sites, module_at
 from tenfold.models.stored import describe
 from tenfold.nn import Adapter, FactorizedLinear
@@ -42,10 +42,7 @@ def way_named(name: str) -> Way:
     Raises:
         ValueError: there is none; the message names the nearest one.
     """
-    if name not in WAYS:
-        near = get_close_matches(name, WAYS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(WAYS)}"
-        raise ValueError(f"there is no way to train {name!r}; {hint}")
+    check_name(name, WAYS, "way to train")
     return WAYS[name]
 
 
