@@ -1,7 +1,8 @@
 """Compressing a checkpoint from one folder into another, at once or in stages; an interrupted run goes on.
 
 While the run lasts, what it has finished lies in ``OUTPUT.partial``; only at its end that becomes ``OUTPUT``. The same command
-goes on where the last one was stopped: behind the last finished block.
+goes on where the last one was stopped: behind the last finished block. Of several processes (``torchrun``), which need one
+file system, the first one writes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -29,6 +29,7 @@ from tenfold.models.card import save_card, save_config
 from tenfold.models.files import write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy
+from tenfold.models.ranks import is_first, state, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
 
@@ -77,12 +78,16 @@ def compress_checkpoint(
         )
     tokenizer = api.load_tokenizer(name)
     text = api.read_calibration(lazy.model, tokenizer, files, loaded, samples)
-    folder = _partial(output, _fingerprint(lazy, loaded, text), overwrite)
+    with state().main_process_first():
+        folder = _partial(output, _fingerprint(lazy, loaded, text), overwrite)
     blocks = list(blocks_of(find_sites(lazy.model)))
     journal = Journal(folder, len(blocks))
     lazy.load_outside(blocks)
     weights = Streamed(lazy, blocks, lambda number, path: journal.keep(lazy.model, number, path, lazy.dtype))
     model, report = api.compress(lazy.model, loaded, "weights", progress, text, announce, weights, journal)
+    wait()  # until no one has anything in the folder any more
+    if not is_first():
+        return report
     inside = tuple(f"{path}." for path in blocks)
     ties = model.all_tied_weights_keys
     outer = {
@@ -105,7 +110,8 @@ def _at_once(
     model, tokenizer = api.load(name, device, dtype)
     text = api.read_calibration(model, tokenizer, files, recipe, samples)
     model, report = api.compress(model, recipe, "weights", progress, text, announce)
-    api.save(model, output, tokenizer, report, command, max_shard_size)
+    if is_first():
+        api.save(model, output, tokenizer, report, command, max_shard_size)
     return report
 
 
@@ -151,7 +157,8 @@ def compress_in_stages(
             raise ValueError(f"stage {number} of recipe {loaded.name} goes by activations: give --calibrate FILE")
     stated = [[str(file), Path(file).stat().st_size] for file in (*files, *healing) if Path(file).is_file()]
     same = {"tenfold": version("tenfold"), "model": str(name), "recipe": loaded.model_dump(mode="json"), "text": stated}
-    folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
+    with state().main_process_first():
+        folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
     teacher, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
     before, reports, report = api.price(teacher), [], {}
@@ -165,17 +172,21 @@ def compress_in_stages(
                 kept = folder / f"healing-{number}"
                 given = {"advance": advance, "checkpoints": kept}
                 report["heal"] = api.heal(model, teacher, tokenizer, healing, step.heal, **given)
-                shutil.rmtree(kept)
-            new = folder / f"stage-{number}.new"
-            shutil.rmtree(new, ignore_errors=True)
-            api.save(model.to(usual), new, tokenizer, report, command, max_shard_size)
-            new.rename(done)
+            if is_first():
+                shutil.rmtree(folder / f"healing-{number}", ignore_errors=True)
+                new = folder / f"stage-{number}.new"
+                shutil.rmtree(new, ignore_errors=True)
+                api.save(model.to(usual), new, tokenizer, report, command, max_shard_size)
+                new.rename(done)
+        wait()
         reports.append(json.loads((done / "tenfold.json").read_text()))
     report = reports[-1] | {
         "parameters_dense": before["parameters"],
         "flops_per_token_dense": before["flops_per_token"],
     }
     report |= {"recipe": loaded.model_dump(exclude_defaults=True), "stages": reports}
+    if not is_first():
+        return report
     save_card(done, tokenizer, report, command, output.name)
     if output.exists():
         shutil.rmtree(output)
@@ -210,10 +221,10 @@ def heal_checkpoint(
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
     same = {"model": str(name), "teacher": str(teacher), "heal": settings.model_dump(mode="json"), "text": stated}
     same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
-    with PartialState().main_process_first():
+    with state().main_process_first():
         folder = _partial(output, same, overwrite)
     report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
-    if not PartialState().is_main_process:
+    if not is_first():
         return report
     known = Path(name) / "tenfold.json"
     before = json.loads(known.read_text()) if known.is_file() else {}

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli import tasks, training
-from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command
+from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first
 from tenfold_cli.show import (
     count_line,
     counted,
@@ -116,21 +116,25 @@ def compress(
     else:
         chosen = api.with_keep(recipe or "recommended", keep, of)
     given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
+    announce, progress = (show_choices, tracked("compressing")) if first() else (lambda choices: None, iter)
     if chosen.stages:
         with counted("healing") as advance:
             report = compress_in_stages(
                 model, output, chosen, api.texts(calibrate or []), api.texts(heal or []), samples, **given,
-                command=command(), announce=show_choices, advance=advance,
+                command=command(), announce=announce, advance=advance,
             )  # fmt: skip
     elif calibrate:
         report = compress_checkpoint(
             model, output, chosen, api.texts(calibrate), samples, **given,
-            command=command(), progress=tracked("compressing"), announce=show_choices,
+            command=command(), progress=progress, announce=announce,
         )  # fmt: skip
     else:
         loaded, tokenizer = api.load(model, device, dtype)
-        folded, report = api.compress(loaded, chosen, source, tracked("compressing"))
-        api.save(folded, output, tokenizer, report, command(), max_shard_size)
+        folded, report = api.compress(loaded, chosen, source, progress)
+        if first():
+            api.save(folded, output, tokenizer, report, command(), max_shard_size)
+    if not first():
+        return None
     if "calibration" in report:
         show_advice(report)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; tha
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
 Text = Annotated[list[str], TEXT]
+
+
+def first() -> bool:
+    """Whether this is the first of several processes, or the only one: the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def command() -> str:

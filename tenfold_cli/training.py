@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, Text, command
+from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, Text, command, first
 from tenfold_cli.show import count_line, counted, tracked
 
 
@@ -56,13 +55,8 @@ def heal(
             model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite, command=command(),
             advance=advance, **more,
         )  # fmt: skip
-    if _first():
+    if first():
         print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
-
-
-def _first() -> bool:
-    """Whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def pretrain(
@@ -80,11 +74,11 @@ def pretrain(
     from tenfold import api
 
     api.checked_device(device)
-    if _first() and not (output / "run.json").is_file():
+    if first() and not (output / "run.json").is_file():
         api.check_output(output, overwrite)
     with counted("training") as advance:
         report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance, device)
-    if not _first():
+    if not first():
         return
     loss = report["curve"][-1][1]
     print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")

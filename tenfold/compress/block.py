@@ -68,6 +68,7 @@ class Block:
         self.stages = stages_of(path, sites, streams, number)
         self._known: dict[int, Moments] = known or {}
         self._targets: dict[str, Target] = {}
+        self.fitted: dict[str, Factors] = {}  # of sites that are next, by several processes
 
     def role(self, *roles: str) -> list[Site]:
         """The sites of these roles."""

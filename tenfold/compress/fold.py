@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target
 from tenfold.models.plan import Entry, fitting, plain
+from tenfold.models.ranks import mine, processes, together
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.models.starts import QUICK, factors_from
@@ -57,22 +61,22 @@ class Fold:
         costs, losses = [s.numel for s in options] + [out * inner], [loss / 2 for _, loss in priced] + [0.0]
         maps = np.array([s.index_numel for s in options] + [0])
         alone = specs[0] if len(specs) == 1 else None
-        within = alone and (lambda cost: Structure.within(out, inner, alone, cost))
+        within = alone and partial(Structure.within, out, inner, alone)  # goes from process to process
         rest = {"within": within, "indices": maps, "calls": self.site.calls}
         return Curve(self.site.path, np.array(costs), np.array(losses), [*options, None], **rest)
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, structure = self.site.path, chosen[self.site.path]
-        target = block.target(path)
         if structure is None:
-            return block.put(path, target.weight, block.new_bias(path, target.weight))
-        factors = self._factors(block, structure, target)
+            weight = block.target(path).weight
+            return block.put(path, weight, block.new_bias(path, weight))
+        factors = block.fitted.pop(path, None) or self.factors(block, structure)
         bias = block.new_bias(path, structure.dense(factors)) if self.rule.bias == "keep" else None
         return block.fold(path, structure, factors, bias)
 
-    def _factors(self, block: Block, structure: Structure, target: Target) -> Factors:
+    def factors(self, block: Block, structure: Structure) -> Factors:
         """Fitted in the metrics; where there are none, from the start that the rule names."""
-        start, settings = self.rule.start, block.settings
+        start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
         if settings.inputs == "none" and settings.outputs == "none":
             return factors_from(structure, target.weight, start.fit, start.norm, start.options)
         return self._fitted(structure, target, settings.outputs != "none")
@@ -200,6 +204,28 @@ class FoldExperts:
             bias = block.new_bias(site.path, self.structure.dense(made))
             changes.append((Entry(site, self.structure, site.bias, shared=shared), made, bias))
         block.fold_together(changes)
+
+
+def independent(actions: Sequence[Any], block: Block) -> list[list[Any]]:
+    """``actions`` in their order, folds side by side together where none of them changes what another one reads."""
+
+    def place(action: Any) -> Any:
+        if not isinstance(action, Fold):
+            return id(action)
+        return action.site.role if action.site.expert is not None else block.stage(action.site.path)
+
+    return [list(some) for _, some in groupby(actions, key=place)]
+
+
+def fit_apart(folds: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
+    """Each of several processes fits its share of independent ``folds``; ``block`` then has the factors of all."""
+    if processes() == 1 or len(folds) == 1:
+        return
+    for fold in folds:
+        block.moments(fold.site.path)  # all processes add these up together
+    open_ones = [fold for fold in folds if chosen[fold.site.path] is not None]
+    made = {k: open_ones[k].factors(block, chosen[open_ones[k].site.path]) for k in mine(list(range(len(open_ones))))}
+    block.fitted |= {open_ones[k].site.path: factors for k, factors in together(made).items()}
 
 
 def _open(spec: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.streams import Streams
+from tenfold.models.ranks import total_number
 
 
 def cosine_distance(before: Tensor, after: Tensor, kept: Tensor) -> float:
@@ -26,11 +27,12 @@ def cosine_distance(before: Tensor, after: Tensor, kept: Tensor) -> float:
 @torch.no_grad()
 def block_influence(streams: Streams, number: int) -> float:
     """``s`` of block ``number``, after the survey went through it: what was in front of it is still on the shelf."""
-    total = sum(
+    turned = sum(
         cosine_distance(streams.shelf.get(f"before-{number}-{k}"), streams.states(k)[0].cpu(), kept)
         for k, kept in enumerate(streams.kept)
     )
-    return total / max(1, sum(int(kept.sum()) for kept in streams.kept))
+    tokens = sum(int(kept.sum()) for kept in streams.kept)
+    return total_number(turned) / max(1, total_number(tokens))
 
 
 def influence_shares(

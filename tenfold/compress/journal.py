@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from tenfold.compress.shelf import Shelf
 from tenfold.models.files import write_json
 from tenfold.models.hook import FoldedConfig
+from tenfold.models.ranks import is_first, wait
 from tenfold.models.replace import install_empty
 from tenfold.models.stored import describe, stored_plan
 from tenfold.structure import Structure
 
 
 class Journal:
-    """Of one run in one folder, or in memory where nothing outlives the run.
+    """Of one run in one folder, or in memory where nothing outlives the run; of several processes the first one writes.
 
     Args:
         folder: per finished block there is a shard of the checkpoint in it; ``unfinished/`` has all else.
@@ -42,8 +43,9 @@ class Journal:
     def weigh(self, number: int, matters: dict[str, Tensor]) -> None:
         """Keep ``{site: G}`` of block ``number``."""
         self.weighed[number] = list(matters)
-        for k, value in enumerate(matters.values()):
-            self.shelf.put(f"{number}-{k}", value)
+        if self.notes is None or is_first():
+            for k, value in enumerate(matters.values()):
+                self.shelf.put(f"{number}-{k}", value)
 
     def matters(self, number: int) -> dict[str, Tensor]:
         """What :meth:`weigh` was given."""
@@ -52,13 +54,14 @@ class Journal:
     def choose(self, chosen: dict[str, Any], choices: list[dict[str, Any]]) -> None:
         """Keep what was chosen for every item."""
         self.chosen, self.choices = chosen, choices
-        if self.notes is not None:
+        if self.notes is not None and is_first():
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
             write_json(self.notes / "choices.json", {"chosen": plain, "choices": choices, "weighed": self.weighed})
+        wait()  # the others read what was weighed
 
     def keep(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
         """Write the finished block ``number`` with its floating point tensors in ``dtype``."""
-        if self.folder is None:
+        if self.folder is None or not is_first():
             return
         sites = {p: s for p, s in describe(model).sites.items() if p.startswith(f"{path}.")}
         tensors = {

@@ -29,6 +29,7 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.budget import choose
 from tenfold.compress.calibration import Batch, Calibration
+from tenfold.compress.fold import fit_apart, independent
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
 from tenfold.compress.refine import refine
@@ -36,6 +37,7 @@ from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
+from tenfold.models.ranks import is_first, mine, processes, together, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
@@ -78,20 +80,21 @@ def compress_blocks(
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
     """
     settings, works, journal = recipe.calibrate or Calibrate(), plan_work(model, recipe), journal or Journal()
+    batches = enough(text.batches)
     weights = weights or Resident(model, [work.path for work in works])
     training = model.training
     model.eval()
     try:
-        with _folder(model, text, journal) as folder:
+        with _folder(model, mine(batches), journal) as folder:
             begun = time.perf_counter()
             if journal.chosen is None:
-                curves, influence = survey(model, works, text.batches, settings, weights, journal, folder, progress)
+                curves, influence = survey(model, works, batches, settings, weights, journal, folder, progress)
                 sites = [site for work in works for action in work.actions for site in action.sites]
                 chosen = choose(model, recipe, settings, sites, curves, influence)
                 journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
             announce(journal.choices)
             looked = time.perf_counter()
-            _carry_out(model, works, text.batches, settings, weights, journal, folder, progress)
+            _carry_out(model, works, mine(batches), settings, weights, journal, folder, progress)
     finally:
         model.train(training)
     finish(model, recipe.name)
@@ -100,14 +103,16 @@ def compress_blocks(
 
 
 @contextmanager
-def _folder(model: PreTrainedModel, text: Calibration, journal: Journal) -> Iterator[Path | None]:
+def _folder(model: PreTrainedModel, batches: list[Batch], journal: Journal) -> Iterator[Path | None]:
     """Where hidden states lie, None for memory."""
     width = model.get_input_embeddings().weight.shape[1]
-    if journal.notes is None and 4 * width * sum(b["input_ids"].numel() for b in text.batches) <= IN_MEMORY:
+    if journal.notes is None and 4 * width * sum(b["input_ids"].numel() for b in batches) <= IN_MEMORY:
         yield None
     else:
-        for left in journal.notes.glob("states-*") if journal.notes else ():  # by a run that was killed
-            shutil.rmtree(left)
+        if journal.notes and is_first():
+            for left in journal.notes.glob("states-*"):  # by a run that was killed
+                shutil.rmtree(left)
+        wait()
         with tempfile.TemporaryDirectory(prefix="states-", dir=journal.notes) as folder:
             yield Path(folder)
 
@@ -125,13 +130,17 @@ def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights
 def _one_block(model, number: int, work: Work, streams: Streams, settings, weights, journal, last: bool) -> None:
     """In a function of its own, so that nothing of one block is in memory when the next one is read."""
     original = twin(model.get_submodule(work.path))
-    if journal.finished(number):
+    finished = journal.finished(number)
+    wait()  # for those that have not looked yet
+    if finished:
         journal.restore(model, number)
     else:
         matters = journal.matters(number)
         block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
-        for action in work.actions:
-            action.apply(block, journal.chosen)
+        for some in independent(work.actions, block):
+            fit_apart(some, block, journal.chosen)
+            for action in some:
+                action.apply(block, journal.chosen)
         del block
         if settings.refine:
             here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
@@ -183,7 +192,7 @@ def survey(
 
     Sensitivities go to the journal.
     """
-    some, gradients = part_of(batches, settings.survey), settings.outputs != "none"
+    some, gradients = mine(part_of(batches, settings.survey)), settings.outputs != "none"
     shelf = Shelf(folder and folder / "survey")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
@@ -204,7 +213,8 @@ def survey(
         journal.weigh(number, seen.matters)
         with torch.no_grad():
             block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
-            return [curve for action in work.actions for curve in action.curves(block)]
+            found = {k: work.actions[k].curves(block) for k in mine(list(range(len(work.actions))))}
+            return [curve for some in together(found).values() for curve in some]
 
     for number, work in reversed(list(enumerate(progress(works)))):
         with weights.at(work.path):
@@ -212,10 +222,28 @@ def survey(
     return curves, influence
 
 
+def enough(batches: list[Batch]) -> list[Batch]:
+    """``batches``, cut into single samples where several processes would not have one each.
+
+    Raises:
+        ValueError: there are not as many samples either.
+    """
+    if len(batches) >= processes():
+        return batches
+    single = [
+        {name: value[k : k + 1] for name, value in b.items()} for b in batches for k in range(len(b["input_ids"]))
+    ]
+    if len(single) < processes():
+        raise ValueError(
+            f"{processes()} processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
+        )
+    return single
+
+
 def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
-    """As many of ``batches``, spread evenly, as hold about ``tokens``."""
+    """As many of ``batches``, spread evenly, as hold about ``tokens``, and one for every process."""
     each = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
-    count = min(len(batches), max(1, round(tokens / each)))
+    count = min(len(batches), max(processes(), round(tokens / each)))
     return [batches[k * len(batches) // count] for k in range(count)]
 
 

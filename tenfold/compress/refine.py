@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.compress.streams import Streams
+from tenfold.models.ranks import processes, total, total_number
 from tenfold.structure.linalg import roots
 
 
@@ -21,8 +22,8 @@ def refine(
 ) -> tuple[float, float]:
     """Lower ``1/2 mean_t e_t^T G e_t``, ``e_t = block(z_t) - original(x_t)``, over everything in ``block`` that is trained.
 
-    Adam, a batch of the calibration text a step, cosine schedule. The block is left as it was if that was better over the
-    whole text.
+    Adam, a batch of the calibration text a step (each of several processes takes one), cosine schedule. The block is left
+    as it was if that was better over the whole text.
 
     Args:
         matters: ``G (width, width)`` of what the block returns; every direction alike without it.
@@ -46,6 +47,9 @@ def refine(
             batch = int(torch.randint(len(streams.batches), (1,), generator=generator))
             optimizer.zero_grad()
             (_squares(streams, number, block, original, root, batch) / int(streams.kept[batch].sum())).backward()
+            for parameter in parameters if processes() > 1 else ():
+                here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = total(here) / processes()
             optimizer.step()
             schedule.step()
     ended = _error(streams, number, block, original, root)
@@ -71,4 +75,5 @@ def _squares(
 def _error(streams: Streams, number: int, block: nn.Module, original: nn.Module, root: Tensor | None) -> float:
     tokens = sum(int(kept.sum()) for kept in streams.kept)
     batches = range(len(streams.batches))
-    return sum(float(_squares(streams, number, block, original, root, k)) for k in batches) / max(1, tokens)
+    error = sum(float(_squares(streams, number, block, original, root, k)) for k in batches)
+    return total_number(error) / max(1, total_number(tokens))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing
 from tenfold.models.experts import expert_of
+from tenfold.models.ranks import number_of, processes, total, total_number
 from tenfold.models.sites import shape_of
 
 AT_ONCE = 128  # tokens that are drawn at once
+APART = 1_000_003  # between the seeds of two batches
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Survey:
 
     def __init__(self, streams: Streams, seed: int = 0):
         self.streams, self.seed = streams, seed
-        self.tokens = sum(int(kept.sum()) for kept in streams.kept)
+        self.tokens = int(total_number(sum(int(kept.sum()) for kept in streams.kept)))
 
     @torch.no_grad()
     def forward(self, number: int, stages: list[list[str]]) -> None:
@@ -71,8 +73,10 @@ class Survey:
 
     def turn(self) -> None:
         """Behind the last block: the gradient of the loss at what it returns."""
-        streams, generator = self.streams, torch.Generator().manual_seed(self.seed)
+        streams = self.streams
         for k, batch in enumerate(streams.batches):
+            # by the number that the batch has in the whole text, so that what is drawn does not depend on who runs it
+            generator = torch.Generator().manual_seed(self.seed + APART * number_of(k))
             states, found = streams.states(k)[0], []
             for row in range(len(states)):  # one sequence at a time: the logits of a batch are large
                 given = {name: value[row : row + 1].to(streams.device) for name, value in batch.items()}
@@ -108,12 +112,23 @@ class Survey:
                     streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
         first = [stage[0] for stage in stages]
         widths = {path: shape_of(streams.model.get_submodule(path))[1] for path in first}
-        seen = [checked(sums.get(path, Sums(widths[path], True)).moments(), path, number) for path in first]
-        matters = {path: value / max(1, self.tokens) for path, value in found.items()}
+        seen = [checked(sums.get(path, Sums(widths[path], True)).of_all().moments(), path, number) for path in first]
+        matters = self._over_all(found, path, weighed)
         experts = [k for k, path in enumerate(first) if expert_of(path) is not None]
         known = dict(enumerate(seen)) | dict(zip(experts, like_others([seen[k] for k in experts]), strict=True))
         shapes = {path: shape_of(streams.model.get_submodule(path))[0] for path in weighed}
         return Seen(known, _with_unseen(matters, shapes))
+
+    def _over_all(self, found: dict[str, Tensor], block: str, weighed: set[str]) -> dict[str, Tensor]:
+        """Means over the tokens of all processes; a site that no process saw has none."""
+        if processes() > 1:
+            sizes = {path: shape_of(self.streams.model.get_submodule(path))[0] for path in sorted(weighed)}
+            sizes |= {block: len(found[block])} if weighed else {}
+            for path, size in sizes.items():
+                value, seen = found.get(path, torch.zeros(size, size, dtype=torch.float64)), total_number(path in found)
+                if seen:
+                    found[path] = total(value)
+        return {path: value / max(1, self.tokens) for path, value in found.items()}
 
 
 def _with_unseen(matters: dict[str, Tensor], shapes: dict[str, int]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tenfold.compress.calibration import Batch
 from tenfold.compress.shelf import Shelf
+from tenfold.models.ranks import total, total_number
 from tenfold.models.sites import Site, base_model
 
 NO_CHAIN = (
@@ -61,6 +62,13 @@ class Sums:
             self.cross += (x.T @ z).to(self.cross.device)
             self.other += x.sum(0).to(self.other)
         self.tokens += len(z)
+
+    def of_all(self) -> Sums:
+        """Those of all processes added up."""
+        self.second, self.mean = total(self.second), total(self.mean)
+        self.cross, self.other = (self.second, self.mean) if self.one else (total(self.cross), total(self.other))
+        self.tokens = int(total_number(self.tokens))
+        return self
 
     def moments(self) -> Moments:
         """Means instead of sums."""
@@ -152,7 +160,7 @@ class Streams:
             sums = sums or Sums(x.shape[-1], original is None)
             sums.add(x, z)
         assert sums is not None
-        return checked(sums.moments(), path, number)
+        return checked(sums.of_all().moments(), path, number)
 
     def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
         with stopping_at(block.get_submodule(path)) as seen:
@@ -171,7 +179,7 @@ class Streams:
                     )
                 self.run(number, block, self.states(k)[1], k)
         widths = {path: block.get_submodule(path).weight.shape[1] for path in paths}
-        found = [sums.get(path, Sums(widths[path], True)).moments() for path in paths]
+        found = [sums.get(path, Sums(widths[path], True)).of_all().moments() for path in paths]
         return like_others([checked(one, path, number) for one, path in zip(found, paths, strict=True)])
 
     def stages(self, number: int, paths: list[str]) -> list[list[str]]:

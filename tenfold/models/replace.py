@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tenfold.models.experts import pack, unpack
 from tenfold.models.noise import DRAWS, ends_in_zero
 from tenfold.models.plan import Entry, Plan
+from tenfold.models.ranks import mine, processes, together
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
 from tenfold.models.starts import QUICK, beside_adapter, factors_from
 from tenfold.models.stored import describe
@@ -21,6 +22,8 @@ from tenfold.nn.kinds import check_matrix, layer_of
 from tenfold.structure import Factors, Structure
 
 CONTAINER = "shared_factors"
+EACH = 8  # groups of sites that a process fits before it hears from the others
+Made = tuple[Entry, Factors, float | None]
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,10 @@ def replace(
         _check_weights(model, plan)
     untie(model, plan)
     container, changes = _container(model, plan), []
-    for group in progress(_groups(plan)):
-        for entry, factors, error in _noise(model, group) if source == "noise" else _fitted(model, group):
-            old, new = _install(model, entry, container)
-            _fill(new, factors)
-            changes.append(Change(entry.site.path, entry.structure, _size(old), _size(new), error))
+    for entry, factors, error in (_noise if source == "noise" else _fitted)(model, _groups(plan), progress):
+        old, new = _install(model, entry, container)
+        _fill(new, factors)
+        changes.append(Change(entry.site.path, entry.structure, _size(old), _size(new), error))
     finish(model, plan.recipe)
     return changes
 
@@ -153,9 +155,18 @@ def _folded(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, FOLDED)]
 
 
+def _fitted(model: PreTrainedModel, groups: list[list[Entry]], progress) -> Iterator[Made]:
+    """Every group's factors; each of several processes fits its share of some groups, then all know all of them."""
+    apart = 1 if processes() == 1 else EACH * processes()
+    for first in progress(range(0, len(groups), apart)):
+        some = groups[first : first + apart]
+        for number, found in together({k: _fit(model, some[k]) for k in mine(list(range(len(some))))}).items():
+            yield from ((entry, *made) for entry, made in zip(some[number], found, strict=True))
+
+
 @torch.no_grad()
-def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
-    """The factors of one entry, or of several that share some, fitted in float32 or better."""
+def _fit(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Factors, float]]:
+    """The factors of one entry, or of several that share some, and their errors, in float32 or better."""
     first, structure, names = group[0], fitted_part(group[0]), tuple(group[0].shared)
     if first.adapter:
         names = tuple(name.removeprefix("part_0_") for name in names)
@@ -170,7 +181,7 @@ def _fitted(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Fac
     except ValueError as reason:
         raise ValueError(f"{', '.join(entry.site.path for entry in group)}: {reason}") from None
     return [
-        (entry, _whole(entry, factors), _error(structure, factors, weight))
+        (_whole(entry, factors), _error(structure, factors, weight))
         for entry, factors, weight in zip(group, sets, weights, strict=True)
     ]
 
@@ -189,11 +200,11 @@ def _error(structure: Structure, factors: Factors, weight: Tensor) -> float:
     return float(near.sub_(weight).norm() / weight.norm().clamp_min(1e-30))
 
 
-def _noise(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Entry, Factors, float | None]]:
-    made = [(entry, _whole(entry, _drawn(model, entry)), None) for entry in group]
-    for entry, factors, _ in made[1:]:
-        factors.update({name: made[0][1][name] for name in entry.shared})
-    return made
+def _noise(model: PreTrainedModel, groups: list[list[Entry]], progress) -> Iterator[Made]:
+    for group in progress(groups):
+        drawn = [_whole(entry, _drawn(model, entry)) for entry in group]
+        for entry, factors in zip(group, drawn, strict=True):
+            yield entry, factors | {name: drawn[0][name] for name in entry.shared}, None
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from tenfold.evaluate.text import documents
 from tenfold.models.files import write_json
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
+from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe, parse_recipe
 from tenfold.models.replace import replace
 from tenfold.models.settings import Train
@@ -84,7 +84,7 @@ def pretrain(
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     folder, settings, length = Path(output), recipe.train, _length(recipe)
-    with PartialState().main_process_first():
+    with state().main_process_first():
         _same_run(folder, recipe, data)
         tokens = _tokens(folder, data, recipe)
     tokenizer = AutoTokenizer.from_pretrained(tokens.folder)

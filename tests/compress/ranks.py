@@ -1,0 +1,59 @@
+"""Compressions in memory, by one process or by several that share the work: what the tests of both compare."""
+
+import os
+import sys
+from pathlib import Path
+
+import small
+import torch
+import torch.distributed as dist
+from models import toys
+
+import tenfold
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.streams import Streams
+from tenfold.models.ranks import is_first, processes
+
+MLP = ["mlp.in", "mlp.gate", "mlp.out"]
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", *MLP]
+LOW = {"kind": "low_rank"}
+CASES = {
+    "recommended": ("gpt2", {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.7}}),
+    "folds": ("llama", {"replace": [{"role": ROLES, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
+    "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "outs": [2], "ins": [2]}]}],
+                        "budget": {"keep": 0.8, "of": "blocks"}}),
+    "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"refine": 5}}),
+    "experts": ("mixtral", {"replace": [{"role": MLP, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
+    "blind": ("llama", {"replace": [{"role": ROLES, "structure": LOW, "keep": 0.5}]}),
+}  # fmt: skip
+
+
+def compressed(case: str) -> dict[str, torch.Tensor]:
+    """The tensors of the compressed model, float64 sums and float32 weights."""
+    kind, recipe = CASES[case]
+    torch.manual_seed(0)
+    model = small.model() if kind == "gpt2" else toys.build(kind)
+    tokens = torch.randint(3, model.get_input_embeddings().weight.shape[0], (12, 16))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(2)]
+    text = None if case == "blind" else Calibration(batches, {})
+    return tenfold.compress(model, {"name": case} | recipe, text=text)[0].state_dict()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    read, init = [], Streams.__init__
+
+    def noted(self, model, blocks, batches, *more):
+        read.append(len(batches))
+        init(self, model, blocks, batches, *more)
+
+    Streams.__init__ = noted
+    for name in CASES:
+        found = compressed(name)
+        assert processes() == 2
+        torch.save(found, folder / f"{name}-{'first' if is_first() else 'second'}.pt")
+    assert set(read) == {3}  # of six batches
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may still be there when the interpreter is taken down, and abort it
