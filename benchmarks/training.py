@@ -41,6 +41,23 @@ def train_like(share: float) -> dict:
     return {"replace": [{"role": MLP, "structure": structure, "keep": share, "start": "balanced"}]}
 
 
+def shared(group: int, adapter: int | None = None, hidden: int = 768) -> dict:
+    """Tensor trains of three cores, nothing cut, the middle one common to ``group`` neighbouring layers; beside it adapters."""
+    inner, wide = [4, 16, 4], [4, hidden // 16, 4]
+    shapes = {("attn.q", "attn.k", "attn.v", "attn.out"): (inner, inner), ("mlp.in", "mlp.gate"): (wide, inner)}
+    rules = []
+    for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, wide)}).items():
+        structure = {"kind": "tensor_train", "outs": outs, "ins": ins, "rank": "full"}
+        rule = {"role": list(roles), "structure": structure, "share": {"factors": ["core_1"], "group": group}}
+        rules.append(rule | {"start": "noise"} | ({"adapter": adapter} if adapter else {}))
+    return {"replace": rules}
+
+
+def cola(attention: int, mlp: int) -> dict:
+    rules = [(BLOCKS[:4], attention), (MLP, mlp)]
+    return {"replace": [{"role": r, "structure": {"kind": "cola", "rank": k}, "start": "noise"} for r, k in rules]}
+
+
 ROWS = {
     "dense": {},
     "narrower": {
@@ -52,6 +69,14 @@ ROWS = {
     "block train, rates by fans": everywhere(kind="block_train", blocks=4)
     | {"train": {"optimizer": "adamw", "rates": "fans"}},
     "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
+    "low rank, guided": everywhere(kind="low_rank") | {"train": {"guide": 0.5}},
+    "low rank in the MLPs": {
+        "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
+        "budget": KEEP,
+    },
+    "CoLA": cola(76, 114),
+    "pairs of layers share": shared(2, 15),
+    "16 layers, pairs share": {"model": {"num_hidden_layers": 16, "intermediate_size": 736}} | shared(2, hidden=736),
     "ttm-16": train_like(0.006),
     "ttm-32": train_like(0.07),
     "ttm-64": train_like(0.28),
