@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
+from tenfold.evaluate.layers import bench_layers as bench_layers
 from tenfold.evaluate.perplexity import comparable as comparable
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
@@ -122,6 +123,6 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 
 __all__ = [
-    "bench", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate", "heal", "inspect",
-    "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
+    "bench", "bench_layers", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate",
+    "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
 ]  # fmt: skip

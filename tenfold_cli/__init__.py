@@ -18,6 +18,7 @@ from tenfold_cli.show import (
     error,
     short,
     show_advice,
+    show_cells,
     show_choices,
     show_json,
     show_table,
@@ -219,6 +220,7 @@ def bench(
     length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
     repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
+    layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -227,6 +229,9 @@ def bench(
     from tenfold import api
 
     loaded, _ = api.load(model, device, dtype)
+    if layers:
+        cells = api.bench_layers(loaded, repeats=repeats, progress=tracked("measuring"))
+        return show_json(cells) if as_json else show_cells(cells)
     result = api.bench(loaded, batch, length, new_tokens, repeats)
     if as_json:
         return show_json(result)

@@ -35,6 +35,26 @@ def short(structure: dict) -> str:
     return " ".join([structure["kind"], *fields])
 
 
+def show_cells(cells: list[dict]) -> None:
+    """Layers against dense ones, and how near they come to the floor."""
+    rows = [
+        [
+            short(cell["structure"]),
+            "x".join(map(str, cell["shape"])),
+            str(cell["layers"]),
+            f"{cell['rows']:,}",
+            cell["pass"],
+            f"{1e3 * cell['seconds']:.3f}",
+            f"{1e3 * cell['dense_seconds']:.3f}",
+            f"{cell['ratio']:.2f}",
+            f"{cell['floor'] / cell['seconds']:.0%}",
+        ]
+        for cell in cells
+    ]
+    columns = ["structure", "out x in", "layers", "rows", "pass", "ms", "dense ms", "dense / ours", "of the floor"]
+    show_table(columns, rows)
+
+
 def count_line(report: dict) -> str:
     count, dense = report["parameters"], report["parameters_dense"]
     kept = [count[key] / dense[key] for key in ("total", "without_head")]

@@ -52,7 +52,10 @@ class Fold:
         for spec in specs:
             family = Structure.family(spec["kind"])
             if family.is_open(spec):
-                priced += family.sizes(target.weight, spec, target.inputs, target.outputs)
+                try:
+                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs)
+                except ValueError as reason:
+                    raise ValueError(f"{self.site.path} ({out}x{inner}): {reason}") from None
             else:
                 fixed = fitting(self.site, spec)
                 priced.append((fixed, 2 * target.loss(fixed.dense(self._fitted(fixed, target, sweeps=3)))))

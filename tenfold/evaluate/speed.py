@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tenfold.evaluate.machine import turns
 from tenfold.models.replace import densify
 
 
@@ -45,27 +45,12 @@ def bench(model, batch: int = 1, length: int | None = None, new_tokens: int = 16
 
 
 def _ratio(run: Callable, model, twin, ids, new_tokens: int, tokens: int, repeats: int) -> dict[str, float]:
-    turns = [(_seconds(run, model, ids, new_tokens), _seconds(run, twin, ids, new_tokens)) for _ in range(repeats + 1)][
-        1:
-    ]
+    pairs = turns(lambda: run(model, ids, new_tokens), lambda: run(twin, ids, new_tokens), ids.device, repeats)
     return {
-        "tokens_per_second": tokens / statistics.median(ours for ours, _ in turns),
-        "dense_tokens_per_second": tokens / statistics.median(dense for _, dense in turns),
-        "ratio": statistics.median(dense / ours for ours, dense in turns),
+        "tokens_per_second": tokens / statistics.median(ours for ours, _ in pairs),
+        "dense_tokens_per_second": tokens / statistics.median(dense for _, dense in pairs),
+        "ratio": statistics.median(dense / ours for ours, dense in pairs),
     }
-
-
-def _seconds(run: Callable, model, ids, new_tokens: int) -> float:
-    _wait(ids)
-    begun = time.perf_counter()
-    run(model, ids, new_tokens)
-    _wait(ids)
-    return time.perf_counter() - begun
-
-
-def _wait(ids) -> None:
-    if ids.device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _prefill(model, ids, new_tokens: int) -> None:

@@ -257,7 +257,11 @@ class Structure(ABC):
 
     @classmethod
     def sizes(cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor) -> list[tuple[Structure, float]]:
-        """Structures of ``spec`` from small to large, and the squared error of each in the norm of both metrics."""
+        """Structures of ``spec`` from small to large, and the squared error of each in the norm of both metrics.
+
+        Raises:
+            ValueError: there is no structure of ``spec`` for this shape, however large.
+        """
         (out, inner), found = weight.shape, {}
         for share in SHARES:
             try:
@@ -267,6 +271,8 @@ class Structure(ABC):
             factors = structure.metric_form(weight, inputs, outputs) or structure.closed_form(weight)
             rest = weight - structure.dense(factors or structure.fit(weight, inputs, sweeps=3))
             found[structure] = float((rest * (outputs @ rest @ inputs)).sum())
+        if not found:
+            cls.within(out, inner, spec, 2**61)  # tells what is wrong with the spec, if it is not the size
         return list(found.items())
 
     @classmethod

@@ -59,6 +59,8 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
     assert status == 0 and out.startswith("the old house")
     status, out, _ = call("bench", folded, "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
+    status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
+    assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
     status, _, _ = call("densify", folded, "-o", plain)
     ids = torch.arange(12)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]

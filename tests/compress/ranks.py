@@ -20,7 +20,7 @@ LOW = {"kind": "low_rank"}
 CASES = {
     "recommended": ("gpt2", {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.7}}),
     "folds": ("llama", {"replace": [{"role": ROLES, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
-    "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "outs": [2], "ins": [2]}]}],
+    "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "inner": [2, 2]}]}],
                         "budget": {"keep": 0.8, "of": "blocks"}}),
     "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"refine": 5}}),
     "experts": ("mixtral", {"replace": [{"role": MLP, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),

@@ -44,6 +44,16 @@ WRONG = {
     "no budget for units": ({"replace": NARROW}, WORDS, "to keep; give the recipe a budget"),
     "no such layer": ({"replace": [{"narrow": "mlp", "layers": [9]}], **HALF}, WORDS, "matches"),
     "half an MLP": ({"replace": [{"role": "mlp.out", **FOUR}, NARROW[0]], **HALF}, WORDS, "mlp.out"),
+    "no such structure": (
+        {
+            "replace": [
+                {"role": "mlp.in", "structure": [{"kind": "low_rank"}, {"kind": "kronecker", "outs": [2], "ins": [2]}]}
+            ],
+            **HALF,
+        },
+        WORDS,
+        "mlp.c_fc (128x32): outs (2,) and ins (2,)",
+    ),
     "half an attention": ({"replace": [{"role": "attn.qkv", **FOUR}, NARROW[1]], **HALF}, WORDS, "attn"),
 }
 

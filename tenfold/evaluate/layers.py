@@ -1,0 +1,80 @@
+"""How fast the layers of a model are: every structure in it against ``nn.Linear``, in turns, beside the floor of the machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second, turns
+from tenfold.nn import FactorizedLinear
+
+ROWS = (1, 8, 64, 512, 4096)
+
+
+def bench_layers(
+    model: nn.Module,
+    rows: Sequence[int] = ROWS,
+    repeats: int = 9,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[dict[str, Any]]:
+    """Forward, and forward with backward, of every structure in ``model``, each measured once, at every number of ``rows``.
+
+    Returns:
+        Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
+        ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
+        large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
+        backward pass counts as twice the forward pass.
+    """
+    layers: dict[tuple, list[FactorizedLinear]] = {}
+    for layer in model.modules():
+        if isinstance(layer, FactorizedLinear):
+            layers.setdefault((layer.structure, layer.bias is None, layer.dtype), []).append(layer)
+    cells = [(some, count, back) for some in layers.values() for count in rows for back in (False, True)]
+    return [_cell(some, count, back, repeats) for some, count, back in progress(cells)]
+
+
+def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: int) -> dict[str, Any]:
+    layer = layers[0]
+    device, dtype, (out, inner) = layer.like.device, layer.dtype, layer.structure.shape
+    twin = nn.Linear(inner, out, layer.bias is not None, device, dtype)
+    x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_(backward)
+    upstream = torch.randn(rows, out, device=device).to(dtype)
+    pairs = turns(*(_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
+    layer.zero_grad(set_to_none=True)
+    return {
+        "structure": layer.structure.to_json(),
+        "shape": [out, inner],
+        "layers": len(layers),
+        "rows": rows,
+        "pass": "forward + backward" if backward else "forward",
+        "seconds": statistics.median(ours for ours, _ in pairs),
+        "dense_seconds": statistics.median(dense for _, dense in pairs),
+        "ratio": statistics.median(dense / ours for ours, dense in pairs),
+        "floor": floor(layer, rows) * (3 if backward else 1),
+    }
+
+
+def _pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
+    def run() -> None:
+        if not backward:
+            with torch.no_grad():
+                module(x)
+            return
+        for value in (x, *module.parameters()):
+            value.grad = None
+        module(x).backward(upstream)
+
+    return run
+
+
+def floor(layer: FactorizedLinear, rows: int) -> float:
+    """Seconds that a forward pass takes at least."""
+    device, size = layer.like.device, layer.like.element_size()
+    numbers = rows * sum(layer.structure.shape) + sum(p.numel() for p in layer.parameters())
+    return max(
+        layer.structure.flops(rows) / flops_per_second(device, layer.dtype), numbers * size / bytes_per_second(device)
+    )

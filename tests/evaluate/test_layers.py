@@ -1,0 +1,54 @@
+"""The table of layers: every structure once, at every number of rows, against a dense layer, and never below the floor."""
+
+import copy
+import itertools
+
+import pytest
+import small
+import torch
+
+from tenfold.api import bench_layers, compress
+from tenfold.evaluate import layers, machine
+from tenfold.nn import FactorizedLinear
+from tenfold.structure import LowRank
+
+RULES = [
+    {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}},
+    {"role": "mlp.out", "structure": {"kind": "kronecker", "inner": [4, 4], "terms": 2}},
+]
+
+
+def test_every_structure_is_in_it_once_and_the_model_stays():
+    model, _ = compress(small.model(), {"replace": RULES})
+    before = copy.deepcopy(model.state_dict())
+    found = bench_layers(model, rows=(1, 3), repeats=2)
+    told = [(cell["structure"]["kind"], cell["rows"], cell["pass"]) for cell in found]
+    kinds, passes = ("low_rank", "kronecker"), ("forward", "forward + backward")
+    assert sorted(told) == sorted(itertools.product(kinds, (1, 3), passes))
+    for cell in found:
+        assert cell["layers"] == 2 and min(cell[name] for name in ("seconds", "dense_seconds", "ratio", "floor")) > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rate", "copies", "expected"), [(1e3, 1e30, 2 * 5 * 2 * (8 + 6) / 1e3), (1e30, 1e3, 4 * (5 * 14 + 28 + 8) / 1e3)]
+)
+def test_the_floor_is_flops_or_bytes(monkeypatch, rate, copies, expected):
+    monkeypatch.setattr(layers, "flops_per_second", lambda device, dtype: rate)
+    monkeypatch.setattr(layers, "bytes_per_second", lambda device: copies)
+    layer = FactorizedLinear(LowRank(out_features=8, in_features=6, rank=2))
+    assert layers.floor(layer, 5) == pytest.approx(expected)
+
+
+def test_turns_take_turns():
+    order = []
+    found = machine.turns(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 3)
+    assert len(found) == 3 and min(min(pair) for pair in found) > 0
+    calls = [key for key, _ in itertools.groupby(order)]
+    assert calls == ["a", "b"] * 4  # one turn warms up
+
+
+def test_the_machine_has_rates():
+    assert machine.flops_per_second(torch.device("cpu"), torch.float32) > 1e9
+    assert machine.bytes_per_second(torch.device("cpu")) > 1e8
