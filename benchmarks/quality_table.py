@@ -150,7 +150,7 @@ def bytes_table(dense: dict, folded: list[dict], runs: list[dict], kinds: tuple[
         + ", ".join(name for _, name, _ in sorted(front))
         + ".",
     ]
-    plain = [one for one in named if one[1].endswith("32 bits") and not one[1].startswith("dense")]
+    plain = [one for one in named if not one[1].startswith("dense")]
     quantised = [one for one in named if one[1].startswith("dense") and not one[1].endswith("32 bits")]
     worse = {one[1]: other[1] for one in plain for other in quantised if beats(other, one)}
     lines += [

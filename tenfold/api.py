@@ -26,7 +26,7 @@ from tenfold.models.hub import check_output
 from tenfold.models.named import load_model
 from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Budget, Recipe, checked_keep, load_recipe, parse_recipe
+from tenfold.models.recipe import Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.train.finetune import finetune as finetune
 from tenfold.train.heal import heal as heal
@@ -73,14 +73,22 @@ def checked_device(device: str | None) -> torch.device:
         ) from None
 
 
-def with_keep(recipe, keep: float | None, of: str = "model") -> Recipe:
-    """``recipe`` (a name, a file or a mapping) with another budget, if ``keep`` is given."""
+def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
+    """``recipe`` (a name, a file or a mapping) with another budget, if ``keep`` is given.
+
+    Args:
+        of: what it is a share of; what the recipe's own budget is, or the ``model``, unless given.
+    """
     loaded = load_recipe(recipe)
     if keep is not None and loaded.stages:
         raise ValueError(
             f"recipe {loaded.name} has stages, each with sizes of its own; leave --keep out, or write them there"
         )
-    return loaded if keep is None else loaded.model_copy(update={"budget": Budget(keep=checked_keep(keep), of=of)})
+    if keep is None:
+        return loaded
+    of = of or (loaded.budget.of if loaded.budget else "model")
+    budget = parse_recipe({"budget": {"keep": checked_keep(keep), "of": of}}, "the budget").budget
+    return loaded.model_copy(update={"budget": budget})
 
 
 def heal_settings(losses: Sequence[str] = (), **settings: Any) -> Heal:
@@ -98,8 +106,11 @@ def read_calibration(model, tokenizer, files, recipe: Recipe | None = None, samp
     """The calibration text that ``recipe`` asks for, or ``samples`` windows of ``files``."""
     if tokenizer is None:
         raise ValueError("the model has no tokenizer to read the calibration text with; copy tokenizer.json there")
+    for file in files:
+        if not str(file).startswith(HUB) and is_tokens(Path(file)):
+            raise ValueError(f"{file} holds tokens for pre-training; give the text that they were made of")
     settings = (recipe and recipe.calibrate) or Calibrate()
-    return calibration(model, tokenizer, files, samples or settings.samples, settings.window)
+    return calibration(model, tokenizer, files, settings.samples if samples is None else samples, settings.window)
 
 
 def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from tenfold.compress.journal import Journal, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
-from tenfold.models.files import write_json
+from tenfold.models.files import opened, write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy
 from tenfold.models.ranks import is_first, state, wait
@@ -95,11 +95,11 @@ def compress_checkpoint(
         for key, value in model.state_dict().items()
         if not key.startswith(inside) and key not in ties
     }
-    _assemble(journal, outer, max_shard_size)
+    made = _assemble(journal, outer, max_shard_size)
     model.config.dtype = lazy.dtype
-    save_config(model, folder)
-    save_card(folder, tokenizer, report, command, output.name)
-    _move(folder, output)
+    save_config(model, made)
+    save_card(made, tokenizer, report, command, output.name)
+    _move(made, folder, output)
     return report
 
 
@@ -271,25 +271,37 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Path
     return folder
 
 
-def _assemble(journal: Journal, outer: dict[str, Tensor], max_shard_size: str) -> None:
-    """The shards of the blocks and what is outside of them become an ordinary checkpoint."""
+def _assemble(journal: Journal, outer: dict[str, Tensor], max_shard_size: str) -> Path:
+    """The shards of the blocks and what is outside of them become an ordinary checkpoint; the folder that it is in."""
+    assert journal.notes is not None
     shards = [journal.shard(number) for number in range(journal.blocks + 1)]
     write_tensors(shards[0], outer)
     size = sum(shard.stat().st_size for shard in shards)
     if size <= TOGETHER:
+        whole = journal.notes / "whole"  # beside the shards: until all is written none of them may go
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
         merged = outer | {key: value for shard in shards[1:] for key, value in load_file(shard).items()}
-        save_torch_state_dict(merged, shards[0].parent, max_shard_size=max_shard_size)
-    else:
-        where = {}
-        for shard in shards:
-            with safe_open(shard, "pt") as stored:
-                where |= dict.fromkeys(stored.keys(), shard.name)
-        write_json(shards[0].with_name(INDEX), {"metadata": {"total_size": size}, "weight_map": where})
+        try:
+            save_torch_state_dict(merged, whole, max_shard_size=max_shard_size)
+        except SafetensorError as reason:
+            raise OSError(
+                f"{whole} can't be written ({reason}); make room, and the same command goes on from there"
+            ) from None
+        return whole
+    where = {}
+    for shard in shards:
+        with opened(shard) as stored:
+            where |= dict.fromkeys(stored.keys(), shard.name)
+    write_json(shards[0].with_name(INDEX), {"metadata": {"total_size": size}, "weight_map": where})
+    return shards[0].parent
 
 
-def _move(folder: Path, output: Path) -> None:
-    """The finished folder takes its name."""
-    shutil.rmtree(folder / "unfinished")
+def _move(made: Path, folder: Path, output: Path) -> None:
+    """The finished checkpoint takes its name, and the rest of ``folder`` goes."""
+    if made == folder:
+        shutil.rmtree(folder / "unfinished")
     if output.exists():
         shutil.rmtree(output)
-    folder.rename(output)
+    made.rename(output)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -87,11 +87,17 @@ def compress(
     structure: Annotated[str | None, typer.Option(help="Instead of a recipe: one structure for all blocks.")] = None,
     keep: Annotated[float | None, typer.Option(help="The share of parameters that stays.")] = None,
     of: Annotated[
-        str, typer.Option(help="What --keep is a share of: model, without_head, blocks, sites, flops or bytes.")
-    ] = "model",
+        str | None,
+        typer.Option(
+            help="What --keep is a share of: model, without_head, blocks, sites, flops or bytes; the model "
+            "unless the recipe says otherwise."
+        ),
+    ] = None,
     calibrate: Annotated[
         list[str] | None,
-        typer.Option(help="Text whose activations guide the fits: .txt, .jsonl, .xz, .gz; hf://datasets/OWNER/NAME."),
+        typer.Option(
+            help="Text whose activations guide the fits: .txt, .jsonl, .xz, .gz; hf://datasets/OWNER/NAME; repeat for more."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="With --calibrate: how many windows are read.")] = None,
     heal: Annotated[list[str] | None, typer.Option(help="Text for the stages of a recipe that heal.")] = None,
@@ -113,9 +119,17 @@ def compress(
             "give either --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
         )
     if structure:
-        chosen = api.recipe_for(structure, keep, of, roles.split(",") if roles else None)
+        chosen = api.recipe_for(structure, keep, of or "model", roles.split(",") if roles else None)
     else:
         chosen = api.with_keep(recipe or "recommended", keep, of)
+    useless = {
+        "--roles": roles and not structure,
+        "--source": source != "weights" and calibrate,
+        "--samples": samples is not None and not calibrate,
+        "--heal": heal and not chosen.stages,
+    }
+    if idle := [name for name, value in useless.items() if value]:
+        raise ValueError(f"{idle[0]} changes nothing here; leave it out, or see tenfold compress --help")
     given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
     announce, progress = (show_choices, tracked("compressing")) if first() else (lambda choices: None, iter)
     if chosen.stages:
@@ -260,12 +274,14 @@ def densify(
     """Turn a folded model into a plain checkpoint that needs no tenfold."""
     import tenfold
     from tenfold import api
+    from tenfold.models.files import whole_folder
 
     api.check_output(output, overwrite)
     loaded, tokenizer = api.load(model, device, dtype)
-    tenfold.densify(loaded).save_pretrained(output)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output)
+    with whole_folder(output) as new:
+        tenfold.densify(loaded).save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
     print(f"saved in {output}; it loads without tenfold")
 
 

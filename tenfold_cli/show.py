@@ -138,5 +138,8 @@ def show_choices(choices: list[dict]) -> None:
     for choice in choices:
         shown = choice["chosen"] if not isinstance(choice["chosen"], dict) else short(choice["chosen"])
         kept = f"{choice['parameters']:>12,} of {choice['of']:>12,}"
-        print(f"{choice['item']:<48} {shown!s:<24} {kept} {choice['loss']:.5f} nats", file=sys.stderr)
-    print(f"foreseen: {sum(choice['loss'] for choice in choices):.4f} nats a token", file=sys.stderr)
+        loss = "" if choice["loss"] is None else f"loss {choice['loss']:.5f}"
+        print(f"{choice['item']:<48} {shown!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
+    known = [choice for choice in choices if choice["loss"] is not None]
+    if known:
+        print(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)

@@ -69,6 +69,7 @@ class Block:
         self._known: dict[int, Moments] = known or {}
         self._targets: dict[str, Target] = {}
         self.fitted: dict[str, Factors] = {}  # of sites that are next, by several processes
+        self.fits: dict[str, dict] = {}  # how the fit of a site ended
 
     def role(self, *roles: str) -> list[Site]:
         """The sites of these roles."""

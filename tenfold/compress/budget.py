@@ -39,6 +39,11 @@ def choose(
     """
     settled = {curve.name: curve.options[0] for curve in curves if curve.settled is not None}
     if len(settled) == len(curves):
+        if recipe.budget is not None:
+            raise ValueError(
+                f"every rule of recipe {recipe.name} has a size of its own, so that keep {recipe.budget.keep} changes nothing; "
+                "leave --keep, or the budget, out"
+            )
         return settled
     if recipe.budget is None:
         name = next(curve.name for curve in curves if curve.settled is None)
@@ -50,7 +55,7 @@ def choose(
     free = [curve for curve in curves if curve.settled is None]
     whole = sum(curve.whole for curve in free) - sum(unit.folded_away(site) for site in _once(sites, settled))
     if recipe.budget.of == "sites":
-        allowed, rest = recipe.budget.keep * whole, 0
+        allowed, rest, total = recipe.budget.keep * whole, 0, whole
     else:
         total = unit.total(recipe.budget.of)
         allowed = whole - (1 - recipe.budget.keep) * total + dropped
@@ -59,7 +64,7 @@ def choose(
     if allowed < least:
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
-            f"{rest + least:,} {unit.name}"
+            f"{rest + least:,} {unit.name}" + (f" (keep {(rest + least) / total:.3f})" if total else "")
         )
     return settled | share_out(settings, free, allowed, influence)
 

@@ -76,7 +76,8 @@ def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> 
     whole = len(tokens) // window
     if whole == 0:
         raise ValueError(
-            f"the calibration text has {len(tokens)} tokens, fewer than one window of {window}: give more text"
+            f"the calibration text {', '.join(map(str, files))} has {len(tokens)} tokens, fewer than one window of {window}: "
+            "give more text, twice as many tokens as the widest matrix has inputs"
         )
     chosen = torch.linspace(0, whole - 1, min(samples, whole)).round().long()
     rows = tokens[: whole * window].reshape(whole, window)[chosen]

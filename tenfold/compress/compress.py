@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tenfold.compress.budget import total_of
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.first import FIRST
@@ -113,6 +115,8 @@ def _calibrated(
             "calibration text these are done in two ways, so write two rules"
         )
     untie(model, Plan({}, recipe.untie))
+    if recipe.first:
+        check_finite(model)
     before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
     if not recipe.replace:
         return [], before | about
@@ -126,6 +130,14 @@ def _calibrated(
     if not inner:
         return changes, before | about
     return changes, before | compress_blocks(model, rest, text, progress, announce, weights, journal) | about
+
+
+@torch.no_grad()
+def check_finite(model) -> None:
+    """Raise ValueError for a parameter with NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} holds NaN or Inf; mend it first")
 
 
 def _places(rule: Rule, model) -> set[bool]:

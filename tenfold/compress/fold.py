@@ -82,7 +82,8 @@ class Fold:
         start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
         if settings.inputs == "none" and settings.outputs == "none":
             return factors_from(structure, target.weight, start.fit, start.norm, start.options)
-        return self._fitted(structure, target, settings.outputs != "none")
+        log = block.fits[self.site.path] = {}
+        return self._fitted(structure, target, settings.outputs != "none", log=log)
 
     def _fitted(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
         metric = target.outputs if outputs else None
@@ -227,8 +228,12 @@ def fit_apart(folds: Sequence[Any], block: Block, chosen: dict[str, Any]) -> Non
     for fold in folds:
         block.moments(fold.site.path)  # all processes add these up together
     open_ones = [fold for fold in folds if chosen[fold.site.path] is not None]
-    made = {k: open_ones[k].factors(block, chosen[open_ones[k].site.path]) for k in mine(list(range(len(open_ones))))}
-    block.fitted |= {open_ones[k].site.path: factors for k, factors in together(made).items()}
+    made = {}
+    for k in mine(list(range(len(open_ones)))):
+        path = open_ones[k].site.path
+        made[k] = (path, open_ones[k].factors(block, chosen[path]), block.fits.get(path, {}))
+    for path, factors, log in together(made).values():
+        block.fitted[path], block.fits[path] = factors, log
 
 
 def _open(spec: dict[str, Any]) -> bool:

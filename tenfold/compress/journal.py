@@ -34,6 +34,7 @@ class Journal:
         self.notes = None if folder is None else folder / "unfinished"
         self.shelf = Shelf(self.notes and self.notes / "matters")
         self.weighed: dict[int, list[str]] = {}
+        self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
         if self.notes is not None and (self.notes / "choices.json").is_file():
             found = json.loads((self.notes / "choices.json").read_text())
             self.chosen = {name: _option(value) for name, value in found["chosen"].items()}

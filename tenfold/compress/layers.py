@@ -7,6 +7,7 @@ Reference: ShortGPT, arXiv 2403.03853.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ def influences(model: PreTrainedModel, paths: Sequence[str], text: Calibration) 
         after = [streams.states(k)[0] for k in range(len(text.batches))]
         parts = zip(before, after, streams.kept, strict=True)
         found[path] = sum(cosine_distance(x.cpu(), y.cpu(), kept) for x, y, kept in parts) / tokens
+        if not math.isfinite(found[path]):
+            raise ValueError(f"{path} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
     model.train(was)
     return found
 

@@ -73,8 +73,8 @@ def compress_blocks(
         journal: what an earlier run has reached, and this one will.
 
     Returns:
-        ``choices``: per item what was chosen, its parameters and the loss that was foreseen, in nats a token; ``phases``:
-        seconds.
+        ``choices``: per item what was chosen, its parameters and the loss that was foreseen (None where a rule alone says what
+        the item becomes) with its ``unit``; ``fits``: how alternating fits ended, of the blocks of this run; ``phases``: seconds.
 
     Raises:
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
@@ -91,7 +91,8 @@ def compress_blocks(
                 curves, influence = survey(model, works, batches, settings, weights, journal, folder, progress)
                 sites = [site for work in works for action in work.actions for site in action.sites]
                 chosen = choose(model, recipe, settings, sites, curves, influence)
-                journal.choose(chosen, [_choice(curve, chosen[curve.name]) for curve in curves])
+                unit = unit_of(model, settings)
+                journal.choose(chosen, [_choice(curve, chosen[curve.name], unit) for curve in curves])
             announce(journal.choices)
             looked = time.perf_counter()
             _carry_out(model, works, mine(batches), settings, weights, journal, folder, progress)
@@ -99,7 +100,7 @@ def compress_blocks(
         model.train(training)
     finish(model, recipe.name)
     phases = {"survey": round(looked - begun, 1), "fits": round(time.perf_counter() - looked, 1)}
-    return {"choices": journal.choices, "phases": phases}
+    return {"choices": journal.choices, "fits": journal.fits, "phases": phases}
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def _one_block(model, number: int, work: Work, streams: Streams, settings, weigh
             fit_apart(some, block, journal.chosen)
             for action in some:
                 action.apply(block, journal.chosen)
+        journal.fits |= block.fits
         del block
         if settings.refine:
             here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
@@ -247,7 +249,13 @@ def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
     return [batches[k * len(batches) // count] for k in range(count)]
 
 
-def _choice(curve: Curve, option: Any) -> dict[str, Any]:
+def unit_of(model: PreTrainedModel, settings: Calibrate) -> str:
+    """Of losses: nats a token where the metric of the outputs is a Fisher information."""
+    nats = settings.outputs == "full" and settings.inputs == "second" and model.get_output_embeddings() is not None
+    return "nats a token" if nats else "weighted squared error"
+
+
+def _choice(curve: Curve, option: Any, unit: str) -> dict[str, Any]:
     number = next(k for k, other in enumerate(curve.options) if other is option or other == option)
     shown = option.to_json() if hasattr(option, "to_json") else option
     return {
@@ -255,5 +263,6 @@ def _choice(curve: Curve, option: Any) -> dict[str, Any]:
         "chosen": shown,
         "parameters": int(curve.costs[number]),
         "of": curve.whole,
-        "loss": float(curve.losses[number]),
+        "loss": None if curve.settled is not None else float(curve.losses[number]),
+        "unit": unit,
     }

@@ -68,4 +68,11 @@ def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
         for site in find_sites(model)
         if site.layer is not None and any(rule.matches(site) for rule in recipe.replace)
     )
-    return 1 - (1 - recipe.budget.keep) * share_of(model, recipe.budget.of) / folded
+    whole = share_of(model, recipe.budget.of)
+    left = 1 - (1 - recipe.budget.keep) * whole / folded
+    if left <= 0:
+        raise ValueError(
+            f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves nothing of the matrices that are folded; keep more than "
+            f"{1 - folded / whole:.3f}"
+        )
+    return left

@@ -29,7 +29,14 @@ class Shelf:
         if self.folder is None:
             self.held[name] = value
         else:
-            np.save(self.folder / f"{name}.npy", value.numpy())
+            file = self.folder / f"{name}.npy"
+            try:
+                np.save(file, value.numpy())
+            except OSError as reason:
+                file.unlink(missing_ok=True)
+                raise OSError(
+                    f"{file} can't be written ({reason}); make room for the hidden states, and the same command goes on"
+                ) from None
             hand_back()
 
     def get(self, name: str) -> Tensor:

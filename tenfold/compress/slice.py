@@ -88,16 +88,16 @@ def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
 
 def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
     """The most coordinates of the stream with which the model, or its blocks, have at most ``budget`` parameters."""
+    of = of.replace("sites", "blocks")
+    outside = {"model": (), "without_head": ("head",), "blocks": ("embed", "head")}[of]
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
-    if of != "model":
-        sites = [site for site in sites if site.role not in ("embed", "head")]
     width = model.get_input_embeddings().weight.shape[1]
-    sliced = sum(site.shape[0] * site.shape[1] for site in sites)
-    fixed = share_of(model, "model" if of == "model" else "blocks") - sliced
+    sliced = sum(site.shape[0] * site.shape[1] for site in sites if site.role not in outside)
+    fixed = share_of(model, of) - sliced
     left = int((budget - fixed) * width / sliced + 1e-9)
     if left < 1:
         raise ValueError(
-            f"{int(budget):,} parameters leave no coordinate of a stream of {width}; keep {fixed + sliced // width:,}"
+            f"{int(budget):,} parameters leave no coordinate of a stream of {width}; keep {fixed + sliced // width:,} of them"
         )
     return min(left, width)
 

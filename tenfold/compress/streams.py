@@ -118,6 +118,10 @@ class Streams:
                 calls.append(call)
             self.shelf.put(f"first-{number}", seen[0][0])
         self.names = [(f"first-{k}", f"first-{k}") for k in range(len(batches))]
+        if not total_number(sum(int(kept.sum()) for kept in self.kept)):
+            raise ValueError(
+                f"skip_first {skip} leaves no token of the calibration text; skip fewer, or read longer windows"
+            )
 
     def states(self, batch: int) -> tuple[Tensor, Tensor]:
         """Of the original stream and of the other one."""
@@ -157,6 +161,7 @@ class Streams:
             before, now = self.states(k)
             x = self._input(number, original or block, path, before, k)
             z = x if original is None else self._input(number, block, path, now, k)
+            check_finite(x, z, path, number, k)
             sums = sums or Sums(x.shape[-1], original is None)
             sums.add(x, z)
         assert sums is not None
@@ -250,6 +255,15 @@ def counted(batch: Batch, skip: int) -> Tensor:
     kept = batch["attention_mask"].bool().clone()
     kept[:, :skip] = False
     return kept.flatten()
+
+
+def check_finite(x: Tensor, z: Tensor, path: str, number: int, batch: int) -> None:
+    """Raise ValueError unless the inputs of the site ``path`` are finite in both streams."""
+    if not bool(torch.isfinite(x.sum() + z.sum())):
+        raise ValueError(
+            f"the inputs of {path} in block {number}, batch {batch} of the calibration text, hold NaN or Inf; try --dtype "
+            "float32 or other text"
+        )
 
 
 def checked(moments: Moments, path: str, number: int | str) -> Moments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,8 @@ def _documents(file: Path, tokenizer) -> Iterator[str]:
                     yield _text(_object(line), f"{file}, line {number},", tokenizer)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})") from None
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as reason:
+        raise ValueError(f"{file} is cut off, or not what {file.suffix} says ({reason}); copy it again") from None
     except UnicodeDecodeError as reason:
         raise ValueError(f"{file} is not UTF-8 text ({reason}); convert it, for instance with iconv") from None
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tenfold.models.files import whole_folder
+
 CARD = """---
 library_name: tenfold
 tags: [tenfold, compressed]
@@ -55,9 +57,13 @@ def save_folded(
     Args:
         report: what :func:`tenfold.compress` returned; kept whole in ``tenfold.json``, and in short on the card.
         command: the exact command that made the model.
+
+    Raises:
+        OSError: there is no room; ``folder`` is as it was.
     """
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    save_card(Path(folder), tokenizer, report, command)
+    with whole_folder(folder) as new:
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+        save_card(new, tokenizer, report, command, Path(folder).absolute().name)
 
 
 def save_config(model: PreTrainedModel, folder: Path) -> None:

@@ -1,10 +1,15 @@
-"""Files that another run will read: whole, or not there at all."""
+"""Files that others will read: whole, or not there at all; and those that are not what they should be."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -12,3 +17,42 @@ def write_json(path: Path, value: Any) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=1) + "\n")
     new.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder whose files go to ``folder`` once all are written; weights that were there go.
+
+    Raises:
+        OSError: there is no room, or no right to write there; ``folder`` is as it was.
+    """
+    target = Path(folder).absolute()
+    new = target.with_name(f"{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except SafetensorError as reason:
+        raise OSError(f"{folder} can't be written ({reason}); make room, or write somewhere else") from None
+    else:
+        target.mkdir(exist_ok=True)
+        for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
+            old.unlink()
+        for file in new.iterdir():
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def opened(file: str | Path) -> Iterator[Any]:
+    """A file of safetensors.
+
+    Raises:
+        ValueError: it is cut off, or none.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            yield stored
+    except SafetensorError as reason:
+        raise ValueError(f"{file} is no whole file of safetensors ({reason}); copy it again") from None

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from tenfold.models.files import opened
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
 from tenfold.models.stored import FoldedConfig, describe, folded_config, stored_plan, structures
@@ -72,7 +73,7 @@ def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in files:
         if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     return shapes
 
@@ -102,7 +103,12 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
     """
     if Path(name).exists() or str(name).startswith((".", "/", "~")):
         check_folder(Path(name))
-    model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+    try:
+        model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+    except SafetensorError as reason:
+        raise ValueError(
+            f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
+        ) from None
     missing = sorted(report["missing_keys"])
     same = type(model).__name__ in (model.config.architectures or ())  # another class brings a new head, rightly
     if missing and same and folded_config(model.config) is not None:

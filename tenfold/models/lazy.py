@@ -11,12 +11,12 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.cost import read_config
 from tenfold.models.experts import unpack
+from tenfold.models.files import opened
 from tenfold.models.replace import install_empty
 from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.stored import folded_config, stored_plan
@@ -59,7 +59,7 @@ class Lazy:
         for name in names:
             by_file.setdefault(self.files[name][0], []).append(name)
         for file, inside in by_file.items():
-            with safe_open(file, "pt") as stored:
+            with opened(file) as stored:
                 for name in inside:
                     value = stored.get_tensor(self.files[name][1])
                     kind = dtype if value.is_floating_point() else value.dtype
@@ -73,7 +73,8 @@ def open_lazy(name: str | Path, device: torch.device | str = "cpu", dtype: torch
         name: a folder, or a name on a hub.
         dtype: that of the checkpoint unless given.
     """
-    files, config = weight_files(name), read_config(str(name))
+    config = read_config(str(name))
+    files = weight_files(name)
     if not files:
         return None
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
@@ -111,8 +112,8 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, 
     """Where every tensor of ``model`` is; its name may have or lack the prefix of the base model."""
     stored: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
-            stored |= dict.fromkeys(opened.keys(), file)
+        with opened(file) as inside:
+            stored |= dict.fromkeys(inside.keys(), file)
     found, prefix = {}, f"{model.base_model_prefix}."
     table = ARCHITECTURES.get(model.config.model_type)
     for name in model.state_dict():

@@ -173,7 +173,10 @@ def share_of(model: PreTrainedModel, of: str) -> int:
     positions and types) and its output head.
     """
     if of in ("flops", "bytes"):
-        raise ValueError(f"a budget of {of} needs a calibration text (--calibrate FILE)")
+        raise ValueError(
+            f"a budget of {of} is for rules that a calibration text guides (--calibrate FILE); here take model, without_head or "
+            "blocks"
+        )
     sites, outer = find_sites(model), []
     if of == "without_head" and not is_tied(model):
         outer = [model.get_submodule(site.path) for site in sites if site.role == "head"]

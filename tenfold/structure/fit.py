@@ -36,6 +36,7 @@ def fit(
     tolerance: float = 1e-9,
     starts: int = 1,
     seed: int = 0,
+    log: dict | None = None,
 ) -> Factors:
     """Minimise ``sum_s || R_s (W_s - What_s) L_s ||_F^2``, ``L_s L_s^T = metrics[s]`` and ``R_s^T R_s = row_metrics[s]``.
 
@@ -48,6 +49,8 @@ def fit(
         sweeps: at most this many rounds over all factors.
         tolerance: stop when a round lowers the objective by less than this share of ``||W L||^2``.
         starts: how many random starts are tried where there is no closed form; the best one counts.
+        log: is told ``stopped_by`` (``exact``: no iteration was needed, ``tolerance`` or ``sweeps``), the ``sweeps`` that were
+            run, and the ``objective``.
 
     Returns:
         The factors in float64. With several matrices a factor that is not shared has a leading axis, one slice each.
@@ -60,7 +63,14 @@ def fit(
     norms = _checked_metrics("metric", structure, metrics, len(targets), structure.shape[1])
     rows = _checked_metrics("row metric", structure, row_metrics, len(targets), structure.shape[0])
     if several and not shared:  # nothing in common
-        settings = {"start": start, "sweeps": sweeps, "tolerance": tolerance, "starts": starts, "seed": seed}
+        settings = {
+            "start": start,
+            "sweeps": sweeps,
+            "tolerance": tolerance,
+            "starts": starts,
+            "seed": seed,
+            "log": log,
+        }
         each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
     plain = all(metric is None for metric in (*norms, *rows))
@@ -75,10 +85,18 @@ def fit(
     if not several and start is None:
         start, exact = problem.known()
         if exact and start is not None:
+            _tell(log, 0, "exact", problem.objective(problem.begin(start)))
             return start
     begins = problem.begins(start, max(1, starts), seed)
-    best = min((problem.solve(begin, sweeps, tolerance) for begin in begins), key=problem.objective)
+    found = [problem.solve(begin, sweeps, tolerance) for begin in begins]
+    best, count, reason, error = min(found, key=lambda one: one[3])
+    _tell(log, count, reason, error)
     return {name: value[0] if not several or name in shared else value for name, value in best.items()}
+
+
+def _tell(log: dict | None, sweeps: int, reason: str, objective) -> None:
+    if log is not None:
+        log.update(sweeps=sweeps, stopped_by=reason, objective=float(objective))
 
 
 def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -160,25 +178,33 @@ class Problem:
             total = total + (rest * (weighed if row is None else row @ weighed)).sum()
         return total
 
-    def solve(self, state: Factors, sweeps: int, tolerance: float) -> Factors:
-        """Alternate until a sweep gains less than ``tolerance``; L-BFGS where a system is too large."""
+    def solve(self, state: Factors, sweeps: int, tolerance: float) -> tuple[Factors, int, str, float]:
+        """Alternate until a sweep gains less than ``tolerance``; L-BFGS where a system is too large.
+
+        Returns:
+            The state, the number of sweeps, what ended them, and the objective.
+        """
         blocks = [(place, name) for place in self.places for name in place.diagram.names]
         small = [block for block in blocks if self.unknowns(*block) <= LARGEST_SYSTEM]
         scale = self.objective(
             {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
         )
-        now = self.objective(state)
-        for _ in range(sweeps):
-            before = now
+        first = now = self.objective(state)
+        count, reason = 0, "sweeps"
+        while count < sweeps and reason == "sweeps":
+            before, count = now, count + 1
             for place, name in small:
                 tried = state | {name: self.best(state, place, name)}
                 after = self.objective(tried)
                 if after <= now:
                     state, now = tried, after
             if before - now <= tolerance * scale:
-                break
-        finished = len(small) == len(blocks) and all(row is None for row in self.rows)
-        return state if finished else self.polish(state, sweeps)
+                reason = "tolerance"
+        if not (len(small) == len(blocks) and all(row is None for row in self.rows)):
+            state = self.polish(state, sweeps)
+            now = self.objective(state)
+        assert now <= first * (1 + 1e-9) + 1e-300, "the objective grew"
+        return state, count, reason, float(now)
 
     def unknowns(self, place: Placement, name: str) -> int:
         """The size of one of the linear systems of a factor."""

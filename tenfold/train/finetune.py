@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
+from tenfold.models.files import whole_folder, write_json
 from tenfold.models.hub import check_folder, silent
 from tenfold.train.trainer import Progress, training_arguments, unwrapped
 from tenfold.train.ways import free_head, way_named
@@ -122,10 +122,10 @@ def finetune(
         report["runs"].append(run)
         report |= {"parameters": parameters} | _summary(report["runs"])
         if run["score"] > best:
-            with silent():
-                trained.to(dtype or torch.float32).save_pretrained(output)
-            tokenizer.save_pretrained(output)
-        (Path(output) / "finetune.json").write_text(json.dumps(report, indent=1))
+            with silent(), whole_folder(output) as new:
+                trained.to(dtype or torch.float32).save_pretrained(new)
+                tokenizer.save_pretrained(new)
+        write_json(Path(output) / "finetune.json", report)
     return report
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents
-from tenfold.models.files import write_json
+from tenfold.models.files import whole_folder, write_json
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.ranks import state
@@ -215,10 +215,10 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
     if guided is not None:
         guided.remove()
         state = {key: value for key, value in state.items() if key in model.state_dict()}
-    with silent():
-        model.to(dtype).save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(report, indent=1))
+    with silent(), whole_folder(folder) as new:
+        model.to(dtype).save_pretrained(new, state_dict=state)
+        tokenizer.save_pretrained(new)
+        (new / "training.json").write_text(json.dumps(report, indent=1))
 
 
 def _resumed(folder: Path) -> str | None:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.models.cost import read_config
+from tenfold.models.files import opened
 from tenfold.models.lazy import weight_files
 from tenfold.models.named import load_model, load_tokenizer
 from tenfold.models.reading import reads_streams
@@ -126,9 +126,9 @@ def weights_digest(teacher: Teacher) -> str:
 
 def _stored(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - a handle, not a mapping
-                yield opened.get_tensor(name)
+        with opened(file) as stored:
+            for name in stored.keys():  # noqa: SIM118 - a handle, not a mapping
+                yield stored.get_tensor(name)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

@@ -57,7 +57,7 @@ def test_it_is_as_near_as_the_alternating_fit(structure, shared):
     assert {name: tuple(value.shape) for name, value in sets[0].items()} == structure.factor_shapes()
     problem = Problem(structure, targets, [None] * 4, [None] * 4, (shared,))
     (begin,) = problem.begins(None, 1, 0)
-    general = problem.solve(begin, 40, 1e-4)
+    general = problem.solve(begin, 40, 1e-4)[0]
     assert lost(structure, targets, sets) <= float(problem.objective(general)) * 1.1  # both end in local minima
 
 
