@@ -35,8 +35,9 @@ from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, share_of
 
 BASELINES = [
-    "svd-llm", "svd-llm-update", "modegpt", "modegpt-uniform", "slicegpt", "joint-svd-llm", "procrustesgpt", "svd", "asvd",
-    "fwsvd", "joint-svd", "van-loan", "krony-van-loan", "krony-prune", "tqcompressor-keep", "drop-layers",
+    "svd-llm", "svd-llm-update", "modegpt", "modegpt-uniform", "slicegpt", "joint-svd-llm", "procrustesgpt",
+    "procrustesgpt-kronecker", "svd", "asvd", "fwsvd", "joint-svd", "van-loan", "krony-van-loan", "krony-prune",
+    "tqcompressor-keep", "drop-layers",
 ]  # fmt: skip
 KINDS = ("encyclopedic", "books", "dialogue")
 SCORED = 40_000  # tokens of each kind of text

@@ -29,7 +29,7 @@ from tenfold.models.card import save_card, save_config
 from tenfold.models.files import opened, write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy
-from tenfold.models.ranks import is_first, state, wait
+from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
 
@@ -78,29 +78,31 @@ def compress_checkpoint(
         )
     tokenizer = api.load_tokenizer(name)
     text = api.read_calibration(lazy.model, tokenizer, files, loaded, samples)
-    with state().main_process_first():
-        folder = _partial(output, _fingerprint(lazy, loaded, text), overwrite)
+    folder = _partial(output, _fingerprint(lazy, loaded, text), overwrite)
     blocks = list(blocks_of(find_sites(lazy.model)))
     journal = Journal(folder, len(blocks))
     lazy.load_outside(blocks)
     weights = Streamed(lazy, blocks, lambda number, path: journal.keep(lazy.model, number, path, lazy.dtype))
     model, report = api.compress(lazy.model, loaded, "weights", progress, text, announce, weights, journal)
     wait()  # until no one has anything in the folder any more
-    if not is_first():
-        return report
-    inside = tuple(f"{path}." for path in blocks)
-    ties = model.all_tied_weights_keys
-    outer = {
+    if is_first():
+        made = _assemble(journal, _outside(model, blocks), max_shard_size)
+        model.config.dtype = lazy.dtype
+        save_config(model, made)
+        save_card(made, tokenizer, report, command, output.name)
+        _move(made, folder, output)
+    wait()
+    return report
+
+
+def _outside(model, blocks: list[str]) -> dict[str, Tensor]:
+    """What is to be saved of what lies in none of the ``blocks``."""
+    inside, ties = tuple(f"{path}." for path in blocks), model.all_tied_weights_keys
+    return {
         key: value.contiguous().clone()
         for key, value in model.state_dict().items()
         if not key.startswith(inside) and key not in ties
     }
-    made = _assemble(journal, outer, max_shard_size)
-    model.config.dtype = lazy.dtype
-    save_config(model, made)
-    save_card(made, tokenizer, report, command, output.name)
-    _move(made, folder, output)
-    return report
 
 
 def _at_once(
@@ -112,6 +114,7 @@ def _at_once(
     model, report = api.compress(model, recipe, "weights", progress, text, announce)
     if is_first():
         api.save(model, output, tokenizer, report, command, max_shard_size)
+    wait()
     return report
 
 
@@ -157,8 +160,7 @@ def compress_in_stages(
             raise ValueError(f"stage {number} of recipe {loaded.name} goes by activations: give --calibrate FILE")
     stated = [[str(file), Path(file).stat().st_size] for file in (*files, *healing) if Path(file).is_file()]
     same = {"tenfold": version("tenfold"), "model": str(name), "recipe": loaded.model_dump(mode="json"), "text": stated}
-    with state().main_process_first():
-        folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
+    folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
     teacher, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
     before, reports, report = api.price(teacher), [], {}
@@ -185,13 +187,10 @@ def compress_in_stages(
         "flops_per_token_dense": before["flops_per_token"],
     }
     report |= {"recipe": loaded.model_dump(exclude_defaults=True), "stages": reports}
-    if not is_first():
-        return report
-    save_card(done, tokenizer, report, command, output.name)
-    if output.exists():
-        shutil.rmtree(output)
-    done.rename(output)
-    shutil.rmtree(folder)
+    if is_first():
+        save_card(done, tokenizer, report, command, output.name)
+        _move(done, folder, output)
+    wait()
     return report
 
 
@@ -221,21 +220,19 @@ def heal_checkpoint(
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
     same = {"model": str(name), "teacher": str(teacher), "heal": settings.model_dump(mode="json"), "text": stated}
     same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
-    with state().main_process_first():
-        folder = _partial(output, same, overwrite)
+    folder = _partial(output, same, overwrite)
     report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
-    if not is_first():
-        return report
-    known = Path(name) / "tenfold.json"
-    before = json.loads(known.read_text()) if known.is_file() else {}
-    new = folder / output.name
-    shutil.rmtree(new, ignore_errors=True)
-    told = f"{before.get('command', '')}\n{command}".strip()
-    api.save(model.to(usual), new, tokenizer, before | {"heal": report}, told)
-    if output.exists():
-        shutil.rmtree(output)
-    new.rename(output)
-    shutil.rmtree(folder)
+    if is_first():
+        known = Path(name) / "tenfold.json"
+        before = json.loads(known.read_text()) if known.is_file() else {}
+        new = folder / output.name
+        told = f"{before.get('command', '')}\n{command}".strip()
+        api.save(model.to(usual), new, tokenizer, before | {"heal": report}, told)
+        for left in ("log.jsonl", "runs"):  # what was told on the way, for people and for TensorBoard
+            if (folder / "checkpoints" / left).exists():
+                (folder / "checkpoints" / left).rename(new / left)
+        _move(new, folder, output)
+    wait()
     return report
 
 
@@ -256,18 +253,20 @@ def _fingerprint(lazy: Lazy, recipe: Recipe, text: Calibration) -> dict[str, Any
 
 
 def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Path:
-    """The folder of an unfinished run: this very one's, or a new one."""
+    """The folder of an unfinished run: this very one's, or a new one, which the first process makes."""
     folder = output.with_name(f"{output.name}.partial")
-    state = folder / "unfinished" / "run.json"
-    if folder.exists() and not (state.is_file() and json.loads(state.read_text()) == fingerprint):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} holds what another run (other model, recipe or text) has finished; repeat that one's command, "
-                "delete the folder, or add --overwrite"
-            )
-        shutil.rmtree(folder)
-    state.parent.mkdir(parents=True, exist_ok=True)
-    write_json(state, fingerprint)
+    known = folder / "unfinished" / "run.json"
+    if is_first():
+        if folder.exists() and not (known.is_file() and json.loads(known.read_text()) == fingerprint):
+            if not overwrite:
+                raise FileExistsError(
+                    f"{folder} holds what another run (other model, recipe or text) has finished; repeat that one's command, "
+                    "delete the folder, or add --overwrite"
+                )
+            shutil.rmtree(folder)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, fingerprint)
+    wait()
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -102,6 +103,63 @@ def test_an_interrupted_run_goes_on(dense, tmp_path, monkeypatch):
     assert done == [1]  # the first block was not compressed again
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_full_disk_at_the_end_loses_no_block(dense, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise run.SafetensorError("No space left on device")
+
+    go(dense, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_torch_state_dict", full)
+        with pytest.raises(OSError, match=r"can't be written .*make room"):
+            go(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Journal, "keep", lambda *rest: pytest.fail("a block was compressed again"))
+    go(dense, tmp_path / "out", max_shard_size="30KB")
+    whole, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert whole.keys() == out.keys() and all(torch.equal(whole[key], out[key]) for key in whole)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(dense, tmp_path, monkeypatch):
+    model, tokenizer = api.load(dense, "cpu")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "model.safetensors").write_text("before")
+    save = type(model).save_pretrained
+
+    def full(self, folder, **keywords):
+        save(self, folder, **keywords)
+        raise run.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", full)
+        for name in ("old", "new"):
+            with pytest.raises(OSError, match=f"{name} can't be written .*make room"):
+                api.save(model, tmp_path / name, tokenizer)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old", "model.safetensors"]
+    assert (tmp_path / "old" / "model.safetensors").read_text() == "before"
+    api.save(model, tmp_path / "old", tokenizer)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "old").num_parameters() == model.num_parameters()
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_no_room_for_hidden_states(dense, tmp_path, monkeypatch):
+    def full(file, value):
+        raise OSError("8192 requested and 468 written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(OSError, match=r"\.npy can't be written .*make room for the hidden states"):
+            go(dense, tmp_path / "out")
+    go(dense, tmp_path / "out")
+
+
+def test_a_share_of_what_the_recipe_says():
+    assert (
+        api.with_keep("svd-llm", 0.7).budget.of == "blocks" and api.with_keep("recommended", 0.7).budget.of == "model"
+    )
+    assert api.with_keep("svd-llm", 0.7, "without_head").budget.of == "without_head"
 
 
 def test_another_run_does_not_take_over(dense, tmp_path, monkeypatch):

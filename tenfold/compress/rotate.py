@@ -36,11 +36,11 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     free = free_symmetries(model)
     if not free["residual"].startswith("rotation"):
         raise ValueError(f"the residual stream of this {model.config.model_type} can't be rotated: {free['because']}")
-    fuse_norms(model, untie=True)
     found = {site.path: structure_of(model, recipe, site) for site in find_sites(model) if site.layer is not None}
     structures = {path: structure for path, structure in found.items() if structure is not None}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
+    fuse_norms(model, untie=True)
     parts = stream_parts(model, structures)
     turn, losses = best_rotation(parts, layer_norm=free["residual"] != "rotation", rounds=ROUNDS, sweeps=3)
     rotate_residual(model, turn, untie=True)

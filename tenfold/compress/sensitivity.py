@@ -154,6 +154,10 @@ def _gradient(out, kept: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
         by[kept] = torch.randn((int(kept.sum()), states.shape[-1]), generator=generator).to(states)
         return states, by
     by = logits.detach().float().softmax(-1)
+    if not bool(torch.isfinite(by).all()):
+        raise ValueError(
+            "the logits of the original model hold NaN or Inf; mend the weights of its head, or try --dtype float32"
+        )
     for some in kept.nonzero().split(AT_ONCE):  # drawing takes three times the memory of what it draws from
         rows = tuple(some.to(by.device).T)
         drawn = torch.multinomial(by[rows].cpu(), 1, generator=generator)[:, 0]

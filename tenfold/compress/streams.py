@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tenfold.compress.calibration import Batch
 from tenfold.compress.shelf import Shelf
+from tenfold.models.experts import expert_of
 from tenfold.models.ranks import total, total_number
 from tenfold.models.sites import Site, base_model
 
@@ -188,7 +189,10 @@ class Streams:
         return like_others([checked(one, path, number) for one, path in zip(found, paths, strict=True)])
 
     def stages(self, number: int, paths: list[str]) -> list[list[str]]:
-        """``paths`` inside block ``number`` in the order in which they run, those with one input together."""
+        """``paths`` inside block ``number`` in the order in which they run, those with one input together.
+
+        Experts come last, in an order that does not depend on which of them the tokens are sent to.
+        """
         seen: list[tuple[Tensor, str]] = []  # the tensors too, so that no address is used twice
         block = self.blocks[number]
         with ExitStack() as hooks, torch.no_grad():
@@ -201,8 +205,8 @@ class Streams:
         stages: dict[int, list[str]] = {}
         for states, path in seen:
             stages.setdefault(id(states), []).append(path)
-        found = list(stages.values())
-        return found + unseen_experts([path for path in paths if not any(path in stage for stage in found)])
+        found = [stage for stage in stages.values() if expert_of(stage[0]) is None]
+        return found + experts_stages([path for path in paths if expert_of(path) is not None])
 
 
 def adding(sums: dict[str, Sums], model: nn.Module, path: str, kept: Tensor):
@@ -221,8 +225,8 @@ def kept_here(model: nn.Module, path: str, kept: Tensor) -> Tensor:
     return kept if rows is None else kept[rows.cpu()]
 
 
-def unseen_experts(paths: list[str]) -> list[list[str]]:
-    """The stages of sites that have not run: experts that no token was sent to."""
+def experts_stages(paths: list[str]) -> list[list[str]]:
+    """The stages of the sites of experts: what reads the expert's tokens, then what reads their hidden units."""
     stages: dict[str, list[str]] = {}
     for path in paths:
         expert, _, part = path.rpartition(".")

@@ -6,6 +6,7 @@ does anything.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,11 +15,12 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # that the others wait while one of them reads and tokenises a large text
 
 
 def state() -> PartialState:
     """Which process this is; several on a machine without an accelerator speak over gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def processes() -> int:

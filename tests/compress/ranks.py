@@ -24,6 +24,7 @@ CASES = {
                         "budget": {"keep": 0.8, "of": "blocks"}}),
     "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"refine": 5}}),
     "experts": ("mixtral", {"replace": [{"role": MLP, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
+    "few": ("mixtral", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.7}]}),  # tokens, so that experts go without
     "blind": ("llama", {"replace": [{"role": ROLES, "structure": LOW, "keep": 0.5}]}),
 }  # fmt: skip
 
@@ -33,7 +34,8 @@ def compressed(case: str) -> dict[str, torch.Tensor]:
     kind, recipe = CASES[case]
     torch.manual_seed(0)
     model = small.model() if kind == "gpt2" else toys.build(kind)
-    tokens = torch.randint(3, model.get_input_embeddings().weight.shape[0], (12, 16))
+    shape = (12, 2 if case == "few" else 16)
+    tokens = torch.randint(3, model.get_input_embeddings().weight.shape[0], shape)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(2)]
     text = None if case == "blind" else Calibration(batches, {})
     return tenfold.compress(model, {"name": case} | recipe, text=text)[0].state_dict()

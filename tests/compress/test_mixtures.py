@@ -259,3 +259,16 @@ def test_all_experts_are_read_by_one_pass_each(monkeypatch):
     rule = {"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {"kind": "low_rank", "rank": 8}}
     compressed(toys.build("mixtral"), [rule], None)
     assert len(calls) == 2 * 2  # in two blocks
+
+
+def test_the_order_of_experts_does_not_depend_on_where_tokens_are_sent():
+    model = toys.build("mixtral")
+    unpack(model)
+    sites, found = blocks_of(find_sites(model)), []
+    path = next(iter(sites))
+    for token in range(6):
+        one = torch.full((1, 1), 3 + token)  # for two of four experts
+        streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": torch.ones_like(one)}])
+        found.append(stages_of(path, sites[path], streams, 0))
+    assert all(stages == found[0] for stages in found)
+    assert sorted(p for stage in found[0] for p in stage) == sorted(site.path for site in sites[path])

@@ -1,7 +1,9 @@
 """What goes wrong is one sentence that says what to do, and leaves the model as it was."""
 
 import copy
+import lzma
 import re
+import shutil
 import sys
 
 import pytest
@@ -9,10 +11,12 @@ import small
 import torch
 from models import toys
 from plain import text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
 from tenfold.compress.compress import compress
+from tenfold.models.recipe import load_recipe
+from tenfold.train.tokens import write_tokens
 
 WORDS = text(8)
 NARROW = [{"narrow": "mlp"}, {"narrow": "attention"}]
@@ -53,6 +57,21 @@ WRONG = {
         },
         WORDS,
         "mlp.c_fc (128x32): outs (2,) and ins (2,)",
+    ),
+    "a budget that changes nothing": (
+        {"name": "x", "replace": [{"role": "mlp.in", **FOUR}], **HALF},
+        WORDS,
+        "every rule of recipe x has a size of its own, so that keep 0.5 changes nothing",
+    ),
+    "FLOPs of a whole change": (
+        {"first": "drop-layers", "budget": {"keep": 0.5, "of": "flops"}},
+        WORDS,
+        "take model, without_head or blocks",
+    ),
+    "too little to rotate towards": (
+        {"first": "rotate", "replace": [{"role": "mlp.in", **LOW_RANK}], "budget": {"keep": 0.1, "of": "model"}},
+        WORDS,
+        "leaves nothing of the matrices that are folded; keep more than 0.",
     ),
     "half an attention": ({"replace": [{"role": "attn.qkv", **FOUR}, NARROW[1]], **HALF}, WORDS, "attn"),
 }
@@ -95,6 +114,61 @@ def test_activations_that_are_no_numbers_name_their_place(outputs, value):
     assert "mlp.c_proj in block 1, batch 0 of the calibration text, hold NaN or Inf" in said
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_batch_that_the_survey_does_not_read_is_named_too(refit):
+    model, words = toys.build("llama"), copy.deepcopy(WORDS)
+    words.batches[2]["input_ids"][0, 0] = 95
+    model.model.embed_tokens.weight.data[95] = float("inf")
+    recipe = {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"survey": 32, "refit": refit}}
+    assert re.search(r"in block 0, batch 2 of the calibration text, hold NaN or Inf", refused(model, recipe, words))
+
+
+def test_logits_that_are_no_numbers():
+    model = toys.build("llama")
+    model.lm_head.weight.data[9] = float("nan")
+    assert "the logits of the original model hold NaN or Inf" in refused(model, {"replace": NARROW, **HALF})
+
+
+@pytest.mark.parametrize("recipe", ["drop-layers", "slicegpt"])
+def test_weights_that_are_no_numbers_are_named_before_the_model_is_changed(recipe):
+    model = toys.build("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or Inf" in refused(model, load_recipe(recipe))
+
+
+def test_no_token_is_left():
+    recipe = {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"skip_first": 50}}
+    assert "skip_first 50 leaves no token" in refused(toys.build("gpt2"), recipe)
+
+
+def test_losses_have_a_unit_and_what_a_rule_settles_has_none():
+    def told(model, *rules, **calibrate):
+        choices: list[dict] = []
+        budget = {} if rules == (SETTLED,) else HALF
+        recipe = {"replace": list(rules), "calibrate": calibrate} | budget
+        compress(model, recipe, text=WORDS, announce=choices.extend)
+        return {(choice["unit"], choice["loss"] is None) for choice in choices}
+
+    open_rule = {"role": "mlp.out", **LOW_RANK}
+    SETTLED = {"role": "mlp.in", **FOUR}
+    nats, squares = "nats a token", "weighted squared error"
+    assert told(toys.build("gpt2"), SETTLED, open_rule) == {(nats, True), (nats, False)}
+    assert told(toys.build("gpt2"), SETTLED) == {(nats, True)}
+    assert told(toys.build("gpt2"), open_rule, outputs="none") == {(squares, False)}
+    assert told(toys.build("gpt2").transformer, open_rule) == {(squares, False)}
+
+
+def test_it_is_told_how_fits_ended():
+    rule = {"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [4, 4], "terms": 2}}
+    for options, ended in (({"sweeps": 2, "tolerance": 0.0}, ("sweeps", 2)), ({"tolerance": 1.0}, ("tolerance", 1))):
+        recipe = {"replace": [rule | {"start": {"options": options}}], "calibrate": {"outputs": "none"}}
+        _, report = compress(toys.build("gpt2"), recipe, text=WORDS)
+        fits = report["fits"]
+        assert len(fits) == 2 and all((fit["stopped_by"], fit["sweeps"]) == ended for fit in fits.values())
+    _, report = compress(toys.build("gpt2"), {"replace": [{"role": "mlp.in", **FOUR}]}, text=WORDS)
+    assert {fit["stopped_by"] for fit in report["fits"].values()} == {"exact"}
+
+
 @pytest.mark.parametrize("allocate", ["sensitivity", "uniform", "influence"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_shares_keep_the_budget(name, allocate):
@@ -121,6 +195,11 @@ def test_shares_keep_the_budget_where_the_last_item_is_fixed(allocate):
 def dense(tmp_path_factory):
     folder = small.folder(tmp_path_factory.mktemp("dense"))
     (folder / "short.txt").write_text("the old house")
+    (folder / "cut.txt.xz").write_bytes(lzma.compress(b"the old house " * 999)[:-20])
+    write_tokens(folder / "tokens", [folder / "text.txt"], AutoTokenizer.from_pretrained(folder))
+    shutil.copytree(folder, folder / "cut", ignore=shutil.ignore_patterns("cut", "tokens"))
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     broken = AutoModelForCausalLM.from_pretrained(folder)
     broken.transformer.h[1].mlp.c_fc.bias.data[3] = float("nan")
     broken.save_pretrained(folder / "broken")
@@ -160,6 +239,14 @@ REFUSED = {
     "too little text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/short.txt"), "fewer than one window"),
     "no text": (("{dense}", "--recipe", "recommended"), "--calibrate FILE"),
     "keep alone": (("{dense}", "--keep", "0.8"), "with --calibrate TEXT"),
+    "no samples": (("{dense}", "--keep", "0.8", *TEXT[:2], "--samples", "0"), "0 samples in batches of None"),
+    "no such share": (("{dense}", "--keep", "0.8", "--of", "head", *TEXT), "budget.of: Input should be 'model'"),
+    "tokens": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/tokens"), "holds tokens for pre-training"),
+    "cut text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/cut.txt.xz"), "is cut off, or not what .xz says"),
+    "cut weights": (("{dense}/cut", "--keep", "0.8", *TEXT), "is no whole file of safetensors"),
+    "no model": (("{dense}/none/there", "--keep", "0.8", *TEXT), "there is no model"),
+    "roles of nothing": (("{dense}", "--keep", "0.8", "--roles", "mlp.in", *TEXT), "--roles changes nothing here"),
+    "healing of nothing": (("{dense}", "--keep", "0.8", "--heal", "x", *TEXT), "--heal changes nothing here"),
     "too small": (("{dense}", "--keep", "0.01", *TEXT), "the smallest that these rules reach is"),
     "broken weights": (
         ("{dense}/broken", "--keep", "0.8", *TEXT),

@@ -37,6 +37,15 @@ def test_a_line_without_text(tmp_path):
         list(documents([tmp_path / "a.jsonl"]))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.gz"])
+@pytest.mark.parametrize("cut", [slice(-9), slice(40, None)])
+def test_a_damaged_file(tmp_path, name, cut):
+    pack = lzma.compress if name.endswith("xz") else gzip.compress
+    (tmp_path / name).write_bytes(pack(b'{"text": "one two"}\n' * 99)[cut])
+    with pytest.raises(ValueError, match=f"{name} is cut off, or not what"):
+        list(documents([tmp_path / name]))
+
+
 def test_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):

@@ -30,7 +30,11 @@ from tenfold.structure.kronecker import rearrange
 LOW_RANK = ["svd", "asvd", "svd-llm", "svd-llm-update", "fwsvd", "joint-svd", "joint-svd-llm"]
 KRONECKER = ["van-loan", "krony-van-loan", "tqcompressor-keep"]
 SHARED_OUT = [*LOW_RANK, *KRONECKER, "modegpt", "modegpt-uniform"]
-STEPS = dict.fromkeys(KRONECKER, 0.03) | {"slicegpt": 0.04, "procrustesgpt": 0.04}  # of one item of a toy
+STEPS = dict.fromkeys(KRONECKER, 0.03) | {
+    "slicegpt": 0.04,
+    "procrustesgpt": 0.04,
+    "procrustesgpt-kronecker": 0.04,
+}  # of one item of a toy
 toys = pytest.mark.parametrize("toy", ["gpt2", "llama"])
 
 
@@ -84,7 +88,7 @@ def ranked(before, after):
 # budgets ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SHARED_OUT, "slicegpt", "procrustesgpt"])
+@pytest.mark.parametrize("name", [*SHARED_OUT, "slicegpt", "procrustesgpt", "procrustesgpt-kronecker"])
 @toys
 def test_all_get_the_same_budget(toy, name):
     """At most the share of the blocks, and less by no more than one step of one item."""
@@ -95,7 +99,7 @@ def test_all_get_the_same_budget(toy, name):
 
 @pytest.mark.parametrize(
     "toy, name",
-    [("llama", name) for name in (*SHARED_OUT, "drop-layers", "procrustesgpt")]
+    [("llama", name) for name in (*SHARED_OUT, "drop-layers", "procrustesgpt", "procrustesgpt-kronecker")]
     + [(toy, "slicegpt") for toy in ("llama", "gpt2", "llama-tied")],
 )
 def test_result_is_a_checkpoint(toy, name, tmp_path):
@@ -103,6 +107,15 @@ def test_result_is_a_checkpoint(toy, name, tmp_path):
     save_folded(after, tmp_path / "folded")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
     torch.testing.assert_close(logits(again), logits(after), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["model", "without_head", "blocks"])
+@pytest.mark.parametrize("toy", ["llama", "gpt2", "llama-tied"])
+def test_slicing_keeps_its_budget_whatever_it_is_a_share_of(toy, of):
+    model = build(toy)
+    before = share_of(model, of)
+    after = compress(model, at("slicegpt", 0.8, of), text=text())[0]
+    assert 0.7 * before < share_of(after, of) <= 0.8 * before
 
 
 # low rank ---------------------------------------------------------------------------------------------------------------
@@ -413,10 +426,11 @@ def test_influence_is_what_hidden_states_say():
     assert found["model.layers.0"] == pytest.approx(float((1 - cosine).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["procrustesgpt", "procrustesgpt-kronecker"])
 @toys
-def test_rotating_towards_a_structure_only_helps_and_changes_nothing(toy):
+def test_rotating_towards_a_structure_only_helps_and_changes_nothing(toy, name):
     model = build(toy)
-    recipe = at("procrustesgpt")
+    recipe = at(name)
     before = logits(model)
     errors = rotate_stream(model, recipe, text())["errors"]
     assert all(two <= one + 1e-9 for one, two in pairwise(errors)) and errors[-1] < 0.95
