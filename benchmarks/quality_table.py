@@ -11,6 +11,10 @@ What every method leaves of a model when nothing is trained after it, at the sam
 calibration text. Written by `python benchmarks/quality.py --table` from the files in `results/quality/`, each of which has
 the whole recipe, the protocol and the versions, and from those that `fits.py`, `variants.py` and `healed.py` beside it write.
 What the baselines are, and where they depart from their papers, is in [recipes.md](recipes.md#baselines).
+
+The causal models are small: what two processor cores train in an hour or two (`demo`: a GPT-2 shape, 5.9 million parameters;
+`second-model`: `benchmarks/second_model.yaml`, a Llama shape, 7.8 million). The encoder is a pre-trained BERT of 22 million
+(all-MiniLM-L6-v2). No model of GPT-2's size was at hand where this was measured.
 """
 
 

@@ -15,6 +15,7 @@ from quality import Causal, counted
 from study import arguments, results
 
 from tenfold import api
+from tenfold.models.recipe import load_recipe
 
 VARIANTS = {
     "recommended": {},
@@ -26,11 +27,17 @@ VARIANTS = {
     "without refit": {"refit": False},
     "without a metric of the outputs": {"outputs": "none"},
 }
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
+INSTEAD = {
+    "low rank or Kronecker sums, chosen per site": [
+        {"role": ROLES, "structure": [{"kind": "low_rank"}, {"kind": "kronecker"}]}
+    ]
+}
 
 
 def main() -> None:
     parser = arguments(__doc__, [0.8, 0.65, 0.5])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *INSTEAD])
     parser.add_argument("--samples", type=int, default=192, help="calibration windows")
     given = parser.parse_args()
     file, result = results("variants", given)
@@ -45,13 +52,14 @@ def main() -> None:
                 if (name, keep) in done:
                     continue
                 recipe, begun = work.recipe("recommended", keep), time.perf_counter()
-                changed = recipe.calibrate.model_copy(update=VARIANTS[name])
-                recipe = recipe.model_copy(update={"calibrate": changed})
+                changed = recipe.calibrate.model_copy(update=VARIANTS.get(name, {}))
+                rules = load_recipe({"replace": INSTEAD[name]}).replace if name in INSTEAD else recipe.replace
+                recipe = recipe.model_copy(update={"calibrate": changed, "replace": rules})
                 model, _ = api.compress(copy.deepcopy(work.model), recipe, text=work.calibration)
                 run = {
                     "variant": name,
                     "keep": keep,
-                    "calibrate": VARIANTS[name],
+                    "calibrate": VARIANTS.get(name, {}),
                     "kept": counted(model)["blocks"] / blocks,
                 }
                 run |= {"seconds": round(time.perf_counter() - begun, 1), "scores": work.score(model)}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.layers import drop_layers
+from tenfold.compress.order import order_units
 from tenfold.compress.rotate import rotate_stream
 from tenfold.compress.slice import slice_stream
 from tenfold.models.recipe import Recipe
@@ -20,4 +21,5 @@ FIRST: dict[str, Callable[[PreTrainedModel, Recipe, Calibration], dict[str, Any]
     "drop-layers": drop_layers,
     "slice": slice_stream,
     "rotate": rotate_stream,
+    "order": order_units,
 }

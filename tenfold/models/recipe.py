@@ -190,7 +190,7 @@ class Recipe(Strict):
     source: str = ""
     note: str = ""
     on: str | None = None
-    first: Literal["drop-layers", "slice", "rotate"] | None = None
+    first: Literal["drop-layers", "slice", "rotate", "order"] | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
     budget: Budget | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,14 +49,18 @@ def permute_hidden(model: PreTrainedModel, orders: Mapping[Where, Tensor | Seque
     return model
 
 
-def hidden_weights(model: PreTrainedModel, where: Where) -> list[Tensor]:
-    """Every matrix of an MLP with its hidden units as rows ``(units, width)``, float64: in, gate, and out transposed.
+def hidden_weights(
+    model: PreTrainedModel, where: Where, which: Callable[[Site], bool] = lambda site: True
+) -> list[Tensor]:
+    """Every matrix of an MLP, or ``which`` of them, with its hidden units as rows ``(units, width)``.
+
+    In, gate, and out transposed, in float64.
 
     Raises:
         ValueError: no MLP or several are meant.
     """
     sites, found = _chosen(groups_of(model, "mlp."), where, "MLP"), []
-    for site in sites:
+    for site in filter(which, sites):
         matrix = weight_of(model.get_submodule(site.path)).detach().double()
         found += [matrix.T] if site.role == "mlp.out" else matrix.split(_units(sites))
     return found

@@ -19,12 +19,16 @@ from tenfold.compress.journal import Journal
 from tenfold.compress.layers import influences
 from tenfold.compress.layerwise import plan_work
 from tenfold.compress.modegpt import leverage
+from tenfold.compress.order import order_units
 from tenfold.compress.rotate import rotate_stream
 from tenfold.compress.slice import slice_stream, slice_to, stream_moment
 from tenfold.compress.units import NarrowMlp
 from tenfold.models.card import save_folded
 from tenfold.models.recipe import Budget, load_recipe
+from tenfold.models.replace import set_matrix
 from tenfold.models.sites import find_sites, share_of, weight_of
+from tenfold.models.symmetry import groups_of
+from tenfold.structure import Structure
 from tenfold.structure.kronecker import rearrange
 
 LOW_RANK = ["svd", "asvd", "svd-llm", "svd-llm-update", "fwsvd", "joint-svd", "joint-svd-llm"]
@@ -424,6 +428,38 @@ def test_influence_is_what_hidden_states_say():
             pairs.append((states[0], states[1]))
     cosine = torch.cat([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs])
     assert found["model.layers.0"] == pytest.approx(float((1 - cosine).mean()), rel=1e-4)
+
+
+@toys
+def test_hidden_units_are_ordered_for_the_structure_and_nothing_changes(toy):
+    """Units that were shuffled: the fit gets better, and the order alone leaves the function as it is."""
+    model, spec = build(toy), {"kind": "kronecker", "inner": [4, 4], "terms": 1}
+    recipe, mlps = load_recipe({"replace": [{"role": ["mlp.in", "mlp.gate"], "structure": spec}], "first": "order"}), {}
+    for path, sites in groups_of(model, "mlp.").items():
+        mlps[path] = [
+            (model.get_submodule(s.path), Structure.for_shape(*s.shape, spec)) for s in sites if s.role != "mlp.out"
+        ]
+
+    @torch.no_grad()
+    def nearest(module, structure):
+        return structure.dense(structure.closed_form(weight_of(module)))
+
+    def lost() -> float:
+        pairs = [pair for pairs in mlps.values() for pair in pairs]
+        return sum(
+            float((weight_of(module) - nearest(module, structure)).square().sum()) for module, structure in pairs
+        )
+
+    for pairs in mlps.values():
+        order = torch.randperm(pairs[0][1].shape[0], generator=torch.Generator().manual_seed(3))
+        for module, structure in pairs:
+            set_matrix(module, nearest(module, structure)[order], None)
+    before, shuffled = logits(model), lost()
+    report = order_units(model, recipe, text())
+    assert report["ordered"] == list(mlps) and lost() < 0.5 * shuffled
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"no rule of recipe .* has a structure for an MLP"):
+        order_units(model, load_recipe({"replace": [{"role": "attn.out", "structure": {"kind": "low_rank"}}]}), text())
 
 
 @pytest.mark.parametrize("name", ["procrustesgpt", "procrustesgpt-kronecker"])
