@@ -9,9 +9,14 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tenfold.models.cost import inspect, meta_model, plan_of
+from tenfold.models.plan import make_plan
 from tenfold.models.recipe import load_recipe, recipe_names
+from tenfold.models.replace import install_empty
+from tenfold.models.sites import share_of
 from tenfold.models.starts import STARTS
 
 # ---------------------------------------------------------------------------------------------- arithmetic
@@ -318,6 +323,17 @@ def test_recipe_loads_plans_and_prices(name):
     for path, entry in plan.entries.items():
         assert entry.start.fit in STARTS and kinds[path] == entry.structure.kind
     assert set(plan.entries) == {path for path, kind in kinds.items() if kind != "dense"} - {"lm_head"}  # may be tied
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain-")])
+def test_recipes_that_pretrain_bring_a_model_that_they_suit(name):
+    recipe, kept = load_recipe(name), {"btt": 0.234, "monarch": 0.6, "guided": 0.547, "cola": 0.395}
+    assert recipe.source and recipe.note and recipe.train.held_out and recipe.tokenizer
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
+    before = share_of(model, "blocks")
+    install_empty(model, make_plan(model, recipe))
+    assert share_of(model, "blocks") / before == pytest.approx(kept[name.removeprefix("pretrain-")], abs=0.01)
 
 
 def test_result_is_json_with_the_promised_keys():
