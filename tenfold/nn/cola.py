@@ -113,9 +113,11 @@ class Cola:
             if name not in factors or tuple(factors[name].shape) != shape:
                 raise ValueError(f"factor {name!r} of {self} has to be given with shape {shape}")
 
-    def _apply(self, factors: Factors, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
+    def _apply(
+        self, factors: Factors, x: Float[Tensor, "*rows inner"], bias: Float[Tensor, "out"] | None = None
+    ) -> Float[Tensor, "*rows out"]:
         hidden = ACTIVATIONS[self.activation](functional.linear(x, factors["down"]))
-        return functional.linear(hidden, factors["up"])
+        return functional.linear(hidden, factors["up"], bias)
 
     def dense(self, factors: Factors | None = None) -> NoReturn:
         """Refused: there is none.

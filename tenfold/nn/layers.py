@@ -135,8 +135,7 @@ class FactorizedLinear(_Factorized):
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
-        y = self.structure._apply(self.factors(), x)
-        return y if self.bias is None else y + self.bias
+        return self.structure._apply(self.factors(), x, self.bias)
 
 
 class FactorizedEmbedding(_Factorized):

@@ -179,11 +179,14 @@ class Structure(ABC):
             raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {self.shape[1]}")
         return self._apply(factors, x)
 
-    def _apply(self, factors: Factors, x: Tensor) -> Tensor:
+    def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out, inner = self.shape
-        flat = x.reshape(-1, inner)
-        parts = [place.apply(factors, flat) for place in self._placements]
-        return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
+        flat, places = x.reshape(-1, inner), self._placements
+        if len(places) == 1 and not places[0].rows:
+            return places[0].apply(factors, flat, bias).reshape(*x.shape[:-1], out)
+        parts = [place.apply(factors, flat) for place in places]
+        y = sum(parts[1:], parts[0])
+        return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], out)
 
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """``W[index] (..., in)``, without ``W``."""

@@ -190,14 +190,17 @@ def lookup_flops(diagram: Diagram, rows: int) -> int:
     return plan_of(tuple(inputs), (ROWS, *diagram.ins), (*diagram.sizes, (ROWS, rows))).flops
 
 
-def apply(diagram: Diagram, factors: list[Tensor], x: Float[Tensor, "n inner"]) -> Float[Tensor, "n out"]:
-    """``x (n, in) @ W.T -> (n, out)``, by the plan that is cheapest for this many rows."""
+def apply(
+    diagram: Diagram, factors: list[Tensor], x: Float[Tensor, "n inner"], bias: Float[Tensor, "out"] | None = None
+) -> Float[Tensor, "n out"]:
+    """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
+        bias = None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _forward(diagram, factors, x)
-    return _Apply.apply(diagram, x, *factors)
+        return _forward(diagram, factors, x, bias)
+    return _Apply.apply(diagram, x, bias, *factors)
 
 
 def bucket(rows: int) -> int:
@@ -207,12 +210,13 @@ def bucket(rows: int) -> int:
     return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
 
 
-def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor) -> Tensor:
+def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None:
-        return run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
-    return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape))
+        y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
+        return y if bias is None else y.add_(bias)  # a product, nobody else's
+    return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)
 
 
 @lru_cache(maxsize=4096)
@@ -229,20 +233,23 @@ class _Apply(torch.autograd.Function):
     """Keeps ``x`` and the factors; nothing in between survives the forward pass."""
 
     @staticmethod
-    def forward(ctx, diagram, x, *factors):
+    def forward(ctx, diagram, x, bias, *factors):
         ctx.diagram = diagram
         ctx.save_for_backward(x, *factors)
-        return _forward(diagram, list(factors), x)
+        return _forward(diagram, list(factors), x, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, *factors = ctx.saved_tensors
-        needs, diagram = ctx.needs_input_grad[1:], ctx.diagram
+        (_, of_x, of_bias, *rest), diagram = ctx.needs_input_grad, ctx.diagram
+        needs, db = (of_x, *rest), dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
             if _through_dense(diagram, bucket(x.shape[0])):
-                return None, *_dense_gradient(diagram, x, factors, dy, needs)
-            return None, *_gradients(lambda x, *f: _forward(diagram, list(f), x), (x, *factors), dy, needs)
+                dx, *others = _dense_gradient(diagram, x, factors, dy, needs)
+            else:
+                dx, *others = _gradients(lambda x, *f: _forward(diagram, list(f), x), (x, *factors), dy, needs)
+        return None, dx, db, *others
 
 
 def _dense_gradient(diagram, x, factors, dy, needs):

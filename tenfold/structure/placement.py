@@ -58,9 +58,9 @@ class Placement:
     def tensors(self, factors: dict[str, Tensor]) -> list[Tensor]:
         return [factors[name] for name in self.diagram.names]
 
-    def apply(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """``x (n, in) @ W.T -> (n, out)``"""
-        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x))
+    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x (n, in) @ W.T + bias -> (n, out)``; a bias only where the rows are all there, in order."""
+        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias)
         if len(self.rows) == 1 and isinstance(self.rows[0], int):  # a block of rows: no index needed
             return torch.nn.functional.pad(y, (self.rows[0], self.shape[0] - self.rows[0] - y.shape[-1]))
         rows = self.index(factors, "rows")

@@ -101,6 +101,28 @@ def test_the_weight_tells_shape_and_type_and_nothing_else(structure, kind):
     nn.init.normal_(weight)  # what initialisers do to it has no effect
 
 
+@each
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_a_bias_is_added_and_learns_and_takes_the_type_of_autocast(structure, rows):
+    layer, x = linear(structure), torch.randn(rows, IN)
+    with torch.no_grad():
+        layer.bias.normal_()
+    expected = x @ layer.dense().T + layer.bias
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+    upstream = torch.randn(rows, OUT)
+    layer(x).backward(upstream)
+    torch.testing.assert_close(layer.bias.grad, upstream.sum(0), atol=1e-3, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16  # as that of a dense layer
+    layer.zero_grad()
+    y.backward(upstream.bfloat16())
+    assert layer.bias.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.bias.grad, upstream.sum(0), atol=0.5, rtol=0.1)
+
+
 @pytest.mark.traced
 @each
 def test_a_layer_is_compiled_as_one_graph(structure):
