@@ -158,9 +158,19 @@ def _steps(windows: Windows, settings: Train) -> int:
 
 
 class _Pretrainer(Watched):
+    """Losses are means over the tokens of a step, however many batches and processes it is made of.
+
+    Whole windows have equally many next tokens, so that the mean of the batches' losses is that, and what a mixture of experts
+    adds to them counts once. Of hidden tokens there are more in one batch than in another.
+    """
+
     def __init__(self, *args, recipe: Recipe, **kwargs):
         self.recipe = recipe
-        super().__init__(*args, **kwargs)
+        masked = recipe.train.objective == "masked"
+        super().__init__(*args, compute_loss_func=_hidden_tokens if masked else None, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            False  # some that take them leave them aside, in a part of the loss or the whole
+        )
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -169,6 +179,11 @@ class _Pretrainer(Watched):
                 model or self.model, train.optimizer, train.rates, train.learning_rate, train.weight_decay
             )
         return self.optimizer
+
+
+def _hidden_tokens(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    total = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return total / num_items_in_batch.clamp_min(1)
 
 
 def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
@@ -211,7 +226,7 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
         return
     model = unwrapped(trainer)
     prefix = "_orig_mod."
-    state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+    state = {key.removeprefix(prefix): _as(value, dtype) for key, value in state.items()}
     if guided is not None:
         guided.remove()
         state = {key: value for key, value in state.items() if key in model.state_dict()}
@@ -219,6 +234,10 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
         model.to(dtype).save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(report, indent=1))
+
+
+def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value  # not index maps
 
 
 def _resumed(folder: Path) -> str | None:
