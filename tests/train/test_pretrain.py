@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from tenfold.api import compress, evaluate
+from tenfold.nn import FactorizedLinear
 from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import Watched, Windows, last_checkpoint, shared_out
+from tenfold.train.trainer import Watched, Windows, last_checkpoint, shared_out, training_arguments
 
 RECIPE = {
     "name": "toy",
@@ -148,6 +149,24 @@ def test_checkpoints_are_models(text, tmp_path):
     assert evaluate(AutoModelForCausalLM.from_pretrained(place), tokenizer, [text], limit=640)["perplexity"] < 200
 
 
+@pytest.mark.parametrize("more", ["checkpointing", "compile"])
+def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
+    """With activations that are computed again in the backward pass, and with a traced model (inductor takes a minute)."""
+    calls, compiled, forward, compile = [], [], FactorizedLinear.forward, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or compile(model, backend="eager"))
+    if more == "checkpointing":
+        monkeypatch.setattr(FactorizedLinear, "forward", lambda layer, x: calls.append(1) or forward(layer, x))
+    recipe = with_train(tokens=640, precision="float32") | {"replace": [FOLDED], "model": STILL}
+    expected = pretrain(recipe, [text], tmp_path / "plain")["curve"]
+    once = len(calls)
+    found = pretrain(recipe | {"train": recipe["train"] | {more: True}}, [text], tmp_path / "run")["curve"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_equal((len(calls) - once, bool(compiled)), (2 * once, more == "compile"))
+    expected = weights(tmp_path / "plain")
+    for place in (tmp_path / "run", last_checkpoint(tmp_path / "run" / "checkpoints")):
+        assert all(torch.allclose(value, expected[name], atol=1e-3) for name, value in weights(place).items())
+
+
 def test_index_maps_are_saved_as_they_are(text, tmp_path):
     """Numbers beyond 256 too, which bfloat16 does not have."""
     structure = {"kind": "placed", "base": {"kind": "kronecker", "outs": [256, 2], "ins": [16, 2]}}
@@ -192,11 +211,89 @@ def test_another_recipe_is_not_mixed_in(text, tmp_path):
         pretrain(other, [text], tmp_path / "run")
 
 
+def test_a_run_goes_on_with_another_learning_rate(text, tmp_path):
+    """Once ``run.json`` says so: at the same place of the schedule, of all groups alike."""
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())
+    noted["recipe"]["train"]["learning_rate"] = 5e-4
+    (tmp_path / "run" / "run.json").write_text(json.dumps(noted))
+    pretrain(with_train(learning_rate=5e-4), [text], tmp_path / "run")
+    pretrain(RECIPE, [text], tmp_path / "whole")
+    lower, whole = (
+        {
+            row["step"]: row["learning_rate"]
+            for row in map(json.loads, (tmp_path / name / "log.jsonl").open())
+            if "loss" in row
+        }
+        for name in ("run", "whole")
+    )
+    for step, rate in lower.items():
+        assert rate == pytest.approx(whole[step] / (10 if step > 12 else 1)), step
+    assert max(lower) == 24
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (
+            {"model": RECIPE["model"] | {"vocab_size": 300}},
+            "model: a model has vocab_size from its tokenizer; leave that out",
+        ),
+        ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
+        ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
+        ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
+    ],
+)
+def test_recipes_that_can_not_be(text, tmp_path, recipe, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(RECIPE | recipe, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_number_is_told_and_not_saved(text, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of the data\)"):
         pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
     assert not any((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
+    """A gradient may be NaN where the loss is not; the checkpoint before it is the last good one, and goes on."""
+
+    def poisoned(self, *arguments, **keywords):
+        loss = whole(self, *arguments, **keywords)
+        if self.state.global_step == 11:
+            self.model.transformer.ln_f.weight.grad[3] = torch.nan
+        return loss
+
+    whole = Watched.training_step
+    monkeypatch.setattr(Watched, "training_step", poisoned)
+    with pytest.raises(
+        ValueError, match=r"weights are NaN or infinite after step 12; the last good .* is .*checkpoint-6;"
+    ):
+        pretrain(with_train(), [text], tmp_path / "run")
+    monkeypatch.undo()
+    assert pretrain(with_train(), [text], tmp_path / "run")["curve"][-1][0] == 24
+
+
+def test_a_process_is_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert training_arguments(tmp_path, 1e-3, 4, use_cpu=False, bf16=False).n_gpu == 1
+    assert training_arguments(tmp_path, 1e-3, 4, use_cpu=True).n_gpu == 0
+
+
+def test_all_processes_stop_where_one_has_no_number():
+    theirs = torch.tensor([2.0, torch.nan])
+    trainer = SimpleNamespace(
+        losses=[torch.tensor(3.0), torch.tensor(4.0)],
+        accelerator=SimpleNamespace(gather=lambda own: torch.cat([own, theirs])),
+        args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
+        state=SimpleNamespace(global_step=2),
+        _good=lambda: "there is no checkpoint yet",
+    )
+    with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16 of the data\)"):
+        Watched.check(trainer)
 
 
 def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
@@ -293,6 +390,20 @@ def test_another_runs_tokens_are_data(text, tmp_path):
     tokenizer = train_tokenizer([small.text(seed=5)], 280, 32)
     with pytest.raises(ValueError, match="holds the tokens of another run: other tokenizer"):
         write_tokens(tmp_path / "one" / "tokens", [text], tokenizer, 3200)
+
+
+def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
+    """Of two folders of tokens that differ in nothing but what they hold; one that has moved is the same."""
+    tokenizer = train_tokenizer([small.text()], 300, 32)
+    for name in ("one", "other"):
+        (tmp_path / "data.txt").write_text(small.text()[:: 1 if name == "one" else -1])
+        write_tokens(tmp_path / name, [tmp_path / "data.txt"], tokenizer, 3200)
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [tmp_path / "one"], tmp_path / "run", advance=killed_at(7))
+    with pytest.raises(ValueError, match=r"run is a run on other data \(other digest\); repeat it with that"):
+        pretrain(RECIPE, [tmp_path / "other"], tmp_path / "run")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 24
 
 
 def test_no_documents(tmp_path):
