@@ -291,6 +291,7 @@ def test_all_processes_stop_where_one_has_no_number():
         args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
         state=SimpleNamespace(global_step=2),
         _good=lambda: "there is no checkpoint yet",
+        **{"recent": [], "best": np.inf, "STEPS": 50, "AWAY": 2.0},
     )
     with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16 of the data\)"):
         Watched.check(trainer)
@@ -346,7 +347,7 @@ def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
     tokens = torch.from_numpy(Tokens(tmp_path / "run" / "tokens")[2880:].astype(np.int64)).reshape(10, 32)
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss for window in tokens]
-    assert float(sum(losses)) / 10 == pytest.approx(dict(report["held_out"])[18], rel=1e-4)
+    assert float(sum(losses)) / 10 == pytest.approx(dict(report["held_out"])[18], rel=2e-5)
 
 
 @pytest.mark.parametrize(
