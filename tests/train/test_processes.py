@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import small
 import torch
+import toy_tasks
 from train import sharded
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import tenfold
 from tenfold.api import compress, save
 from tenfold.models.healing import Heal
 from tenfold.train.heal import heal
@@ -47,6 +49,22 @@ def test_two_processes_heal_as_one(tmp_path):
     assert done.stdout.count("saved in") == 1 and not (tmp_path / "out.partial").exists()
     healed, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 30)[None]
     torch.testing.assert_close(healed(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """The examples of a batch are shared out, and one of the two writes and speaks."""
+    dense, place = small.folder(tmp_path / "dense"), toy_tasks.write_sst2(tmp_path, 64, 16)
+    given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
+    one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = two("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
+    report = json.loads((tmp_path / "two" / "finetune.json").read_text())
+    curves = [[[row["loss"], row["score"]] for row in run["runs"][0]["curve"]] for run in (one, report)]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    assert done.stdout.count("saved in") == 1
+    model, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
