@@ -19,7 +19,8 @@ def write_json(path: Path, value: Any) -> None:
     new.replace(path)
 
 
-FULL = ("inline_container", "PytorchStreamWriter", "os error 28")  # torch.save and tokenizers where there is no room
+# what torch.save, by the size of the file, and tokenizers say where there is no room
+FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
 
 
 @contextmanager
