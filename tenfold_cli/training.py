@@ -84,15 +84,17 @@ def pretrain(
 ) -> None:
     """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes.
 
+    With --overwrite what a run has left in the folder is deleted, and it begins anew.
+
     torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
     """
     from tenfold import api
 
     api.checked_device(device)
-    if first() and not (output / "run.json").is_file():
+    if first() and not (output / "run.json").is_file():  # a run that is there goes on
         api.check_output(output, overwrite)
     with counted("training") as advance:
-        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance, device)
+        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance, device, overwrite)
     if not first():
         return
     loss = report["curve"][-1][1]

@@ -6,12 +6,16 @@ Add a draw by writing a function with its name in ``@draw``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tenfold.structure import Factors, Structure, TensorTrain
 
+BRANCHES: dict[str, Callable[[int], float]] = {
+    "zero": lambda layers: 0.0,
+    "scaled": lambda layers: (2 * layers) ** -0.5,
+}
 DRAWS: dict[str, Callable[[Structure, float, dict, torch.Generator | None], Factors]] = {}
 
 
@@ -61,8 +65,15 @@ def by_fans(structure: Structure, std: float, options: dict, generator=None) -> 
     return factors
 
 
-def ends_in_zero(structure: Structure, factors: Factors) -> Factors:
-    """``factors`` with the last one that is applied at zero, in every part of a sum: ``W`` is zero, and learns."""
-    diagrams = [place.diagram for place in structure.normal_form()]
-    last = {next(name for name in diagram.names if name not in diagram.ones) for diagram in diagrams}
-    return factors | {name: torch.zeros_like(factors[name]) for name in last}
+def ended(structure: Structure, factors: Factors, branch: str, layers: int) -> Factors:
+    """``factors`` of what ends a branch beside the stream: those that are applied last times ``BRANCHES[branch](layers)``."""
+    return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last()}
+
+
+def check_options(options: dict, known: Sequence[str], where: str) -> None:
+    """Raise ValueError for an option of a start that is not ``known``, or a ``branch`` that is none."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{where} has no option {name!r}; there is {', '.join(known)}")
+    if (branch := options.get("branch", "zero")) not in BRANCHES:
+        raise ValueError(f"branch of {where} is {branch!r}; choose one of {', '.join(BRANCHES)}")

@@ -202,6 +202,15 @@ class Recipe(Strict):
     tokenizer: Tokenizer | None = None
     train: Train | None = None
 
+    @field_validator("model")
+    @classmethod
+    def _configuration(cls, value):
+        if value is not None and "model_type" not in value:
+            raise ValueError("a model needs its model_type, for instance {model_type: llama}")
+        if given := sorted({"vocab_size", "bos_token_id", "eos_token_id"} & set(value or ())):
+            raise ValueError(f"a model has {', '.join(given)} from its tokenizer; leave that out")
+        return value
+
     @model_validator(mode="after")
     def _one_way(self):
         if self.stages:

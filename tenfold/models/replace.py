@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.experts import pack, unpack
-from tenfold.models.noise import DRAWS, ends_in_zero
+from tenfold.models.noise import DRAWS, check_options, ended
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.ranks import mine, processes, together
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
@@ -211,13 +211,13 @@ def _noise(model: PreTrainedModel, groups: list[list[Entry]], progress) -> Itera
 def _drawn(model: PreTrainedModel, entry: Entry) -> Factors:
     """Random factors as the start says; ``branch: scaled`` or ``zero`` is for what ends a branch beside the stream."""
     structure, options = fitted_part(entry), entry.start.options
+    check_options(options, ["branch"], f"the start {entry.start.fit} of a new model")
     weight, config = weight_of(model.get_submodule(entry.site.path)), model.config.get_text_config()
     usual, known = getattr(config, "initializer_range", 0.02), not weight.is_meta and bool(weight.any())
     branch = options.get("branch") if entry.site.role.endswith(".out") else None
-    std = float(weight.float().std()) if known else usual
-    std = usual / (2 * config.num_hidden_layers) ** 0.5 if branch == "scaled" else std
+    std = float(weight.float().std()) if known and branch is None else usual
     factors = DRAWS.get(entry.start.fit, DRAWS["noise"])(structure, std, options, None)
-    return ends_in_zero(structure, factors) if branch == "zero" else factors
+    return ended(structure, factors, branch, config.num_hidden_layers) if branch else factors
 
 
 def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | None) -> tuple[nn.Module, nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.models.names import check_name
-from tenfold.models.noise import DRAWS
+from tenfold.models.noise import DRAWS, check_options
 from tenfold.structure import Factors, Kronecker, Placed, Structure, Sum
 from tenfold.structure.permute import search
 
@@ -105,6 +105,7 @@ def _drawn(fit: str):
     """Random factors; what is drawn by a standard deviation gets that of the weight's entries."""
 
     def function(structure: Structure, weight: Tensor, options: dict) -> Factors:
+        check_options(options, ["seed"], f"the start {fit} in the place of a matrix")
         generator = torch.Generator().manual_seed(options.get("seed", 0))
         return DRAWS[fit](structure, float(weight.float().std()), options, generator)
 

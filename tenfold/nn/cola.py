@@ -92,6 +92,18 @@ class Cola:
         """None."""
         return {}
 
+    def axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """``{factor: its axes as (batch, out, in)}``, as of a structure."""
+        return dict.fromkeys(self.factor_shapes(), ((), (0,), (1,)))
+
+    def fans(self) -> dict[str, tuple[int, int]]:
+        """``{factor: (fan in, fan out)}``"""
+        return {name: (inner, out) for name, (out, inner) in self.factor_shapes().items()}
+
+    def last(self) -> set[str]:
+        """``up``, which is applied last."""
+        return {"up"}
+
     @property
     def numel(self) -> int:
         """The number of parameters."""

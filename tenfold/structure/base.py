@@ -147,6 +147,11 @@ class Structure(ABC):
         """
         return {name: fans for place in self._placements for name, fans in place.diagram.fans().items()}
 
+    def last(self) -> set[str]:
+        """The factors that are applied last, one of every part of a sum, scalars that start at one left out."""
+        diagrams = [place.diagram for place in self._placements]
+        return {next(name for name in diagram.names if name not in diagram.ones) for diagram in diagrams}
+
     def flops(self, rows: int = 1) -> int:
         """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
         adds = (len(self._placements) - 1) * rows * self.shape[0]

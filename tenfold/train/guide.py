@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tenfold.nn import FactorizedLinear
+from tenfold.nn.kinds import LAYERS
 
 
 class Guide(nn.Module):
@@ -28,13 +29,24 @@ class Guide(nn.Module):
 
 
 class Guided(TrainerCallback):
-    """Gives the structured layers of ``model`` guides, whose share goes from 1 to 0 as a cosine over ``part`` of the steps."""
+    """Gives the structured layers of ``model`` guides, whose share goes from 1 to 0 as a cosine over ``part`` of the steps.
+
+    They lead in training only: what is evaluated is the model that is saved.
+
+    Raises:
+        ValueError: no layer is structured, or no matrix stands for one.
+    """
 
     def __init__(self, model: nn.Module, part: float):
         self.part, self.layers = part, [m for m in model.modules() if isinstance(m, FactorizedLinear)]
         if not self.layers:
             raise ValueError("there is nothing to guide: no layer of the model is structured; leave guide out")
         for layer in self.layers:
+            if layer.structure.kind in LAYERS:
+                raise ValueError(
+                    f"guide needs a matrix beside every structured layer, and none stands for {layer.structure.kind}; leave "
+                    "guide out, or choose a structure"
+                )
             layer.guide = Guide(layer)
         self.hooks = [layer.register_forward_hook(_led) for layer in self.layers]
 
@@ -52,4 +64,4 @@ class Guided(TrainerCallback):
 
 
 def _led(layer: FactorizedLinear, given: tuple, y: Tensor) -> Tensor:
-    return layer.guide(given[0], y, layer.bias) if layer.guide.on else y
+    return layer.guide(given[0], y, layer.bias) if layer.guide.on and layer.training else y

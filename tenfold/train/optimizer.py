@@ -14,31 +14,38 @@ NOT_HIDDEN = ("embed", "wte", "wpe", "wtte", "head", "score", "classifier")
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # of the Newton-Schulz iteration
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum of every matrix: ``-lr 0.2 sqrt(max(out, in)) U V^T`` for ``M = U S V^T``.
+class Muon(torch.optim.AdamW):
+    """AdamW; in groups with a ``view``, steps along the orthogonalised momentum: ``-lr 0.2 sqrt(max(out, in)) U V^T``.
 
-    A factor with more axes is a batch of matrices: a group gives its ``views``, how each of its parameters is turned into
-    ``(batch, out, in)``. The step is scaled to AdamW's root mean square, so that one learning rate serves both.
+    ``M = U S V^T`` is the momentum of a matrix. A factor with more axes is a batch of matrices: ``view`` says how a parameter of
+    the group is turned into ``(batch, out, in)``. The step is scaled to AdamW's root mean square, so that one learning rate
+    serves both. States and groups have the form of any optimizer's, which checkpoints of sharded models rely on.
 
     Reference: Jordan et al. 2024; Liu et al., arXiv 2502.16982 (the scale).
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    MOMENTUM = 0.95
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter, order in zip(group["params"], group["views"], strict=True):
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"] if "view" in group else ():
                 if parameter.grad is not None:
-                    self._move(parameter, order, group)
+                    self._move(parameter, group["view"], group)
+        self.param_groups = [group for group in groups if "view" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
 
     def _move(self, parameter: Tensor, order: tuple[tuple[int, ...], ...], group: dict) -> None:
         state, grad = self.state[parameter], parameter.grad
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
-        state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = _matrices(_whole(grad.lerp(state["momentum"], group["momentum"])), order)
+            state["momentum"], state["step"] = torch.zeros_like(grad), torch.zeros(())
+        state["step"] += 1  # AdamW asks for it when it loads a state
+        state["momentum"].lerp_(grad, 1 - self.MOMENTUM)
+        update = _matrices(_whole(grad.lerp(state["momentum"], self.MOMENTUM)), order)
         sides = update.shape[-2:]
         update = orthogonal(update) * (0.2 * math.sqrt(max(sides)))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -78,35 +85,6 @@ def _factor(matrices: Tensor, order, shape: torch.Size) -> Tensor:
     return matrices.reshape([shape[k] for k in axes]).permute(back)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """:class:`Muon` and AdamW behind one face: their groups, states and steps put together."""
-
-    def __init__(
-        self, hidden: list[dict], rest: list[dict], lr: float, weight_decay: float, betas: tuple[float, float]
-    ):
-        self.parts = [Muon(hidden, lr, weight_decay)] if hidden else []
-        self.parts += [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas)] if rest else []
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._join()
-
-    def _join(self) -> None:
-        """Schedulers write learning rates into ``param_groups``: the parts must hold the same dictionaries."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict):
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._join()
-
-
 def optimizer_for(model: nn.Module, kind: str, rates: str, lr: float, weight_decay: float, betas=(0.9, 0.95)):
     """The optimizer of a recipe.
 
@@ -132,13 +110,9 @@ def optimizer_for(model: nn.Module, kind: str, rates: str, lr: float, weight_dec
         else:
             decay = weight_decay if parameter.ndim > 1 else 0.0
             rest.setdefault((speeds.get(id(parameter), 1.0), decay), []).append(parameter)
-    return MuonAdamW(
-        [{"params": some, "views": [order] * len(some)} for order, some in hidden.items()],
-        [{"params": some, "lr": lr * speed, "weight_decay": decay} for (speed, decay), some in rest.items()],
-        lr,
-        weight_decay,
-        betas,
-    )
+    groups = [{"params": some, "weight_decay": weight_decay, "view": order} for order, some in hidden.items()]
+    groups += [{"params": some, "lr": lr * speed, "weight_decay": decay} for (speed, decay), some in rest.items()]
+    return (Muon if hidden else torch.optim.AdamW)(groups, lr=lr, betas=betas)
 
 
 def _layers(model: nn.Module):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,16 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents
-from tenfold.models.files import whole_folder, write_json, written
+from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.ranks import state
-from tenfold.models.recipe import Recipe, load_recipe, parse_recipe
+from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.models.settings import Train
 from tenfold.train.guide import Guided
 from tenfold.train.optimizer import optimizer_for
+from tenfold.train.record import forget, same_recipe, same_tokens, versions
 from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
 from tenfold.train.trainer import (
     Log,
@@ -56,6 +55,7 @@ def pretrain(
     dtype: torch.dtype = torch.float16,
     advance: Callable[[int, int, float], None] | None = None,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
@@ -71,12 +71,14 @@ def pretrain(
         dtype: in which the result is written.
         advance: called as ``advance(step, steps, tokens_per_second)``.
         device: ``cpu`` keeps an accelerator out of it.
+        overwrite: delete what another run has left in ``output``, and begin anew.
 
     Returns:
         What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
 
     Raises:
-        ValueError: the folder is another run's, the text has too few tokens, the loss is no number or runs away.
+        ValueError: the folder is another run's, the recipe can't be, the text has too few tokens, the loss or a weight is no
+            number, or the loss runs away.
         OSError: there is no room on the disk; the same call goes on from the last whole checkpoint.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -84,8 +86,11 @@ def pretrain(
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     folder, settings, length = Path(output), recipe.train, _length(recipe)
     with state().main_process_first():
-        _same_run(folder, recipe, data)
+        if overwrite and state().is_main_process:
+            forget(folder, data)
+        same_recipe(folder, recipe, data)
         tokens = _tokens(folder, data, recipe)
+        same_tokens(folder, tokens)
     tokenizer = AutoTokenizer.from_pretrained(tokens.folder)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
     train, rest = _split(tokens, length, settings.held_out)
@@ -154,9 +159,19 @@ def _steps(windows: Windows, settings: Train) -> int:
 
 
 class _Pretrainer(Watched):
+    """Losses are means over the tokens of a step, however many batches and processes it is made of.
+
+    Whole windows have equally many next tokens, so that the mean of the batches' losses is that, and what a mixture of experts
+    adds to them counts once. Of hidden tokens there are more in one batch than in another.
+    """
+
     def __init__(self, *args, recipe: Recipe, **kwargs):
         self.recipe = recipe
-        super().__init__(*args, **kwargs)
+        masked = recipe.train.objective == "masked"
+        super().__init__(*args, compute_loss_func=_hidden_tokens if masked else None, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            False  # some that take them leave them aside, in a part of the loss or the whole
+        )
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -165,6 +180,21 @@ class _Pretrainer(Watched):
                 model or self.model, train.optimizer, train.rates, train.learning_rate, train.weight_decay
             )
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The learning rate is the recipe's, not the checkpoint's, whose place on the schedule stays."""
+        rates = [
+            group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups
+        ]  # not all schedules keep it
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"], group["initial_lr"] = group["lr"] * (rate / group.get("initial_lr", rate)), rate
+        self.lr_scheduler.base_lrs = rates
+
+
+def _hidden_tokens(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    total = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return total / num_items_in_batch.clamp_min(1)
 
 
 def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
@@ -207,7 +237,7 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
         return
     model = unwrapped(trainer)
     prefix = "_orig_mod."
-    state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+    state = {key.removeprefix(prefix): _as(value, dtype) for key, value in state.items()}
     if guided is not None:
         guided.remove()
         state = {key: value for key, value in state.items() if key in model.state_dict()}
@@ -217,42 +247,13 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
         (new / "training.json").write_text(json.dumps(report, indent=1))
 
 
+def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value  # not index maps
+
+
 def _resumed(folder: Path) -> str | None:
     kept = last_checkpoint(folder / "checkpoints")
     return None if kept is None else str(kept)
-
-
-def _same_run(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
-    """Note what is run, or see that it is what was begun.
-
-    Raises:
-        ValueError: it is not; the keys that differ are named.
-    """
-    file = folder / "run.json"
-    now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
-    if file.is_file():
-        before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
-        if other := sorted(_differences(before, now["recipe"])):
-            raise ValueError(
-                f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, now)
-
-
-def _differences(one: Any, other: Any, where: str = "") -> list[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = one.keys() | other.keys()
-        return [
-            path for key in keys for path in _differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if one == other else [where]
-
-
-def versions() -> dict[str, str]:
-    named = {name: version(name) for name in ("tenfold", "torch", "transformers", "accelerate")}
-    return named | {"python": platform.python_version()}
 
 
 def new_model(recipe: Recipe, tokenizer):
@@ -298,6 +299,12 @@ def _length(recipe: Recipe) -> int:
     length = recipe.train.window or model.get("n_positions") or model.get("max_position_embeddings")
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
+    config = AutoConfig.for_model(**model).get_text_config()
+    if length > (positions := getattr(config, "max_position_embeddings", length)):
+        raise ValueError(
+            f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "
+            "one, or the model more positions"
+        )
     return length
 
 

@@ -57,15 +57,17 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
                 f"{folder} holds the tokens of another run: other {', '.join(other)}; give another folder, or delete this one"
             )
         return Tokens(folder)
-    names, total = [], 0
+    names, total, digest = [], 0, hashlib.sha256()
     for shard in _shards(token_parts(documents(data, tokenizer), tokenizer), limit):
         names.append(f"tokens-{len(names):05d}.npy")
-        np.save(folder / names[-1], shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32))
+        shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+        np.save(folder / names[-1], shard)
         total += len(shard)
+        digest.update(shard)
     if not total:
         raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
     tokenizer.save_pretrained(folder)
-    write_json(folder / "tokens.json", wanted | {"tokens": total, "shards": names})
+    write_json(folder / "tokens.json", wanted | {"tokens": total, "digest": digest.hexdigest(), "shards": names})
     return Tokens(folder)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 
@@ -64,12 +65,13 @@ class Watched(Trainer):
         return loss
 
     def check(self) -> None:
-        """Look at the losses since the last time.
+        """Look at the losses since the last time, in all processes at those of all, so that they stop together.
 
         Raises:
             ValueError: one is NaN or infinite, or they run away.
         """
-        values, self.losses = [float(loss) for loss in self.losses], []
+        every = self.accelerator.gather(torch.stack(self.losses)).view(self.args.world_size, -1) if self.losses else []
+        values, self.losses = [sum(some) / len(some) for some in zip(*map(torch.Tensor.tolist, every), strict=True)], []
         each = self.args.gradient_accumulation_steps
         first = self.state.global_step - len(values) // each
         for number, value in enumerate(values):
@@ -92,13 +94,26 @@ class Watched(Trainer):
         windows = step_size(self.args)
         return f"windows {step * windows} to {(step + 1) * windows} of the data"
 
+    def check_weights(self) -> None:
+        """Look at the weights before they are saved: a finite loss may have a gradient that is not.
+
+        Raises:
+            ValueError: one is NaN or infinite, in any process.
+        """
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        wrong = torch.stack([~part.detach().isfinite().all() for part in parts]).any()
+        if self.accelerator.gather(wrong[None].int().to(self.args.device)).any():
+            raise ValueError(
+                f"weights are NaN or infinite after step {self.state.global_step}; {self._good()}; lower the learning rate"
+            )
+
     def _good(self) -> str:
         kept = last_checkpoint(Path(self.args.output_dir))
         return f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
 
 
 class Watch(TrainerCallback):
-    """Lets a :class:`Watched` trainer look at its losses before it logs or saves."""
+    """Lets a :class:`Watched` trainer look at its losses before it logs or saves, and at its weights before it saves."""
 
     def __init__(self, trainer: Watched):
         self.trainer = trainer
@@ -106,6 +121,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log or control.should_save or control.should_training_stop:
             self.trainer.check()
+        if control.should_save:
+            self.trainer.check_weights()
 
 
 class Progress(TrainerCallback):
@@ -214,7 +231,11 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "logging_steps": 10,
         "log_level": "error",
     }
-    return TrainingArguments(**(defaults | more))
+    arguments = TrainingArguments(**(defaults | more))
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # a process is one device: Trainer would take all GPUs for nn.DataParallel
+    return arguments
 
 
 def unwrapped(trainer: Trainer):

@@ -146,6 +146,20 @@ def test_pretrain(call, tmp_path):
     status, out, err = call("pretrain", recipe, "--data", tmp_path / "text.txt", "-o", tmp_path / "model")
     assert status == 0, err
     assert "640 tokens" in out and (tmp_path / "model" / "training.json").exists()
+    recipe.write_text(recipe.read_text().replace("tokens: 640", "tokens: 320"))
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    again = ("pretrain", recipe, "--data", tmp_path / "text.txt", "-o", tmp_path / "model")
+    status, _, err = call(*again)
+    assert status == 2 and "is a run of another recipe (other train.tokens)" in err
+    status, out, err = call(*again, "--overwrite")
+    assert status == 0 and "320 tokens" in out and (tmp_path / "model" / "notes.txt").exists(), err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "model" / "log.jsonl").open()]
+    assert max(steps) == 5 and [path.name for path in (tmp_path / "model" / "checkpoints").iterdir()] == [
+        "checkpoint-5"
+    ]
+    inside = ("pretrain", recipe, "--data", tmp_path / "model" / "tokens", "-o", tmp_path / "model", "--overwrite")
+    status, _, err = call(*inside)
+    assert status == 2 and "which is to be overwritten; move it" in err and (tmp_path / "model" / "tokens").is_dir()
 
 
 def test_finetune_and_evaluate_on_a_task(call, dense, tmp_path):

@@ -53,6 +53,29 @@ def test_entries_are_as_large_as_those_that_were_there(name):
             assert float(after.get_submodule(site.path).dense().detach().std()) == pytest.approx(std, rel=0.25)
 
 
+def test_what_ends_a_branch_is_scaled_by_fans_too():
+    """``sqrt(1 / in) min(1, sqrt(out / in)) / sqrt(2 layers)`` of the factor that is applied last, the other one as ever."""
+    plain, scaled = (drawn("llama", {"fit": "fans", "options": options}) for options in ({}, {"branch": "scaled"}))
+    for site in find_sites(scaled):
+        if site.role in ("mlp.in", "mlp.out", "attn.out"):
+            one, other = (model.get_submodule(site.path) for model in (plain, scaled))
+            share = 1 if site.role == "mlp.in" else 1 / np.sqrt(2 * 2)
+            torch.testing.assert_close(other.left, one.left * share)
+            assert torch.equal(other.right, one.right)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"brnch": "zero"}, "the start fans of a new model has no option 'brnch'; there is branch"),
+        ({"branch": "none"}, "branch of the start fans of a new model is 'none'; choose one of zero, scaled"),
+    ],
+)
+def test_unknown_options(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        drawn("llama", {"fit": "fans", "options": options})
+
+
 @pytest.mark.parametrize("branch", ["scaled", "zero"])
 def test_what_ends_a_branch(branch):
     model = drawn("llama", {"fit": "noise", "options": {"branch": branch}})

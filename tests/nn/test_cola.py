@@ -51,6 +51,12 @@ def test_it_computes_what_the_loops_do(activation, bias):
     np.testing.assert_allclose(made(x).detach().numpy(), expected, atol=1e-12)
 
 
+def test_fans_are_what_is_summed_and_what_is_made():
+    structure = layer().structure
+    assert structure.fans() == {"up": (RANK, OUT), "down": (IN, RANK)}
+    assert structure.axes() == {"up": ((), (0,), (1,)), "down": ((), (0,), (1,))}
+
+
 def test_gradients_are_those_of_finite_differences():
     made, x = layer(), torch.randn(6, IN, dtype=torch.float64)
     made(x).square().sum().backward()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from models import toys
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -39,7 +41,20 @@ def losses(kind: str, shard: bool, rank: int = 0, ranks: int = 1) -> list[float]
         if shard:
             dist.all_reduce(whole)
         found.append(float(whole) / ranks)
+        if shard and step == 1:
+            optimizer = saved_and_loaded(model, optimizer, kind)
     return found
+
+
+def saved_and_loaded(model, optimizer, kind: str):
+    """Another optimizer that goes on where this one is, as accelerate's checkpoints of sharded models have it."""
+    folder = Path(sys.argv[1]).with_suffix(".checkpoint")
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    other = optimizer_for(model, kind, "one", 9.9, 0.9)
+    state = {"optimizer": get_optimizer_state_dict(model, other)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, other, optim_state_dict=state["optimizer"])
+    return other
 
 
 if __name__ == "__main__":

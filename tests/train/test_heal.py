@@ -363,6 +363,7 @@ def test_settings_of_a_recipe(tmp_path):
         "chunk": 7,
     }
     assert heal_settings((), recipe, steps=None) == Heal(**section)
+    assert heal_settings((), recipe, schedule="linear") == Heal(**section | {"schedule": "linear"})
     assert heal_settings(["kl=0.5"], recipe, steps=3) == Heal(**section | {"losses": {"kl": 0.5}, "steps": 3})
     recipe.write_text("replace: []\n")
     with pytest.raises(ValueError, match="has no heal section"):
@@ -462,3 +463,19 @@ def test_batches_add_up_to_a_step(tmp_path):
         assert report["tokens"] == 4 * 128
         curves.append([loss for _, loss in report["curve"]])
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=0.03, atol=0)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(folder, tokenizer, tmp_path):
+    """Else the same call would go on from them for ever."""
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    settings = Heal(steps=4, tokens_per_step=64, save_steps=2, losses={"cross_entropy": 1.0})
+
+    def spoil(step, *rest):
+        if step == 1:
+            student.transformer.h[0].mlp.c_fc.bias.register_hook(lambda gradient: gradient * torch.nan)
+
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, advance=spoil, checkpoints=tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    assert heal(whole, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)["steps"] == 4

@@ -14,13 +14,15 @@ import psutil
 import pytest
 import small
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from tenfold.api import compress, evaluate
+from tenfold.nn import FactorizedLinear
 from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import Watched, Windows, last_checkpoint, shared_out
+from tenfold.train.trainer import Watched, Windows, last_checkpoint, shared_out, training_arguments
 
 RECIPE = {
     "name": "toy",
@@ -28,6 +30,18 @@ RECIPE = {
     "tokenizer": {"vocab_size": 300},
     "train": {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6},
 }
+STILL = RECIPE["model"] | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # each process draws its own
+COLA = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "cola", "rank": 8}}
+BLOCKS = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+BERT = {"model_type": "bert", "max_position_embeddings": 32} | BLOCKS
+BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXPERTS = {
+    "model_type": "mixtral",
+    "max_position_embeddings": 32,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+} | BLOCKS
+EXPERTS |= {"output_router_logits": True, "router_aux_loss_coef": 1.0}
 FOLDED = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "block_train", "rank": 2}}
 
 
@@ -57,7 +71,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-@pytest.mark.parametrize("rules", [[], [FOLDED]], ids=["dense", "folded"])
+@pytest.mark.parametrize("rules", [[], [FOLDED], [COLA]], ids=["dense", "folded", "cola"])
 @pytest.mark.parametrize("train", [{}, {"optimizer": "adamw", "rates": "fans"}], ids=["muon", "adamw by fans"])
 def test_it_learns_and_reloads(text, tmp_path, rules, train):
     recipe = with_train(**train) | {"replace": rules}
@@ -70,9 +84,7 @@ def test_it_learns_and_reloads(text, tmp_path, rules, train):
 
 
 def test_masked_words_are_learnt(text, tmp_path):
-    model = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
-    model |= {"intermediate_size": 64, "max_position_embeddings": 32}
-    recipe = with_train(objective="masked") | {"model": model}
+    recipe = with_train(objective="masked") | {"model": BERT}
     report = pretrain(recipe, [text], tmp_path / "run")
     assert report["curve"][-1][1] < report["curve"][0][1] < 7
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 300
@@ -137,6 +149,43 @@ def test_checkpoints_are_models(text, tmp_path):
     assert evaluate(AutoModelForCausalLM.from_pretrained(place), tokenizer, [text], limit=640)["perplexity"] < 200
 
 
+@pytest.mark.parametrize("more", ["checkpointing", "compile"])
+def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
+    """With activations that are computed again in the backward pass, and with a traced model (inductor takes a minute)."""
+    calls, compiled, forward, compile = [], [], FactorizedLinear.forward, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or compile(model, backend="eager"))
+    if more == "checkpointing":
+        monkeypatch.setattr(FactorizedLinear, "forward", lambda layer, x: calls.append(1) or forward(layer, x))
+    recipe = with_train(tokens=640, precision="float32") | {"replace": [FOLDED], "model": STILL}
+    expected = pretrain(recipe, [text], tmp_path / "plain")["curve"]
+    once = len(calls)
+    found = pretrain(recipe | {"train": recipe["train"] | {more: True}}, [text], tmp_path / "run")["curve"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_equal((len(calls) - once, bool(compiled)), (2 * once, more == "compile"))
+    expected = weights(tmp_path / "plain")
+    for place in (tmp_path / "run", last_checkpoint(tmp_path / "run" / "checkpoints")):
+        assert all(torch.allclose(value, expected[name], atol=1e-3) for name, value in weights(place).items())
+
+
+def test_index_maps_are_saved_as_they_are(text, tmp_path):
+    """Numbers beyond 256 too, which bfloat16 does not have."""
+    structure = {"kind": "placed", "base": {"kind": "kronecker", "outs": [256, 2], "ins": [16, 2]}}
+    recipe = with_train(tokens=800, save_steps=100) | {"replace": [{"role": "mlp.in", "structure": structure}]}
+    recipe["model"] = RECIPE["model"] | {"n_inner": 512}
+    pretrain(recipe, [text], tmp_path / "run", torch.bfloat16)
+    trained, saved = (
+        {
+            key: value
+            for key, value in load_file(folder / "model.safetensors").items()
+            if key.endswith((".rows", ".columns"))
+        }
+        for folder in (last_checkpoint(tmp_path / "run" / "checkpoints"), tmp_path / "run")
+    )
+    assert len(saved) == 2 and all(torch.equal(value, trained[key]) for key, value in saved.items())
+    assert sorted(len(set(value.tolist())) for value in saved.values()) == [32, 512]
+    assert all(value.dtype == torch.int32 for value in saved.values())
+
+
 def test_the_loss_on_held_out_text_is_told(text, tmp_path):
     report = pretrain(with_train(held_out=320), [text], tmp_path / "run")
     assert [step for step, _ in report["held_out"]] == [6, 12, 18, 22] and report["tokens"] == 22 * 128
@@ -162,11 +211,90 @@ def test_another_recipe_is_not_mixed_in(text, tmp_path):
         pretrain(other, [text], tmp_path / "run")
 
 
+def test_a_run_goes_on_with_another_learning_rate(text, tmp_path):
+    """Once ``run.json`` says so: at the same place of the schedule, of all groups alike."""
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())
+    noted["recipe"]["train"]["learning_rate"] = 5e-4
+    (tmp_path / "run" / "run.json").write_text(json.dumps(noted))
+    pretrain(with_train(learning_rate=5e-4), [text], tmp_path / "run")
+    pretrain(RECIPE, [text], tmp_path / "whole")
+    lower, whole = (
+        {
+            row["step"]: row["learning_rate"]
+            for row in map(json.loads, (tmp_path / name / "log.jsonl").open())
+            if "loss" in row
+        }
+        for name in ("run", "whole")
+    )
+    for step, rate in lower.items():
+        assert rate == pytest.approx(whole[step] / (10 if step > 12 else 1)), step
+    assert max(lower) == 24
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (
+            {"model": RECIPE["model"] | {"vocab_size": 300}},
+            "model: a model has vocab_size from its tokenizer; leave that out",
+        ),
+        ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
+        ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
+        ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
+    ],
+)
+def test_recipes_that_can_not_be(text, tmp_path, recipe, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(RECIPE | recipe, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_number_is_told_and_not_saved(text, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of the data\)"):
         pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
     assert not any((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
+    """A gradient may be NaN where the loss is not; the checkpoint before it is the last good one, and goes on."""
+
+    def poisoned(self, *arguments, **keywords):
+        loss = whole(self, *arguments, **keywords)
+        if self.state.global_step == 11:
+            self.model.transformer.ln_f.weight.grad[3] = torch.nan
+        return loss
+
+    whole = Watched.training_step
+    monkeypatch.setattr(Watched, "training_step", poisoned)
+    with pytest.raises(
+        ValueError, match=r"weights are NaN or infinite after step 12; the last good .* is .*checkpoint-6;"
+    ):
+        pretrain(with_train(), [text], tmp_path / "run")
+    monkeypatch.undo()
+    assert pretrain(with_train(), [text], tmp_path / "run")["curve"][-1][0] == 24
+
+
+def test_a_process_is_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert training_arguments(tmp_path, 1e-3, 4, use_cpu=False, bf16=False).n_gpu == 1
+    assert training_arguments(tmp_path, 1e-3, 4, use_cpu=True).n_gpu == 0
+
+
+def test_all_processes_stop_where_one_has_no_number():
+    theirs = torch.tensor([2.0, torch.nan])
+    trainer = SimpleNamespace(
+        losses=[torch.tensor(3.0), torch.tensor(4.0)],
+        accelerator=SimpleNamespace(gather=lambda own: torch.cat([own, theirs])),
+        args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
+        state=SimpleNamespace(global_step=2),
+        _good=lambda: "there is no checkpoint yet",
+        **{"recent": [], "best": np.inf, "STEPS": 50, "AWAY": 2.0},
+    )
+    with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16 of the data\)"):
+        Watched.check(trainer)
 
 
 def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
@@ -181,7 +309,7 @@ def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
 
 def test_a_guide_leads_and_leaves(text, tmp_path):
     """At first the model is as it was, in between it is a mixture, at the end it is structured and nothing else."""
-    model = small.model()
+    model = small.model().train()
     compress(model, {"replace": [FOLDED]})
     ids = torch.arange(8)[None]
     before, guided = model(input_ids=ids).logits, Guided(model, 0.5)
@@ -193,6 +321,8 @@ def test_a_guide_leads_and_leaves(text, tmp_path):
         guided.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=20), None)
         expected = share * (x @ layer.guide.weight.T) + (1 - share) * (x @ layer.dense().T) + layer.bias
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
+    guided.on_step_begin(None, SimpleNamespace(global_step=0, max_steps=20), None)
+    torch.testing.assert_close(layer.eval()(x), x @ layer.dense().T + layer.bias, atol=1e-5, rtol=0)
     guided.remove()
     assert not any("guide" in name for name in model.state_dict())
 
@@ -208,9 +338,29 @@ def test_guided_training_ends_structured_and_resumes(text, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-def test_there_is_nothing_to_guide(text, tmp_path):
-    with pytest.raises(ValueError, match="there is nothing to guide"):
-        pretrain(with_train(guide=0.5), [text], tmp_path / "run")
+def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
+    """A guided one as it loads: without its guides."""
+    recipe = with_train(guide=1.0, held_out=320, precision="float32") | {"replace": [FOLDED]}
+    report = pretrain(recipe, [text], tmp_path / "run")
+    place = last_checkpoint(tmp_path / "run" / "checkpoints").with_name("checkpoint-18")
+    model = AutoModelForCausalLM.from_pretrained(place)
+    tokens = torch.from_numpy(Tokens(tmp_path / "run" / "tokens")[2880:].astype(np.int64)).reshape(10, 32)
+    with torch.no_grad():
+        losses = [model(input_ids=window[None], labels=window[None]).loss for window in tokens]
+    assert float(sum(losses)) / 10 == pytest.approx(dict(report["held_out"])[18], rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ([], "there is nothing to guide"),
+        ([COLA], "guide needs a matrix beside every structured layer, and none .* cola"),
+    ],
+    ids=["dense", "cola"],
+)
+def test_what_can_not_be_guided(text, tmp_path, rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(with_train(guide=0.5) | {"replace": rules}, [text], tmp_path / "run")
 
 
 # tokens -----------------------------------------------------------------------------------------------------------
@@ -243,6 +393,20 @@ def test_another_runs_tokens_are_data(text, tmp_path):
         write_tokens(tmp_path / "one" / "tokens", [text], tokenizer, 3200)
 
 
+def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
+    """Of two folders of tokens that differ in nothing but what they hold; one that has moved is the same."""
+    tokenizer = train_tokenizer([small.text()], 300, 32)
+    for name in ("one", "other"):
+        (tmp_path / "data.txt").write_text(small.text()[:: 1 if name == "one" else -1])
+        write_tokens(tmp_path / name, [tmp_path / "data.txt"], tokenizer, 3200)
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [tmp_path / "one"], tmp_path / "run", advance=killed_at(7))
+    with pytest.raises(ValueError, match=r"run is a run on other data \(other digest\); repeat it with that"):
+        pretrain(RECIPE, [tmp_path / "other"], tmp_path / "run")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 24
+
+
 def test_no_documents(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"there are no documents in .*empty.jsonl; give text"):
@@ -268,6 +432,31 @@ def test_losses_are_those_of_whole_steps(text, tmp_path, accumulate, monkeypatch
     monkeypatch.setattr(Watched, "check", lambda self: (check(self), seen.append(self.recent[0])))
     report = pretrain(with_train(accumulate=accumulate, learning_rate=1e-9), [text], tmp_path / "run")
     assert seen[0] == pytest.approx(report["curve"][0][1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [(STILL, "causal"), (EXPERTS, "causal"), (BERT, "masked")],
+    ids=["gpt2", "mixtral", "bert"],
+)
+def test_losses_are_means_over_the_tokens_of_a_step(text, tmp_path, model, objective):
+    """The model's own loss of its windows, whatever the number of batches they come in; what is hidden counts by token."""
+    more = {"objective": objective, "learning_rate": 1e-9, "precision": "float32", "tokens": 512, "save_steps": 1}
+    told = {}
+    for accumulate in (1, 2):
+        recipe = with_train(**more, batch=4 // accumulate, accumulate=accumulate) | {"model": model}
+        told[accumulate] = pretrain(recipe, [text], tmp_path / f"run-{accumulate}")["curve"]
+    place = tmp_path / "run-1"
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    windows = Windows(Tokens(place / "tokens"), 32, 0, (tokenizer, 0.15) if objective == "masked" else None)
+    own = (AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM).from_pretrained(
+        last_checkpoint(place / "checkpoints")
+    )
+    for step, loss in told[1]:
+        some = [windows[k] for k in range(4 * step - 4, 4 * step)]
+        batch = {key: torch.stack([window[key] for window in some]) for key in some[0]}
+        assert loss == pytest.approx(own(**batch).loss.item(), rel=1e-4)
+    np.testing.assert_allclose(told[2], told[1], rtol=1e-3 if model is EXPERTS else 1e-5)  # the load of half a batch
 
 
 def test_tokens_of_another_tokenizer(text, tmp_path):
@@ -314,8 +503,7 @@ def starting(processes: int, *command: str) -> subprocess.Popen:
 
 def test_two_processes_train_as_one(text, tmp_path):
     """Also when one of them is killed in the middle, and when a single one goes on with what both have begun."""
-    recipe = with_train(precision="float32", accumulate=2, tokens=12800, save_steps=10)
-    recipe["model"] = recipe["model"] | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # drawn by each
+    recipe = with_train(precision="float32", accumulate=2, tokens=12800, save_steps=10) | {"model": STILL}
     one = pretrain(recipe, [text], tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]

@@ -1,0 +1,86 @@
+"""What the run of a folder was begun with: noted first, and compared when it goes on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tenfold.models.files import write_json
+from tenfold.models.recipe import Recipe, parse_recipe
+from tenfold.train.tokens import Tokens
+
+FILE = "run.json"
+FILES = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the note last
+FOLDERS = ("checkpoints", "tokens")
+
+
+def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
+    """Note what is run, or see that it is what was begun.
+
+    Raises:
+        ValueError: it is not; the keys that differ are named.
+    """
+    file = folder / FILE
+    now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
+    if file.is_file():
+        before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
+        if other := sorted(_differences(before, now["recipe"])):
+            raise ValueError(
+                f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
+
+
+def same_tokens(folder: Path, tokens: Tokens) -> None:
+    """Note what the run is trained on, or see that it is what it was begun on, wherever that is now.
+
+    Raises:
+        ValueError: it is not; what differs is named.
+    """
+    noted = json.loads((folder / FILE).read_text())
+    now = {key: value for key, value in tokens.about.items() if key != "shards"}
+    if "tokens" not in noted:
+        write_json(folder / FILE, noted | {"tokens": now})
+    elif other := sorted(_differences(noted["tokens"], now)):
+        raise ValueError(
+            f"{folder} is a run on other data (other {', '.join(other)}); repeat it with that, or give another folder"
+        )
+
+
+def forget(folder: Path, data: Sequence[str | Path]) -> None:
+    """Delete what a run has left in ``folder``, and nothing else.
+
+    Raises:
+        ValueError: some of ``data`` is in there.
+    """
+    if not (folder / FILE).is_file():
+        return
+    for path in data:
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is in {folder}, which is to be overwritten; move it, or give another folder")
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for file in (file for pattern in FILES for file in folder.glob(pattern)):
+        file.unlink()
+
+
+def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = one.keys() | other.keys()
+        return [
+            path for key in keys for path in _differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if one == other else [where]
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    named = {name: version(name) for name in ("tenfold", "torch", "transformers", "accelerate")}
+    return named | {"python": platform.python_version()}
