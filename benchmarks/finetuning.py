@@ -68,7 +68,7 @@ def main() -> None:
                         continue
                     row = tenfold.finetune(
                         models[way], task, given.data, Path(scratch) / "tuned", train=way, seeds=[seed], learning_rate=rate,
-                        epochs=given.epochs, limit=given.limit, dev_limit=given.dev_limit, length=128,
+                        epochs=given.epochs, limit=given.limit, dev_limit=given.dev_limit, length=128, overwrite=True,
                     )  # fmt: skip
                     row |= {"model": folder.name, "recipe": RECIPE if way == "auxiliary" else None}
                     file.write_text(json.dumps(row, indent=1) + "\n")

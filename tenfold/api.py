@@ -91,14 +91,26 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
     return loaded.model_copy(update={"budget": budget})
 
 
-def heal_settings(losses: Sequence[str] = (), **settings: Any) -> Heal:
-    """``settings`` of a healing with ``losses`` written as ``kl=1.0``; those of :class:`Heal` where there are none."""
+def heal_settings(losses: Sequence[str] = (), recipe: Recipe | str | dict | None = None, **settings: Any) -> Heal:
+    """``settings`` of a healing with ``losses`` written as ``kl=1.0``.
+
+    Those that are None are the recipe's ``heal`` section's, and where there is none :class:`Heal`'s.
+    """
+    known: dict[str, Any] = {}
+    if recipe is not None:
+        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        if loaded.heal is None:
+            raise ValueError(
+                f"recipe {recipe if isinstance(recipe, str) else loaded.name} has no heal section; write one"
+            )
+        known = loaded.heal.model_dump(exclude_unset=True)
     weights: dict[str, Any] = {}
     for loss in losses:
         name, equals, weight = loss.partition("=")
         if not equals:
             raise ValueError(f"loss {loss!r} has no weight; write {loss}=1.0")
         weights[name] = weight
+    settings = known | {name: value for name, value in settings.items() if value is not None}
     return parse_recipe({"heal": settings | ({"losses": weights} if weights else {})}, "the settings").heal
 
 

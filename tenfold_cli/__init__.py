@@ -299,6 +299,10 @@ def main() -> None:
             raise
         print(f"tenfold: {' '.join(str(reason).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed = sys.modules.get("torch.distributed")  # not imported for this: torch takes seconds
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _quiet() -> None:

@@ -17,7 +17,6 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
-Text = Annotated[list[str], TEXT]
 
 
 def first() -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tenfold_cli.options import first
 from tenfold_cli.show import counted, show_json, show_table, tracked
 
 
@@ -30,17 +31,19 @@ def finetune(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float32",
 ) -> None:
-    """Fine-tune a model on a task, once for every seed; the best one is saved."""
+    """Fine-tune a model on a task, once for every seed; the best one is saved. Repeated, it goes on behind the last seed."""
     from tenfold import api
 
-    api.check_output(output, overwrite)
     api.checked_device(device)
     given = {"train": train, "epochs": epochs, "learning_rate": learning_rate, "batch": batch, "length": length}
     given |= {"limit": limit, "dev_limit": dev_limit, "rank": rank}
     with counted("fine-tuning") as advance:
         report = api.finetune(
-            model, task, data, output, seeds=seed or [0], device=device, dtype=api.checked_dtype(dtype), advance=advance, **given
+            model, task, data, output, seeds=seed or [0], device=device, dtype=api.checked_dtype(dtype), advance=advance,
+            overwrite=overwrite, **given,
         )  # fmt: skip
+    if not first():
+        return None
     if as_json:
         return show_json(report)
     names = [*report["metrics"], "score"]

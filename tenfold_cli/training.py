@@ -7,20 +7,33 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, Text, command, first
+from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, command, first
 from tenfold_cli.show import count_line, counted, tracked
 
 
 def heal(
     model: Annotated[str, typer.Argument(help="The folded model.")],
-    text: Text,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text", "--data", help="Text: .txt, .jsonl, also .xz, .gz; hf://datasets/OWNER/NAME; repeat for more."
+        ),
+    ],
     output: Output,
     teacher: Annotated[
         str | None, typer.Option(help="The dense model that it came from; cross_entropy alone needs none.")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A file with a heal section: what is not given here is taken from there."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="The peak of the schedule.")] = 6.0e-4,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens in one step.")] = 4096,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The peak of the schedule; without --recipe 6e-4 unless given.")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Tokens in one step of all processes; 4096 unless given.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows at once; all of a step's unless given.")] = None,
     loss: Annotated[
         list[str] | None,
@@ -29,7 +42,7 @@ def heal(
             "kl=1 unless given."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of both distributions.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="Of both distributions; 1 unless given.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Keep the teacher's predictions in this folder; if they are there, read them.")
     ] = None,
@@ -47,8 +60,10 @@ def heal(
     from tenfold.run import heal_checkpoint
 
     files = api.texts(text)
+    if recipe is None and learning_rate is None:
+        learning_rate = 6.0e-4
     given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step, "batch": batch}
-    settings = api.heal_settings(loss or (), temperature=temperature, **given)
+    settings = api.heal_settings(loss or (), recipe, temperature=temperature, **given)
     more = {"window": window, "seed": seed, "store": store, "top_k": top_k, "progress": tracked("asking the teacher")}
     with counted("healing") as advance:
         report = heal_checkpoint(

@@ -19,6 +19,21 @@ def write_json(path: Path, value: Any) -> None:
     new.replace(path)
 
 
+# what torch.save, by the size of the file, and tokenizers say where there is no room
+FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
+
+
+@contextmanager
+def written(where: str | Path) -> Iterator[None]:
+    """What libraries say where there is no room, each in its own way, as one OSError."""
+    try:
+        yield
+    except Exception as reason:
+        if isinstance(reason, SafetensorError) or any(words in str(reason) for words in FULL):
+            raise OSError(f"{where} can't be written ({reason}); make room, and repeat the command") from None
+        raise
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder whose files go to ``folder`` once all are written; weights that were there go.
@@ -31,10 +46,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        yield new
-    except SafetensorError as reason:
-        raise OSError(f"{folder} can't be written ({reason}); make room, or write somewhere else") from None
-    else:
+        with written(folder):
+            yield new
         target.mkdir(exist_ok=True)
         for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
             old.unlink()

@@ -24,6 +24,7 @@ class Heal(Strict):
             depth unless given.
         positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
         chunk: positions whose logits are held at once.
+        precision: in which products are computed; the weights that are trained are in float32.
     """
 
     steps: int | None = None
@@ -40,6 +41,7 @@ class Heal(Strict):
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
     positions: Literal["all", "masked"] = "all"
     chunk: int = Field(1024, ge=1)
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
 
     @field_validator("losses")
     @classmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import platform
 import statistics
 import tempfile
@@ -13,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
-from tenfold.models.files import whole_folder, write_json
-from tenfold.models.hub import check_folder, silent
-from tenfold.train.trainer import Progress, training_arguments, unwrapped
+from tenfold.models.files import whole_folder, write_json, written
+from tenfold.models.hub import check_folder, check_output, silent
+from tenfold.models.ranks import is_first, wait
+from tenfold.train.trainer import Log, Progress, Watch, Watched, step_size, training_arguments, unwrapped
 from tenfold.train.ways import free_head, way_named
 
 LIBRARIES = ("tenfold", "torch", "transformers", "scikit-learn", "scipy", "rouge-score", "peft")
@@ -70,12 +74,15 @@ def finetune(
     seeds: Sequence[int] = (0,),
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Callable[[int, int, float], None] | None = None,
+    overwrite: bool = False,
     **settings,
 ) -> dict[str, Any]:
     """Fine-tune ``model`` on ``task`` once for every seed; the best one is written to ``output``.
 
-    The folder is an ordinary Hugging Face checkpoint, of the epoch with the best dev score, and holds ``finetune.json``.
+    The folder is an ordinary Hugging Face checkpoint, of the epoch with the best dev score. ``finetune.json`` in it has the runs,
+    ``log-SEED.jsonl`` a line every few steps. The same call goes on behind the last finished seed, and with other seeds adds
+    them. Several processes (``torchrun``) share every batch, and the first one writes.
 
     Args:
         model: a folder or a name on a hub, dense or folded.
@@ -84,7 +91,8 @@ def finetune(
         seeds: each one draws the new head and the order of the examples.
         device: ``cpu`` keeps an accelerator out of it.
         dtype: of the saved model, float32 unless given; training is in float32, on an accelerator in bfloat16 autocast.
-        advance: called as ``advance(step, steps)``, over all seeds.
+        advance: called as ``advance(step, steps, tokens_per_second)``, over all seeds that are left.
+        overwrite: write over ``output``, whatever is there.
         settings: those of :class:`Settings`.
 
     Returns:
@@ -93,7 +101,10 @@ def finetune(
         ``parameters`` (``total``, ``trainable`` and their ``share``), ``settings`` and ``versions``.
 
     Raises:
-        ValueError: the task or the way to train is not known, the data are wrong, or the model does not suit them.
+        ValueError: the task or the way to train is not known, the data are wrong, the model does not suit them, ``output`` has
+            runs with other settings, or loss or weights are no longer finite.
+        FileExistsError: ``output`` holds something else.
+        OSError: there is no room on the disk.
         FileNotFoundError: the model or a file of the task is missing.
         ImportError: a library of the extra ``tasks`` is missing.
     """
@@ -101,6 +112,7 @@ def finetune(
     way = way_named(given.train)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {list(seeds)} must be different numbers, one at least")
+    _shared_out(given.batch)
     chosen.check()
     read_config(str(model))
     if Path(model).is_dir():
@@ -109,24 +121,65 @@ def finetune(
     report = {
         "model": str(model),
         "task": chosen.name,
+        "data": str(data),
         "metrics": list(chosen.metrics),
         "examples": dict(zip(("train", "dev"), map(len, examples), strict=True)),
         "settings": asdict(given) | {"learning_rate": given.learning_rate or way.learning_rate},
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
         "versions": versions(),
         "runs": [],
     }
-    for number, seed in enumerate(seeds):
-        told = advance and (lambda step, steps, done=number: advance(done * steps + step, len(seeds) * steps))
-        trained, tokenizer, run, parameters = _run(model, chosen, examples, given, seed, device, told)
+    folder = Path(output)
+    if not overwrite:
+        report |= _finished(folder, report)
+    left = [seed for seed in seeds if seed not in {run["seed"] for run in report["runs"]}]
+    for number, seed in enumerate(left):
+        told = advance and (
+            lambda step, steps, *speed, done=number: advance(done * steps + step, len(left) * steps, *speed)
+        )
+        trained, tokenizer, run, parameters = _run(model, chosen, examples, given, seed, device, told, folder)
         best = max((old["score"] for old in report["runs"]), default=-float("inf"))
         report["runs"].append(run)
         report |= {"parameters": parameters} | _summary(report["runs"])
-        if run["score"] > best:
-            with silent(), whole_folder(output) as new:
+        if is_first() and run["score"] > best:
+            with silent(), whole_folder(folder) as new:
                 trained.to(dtype or torch.float32).save_pretrained(new)
                 tokenizer.save_pretrained(new)
-        write_json(Path(output) / "finetune.json", report)
+                write_json(new / "finetune.json", report)
+        elif is_first():
+            write_json(folder / "finetune.json", report)
+        wait()
     return report
+
+
+def _shared_out(batch: int) -> int:
+    """The examples of each of several processes."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % processes:
+        more = -(-batch // processes) * processes
+        raise ValueError(f"{processes} processes can't share {batch} examples a step evenly; give --batch {more}")
+    return batch // processes
+
+
+def _finished(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What a run of the same settings has finished in ``folder``."""
+    file = folder / "finetune.json"
+    if not file.is_file():
+        inside = folder.glob("*") if folder.is_dir() else [folder]
+        if not all(path.match("log-*.jsonl") for path in inside):
+            check_output(folder, False)
+        return {}
+    before = json.loads(file.read_text())
+    now, then = (
+        {key: one.get(key) for key in ("model", "task", "data", "examples", "dtype")} | one.get("settings", {})
+        for one in (report, before)
+    )
+    if other := sorted(key for key, value in now.items() if then.get(key) != value):
+        raise ValueError(
+            f"{folder} holds a fine-tuning with other settings ({', '.join(other)}); repeat that one, give another folder, or "
+            "add --overwrite"
+        )
+    return {key: before[key] for key in ("runs", "parameters", "score", "best_seed")}
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -138,7 +191,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _run(name, task: Task, examples, given: Settings, seed: int, device, advance):
+def _run(name, task: Task, examples, given: Settings, seed: int, device, advance, folder: Path):
     """One seed: the trained model, the tokenizer, what it scored, and the counts of its parameters."""
     set_seed(seed)
     way, (train, dev) = way_named(given.train), examples
@@ -152,11 +205,12 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     way.free(model, given.rank)
     free_head(model, new)
     parameters = counted(model)
-    with tempfile.TemporaryDirectory() as folder:
+    read = [task.encode(tokenizer, example, length) for example in train]
+    with tempfile.TemporaryDirectory() as temporary:
         arguments = training_arguments(
-            Path(folder),
+            Path(temporary),
             given.learning_rate or way.learning_rate,
-            given.batch,
+            _shared_out(given.batch),
             num_train_epochs=given.epochs,
             warmup_steps=given.warmup,
             weight_decay=given.weight_decay,
@@ -172,18 +226,24 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
         trainer = Scored(
             model=model,
             args=arguments,
-            train_dataset=[task.encode(tokenizer, example, length) for example in train],
+            train_dataset=read,
             eval_dataset=dev,
             data_collator=task.collator(tokenizer),
             processing_class=tokenizer,
-            callbacks=[best, *([Progress(advance)] if advance else [])],
+            callbacks=[best, Often()],
             scored=lambda model: task.score(
                 task.predict(model, tokenizer, dev, length, 2 * given.batch, progress=iter), dev
             ),
         )
+        tokens = step_size(arguments) * sum(len(example["input_ids"]) for example in read) / max(1, len(read))
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Watch(trainer))
+        trainer.add_callback(Log(folder / f"log-{seed}.jsonl", tokens))
+        if advance:
+            trainer.add_callback(Progress(advance, tokens))
         begun = time.perf_counter()
-        trainer.train()
+        with written(temporary):
+            trainer.train()
     model = best.restored(unwrapped(trainer)).eval()
     way.finish(model)
     run = {"seed": seed, **best.scores, "best_epoch": best.epoch, "seconds": round(time.perf_counter() - begun, 1)}
@@ -206,9 +266,15 @@ def counted(model: PreTrainedModel) -> dict[str, int | float]:
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The mean loss of every epoch and the dev score after it."""
-    losses = {row["epoch"]: row["loss"] for row in history if "loss" in row}
-    scores = {row["epoch"]: row["eval_score"] for row in history if "eval_score" in row}
-    return [{"epoch": epoch, "loss": losses.get(epoch), "score": score} for epoch, score in scores.items()]
+    curve, total, steps, last = [], 0.0, 0, 0
+    for row in history:
+        if "loss" in row:  # the mean since the last one
+            new = row["step"] - last
+            total, steps, last = total + new * row["loss"], steps + new, row["step"]
+        if "eval_score" in row:
+            curve.append({"epoch": row["epoch"], "loss": total / steps if steps else None, "score": row["eval_score"]})
+            total, steps = 0.0, 0
+    return curve
 
 
 def versions() -> dict[str, str]:
@@ -222,20 +288,54 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Scored(Trainer):
-    """Trainer whose evaluation is the score of a task: the same code that scores a model without training."""
+class Scored(Watched):
+    """Trainer whose evaluation is the score of a task: the same code that scores a model without training.
+
+    Nothing that is not finite is scored, nor therefore saved.
+    """
+
+    AWAY = math.inf  # losses of tasks are of all sizes
 
     def __init__(self, *args, scored: Callable[[PreTrainedModel], dict[str, float]], **kwargs):
         super().__init__(*args, **kwargs)
         self.scored = scored
+        self.model_accepts_loss_kwargs = False  # heads of classes don't: Trainer would count their loss once a process
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        self.check()
         was = self.model.training
+        self._check_update()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scored(self.model.eval()).items()}
         self.model.train(was)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def _check_update(self) -> None:
+        """What the last step has made is in no loss of training yet."""
+        rows = [self.train_dataset[k] for k in range(min(len(self.train_dataset), self.args.train_batch_size))]
+        with self.compute_loss_context_manager():
+            loss = self.model.eval()(**self._prepare_inputs(self.data_collator(rows))).loss
+        if not all(bool(value.isfinite().all()) for value in (loss, *self.model.parameters())):
+            step = self.state.global_step
+            raise ValueError(
+                f"loss or weights are not finite after step {step} ({self._where(step)}); {self._good()}; lower the learning rate"
+            )
+
+    def _where(self, step: int) -> str:
+        return f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}"
+
+    def _good(self) -> str:
+        return "nothing of this seed is saved"
+
+
+class Often(TrainerCallback):
+    """Logs in between, too, not only at the end of every epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % max(1, min(50, state.max_steps // 10)) == 0:
+            control.should_log = True
 
 
 class Best(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text import documents, token_stream
+from tenfold.models.files import written
 from tenfold.models.healing import Heal
 from tenfold.models.hub import silent
 from tenfold.models.reading import context_of, reads_streams
@@ -23,7 +25,18 @@ from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
-from tenfold.train.trainer import Log, Progress, Windows, last_checkpoint, shared_out, training_arguments, unwrapped
+from tenfold.train.trainer import (
+    Log,
+    Progress,
+    Watch,
+    Watched,
+    Windows,
+    last_checkpoint,
+    shared_out,
+    step_size,
+    training_arguments,
+    unwrapped,
+)
 
 
 def heal(
@@ -34,7 +47,7 @@ def heal(
     settings: Heal | None = None,
     window: int | None = None,
     seed: int = 0,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Callable[[int, int, float], None] | None = None,
     store: str | Path | None = None,
     top_k: int = 64,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -49,7 +62,7 @@ def heal(
         teacher: a model, or a folder or name of one; None where the losses ask for none (``cross_entropy``).
         settings: the losses and their weights, steps or epochs, tokens a step, learning rate and schedule.
         window: tokens that the model sees at once; its context, 1,024 at most, unless given.
-        advance: is told ``(step, steps)``.
+        advance: is told ``(step, steps, tokens_per_second)``.
         store: a folder for the teacher's ``top_k`` likeliest tokens and their log-probabilities. The first call writes it;
             later ones read it, and load no teacher. Divergences are then over these tokens and one class for the rest.
         progress: wraps the writing of the store.
@@ -60,7 +73,8 @@ def heal(
 
     Raises:
         ValueError: teacher and student don't fit together, the store was made from something else, the text is too short,
-            or the loss is no longer finite.
+            the loss is no number or runs away, or the processes can't share a step.
+        OSError: there is no room on the disk; with ``checkpoints`` the same call goes on from the last whole one.
     """
     settings = settings or Heal()
     asked = settings.losses.keys() - WITHOUT_TEACHER
@@ -77,6 +91,7 @@ def heal(
         kept = None if checkpoints is None else Path(checkpoints)
         arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None, reads_streams(model))
         data, collator = _data(model, tokenizer, files, window, seed)
+        tokens = step_size(arguments) * _mean_length(data)
         loaded = None
         if asked and store is not None:
             data = _answered(data, model, teacher, tokenizer, settings, Path(store), top_k, arguments, progress)
@@ -88,7 +103,7 @@ def heal(
         model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
         for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
             restored.callback(model.__dict__.pop, name, None)
-        return _train(model, arguments, data, collator, settings, advance, kept)
+        return _train(model, arguments, data, collator, settings, advance, tokens, kept)
 
 
 def _window(model: PreTrainedModel, window: int | None) -> int:
@@ -106,13 +121,14 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool,
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     windows = max(1, settings.tokens_per_step // window)
     batch = min(settings.batch or windows, windows)
-    batch, accumulate = shared_out(batch, max(1, round(windows / batch)))
+    batch, accumulate = _shared_out(batch, max(1, round(windows / batch)), window, settings)
     return training_arguments(
         folder,
         settings.learning_rate,
         batch,
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
+        bf16=settings.precision == "bfloat16",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
@@ -124,6 +140,20 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool,
         seed=seed,
         **length,
     )
+
+
+def _shared_out(batch: int, accumulate: int, window: int, settings: Heal) -> tuple[int, int]:
+    """What each process gets of a step."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return shared_out(batch, accumulate, processes)
+    except ValueError:
+        even = processes * (settings.batch or 1)
+        tokens = -(-batch * accumulate // even) * even * window
+        raise ValueError(
+            f"{processes} processes can't share a step of {batch * accumulate} windows of {window} tokens, {batch} at once; "
+            f"give --tokens-per-step {tokens}, or another --batch"
+        ) from None
 
 
 def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> tuple[torch.utils.data.Dataset, Any]:
@@ -139,6 +169,10 @@ def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> t
     cut = tokenizer(lines, truncation=True, max_length=window, return_overflowing_tokens=True)
     rows = [{"input_ids": ids} for ids in cut["input_ids"]]
     return rows, DataCollatorForLanguageModeling(tokenizer, seed=seed)
+
+
+def _mean_length(data) -> float:
+    return data.length if isinstance(data, Windows) else sum(len(row["input_ids"]) for row in data) / len(data)
 
 
 def _answered(data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress) -> Answered:
@@ -166,20 +200,23 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
     return Answered(data, Store(folder))
 
 
-def _train(model, arguments, data, collator, settings: Heal, advance, kept: Path | None) -> dict[str, Any]:
+def _train(
+    model, arguments, data, collator, settings: Heal, advance, tokens: float, kept: Path | None
+) -> dict[str, Any]:
     trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch(trainer))
     if advance is not None:
-        trainer.add_callback(Progress(advance))
+        trainer.add_callback(Progress(advance, tokens))
     if kept is not None:
-        trainer.add_callback(Log(kept / "log.jsonl"))
+        trainer.add_callback(Log(kept / "log.jsonl", tokens))
     begun, last = time.perf_counter(), kept and last_checkpoint(kept)
-    with silent():
+    with silent(), written(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last and str(last))
     model = unwrapped(trainer).eval()
     steps = trainer.state.global_step
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
-        raise ValueError(f"the weights are not finite after step {steps}; {_advice(arguments)}")
+        raise ValueError(f"the weights are not finite after step {steps}; lower the learning rate")
     return {
         "steps": steps,
         "tokens": trainer.state.num_input_tokens_seen,
@@ -189,19 +226,17 @@ def _train(model, arguments, data, collator, settings: Heal, advance, kept: Path
     }
 
 
-def _advice(arguments: TrainingArguments) -> str:
-    return f"nothing is saved: try a lower learning rate than {arguments.learning_rate:g}"
-
-
-class _Healer(Trainer):
+class _Healer(Watched):
     """Trainer of a model whose ``forward`` is its loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {_advice(self.args)}")
-        return loss
+    def _where(self, step):
+        windows, size = step_size(self.args), len(self.train_dataset)
+        done, step = divmod(step, -(-size // windows))
+        return (
+            f"windows {step * windows} to {min(size, (step + 1) * windows)} of pass {done + 1} over the text, in the order of "
+            f"seed {self.args.seed}"
+        )

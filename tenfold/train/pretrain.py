@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents
-from tenfold.models.files import whole_folder
+from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.ranks import state
@@ -135,11 +134,8 @@ def pretrain(
     if guided is not None:
         trainer.add_callback(guided)
     begun = time.perf_counter()
-    try:
-        with silent():
-            trainer.train(resume_from_checkpoint=_resumed(folder))
-    except SafetensorError as reason:
-        raise OSError(f"a checkpoint could not be written ({reason}); make room and repeat the command") from None
+    with silent(), written(folder / "checkpoints"):
+        trainer.train(resume_from_checkpoint=_resumed(folder))
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
         "tokens": steps * settings.batch * settings.accumulate * length,

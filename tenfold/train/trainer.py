@@ -77,10 +77,8 @@ class Watched(Trainer):
         for number, value in enumerate(values):
             if not math.isfinite(value):
                 step = first + number // each
-                windows = each * self.args.per_device_train_batch_size * self.args.world_size
                 raise ValueError(
-                    f"the loss is {value} at step {step + 1} (windows {step * windows} to {(step + 1) * windows} of the data); "
-                    f"{self._good()}; lower the learning rate"
+                    f"the loss is {value} at step {step + 1} ({self._where(step)}); {self._good()}; lower the learning rate"
                 )
         self.recent = (self.recent + [value * each for value in values])[-self.STEPS * each :]
         mean = sum(self.recent) / max(1, len(self.recent))
@@ -91,6 +89,10 @@ class Watched(Trainer):
                     f"mean of {self.STEPS} steps; {self._good()}; lower the learning rate"
                 )
             self.best = min(self.best, mean)
+
+    def _where(self, step: int) -> str:
+        windows = step_size(self.args)
+        return f"windows {step * windows} to {(step + 1) * windows} of the data"
 
     def check_weights(self) -> None:
         """Look at the weights before they are saved: a finite loss may have a gradient that is not.
@@ -126,7 +128,7 @@ class Watch(TrainerCallback):
 class Progress(TrainerCallback):
     """Tells ``advance(step, steps)`` after every optimizer step, or ``advance(step, steps, tokens a second)``."""
 
-    def __init__(self, advance, tokens_a_step: int | None = None):
+    def __init__(self, advance, tokens_a_step: float | None = None):
         self.advance, self.tokens = advance, tokens_a_step
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -146,7 +148,7 @@ class Log(TrainerCallback):
     What an interrupted run logged behind its last checkpoint is cut off when it goes on.
     """
 
-    def __init__(self, file: Path, tokens_a_step: int | None = None):
+    def __init__(self, file: Path, tokens_a_step: float | None = None):
         self.file, self.tokens = file, tokens_a_step
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -159,15 +161,17 @@ class Log(TrainerCallback):
         self.begun, self.first = time.perf_counter(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # the summary at the end
             return
         seconds, steps = time.perf_counter() - self.begun, state.global_step - self.first
         row = {"step": state.global_step}
-        row |= {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
+        row |= {
+            key: logs[key] for key in ("loss", "eval_loss", "eval_score", "learning_rate", "grad_norm") if key in logs
+        }
         if steps:
             row["seconds_left"] = round((state.max_steps - state.global_step) * seconds / steps)
         if self.tokens is not None:
-            row["tokens"] = state.global_step * self.tokens
+            row["tokens"] = round(state.global_step * self.tokens)
             row["tokens_per_second"] = round(steps * self.tokens / seconds, 1)
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -205,6 +209,11 @@ def shared_out(batch: int, accumulate: int, processes: int | None = None) -> tup
     raise ValueError(
         f"{processes} processes can't share {accumulate} batches of {batch} windows evenly; make one of them a multiple of it"
     )
+
+
+def step_size(arguments: TrainingArguments) -> int:
+    """Windows, or examples, in one step of all processes."""
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def training_arguments(folder: Path, learning_rate: float, batch: int, **more: Any) -> TrainingArguments:

@@ -102,7 +102,7 @@ def test_heal(call, dense, tmp_path):
     before = {path.name: path.read_bytes() for path in healed.iterdir()}
     overwrite = ("-o", healed, "--overwrite")
     for more, sentence in (
-        (("--learning-rate", "1e30", "--steps", "3"), "try a lower learning rate than 1e+30"),
+        (("--learning-rate", "1e30", "--steps", "3"), "there is no checkpoint yet; lower the learning rate"),
         (("--store", tmp_path / "store"), "top_k is 16 there and 64 here"),
         (("--store", tmp_path / "store", "--loss", "hidden=1"), "nothing from inside it, which hidden compare"),
         (("--loss", "kl"), "write kl=1.0"),
@@ -114,6 +114,26 @@ def test_heal(call, dense, tmp_path):
     status, _, err = call("heal", folded, *text, *overwrite)
     assert status == 2 and "the loss kl needs a teacher" in err
     assert before == {path.name: path.read_bytes() for path in healed.iterdir()}, "what was there is still there"
+
+
+def test_heal_by_a_recipe(call, dense, tmp_path):
+    """What the command line gives wins; --data is another name of --text."""
+    (tmp_path / "heal.yaml").write_text(
+        "heal: {steps: 9, tokens_per_step: 64, temperature: 2.0, schedule: constant, losses: {cross_entropy: 1.0}}\n"
+    )
+    given = ("--recipe", tmp_path / "heal.yaml", "--data", dense / "text.txt", "--steps", "2")
+    status, out, err = call("heal", dense, *given, "-o", tmp_path / "healed")
+    assert status == 0 and "2 steps, 128 tokens" in out and "tokens/s" in err, err
+    assert json.loads((tmp_path / "healed" / "tenfold.json").read_text())["heal"]["losses"] == {"cross_entropy": 1.0}
+
+
+@pytest.mark.parametrize("command", [("recipes",), ("inspect", "./nothing")])
+def test_processes_part_at_the_end(call, tmp_path, command):
+    """Also behind an error."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    call(*command)
+    assert not distributed.is_initialized()
 
 
 def test_pretrain(call, tmp_path):

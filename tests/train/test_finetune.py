@@ -1,11 +1,13 @@
 """Fine-tuning on tasks, on models of toy size: what is trained, what is learned, and what is saved."""
 
 import json
+import re
 import statistics
 
 import pytest
 import torch
 import toy_tasks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerState
 
 import tenfold
@@ -134,7 +136,7 @@ def test_seeds_repeat_and_their_spread_is_reported(toys, tmp_path):
     given = {"task": "stsb", "epochs": 1, "limit": 48, "dev_limit": 20}
     steps = []
     report = trained(
-        toys, tmp_path / "a", "bert", True, "auxiliary", seeds=[3, 1, 2], advance=lambda k, n: steps.append((k, n)), **given
+        toys, tmp_path / "a", "bert", True, "auxiliary", seeds=[3, 1, 2], advance=lambda *now: steps.append(now[:2]), **given
     )  # fmt: skip
     scores = [run["score"] for run in report["runs"]]
     assert len(set(scores)) > 1 and report["examples"] == {"train": 48, "dev": 20}
@@ -187,6 +189,90 @@ def test_a_fine_tuned_model_is_fine_tuned_further(toys, tmp_path):
         tmp_path / "one", "sst2", toys[1], tmp_path / "two", epochs=0.2, learning_rate=1e-8, device="cpu"
     )
     assert report["runs"][0]["new"] == [] and report["score"]["mean"] > 0.95
+
+
+SHORT = {"epochs": 1, "limit": 32, "dev_limit": 8}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e38])
+def test_no_number_is_told_and_nothing_is_written_over(toys, tmp_path, rate):
+    trained(toys, tmp_path / "out", "gpt2", False, "full", **SHORT)
+    before = contents(tmp_path / "out")
+    what = r"(loss is (nan|inf) at|loss or weights are not finite after) step \d"
+    where = rf"{what} \(learning rate {re.escape(f'{rate:g}')}, seed 5\); nothing of this seed is saved; lower the lea"
+    with pytest.raises(ValueError, match=where):
+        trained(toys, tmp_path / "out", "gpt2", False, "full", learning_rate=rate, seeds=[5], overwrite=True, **SHORT)
+    after = contents(tmp_path / "out")
+    assert after.keys() - before.keys() == {"log-5.jsonl"} and before.items() <= after.items()
+
+
+def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_path):
+    """Those of the last step are in no loss."""
+    toy, place = toys
+
+    def call(output, **given):
+        return tenfold.finetune(
+            toy("gpt2", False), "sst2", place, output, batch=32, device="cpu", warmup=0.0, **SHORT, **given
+        )
+
+    with pytest.raises(ValueError, match=r"weights are not finite after step 1 \(learning rate 1e\+39, seed 0\)"):
+        call(tmp_path / "out", learning_rate=1e39)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log-0.jsonl"]
+    call(tmp_path / "out", learning_rate=1e-3)  # nothing but a log was there
+
+
+def test_every_run_has_its_log(toys, tmp_path):
+    told = []
+    report = trained(
+        toys, tmp_path / "out", "gpt2", False, "full", epochs=2, limit=72, seeds=[4], advance=lambda *now: told.append(now)
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log-4.jsonl").open()]
+    losses, scores = ([row for row in rows if name in row] for name in ("loss", "eval_score"))
+    assert [row["step"] for row in losses] == list(range(1, 11)) and [row["step"] for row in scores] == [5, 10]
+    assert losses[0]["tokens_per_second"] > 0 and losses[0]["seconds_left"] >= 0 and "learning_rate" in losses[0]
+    assert told[-1][:2] == (10, 10) and told[-1][2] > 0
+    for epoch, row in enumerate(report["runs"][0]["curve"]):
+        assert row["loss"] == pytest.approx(statistics.mean(r["loss"] for r in losses[5 * epoch :][:5]))
+        assert row["score"] == scores[epoch]["eval_score"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_call_goes_on_behind_the_last_seed(toys, tmp_path):
+    given, out, seen = SHORT | {"dev_limit": 20, "learning_rate": 3e-4}, tmp_path / "out", []
+
+    def stop(step, steps, *speed):
+        if step == 3:
+            raise Killed
+
+    whole = trained(toys, tmp_path / "whole", "gpt2", False, "full", seeds=[1, 2], **given)
+    with pytest.raises(Killed):
+        trained(toys, out, "gpt2", False, "full", seeds=[1, 2], advance=stop, **given)
+    with pytest.raises(ValueError, match=r"other settings \(batch, task\); repeat that one, .* add --overwrite"):
+        trained(toys, out, "gpt2", False, "full", "stsb", seeds=[2], **given | {"batch": 8, "limit": 32})
+    with pytest.raises(FileExistsError, match="is there already and not empty"):
+        trained(toys, toys[1], "gpt2", False, "full", seeds=[1], **given)
+    report = trained(toys, out, "gpt2", False, "full", seeds=[1, 2], advance=lambda *now: seen.append(now[:2]), **given)
+    assert seen == [(1, 2), (2, 2)], "one seed of two steps was left"
+    runs = [[{k: v for k, v in run.items() if k != "seconds"} for run in one["runs"]] for one in (whole, report)]
+    assert runs[0] == runs[1] and report["score"] == whole["score"] and report["best_seed"] == whole["best_seed"]
+    assert json.loads((out / "finetune.json").read_text()) == report
+    assert torch.equal(*(load_file(f / "model.safetensors")["score.weight"] for f in (tmp_path / "whole", out)))
+    before = contents(out)
+    assert trained(toys, out, "gpt2", False, "full", seeds=[2], **given) == report and contents(out) == before
+    assert len(trained(toys, out, "gpt2", False, "full", seeds=[9], overwrite=True, **given)["runs"]) == 1
+
+
+def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes can't share 16 examples a step evenly; give --batch 18"):
+        trained(toys, tmp_path / "out", "gpt2", False, "full")
 
 
 REFUSED = {

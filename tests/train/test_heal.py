@@ -1,22 +1,27 @@
 """Healing: chunks and stores change nothing, what can't be compared is refused, and a healed model is an ordinary one."""
 
 import copy
+import json
 
 import pytest
 import small
 import torch
 import transformers
 from models import toys
+from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tenfold.api import compress, heal_settings
+from tenfold.evaluate.text import documents, token_stream
+from tenfold.models.files import written
 from tenfold.models.healing import Heal
 from tenfold.run import heal_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
+from tenfold.train.trainer import Watched, Windows
 
 CAPPED = {**toys.GEMMA, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
@@ -205,16 +210,19 @@ def test_healing_brings_the_model_nearer_to_its_teacher(folder, tokenizer, tmp_p
     compress(student, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 1}}]})
     frozen, seen = {name: value.clone() for name, value in teacher.state_dict().items()}, []
     settings = Heal(steps=12, learning_rate=5e-3, tokens_per_step=256, losses=losses, chunk=100)
-    report = heal(
-        student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda k, n: seen.append((k, n))
-    )
+    report = heal(student, teacher, tokenizer, [folder / "text.txt"], settings, advance=lambda *told: seen.append(told))
     student.save_pretrained(tmp_path / "healed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert torch.equal(*(m(input_ids=torch.arange(8)[None]).logits for m in (student, again))), "still in autocast"
     assert student.config.use_cache, "Trainer turned the cache off"
     assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
     assert "forward" not in student.__dict__ and report["losses"] == losses
-    assert report["steps"] == 12 and 11 * 256 < report["tokens"] <= 12 * 256 and seen[-1] == (12, 12)
+    assert (
+        report["steps"] == 12
+        and 11 * 256 < report["tokens"] <= 12 * 256
+        and seen[-1][:2] == (12, 12)
+        and seen[-1][2] > 0
+    )
     assert report["curve"][-1][1] < 0.6 * report["curve"][0][1] or report["curve"][-1][1] < 1e-3
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
 
@@ -262,11 +270,104 @@ def test_masked_language_models_heal(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    for rate, weights in ((1e30, "loss is nan at step 2"), (1e38, "")):
+    where = (
+        r"loss is nan at step 2 \(windows 2 to 4 of pass 1 over the text, in the order of seed 0\); there is no check"
+    )
+    for rate, sentence in ((1e30, where), (1e38, "")):
         settings = Heal(steps=4, learning_rate=rate, tokens_per_step=64, schedule="constant", warmup=0.0)
-        with pytest.raises(ValueError, match=rf"{weights}.*nothing is saved: try a lower learning rate than 1e\+3"):
+        with pytest.raises(ValueError, match=rf"{sentence}.*; lower the learning rate"):
             heal(student, teacher, tokenizer, [folder / "text.txt"], settings)
     assert not {"forward", "_original_forward"} & student.__dict__.keys(), "forward is the class's again"
+
+
+def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(Watched, "AWAY", -1e3)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    settings = Heal(steps=6, tokens_per_step=64, save_steps=3, losses={"cross_entropy": 1.0})
+    with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert rows[0]["tokens"] == 64 and rows[0]["tokens_per_second"] > 0 and rows[0]["seconds_left"] >= 0
+
+
+def test_passes_over_the_text_are_counted(folder, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    windows = len(Windows(token_stream(documents([folder / "text.txt"], tokenizer), tokenizer), 32))
+    steps, saw = -(-windows // 40), []
+
+    def spoil(step, *rest):
+        saw.append(step)
+        if step == steps:
+            student.lm_head.weight.data.fill_(torch.nan)
+
+    settings = Heal(steps=3 * steps, tokens_per_step=40 * 32, losses={"cross_entropy": 1.0})
+    with pytest.raises(ValueError, match=rf"at step {steps + 1} \(windows 0 to 40 of pass 2 over the text"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, advance=spoil)
+
+
+@pytest.mark.parametrize(
+    "reason", [SafetensorError("No space left"), RuntimeError("[enforce fail at inline_container.cc:672]")]
+)
+def test_a_full_disk_is_told_and_the_same_call_goes_on(folder, tokenizer, tmp_path, monkeypatch, reason):
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    settings = Heal(steps=4, tokens_per_step=64, save_steps=2, losses={"cross_entropy": 1.0})
+
+    def full(*arguments, **keywords):
+        raise reason
+
+    def call(**given):
+        return heal(student, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path, **given)
+
+    where = (transformers.PreTrainedModel, "save_pretrained") if "space" in str(reason) else (torch, "save")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, full)
+        with pytest.raises(OSError, match=r"can't be written \(.*\); make room, and repeat the command"):
+            call()
+    assert not list(tmp_path.glob("*/trainer_state.json"))
+    assert call()["steps"] == 4
+    with pytest.raises(RuntimeError, match="something else"), written("there"):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"tokens_per_step": 128},
+            "a step of 4 windows of 32 tokens, 4 at once; give --tokens-per-step 256, or another",
+        ),
+        (
+            {"tokens_per_step": 288, "batch": 3},
+            "a step of 9 windows of 32 tokens, 3 at once; give --tokens-per-step 768, or",
+        ),
+    ],
+)
+def test_a_step_that_can_not_be_shared_out_names_options_of_the_command(
+    folder, tokenizer, monkeypatch, given, sentence
+):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    settings = Heal(steps=1, losses={"cross_entropy": 1.0}, **given)
+    with pytest.raises(ValueError, match=f"8 processes can't share {sentence}"):
+        heal(AutoModelForCausalLM.from_pretrained(folder), None, tokenizer, [folder / "text.txt"], settings)
+
+
+def test_settings_of_a_recipe(tmp_path):
+    recipe = tmp_path / "heal.yaml"
+    recipe.write_text("heal: {losses: {kl: 1, hidden: 2}, layers: [[0, 1]], epochs: 2, schedule: constant, chunk: 7}\n")
+    section = {
+        "losses": {"kl": 1.0, "hidden": 2.0},
+        "layers": [(0, 1)],
+        "epochs": 2,
+        "schedule": "constant",
+        "chunk": 7,
+    }
+    assert heal_settings((), recipe, steps=None) == Heal(**section)
+    assert heal_settings((), recipe, schedule="linear") == Heal(**section | {"schedule": "linear"})
+    assert heal_settings(["kl=0.5"], recipe, steps=3) == Heal(**section | {"losses": {"kl": 0.5}, "steps": 3})
+    recipe.write_text("replace: []\n")
+    with pytest.raises(ValueError, match="has no heal section"):
+        heal_settings((), recipe)
 
 
 def test_what_can_not_be_compared_is_refused(folder, tokenizer, tmp_path):
@@ -330,7 +431,7 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     def call(name, **given):
         return heal_checkpoint(folded, dense, tmp_path / name, [dense / "text.txt"], settings, **given)
 
-    def stop(step, steps):
+    def stop(step, *rest):
         if step == 5:
             raise Killed
 
@@ -340,7 +441,7 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(FileExistsError, match=r"run.partial holds what another run"):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
-    report = call("run", advance=lambda step, steps: seen.append(step))
+    report = call("run", advance=lambda step, *rest: seen.append(step))
     assert (
         seen == [4, 5, 6, 7, 8, 9]
         and report["curve"] == whole["curve"]
@@ -362,3 +463,19 @@ def test_batches_add_up_to_a_step(tmp_path):
         assert report["tokens"] == 4 * 128
         curves.append([loss for _, loss in report["curve"]])
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=0.03, atol=0)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(folder, tokenizer, tmp_path):
+    """Else the same call would go on from them for ever."""
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    settings = Heal(steps=4, tokens_per_step=64, save_steps=2, losses={"cross_entropy": 1.0})
+
+    def spoil(step, *rest):
+        if step == 1:
+            student.transformer.h[0].mlp.c_fc.bias.register_hook(lambda gradient: gradient * torch.nan)
+
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        heal(student, None, tokenizer, [folder / "text.txt"], settings, advance=spoil, checkpoints=tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    assert heal(whole, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)["steps"] == 4

@@ -290,6 +290,7 @@ def test_all_processes_stop_where_one_has_no_number():
         accelerator=SimpleNamespace(gather=lambda own: torch.cat([own, theirs])),
         args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
         state=SimpleNamespace(global_step=2),
+        _where=lambda step: f"windows {8 * step} to {8 * step + 8} of the data",
         _good=lambda: "there is no checkpoint yet",
         **{"recent": [], "best": np.inf, "STEPS": 50, "AWAY": 2.0},
     )

@@ -1,4 +1,4 @@
-"""Parameters sharded over two processes (FSDP2), cores that layers share among them."""
+"""Two processes: parameters sharded over them (FSDP2), healing and fine-tuning shared out among them."""
 
 import json
 import os
@@ -8,17 +8,68 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
+import torch
+import toy_tasks
 from train import sharded
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tenfold
+from tenfold.api import compress, save
+from tenfold.models.healing import Heal
+from tenfold.train.heal import heal
+
+
+def two(*command: str) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*run, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_heal_as_one(tmp_path):
+    """The windows of a step are shared out, and one of the two writes and speaks."""
+    dense = small.folder(tmp_path / "dense")
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    compress(student, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]})
+    save(student, tmp_path / "folded", tokenizer)
+    section = {"steps": 6, "tokens_per_step": 256, "precision": "float32"}
+    section |= {"learning_rate": 5e-3, "losses": {"kl": 1.0, "cross_entropy": 0.1}}
+    (tmp_path / "heal.yaml").write_text(json.dumps({"heal": section}))
+    text = dense / "text.txt"
+    one = heal(student, dense, tokenizer, [text], Heal(**section))
+    given = ("--teacher", dense, "--data", text, "--recipe", tmp_path / "heal.yaml", "-o", tmp_path / "out")
+    done = two("-m", "tenfold", "heal", tmp_path / "folded", *given)
+    report = json.loads((tmp_path / "out" / "tenfold.json").read_text())["heal"]
+    np.testing.assert_allclose(report["curve"], one["curve"], rtol=1e-4)
+    assert report["tokens"] == one["tokens"] == 6 * 256
+    assert done.stdout.count("saved in") == 1 and not (tmp_path / "out.partial").exists()
+    healed, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 30)[None]
+    torch.testing.assert_close(healed(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """The examples of a batch are shared out, and one of the two writes and speaks."""
+    dense, place = small.folder(tmp_path / "dense"), toy_tasks.write_sst2(tmp_path, 64, 16)
+    given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
+    one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = two("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
+    report = json.loads((tmp_path / "two" / "finetune.json").read_text())
+    curves = [[[row["loss"], row["score"]] for row in run["runs"][0]["curve"]] for run in (one, report)]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    assert done.stdout.count("saved in") == 1
+    model, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_sharded_parameters_train_as_whole_ones(tmp_path, kind):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", sharded.__file__]
-    tests = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*run, str(tmp_path / "losses.json"), kind], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two(sharded.__file__, tmp_path / "losses.json", kind)
     found = json.loads((tmp_path / "losses.json").read_text())
     np.testing.assert_allclose(found, sharded.losses(kind, False), rtol=1e-5 if kind == "adamw" else 1e-2)
     assert found[-1] < found[0]
