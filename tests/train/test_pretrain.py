@@ -149,7 +149,7 @@ def test_checkpoints_are_models(text, tmp_path):
     assert evaluate(AutoModelForCausalLM.from_pretrained(place), tokenizer, [text], limit=640)["perplexity"] < 200
 
 
-@pytest.mark.parametrize("more", ["checkpointing", "compile"])
+@pytest.mark.parametrize("more", ["checkpointing", pytest.param("compile", marks=pytest.mark.traced)])
 def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
     """With activations that are computed again in the backward pass, and with a traced model (inductor takes a minute)."""
     calls, compiled, forward, compile = [], [], FactorizedLinear.forward, torch.compile
