@@ -31,9 +31,12 @@ BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a
 
 @dataclass(frozen=True)
 class Plan:
-    """Pairwise contractions ``(i, j, equation)`` on a list of operands: pop ``i`` and ``j``, append the result."""
+    """Pairwise contractions ``(i, j), equation, product`` on a list of operands: pop ``i`` and ``j``, append the result.
 
-    steps: tuple[tuple[tuple[int, ...], str], ...]
+    Where the step is a product of two matrices, ``product`` says how (:func:`_product`): einsum takes longer to begin.
+    """
+
+    steps: tuple[tuple[tuple[int, ...], str, tuple[bool, bool, bool] | None], ...]
     flops: int
     moved: int
 
@@ -58,7 +61,9 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         union = set("".join(taken))
         flops += _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
         moved += sum(_size(term, size) for term in [*taken, kept])
-        steps.append((tuple(sorted(chosen, reverse=True)), ",".join(taken[k] for k in _order(chosen)) + "->" + kept))
+        inputs_now = [taken[k] for k in _order(chosen)]
+        equation = ",".join(inputs_now) + "->" + kept
+        steps.append((tuple(sorted(chosen, reverse=True)), equation, _product(inputs_now, kept)))
     return Plan(tuple(steps), int(flops), int(moved))
 
 
@@ -125,6 +130,21 @@ def _order(chosen) -> list[int]:
     return sorted(range(len(chosen)), key=lambda k: -chosen[k])
 
 
+def _product(terms: list[str], kept: str) -> tuple[bool, bool, bool] | None:
+    """Whether the second of two matrices comes first, and which of them are transposed, in ``(a, s) (s, b)``.
+
+    None where their contraction is no such product.
+    """
+    if [len(term) for term in (*terms, kept)] != [2, 2, 2] or len(set("".join(terms))) != 3 or kept[0] == kept[1]:
+        return None
+    (summed,) = set("".join(terms)) - set(kept)
+    if any(term.count(summed) != 1 for term in terms):
+        return None
+    swapped = kept[0] in terms[1]
+    first, second = terms[::-1] if swapped else terms
+    return swapped, first[0] == summed, second[1] == summed
+
+
 def _kept(taken: list[str], others: list[str], target: str) -> str:
     needed = set("".join(others) + target)
     return "".join(dict.fromkeys(letter for letter in "".join(taken) if letter in needed))
@@ -133,8 +153,14 @@ def _kept(taken: list[str], others: list[str], target: str) -> str:
 def run(plan: Plan, operands: list[Tensor]) -> Tensor:
     """Carry out ``plan`` on ``operands``."""
     operands = list(operands)
-    for chosen, equation in plan.steps:
-        operands.append(torch.einsum(equation, *(operands.pop(k) for k in chosen)))
+    for chosen, equation, product in plan.steps:
+        taken = [operands.pop(k) for k in chosen]
+        if product is None:
+            operands.append(torch.einsum(equation, *taken))
+        else:
+            swapped, *transposed = product
+            one, other = taken[::-1] if swapped else taken
+            operands.append((one.T if transposed[0] else one) @ (other.T if transposed[1] else other))
     return operands[0]
 
 
@@ -198,6 +224,8 @@ def apply(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
         bias = None if bias is None else bias.to(dtype)
+    if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
+        return torch.nn.functional.linear(x, factors[0].reshape(diagram.shape), bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias)
     return _Apply.apply(diagram, x, bias, *factors)

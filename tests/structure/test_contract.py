@@ -160,3 +160,24 @@ def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_factor
     torch.testing.assert_close(y.float(), x @ structure.dense(factors).T, rtol=0.05, atol=0.2)
     y.sum().backward()
     assert all(value.grad.dtype == torch.float32 for value in factors.values())
+
+
+@pytest.mark.parametrize("terms", [("ab", "bc"), ("ba", "bc"), ("ab", "cb"), ("ba", "cb"), ("bc", "ab"), ("cb", "ba")])
+@pytest.mark.parametrize("kept", ["ac", "ca"])
+def test_products_of_matrices_are_those_of_einsum(terms, kept):
+    sizes = {"a": 3, "b": 4, "c": 5}
+    plan = contract.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
+    operands = [torch.randn([sizes[x] for x in term]) for term in terms]
+    assert plan.steps[0][2] is not None
+    torch.testing.assert_close(contract.run(plan, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
+
+
+@pytest.mark.parametrize(
+    ("terms", "kept"), [(("ab", "ab"), "ab"), (("ab", "ac"), "bc"), (("ab", "bc"), "ab"), (("ab", "cd"), "ac")]
+)
+def test_what_is_no_product_of_matrices_is_left_to_einsum(terms, kept):
+    sizes = {"a": 3, "b": 4, "c": 5, "d": 2}
+    plan = contract.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
+    operands = [torch.randn([sizes[x] for x in term]) for term in terms]
+    assert (plan.steps[0][2] is None) == (terms != ("ab", "ac"))
+    torch.testing.assert_close(contract.run(plan, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
