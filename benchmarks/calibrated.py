@@ -51,12 +51,10 @@ from tenfold.run import compress_checkpoint
 from tenfold.models.recipe import load_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.compress import layerwise
-from tenfold.compress.shelf import hold_little
 source, target, files, samples, calibrate, only = json.loads(sys.argv[1])
 def peak_kb():  # of this process alone: ru_maxrss begins with that of the process it was forked from
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 before = peak_kb()
-hold_little()  # as the command does
 recipe = load_recipe("recommended")
 recipe.calibrate = Calibrate(**calibrate)
 if only:  # the survey, whatever comes behind it

@@ -111,7 +111,6 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
-    from tenfold.compress.shelf import hold_little
     from tenfold.run import compress_checkpoint, compress_in_stages
 
     api.check_output(output, overwrite)
@@ -140,7 +139,6 @@ def compress(
                 command=command(), announce=announce, advance=advance,
             )  # fmt: skip
     elif calibrate:
-        hold_little()
         report = compress_checkpoint(
             model, output, chosen, api.texts(calibrate), samples, **given,
             command=command(), progress=progress, announce=announce,

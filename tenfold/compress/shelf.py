@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MMAP_THRESHOLD, LARGE = -3, 2**23  # of glibc's mallopt; bytes
-
 
 class Shelf:
     """``{name: tensor}`` on the CPU, in float32.
@@ -49,17 +47,6 @@ class Shelf:
             self.held.pop(name, None)
         else:
             (self.folder / f"{name}.npy").unlink(missing_ok=True)
-
-
-def hold_little() -> None:
-    """From here on large tensors go back to the system when they are dropped.
-
-    glibc otherwise learns to keep blocks of up to 32 MB for later ones, but those of one step do not fit into the holes that
-    the last one left. Costs some page faults; for a process that does nothing but compress.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def hand_back() -> None:
