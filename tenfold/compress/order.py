@@ -11,12 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.rotate import share
+from tenfold.compress.rotate import shaped
 from tenfold.models.recipe import Recipe, Rule
 from tenfold.models.sites import Site
 from tenfold.models.symmetry import groups_of, hidden_weights, permute_hidden
 from tenfold.models.symmetry_choice import order_hidden
-from tenfold.structure import Structure
 
 ROUNDS, STARTS = 10, 4  # of the search
 
@@ -38,11 +37,8 @@ def order_units(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
             continue
         weights = hidden_weights(model, path, lambda site, folded=folded: site.path in folded)
         rule = next(iter(folded.values()))
-        shape = tuple(weights[0].shape)
-        if Structure.family(rule.spec["kind"]).is_open(rule.spec):
-            structure = Structure.within(*shape, rule.spec, share(model, recipe, rule) * shape[0] * shape[1])
-        else:
-            structure = Structure.for_shape(*shape, rule.spec)
+        units, width = weights[0].shape
+        structure = shaped(model, recipe, rule, (units, width))
         orders[path] = order_hidden(weights, structure, rounds=ROUNDS, starts=STARTS)
     if not orders:
         raise ValueError(

@@ -52,9 +52,14 @@ def structure_of(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structur
     rule: Rule | None = next((rule for rule in recipe.replace if rule.matches(site)), None)
     if rule is None or rule.narrow or site.role not in (*READS, *WRITES):
         return None
+    return shaped(model, recipe, rule, site.shape)
+
+
+def shaped(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
+    """The structure of ``rule`` for a matrix ``(out, in)``: of the size it says, or at its equal share."""
     if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
-        return Structure.for_shape(*site.shape, rule.spec)
-    return Structure.within(*site.shape, rule.spec, share(model, recipe, rule) * site.shape[0] * site.shape[1])
+        return Structure.for_shape(*shape, rule.spec)
+    return Structure.within(*shape, rule.spec, share(model, recipe, rule) * shape[0] * shape[1])
 
 
 def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
