@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing
+from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing, rows_of
 from tenfold.models.experts import expert_of
-from tenfold.models.ranks import number_of, processes, total, total_number
+from tenfold.models.ranks import processes, total, total_number
 from tenfold.models.sites import shape_of
 
 AT_ONCE = 128  # tokens that are drawn at once
-APART = 1_000_003  # between the seeds of two batches
 
 
 @dataclass
@@ -75,11 +75,13 @@ class Survey:
         """Behind the last block: the gradient of the loss at what it returns."""
         streams = self.streams
         for k, batch in enumerate(streams.batches):
-            # by the number that the batch has in the whole text, so that what is drawn does not depend on who runs it
-            generator = torch.Generator().manual_seed(self.seed + APART * number_of(k))
             states, found = streams.states(k)[0], []
             for row in range(len(states)):  # one sequence at a time: the logits of a batch are large
-                given = {name: value[row : row + 1].to(streams.device) for name, value in batch.items()}
+                given = {name: value[row : row + 1] for name, value in batch.items()}
+                # by its tokens, so that what is drawn depends neither on who runs it nor on what runs beside it
+                read = given["input_ids"][given["attention_mask"].bool()].cpu().numpy()
+                generator = torch.Generator().manual_seed(self.seed + crc32(read.tobytes()))
+                given = {name: value.to(streams.device) for name, value in given.items()}
                 found.append(self._turned(states[row : row + 1], given, generator))
             streams.shelf.put(f"gradient-{k}", torch.cat(found))
 
@@ -107,7 +109,7 @@ class Survey:
                 out = streams.run(number, block, states, k)
                 if weighed:
                     behind = streams.shelf.get(f"gradient-{k}").to(streams.device)
-                    rows = behind.flatten(0, -2)[streams.kept[k]]
+                    rows = rows_of(behind, streams.kept[k])
                     found[path] = found.get(path, 0) + (rows.T @ rows).cpu().double()
                     streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
         first = [stage[0] for stage in stages]
@@ -190,7 +192,7 @@ class _Hooks:
     def _outputs(self, path: str, kept: Tensor) -> Callable:
         def hook(module, arguments, out) -> None:
             here = kept_here(self.model, path, kept)
-            out.register_hook(lambda gradient: self._add(path, gradient.flatten(0, -2)[here].float()))
+            out.register_hook(lambda gradient: self._add(path, rows_of(gradient, here)))
 
         return hook
 

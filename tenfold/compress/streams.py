@@ -171,7 +171,7 @@ class Streams:
     def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
         with stopping_at(block.get_submodule(path)) as seen:
             self.run(number, block, states, batch)
-        return seen[0].flatten(0, -2)[self.kept[batch]].float()
+        return rows_of(seen[0], self.kept[batch])
 
     @torch.no_grad()
     def expert_moments(self, number: int, block: nn.Module, paths: list[str]) -> list[Moments]:
@@ -213,10 +213,16 @@ def adding(sums: dict[str, Sums], model: nn.Module, path: str, kept: Tensor):
     """A hook that adds the inputs of the site ``path`` of ``model``, as far as they are ``kept``, to its sums."""
 
     def hook(module, arguments) -> None:
-        rows = arguments[0].detach().flatten(0, -2)[kept_here(model, path, kept)].float()
+        rows = rows_of(arguments[0].detach(), kept_here(model, path, kept))
         sums.setdefault(path, Sums(rows.shape[-1], True)).add(rows, rows)
 
     return hook
+
+
+def rows_of(states: Tensor, kept: Tensor) -> Tensor:
+    """The vectors that count ``(n, in)``, in float32; without a copy where all do."""
+    rows = states.flatten(0, -2)
+    return (rows if bool(kept.all()) else rows[kept]).float()
 
 
 def kept_here(model: nn.Module, path: str, kept: Tensor) -> Tensor:

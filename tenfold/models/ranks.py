@@ -40,12 +40,7 @@ def wait() -> None:
 
 def mine(items: list[T]) -> list[T]:
     """Those of ``items`` that this process deals with; the others have the others."""
-    return items[number_of(0) :: processes()]
-
-
-def number_of(mine: int) -> int:
-    """The number among all items of the one that has the number ``mine`` here."""
-    return state().process_index + mine * processes()
+    return items[state().process_index :: processes()]
 
 
 def total(value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from models import toys
 from plain import gradients, moment, seen, text
 
+from tenfold.compress.calibration import Calibration
 from tenfold.compress.compress import compress
 
 DAMPING = 1e-9
@@ -67,6 +68,16 @@ def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_d
 def test_the_seed_draws(model, words):
     one, same, other = (foreseen(model, words, ["mlp.in"], seed=seed) for seed in (0, 0, 1))
     assert one == same != other
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "headless bert"], indirect=True)
+def test_what_is_drawn_for_a_sequence_does_not_depend_on_what_runs_beside_it(model, words):
+    alone = [{name: value[row : row + 1] for name, value in batch.items()} for batch in words.batches for row in (1, 0)]
+    alone = [{name: value[:, : int(one["attention_mask"].sum())] for name, value in one.items()} for one in alone]
+    together, apart = (foreseen(model, given, ["mlp.in"]) for given in (words, Calibration(alone, words.source)))
+    assert list(together) == list(apart)
+    for path, (_, nats) in together.items():
+        assert apart[path][1] == pytest.approx(nats, rel=1e-2)
 
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
