@@ -15,7 +15,7 @@ from tenfold.evaluate.text import HUB, documents, token_stream
 from tenfold.models.reading import context_of, reads_streams
 
 Batch = dict[str, Tensor]
-AT_ONCE = 1024  # tokens: with twice as many the activations of an MLP are a quarter of the peak memory, and no work is faster
+AT_ONCE = 1024  # tokens: no slower than twice as many, whose activations were a quarter of the peak memory
 READ_AHEAD = (
     4  # of a hub's data set, whose end is far, this many times the samples are read, and they are spread over it
 )
