@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,6 @@ from tenfold_cli.show import (
     counted,
     error,
     short,
-    show_advice,
     show_cells,
     show_choices,
     show_json,
@@ -150,8 +150,6 @@ def compress(
             api.save(folded, output, tokenizer, report, command(), max_shard_size)
     if not first():
         return None
-    if "calibration" in report:
-        show_advice(report)
     if as_json:
         return show_json(report)
     rows = [
@@ -306,7 +304,8 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """transformers' own bars and notes are not for users of this command."""
+    """transformers' own bars and notes are not for users of this command, and warnings are sentences."""
+    warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -64,18 +64,6 @@ def count_line(report: dict) -> str:
     )
 
 
-def show_advice(report: dict) -> None:
-    """Whether the calibration text was too short, on standard error."""
-    tokens, widest = report["calibration"]["tokens"], report["calibration"]["widest"]
-    if tokens < 2 * widest:
-        damping = report["recipe"].get("calibrate", {}).get("damping", 0.01)
-        print(
-            f"the calibration text has {tokens:,} tokens and the widest matrix reads {widest:,} values: {2 * widest:,} tokens "
-            f"are needed at least; damping of {damping} of the mean variance stood in for the rest; give more text or --samples",
-            file=sys.stderr,
-        )
-
-
 def error(error: float | None) -> str:
     return "" if error is None else f"{error:.4f}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import Plan, make_plan
+from tenfold.models.ranks import is_first
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.replace import Change, replace, take_apart, untie
+from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites
 from tenfold.nn.kinds import check_matrix
 from tenfold.structure import Structure
@@ -56,6 +59,9 @@ def compress(
 
     Raises:
         ValueError: the recipe needs activations and there is no ``text``, and whatever planning and fitting raise.
+
+    Warns:
+        UserWarning: the calibration text has fewer tokens than twice the inputs of the widest matrix.
     """
     if isinstance(model, str | Path):
         model = from_pretrained(model)
@@ -109,6 +115,14 @@ def _calibrated(
     inside = [site for site in find_sites(model) if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
     about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
+    if text.tokens < 2 * widest and is_first():
+        damping = (recipe.calibrate or Calibrate()).damping
+        warnings.warn(
+            f"the calibration text has {text.tokens:,} tokens and the widest matrix reads {widest:,} values: {2 * widest:,} "
+            f"tokens are needed at least; damping of {damping} of the mean variance stands in for the rest; give more text or "
+            "more samples",
+            stacklevel=3,
+        )
     if mixed := [rule for rule in recipe.replace if not rule.narrow and len(_places(rule, model)) > 1]:
         raise ValueError(
             f"the rule for role {mixed[0].role or mixed[0].path} names matrices inside and outside of the blocks; with a "
