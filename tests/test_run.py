@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
 from tenfold import api, run
-from tenfold.compress.journal import Journal
+from tenfold.compress.journal import Journal, Steps
+from tenfold.compress.shelf import Shelf
 from tenfold.models import lazy
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
@@ -79,6 +80,38 @@ def test_shards_where_the_model_is_large(dense, tmp_path, monkeypatch):
 
 class Interrupted(Exception):
     pass
+
+
+STEPS = ["forward-0", "forward-1", "turn", "backward-1", "backward-0"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("when", ["in it", "behind it"])
+def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when):
+    once, put, made = Steps.once, Shelf.put, []
+    go(dense, tmp_path / "whole")
+
+    def half(self, name, value):
+        put(self, name, torch.zeros_like(value))
+        raise Interrupted
+
+    def stop(self, name, make):
+        if name == step and when == "in it":
+            patch.setattr(Shelf, "put", half)
+        value = once(self, name, make)
+        if name == step:
+            raise Interrupted
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "once", stop)
+        with pytest.raises(Interrupted):
+            go(dense, tmp_path / "out")
+    monkeypatch.setattr(Steps, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make()))
+    go(dense, tmp_path / "out")
+    assert made == STEPS[STEPS.index(step) + (when == "behind it") :]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_an_interrupted_run_goes_on(dense, tmp_path, monkeypatch):
@@ -242,6 +275,7 @@ def test_a_checkpoint_without_safetensors_by_name_is_read_whole(dense, tmp_path,
     assert AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("always:the calibration text has")
 def test_too_little_text_is_said(dense, tmp_path, monkeypatch, capsys):
     words = " ".join((dense / "text.txt").read_text().split()[:60])
     (tmp_path / "short.txt").write_text(words)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,44 @@ from transformers import PreTrainedModel
 from tenfold.compress.shelf import Shelf
 from tenfold.models.files import write_json
 from tenfold.models.hook import FoldedConfig
-from tenfold.models.ranks import is_first, wait
+from tenfold.models.ranks import is_first, processes, wait
 from tenfold.models.replace import install_empty
 from tenfold.models.stored import describe, stored_plan
 from tenfold.structure import Structure
+
+
+class Steps:
+    """What every step gave, so that a run that is interrupted between two of them goes on behind the last one.
+
+    Args:
+        folder: None: nothing outlives the run.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, or has given; of several processes the first one writes what all of them read."""
+        if self.folder is None:
+            return make()
+        file = self.folder / f"{name}.pickle"
+        done = file.is_file()
+        wait()  # until all have looked
+        if done:
+            return pickle.loads(file.read_bytes())
+        value = make()
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(".new")
+            new.write_bytes(pickle.dumps(value))
+            new.replace(file)
+        wait()  # until it counts as done, before anyone drops what it was made of
+        return value
+
+    def forget(self) -> None:
+        """All is done that was to be done in steps."""
+        if self.folder is not None and is_first():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Journal:
@@ -35,6 +72,9 @@ class Journal:
         self.shelf = Shelf(self.notes and self.notes / "matters")
         self.weighed: dict[int, list[str]] = {}
         self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
+        self.survey = Steps(
+            self.notes and self.notes / f"survey-{processes()}"
+        )  # of so many, each with its part of the text
         if self.notes is not None and (self.notes / "choices.json").is_file():
             found = json.loads((self.notes / "choices.json").read_text())
             self.chosen = {name: _option(value) for name, value in found["chosen"].items()}
@@ -59,6 +99,7 @@ class Journal:
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
             write_json(self.notes / "choices.json", {"chosen": plain, "choices": choices, "weighed": self.weighed})
         wait()  # the others read what was weighed
+        self.survey.forget()
 
     def keep(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
         """Write the finished block ``number`` with its floating point tensors in ``dtype``."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
-from tenfold.models.ranks import is_first, mine, processes, together, wait
+from tenfold.models.ranks import is_first, mine, processes, state, together, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
@@ -194,33 +195,43 @@ def survey(
 
     Sensitivities go to the journal.
     """
-    some, gradients = mine(part_of(batches, settings.survey)), settings.outputs != "none"
-    shelf = Shelf(folder and folder / "survey")
+    some, gradients, steps = mine(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
+    shelf = Shelf(steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
     look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
     stages, curves, influence = [], [], {}
-    for number, work in enumerate(progress(works)):
+
+    def forward(number: int, work: Work) -> tuple[list[list[str]], float]:
         with weights.at(work.path):
-            stages.append(stages_of(work.path, work.sites, streams, number))
-            look.forward(number, stages[number])
-            influence[work.path] = block_influence(streams, number)
-    if gradients:
+            inside = stages_of(work.path, work.sites, streams, number)
+            look.forward(number, inside)
+            return inside, block_influence(streams, number)
+
+    def turn() -> None:
         with weights.outside():
             look.turn()
 
-    def curves_of(number: int, work: Work) -> list[Curve]:
+    def backward(number: int, work: Work) -> tuple[list[Curve], list[str]]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
-        seen = look.backward(number, work.path, stages[number], weighed if gradients else set())
-        journal.weigh(number, seen.matters)
-        with torch.no_grad():
-            block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
-            found = {k: work.actions[k].curves(block) for k in mine(list(range(len(work.actions))))}
-            return [curve for some in together(found).values() for curve in some]
-
-    for number, work in reversed(list(enumerate(progress(works)))):
         with weights.at(work.path):
-            curves = curves_of(number, work) + curves
+            seen = look.backward(number, work.path, stages[number], weighed if gradients else None)
+            journal.weigh(number, seen.matters)
+            with torch.no_grad():
+                block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
+                found = {k: work.actions[k].curves(block) for k in mine(list(range(len(work.actions))))}
+                return [curve for some in together(found).values() for curve in some], list(seen.matters)
+
+    for number, work in enumerate(progress(works)):
+        inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
+        stages.append(inside)
+        look.stand_before(number + 1)
+    if gradients:
+        steps.once("turn", turn)
+    for number, work in reversed(list(enumerate(progress(works)))):
+        found, journal.weighed[number] = steps.once(f"backward-{number}", partial(backward, number, work))
+        look.leave(number)
+        curves = found + curves
     return curves, influence
 
 

@@ -43,22 +43,30 @@ class Survey:
 
     def __init__(self, streams: Streams, seed: int = 0):
         self.streams, self.seed = streams, seed
+        for k in range(len(streams.batches)):
+            streams.shelf.put(f"before-0-{k}", streams.states(k)[0])
+            streams.shelf.drop(f"first-{k}")
+        self.stand_before(0)
         self.tokens = int(total_number(sum(int(kept.sum()) for kept in streams.kept)))
+
+    def stand_before(self, number: int) -> None:
+        """In front of block ``number``, where a run that was interrupted has been already."""
+        self.streams.names = [(f"before-{number}-{k}",) * 2 for k in range(len(self.streams.batches))]
 
     @torch.no_grad()
     def forward(self, number: int, stages: list[list[str]]) -> None:
-        """Keep what block ``number`` gets, and go on behind it.
+        """Behind block ``number``; what it gets stays.
 
         Raises:
             ValueError: it returns NaN or Inf; the first of its sites that gets any is named.
         """
         streams = self.streams
         for k in range(len(streams.batches)):
-            streams.shelf.put(f"before-{number}-{k}", streams.states(k)[0])
-        streams.advance(number)
-        for k in range(len(streams.batches)):
-            if not bool(torch.isfinite(streams.states(k)[0]).all()):
+            out = streams.run(number, streams.blocks[number], streams.states(k)[0], k)
+            if not bool(torch.isfinite(out).all()):
                 self._blame(number, stages, k)
+            streams.shelf.put(f"before-{number + 1}-{k}", out)
+        self.stand_before(number + 1)
 
     def _blame(self, number: int, stages: list[list[str]], batch: int) -> None:
         sums: dict[str, Sums] = {}
@@ -83,7 +91,7 @@ class Survey:
                 generator = torch.Generator().manual_seed(self.seed + crc32(read.tobytes()))
                 given = {name: value.to(streams.device) for name, value in given.items()}
                 found.append(self._turned(states[row : row + 1], given, generator))
-            streams.shelf.put(f"gradient-{k}", torch.cat(found))
+            streams.shelf.put(f"gradient-{len(streams.blocks)}-{k}", torch.cat(found))
 
     def _turned(self, states: Tensor, given: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         leaf = states.clone().requires_grad_()
@@ -91,27 +99,27 @@ class Survey:
             ends, by = _gradient(self.streams.model(**given), given["attention_mask"].bool().cpu(), generator)
             return torch.autograd.grad(ends, leaf, by)[0]
 
-    def backward(self, number: int, path: str, stages: list[list[str]], weighed: set[str]) -> Seen:
-        """Through block ``number``, which is ``path``; the gradient then is that of the block before it.
+    def backward(self, number: int, path: str, stages: list[list[str]], weighed: set[str] | None) -> Seen:
+        """Through block ``number``, which is ``path``; :meth:`leave` it then.
 
         Args:
             stages: its sites; those that read the same together.
-            weighed: for which of them ``G`` is wanted; for none of them there is no gradient.
+            weighed: for which of them ``G`` is wanted; None: there is no gradient.
         """
-        streams, block = self.streams, self.streams.blocks[number]
+        streams, block, gradients = self.streams, self.streams.blocks[number], weighed is not None
+        weighed = weighed or set()
         sums: dict[str, Sums] = {}
         found: dict[str, Tensor] = {}
         hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found)
         for k in range(len(streams.batches)):
-            states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(bool(weighed))
-            streams.shelf.drop(f"before-{number}-{k}")
-            with torch.set_grad_enabled(bool(weighed)), hooks.on(streams.kept[k]):
+            states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients), hooks.on(streams.kept[k]):
                 out = streams.run(number, block, states, k)
-                if weighed:
-                    behind = streams.shelf.get(f"gradient-{k}").to(streams.device)
+                if gradients:
+                    behind = streams.shelf.get(f"gradient-{number + 1}-{k}").to(streams.device)
                     rows = rows_of(behind, streams.kept[k])
                     found[path] = found.get(path, 0) + (rows.T @ rows).cpu().double()
-                    streams.shelf.put(f"gradient-{k}", torch.autograd.grad(out, states, behind)[0])
+                    streams.shelf.put(f"gradient-{number}-{k}", torch.autograd.grad(out, states, behind)[0])
         first = [stage[0] for stage in stages]
         widths = {path: shape_of(streams.model.get_submodule(path))[1] for path in first}
         seen = [checked(sums.get(path, Sums(widths[path], True)).of_all().moments(), path, number) for path in first]
@@ -121,11 +129,17 @@ class Survey:
         shapes = {path: shape_of(streams.model.get_submodule(path))[0] for path in weighed}
         return Seen(known, _with_unseen(matters, shapes))
 
+    def leave(self, number: int) -> None:
+        """Drop what is not needed once block ``number`` is done."""
+        for k in range(len(self.streams.batches)):
+            self.streams.shelf.drop(f"before-{number}-{k}")
+            self.streams.shelf.drop(f"gradient-{number + 1}-{k}")
+
     def _over_all(self, found: dict[str, Tensor], block: str, weighed: set[str]) -> dict[str, Tensor]:
         """Means over the tokens of all processes; a site that no process saw has none."""
         if processes() > 1:
             sizes = {path: shape_of(self.streams.model.get_submodule(path))[0] for path in sorted(weighed)}
-            sizes |= {block: len(found[block])} if weighed else {}
+            sizes |= {block: len(found[block])} if block in found else {}  # every process has tokens
             for path, size in sizes.items():
                 value, seen = found.get(path, torch.zeros(size, size, dtype=torch.float64)), total_number(path in found)
                 if seen:

@@ -54,7 +54,7 @@ def test_moments_are_those_of_the_tokens_an_expert_gets():
     streams = Streams(model, list(sites), words.batches)
     look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
     look.forward(0, stages)
-    seen = look.backward(0, path, stages, set()).moments
+    seen = look.backward(0, path, stages, None).moments
     kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in words.batches])
     experts, states, indices = model.model.layers[0].mlp.experts, [], []
 
@@ -199,7 +199,7 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
     streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
     look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
     look.forward(0, stages)
-    seen = look.backward(0, path, stages, set()).moments
+    seen = look.backward(0, path, stages, None).moments
     traces = [float(seen[k].second.trace()) for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     tokens = [seen[k].tokens for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     assert min(tokens) == 0 < max(tokens)

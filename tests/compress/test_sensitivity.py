@@ -64,6 +64,19 @@ def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_d
         assert nats == pytest.approx(least_loss(metric, weight, moment(inputs), rank), rel=2e-3)
 
 
+@pytest.mark.parametrize("model", ["gpt2", "headless bert"], indirect=True)
+def test_gradients_pass_through_blocks_that_stay(model, words, known_draws):
+    """A rule for the first block alone foresees what one for all blocks does."""
+    recipe = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}}
+    whole = {path: nats for path, (_, nats) in foreseen(model, words, ["mlp.in"]).items()}
+    told: list[dict] = []
+    recipe["replace"][0]["layers"] = [0]
+    recipe["calibrate"] = {"damping": DAMPING, "allocate": "uniform"}
+    compress(copy.deepcopy(model), recipe, text=words, announce=told.extend)
+    assert [choice["item"] for choice in told] == list(whole)[:1]
+    assert told[0]["loss"] == pytest.approx(whole[told[0]["item"]], rel=1e-6)
+
+
 @pytest.mark.parametrize("model", ["gpt2", "headless gpt2"], indirect=True)
 def test_the_seed_draws(model, words):
     one, same, other = (foreseen(model, words, ["mlp.in"], seed=seed) for seed in (0, 0, 1))
