@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
 
-from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract
+from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract, plan
 
 F64 = torch.float64
 
@@ -61,7 +61,7 @@ def test_flops_are_those_of_the_best_order_or_of_a_rebuild(structure, rows):
 
 @each(SEVERAL)
 def test_flops_are_least_when_only_they_have_a_price(structure, monkeypatch, fresh_plans):
-    monkeypatch.setattr(contract, "BALANCE", 0.0)
+    monkeypatch.setattr(plan, "BALANCE", 0.0)
     contract.forward_plans.cache_clear()
     assert structure.flops(7) == counted(structure, 7)[0]
 
@@ -102,7 +102,7 @@ def test_the_price_decides_between_the_kinds_of_plans():
     for rows in contract.BUCKETS[1:]:  # else the laws would say nothing about one of the kinds
         assert {contract.forward_plans(diagram, rows)[1] is None for diagram in diagrams} == {True, False}
     few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].diagram
-    many = Kronecker(outs=(20, 20), ins=(20, 20), terms=64).normal_form()[0].diagram
+    many = Blast(outs=(4, 192), ins=(4, 768), rank=600).normal_form()[0].diagram
     assert not contract._through_dense(few, 32)
     assert contract._through_dense(many, 2048)
 
@@ -166,10 +166,10 @@ def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_factor
 @pytest.mark.parametrize("kept", ["ac", "ca"])
 def test_products_of_matrices_are_those_of_einsum(terms, kept):
     sizes = {"a": 3, "b": 4, "c": 5}
-    plan = contract.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
+    made = plan.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
     operands = [torch.randn([sizes[x] for x in term]) for term in terms]
-    assert plan.steps[0][2] is not None
-    torch.testing.assert_close(contract.run(plan, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
+    assert made.steps[0][2] is not None
+    torch.testing.assert_close(plan.run(made, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,33 @@ def test_products_of_matrices_are_those_of_einsum(terms, kept):
 )
 def test_what_is_no_product_of_matrices_is_left_to_einsum(terms, kept):
     sizes = {"a": 3, "b": 4, "c": 5, "d": 2}
-    plan = contract.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
+    made = plan.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
     operands = [torch.randn([sizes[x] for x in term]) for term in terms]
-    assert (plan.steps[0][2] is None) == (terms != ("ab", "ac"))
-    torch.testing.assert_close(contract.run(plan, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
+    assert (made.steps[0][2] is None) == (terms != ("ab", "ac"))
+    torch.testing.assert_close(plan.run(made, operands), torch.einsum(f"{','.join(terms)}->{kept}", *operands))
+
+
+@pytest.mark.parametrize(
+    ("terms", "kept"),
+    [
+        (("az", "ab", "bc"), "ca"),  # z is in one operand alone: what it adds up has one gradient everywhere
+        (("ab", "bcd", "dae"), "ec"),
+        (("abc",), "cab"),
+        (("ab", "ab", "ca"), "cb"),
+    ],
+)
+def test_the_way_back_through_a_plan_is_that_of_autograd(terms, kept):
+    sizes = {"a": 3, "b": 4, "c": 5, "d": 2, "e": 6, "z": 7}
+    operands = [torch.randn([sizes[x] for x in term], dtype=F64, requires_grad=True) for term in terms]
+    result = torch.einsum(f"{','.join(terms)}->{kept}", *operands)
+    upstream = torch.randn_like(result)
+    expected = torch.autograd.grad(result, operands, upstream)
+    made = plan.plan_of(tuple(map(tuple, terms)), tuple(kept), tuple(sizes.items()))
+    for needs in ([True] * len(terms), [k == 0 for k in range(len(terms))]):
+        values = plan.Values(made, [operand.detach() for operand in operands])
+        torch.testing.assert_close(values.result(), result)
+        found = values.back(upstream, needs)
+        for need, value, other in zip(needs, found, expected, strict=True):
+            assert (value is not None) == need
+            if need:
+                torch.testing.assert_close(value, other)

@@ -1,0 +1,220 @@
+"""Plans: in what order the operands of a contraction are multiplied, two at a time, and what that costs; and to carry them out.
+
+FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import prod
+from string import ascii_letters
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+BALANCE = 4.0  # FLOPs that take as long as moving one number; small, so that it decides only between near equals
+Product = tuple[bool, bool, bool]
+LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
+
+
+def price(flops: int, moved: int) -> float:
+    """Of so many FLOPs and so many numbers that are read and written, in FLOPs."""
+    return flops + BALANCE * moved
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairwise contractions ``(i, j), equation, product`` on a list of operands: pop ``i`` and ``j``, append the result.
+
+    Args:
+        steps: where one is a product of two matrices, ``product`` says how (:func:`product_of`).
+        flops, moved: of all steps, by opt_einsum's count, and the numbers that they read and write.
+        last: likewise of the last step alone.
+    """
+
+    steps: tuple[tuple[tuple[int, ...], str, Product | None], ...]
+    flops: int
+    moved: int
+    last: tuple[int, int] = (0, 0)
+
+    @property
+    def price(self) -> float:
+        return price(self.flops, self.moved)
+
+    @property
+    def price_back(self) -> float:
+        """Of :meth:`Values.back`: two products for one, and what is done again."""
+        return 3 * self.price - price(*self.last)
+
+
+@lru_cache(maxsize=4096)
+def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
+    """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
+    letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
+    size = {letters[label]: number for label, number in sizes}
+    terms = ["".join(letters[label] for label in labels) for labels in inputs]
+    target = "".join(letters[label] for label in output)
+    path, steps, costs = _path(terms, target, size), [], []
+    for number, chosen in enumerate(path):
+        taken = [terms[k] for k in chosen]
+        terms = [term for k, term in enumerate(terms) if k not in chosen]
+        kept = target if number == len(path) - 1 else _kept(taken, terms, target)
+        terms.append(kept)
+        union = set("".join(taken))
+        flops = _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
+        costs.append((flops, sum(_size(term, size) for term in [*taken, kept])))
+        equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
+        steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
+    return Plan(tuple(steps), sum(f for f, _ in costs), sum(m for _, m in costs), costs[-1])
+
+
+def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
+    if len(terms) == 1:
+        return [(0,)]
+    if len(terms) <= LARGEST_SEARCH:
+        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size))]
+    shapes = [tuple(size[letter] for letter in term) for term in terms]
+    path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
+    return [tuple(pair) for pair in path]
+
+
+def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, int]]:
+    """The order with the fewest FLOPs, by dynamic programming over subsets (bit masks) of the operands.
+
+    opt_einsum's exact search errs, by up to a factor of 4, where a label is shared by more than two operands.
+    Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
+    """
+    everything = 2 ** len(terms) - 1
+    labels = {subset: _labels_of(subset, terms, target) for subset in range(1, everything + 1)}
+
+    def joined(one: int, other: int) -> tuple[int, int, tuple]:
+        union, kept = labels[one] | labels[other], labels[one | other]
+        flops = _size(union, size) * (2 if union != kept else 1)
+        moved = sum(_size(own, size) for own in (labels[one], labels[other], kept))
+        (flops_one, moved_one, pairs_one), (flops_other, moved_other, pairs_other) = best(one), best(other)
+        pairs = (*pairs_one, *pairs_other, (one, other))
+        return flops + flops_one + flops_other, moved + moved_one + moved_other, pairs
+
+    @cache
+    def best(subset: int) -> tuple[int, int, tuple]:  # FLOPs, numbers moved, the pairs of subsets in order
+        halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
+        return min((joined(half, subset - half) for half in halves), default=(0, 0, ()))
+
+    number = {1 << k: k for k in range(len(terms))}
+    for one, other in best(everything)[2]:
+        number[one | other] = len(number)
+    return [(number[one], number[other]) for one, other in best(everything)[2]]
+
+
+def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:
+    """What the contraction of ``subset`` keeps: the labels that the target or an operand outside it needs."""
+    inside, outside = ("".join(t for k, t in enumerate(terms) if (subset >> k & 1) == side) for side in (1, 0))
+    return frozenset(inside) if subset.bit_count() == 1 else frozenset(inside) & frozenset(outside + target)
+
+
+def _size(labels, size: dict[str, int]) -> int:
+    return prod(size[label] for label in labels)
+
+
+def _order(chosen) -> list[int]:
+    return sorted(range(len(chosen)), key=lambda k: -chosen[k])
+
+
+def product_of(equation: str) -> Product | None:
+    """Whether the second of two matrices comes first, and which of them are transposed, in ``(a, s) (s, b)``.
+
+    None where their contraction is no such product.
+    """
+    (*terms, kept) = equation.replace("->", ",").split(",")
+    if [len(term) for term in (*terms, kept)] != [2, 2, 2] or len(set("".join(terms))) != 3 or kept[0] == kept[1]:
+        return None
+    (summed,) = set("".join(terms)) - set(kept)
+    if any(term.count(summed) != 1 for term in terms):
+        return None
+    swapped = kept[0] in terms[1]
+    first, second = terms[::-1] if swapped else terms
+    return swapped, first[0] == summed, second[1] == summed
+
+
+def _kept(taken: list[str], others: list[str], target: str) -> str:
+    needed = set("".join(others) + target)
+    return "".join(dict.fromkeys(letter for letter in "".join(taken) if letter in needed))
+
+
+@cache
+def reversed_of(equation: str, which: int) -> tuple[str, Product | None, tuple[int, ...]]:
+    """The equation and product that make the gradient of operand ``which`` of ``(gradient of the result, other operand)``.
+
+    And the axes of the operand that are summed in it alone: along these its gradient is the same everywhere.
+    """
+    (*terms, kept) = equation.replace("->", ",").split(",")
+    others = [term for k, term in enumerate(terms) if k != which]
+    known = "".join(letter for letter in terms[which] if letter in "".join([kept, *others]))
+    turned = ",".join([kept, *others]) + "->" + known
+    return turned, product_of(turned), tuple(k for k, letter in enumerate(terms[which]) if letter not in known)
+
+
+def contracted(equation: str, product: Product | None, operands: list[Tensor]) -> Tensor:
+    """One contraction of one or two operands; a product of matrices goes without einsum, which takes longer to begin."""
+    if product is None:
+        return torch.einsum(equation, *operands)
+    swapped, *transposed = product
+    one, other = operands[::-1] if swapped else operands
+    return (one.T if transposed[0] else one) @ (other.T if transposed[1] else other)
+
+
+def run(plan: Plan, operands: list[Tensor]) -> Tensor:
+    """Carry out ``plan`` on ``operands``."""
+    operands = list(operands)
+    for chosen, equation, product in plan.steps:
+        operands.append(contracted(equation, product, [operands.pop(k) for k in chosen]))
+    return operands[0]
+
+
+class Values:
+    """The operands of ``plan`` and what its steps make of them, each once it is asked for."""
+
+    def __init__(self, plan: Plan, operands: list[Tensor]):
+        self.values: dict[int, Tensor] = dict(enumerate(operands))
+        self.count, self.made = len(operands), []
+        alive = list(range(self.count))
+        for number, (chosen, *how) in enumerate(plan.steps):
+            self.made.append((how, [alive.pop(k) for k in chosen]))
+            alive.append(self.count + number)
+
+    def of(self, number: int) -> Tensor:
+        """Operand or result ``number``; results are numbered on from the operands."""
+        if number not in self.values:
+            how, taken = self.made[number - self.count]
+            self.values[number] = contracted(*how, [self.of(k) for k in taken])
+        return self.values[number]
+
+    def result(self) -> Tensor:
+        """What the plan makes."""
+        return self.of(self.count + len(self.made) - 1)
+
+    def back(self, gradient: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """The gradients of the operands that are needed, for one of the result; results in between are dropped on the way."""
+        wanted, found = list(needs), {self.count + len(self.made) - 1: gradient}
+        for _, taken in self.made:
+            wanted.append(any(wanted[k] for k in taken))
+        for number in reversed(range(self.count, len(wanted))):
+            (equation, _), taken = self.made[number - self.count]
+            self.values.pop(number, None)
+            if not wanted[number]:
+                continue
+            above = found.pop(number)
+            for which, k in enumerate(taken):
+                if wanted[k]:
+                    *how, alone = reversed_of(equation, which)
+                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)])
+                    if alone:
+                        found[k] = self._everywhere(found[k], alone, k)
+        return [found.get(k) for k in range(self.count)]
+
+    def _everywhere(self, value: Tensor, axes: tuple[int, ...], number: int) -> Tensor:
+        for axis in axes:
+            value = value.unsqueeze(axis)
+        return value.expand(self.of(number).shape)
