@@ -86,10 +86,15 @@ STEPS = ["forward-0", "forward-1", "turn", "backward-1", "backward-0"]
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("when", ["in it", "behind it"])
-def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when):
+@pytest.mark.parametrize(
+    ("when", "recipe"),
+    [("in it", RECIPE), ("behind it", RECIPE), ("behind it", LOW_RANK | {"budget": {"keep": 0.9}})],
+    ids=["in it", "behind it", "folds"],
+)
+def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when, recipe):
     once, put, made = Steps.once, Shelf.put, []
-    go(dense, tmp_path / "whole")
+    recipe = recipe | {"replace": [{k: v for k, v in rule.items() if k != "keep"} for rule in recipe["replace"]]}
+    go(dense, tmp_path / "whole", recipe)
 
     def half(self, name, value):
         put(self, name, torch.zeros_like(value))
@@ -106,9 +111,9 @@ def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when)
     with monkeypatch.context() as patch:
         patch.setattr(Steps, "once", stop)
         with pytest.raises(Interrupted):
-            go(dense, tmp_path / "out")
+            go(dense, tmp_path / "out", recipe)
     monkeypatch.setattr(Steps, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make()))
-    go(dense, tmp_path / "out")
+    go(dense, tmp_path / "out", recipe)
     assert made == STEPS[STEPS.index(step) + (when == "behind it") :]
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)

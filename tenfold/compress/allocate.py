@@ -5,11 +5,13 @@ The baselines have equal shares for all items, or shares by block (:mod:`tenfold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from tenfold.structure import Structure
 
 
 @dataclass
@@ -19,8 +21,7 @@ class Curve:
     Args:
         name: of the item, unique.
         options: what is chosen; the last one is the item as it is.
-        within: the largest option of at most so many parameters, where there are more than are listed; raises ValueError
-            where nothing is as small.
+        within: ``(out, in, fields)`` of the structure whose sizes the options are, where there are more than are listed.
         products: multiply-adds a token, where they are not the parameters.
         indices: whole numbers that are stored beside the parameters, where there are any.
         calls: how often it runs for one token; an expert, less than once.
@@ -31,7 +32,7 @@ class Curve:
     costs: np.ndarray
     losses: np.ndarray
     options: Sequence[Any]
-    within: Callable[[float], Any] | None = None
+    within: tuple[int, int, dict[str, Any]] | None = None
     settled: int | None = None
     products: np.ndarray | None = None
     indices: np.ndarray | None = None
@@ -51,6 +52,23 @@ class Curve:
         self.costs, self.losses = np.asarray(self.costs)[kept], np.maximum(np.asarray(self.losses)[kept], 0.0)
         self.options, self.products, self.indices = [self.options[k] for k in kept], products[kept], indices[kept]
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        numbers = {name: getattr(self, name).tolist() for name in ("costs", "losses", "products", "indices")}
+        options = [option.to_json() if isinstance(option, Structure) else option for option in self.options]
+        whole = [self.whole, self.whole_products]
+        plain = {"name": self.name, "within": self.within, "settled": self.settled, "calls": self.calls, "whole": whole}
+        return plain | numbers | {"options": options}
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> Curve:
+        """What :meth:`to_json` gave."""
+        whole, rest = plain["whole"], {name: value for name, value in plain.items() if name != "whole"}
+        made = Curve(**rest | {name: np.array(plain[name]) for name in ("costs", "losses", "products", "indices")})
+        made.options = [Structure.from_json(option) if isinstance(option, dict) else option for option in made.options]
+        made.whole, made.whole_products = whole
+        return made
+
     def fitting(self, cost: float) -> int:
         """The number of the dearest option of at most ``cost`` parameters, the first one if there is none.
 
@@ -60,7 +78,7 @@ class Curve:
         if self.within is None or cost >= self.whole:
             return k
         try:
-            option = self.within(cost)
+            option = Structure.within(*self.within, cost)
         except ValueError:
             return k
         if option.numel <= self.costs[k]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -64,8 +63,7 @@ class Fold:
         costs, losses = [s.numel for s in options] + [out * inner], [loss / 2 for _, loss in priced] + [0.0]
         maps = np.array([s.index_numel for s in options] + [0])
         alone = specs[0] if len(specs) == 1 else None
-        within = alone and partial(Structure.within, out, inner, alone)  # goes from process to process
-        rest = {"within": within, "indices": maps, "calls": self.site.calls}
+        rest = {"within": alone and (out, inner, alone), "indices": maps, "calls": self.site.calls}
         return Curve(self.site.path, np.array(costs), np.array(losses), [*options, None], **rest)
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:

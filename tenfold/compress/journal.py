@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,20 +34,18 @@ class Steps:
         self.folder = folder
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, or has given; of several processes the first one writes what all of them read."""
+        """What ``make`` gives, or has given: plain data; of several processes the first one writes what all of them read."""
         if self.folder is None:
             return make()
-        file = self.folder / f"{name}.pickle"
+        file = self.folder / f"{name}.json"
         done = file.is_file()
         wait()  # until all have looked
         if done:
-            return pickle.loads(file.read_bytes())
+            return json.loads(file.read_text())
         value = make()
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(".new")
-            new.write_bytes(pickle.dumps(value))
-            new.replace(file)
+            write_json(file, value)
         wait()  # until it counts as done, before anyone drops what it was made of
         return value
 

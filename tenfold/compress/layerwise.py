@@ -212,7 +212,7 @@ def survey(
         with weights.outside():
             look.turn()
 
-    def backward(number: int, work: Work) -> tuple[list[Curve], list[str]]:
+    def backward(number: int, work: Work) -> tuple[list[dict], list[str]]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
         with weights.at(work.path):
             seen = look.backward(number, work.path, stages[number], weighed if gradients else None)
@@ -220,7 +220,7 @@ def survey(
             with torch.no_grad():
                 block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
                 found = {k: work.actions[k].curves(block) for k in mine(list(range(len(work.actions))))}
-                return [curve for some in together(found).values() for curve in some], list(seen.matters)
+                return [curve.to_json() for some in together(found).values() for curve in some], list(seen.matters)
 
     for number, work in enumerate(progress(works)):
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
@@ -231,7 +231,7 @@ def survey(
     for number, work in reversed(list(enumerate(progress(works)))):
         found, journal.weighed[number] = steps.once(f"backward-{number}", partial(backward, number, work))
         look.leave(number)
-        curves = found + curves
+        curves = [Curve.from_json(plain) for plain in found] + curves
     return curves, influence
 
 
