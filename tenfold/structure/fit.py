@@ -22,6 +22,7 @@ from tenfold.structure.placement import Placement
 from tenfold.structure.plan import plan_of, run
 
 LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is left to L-BFGS
+NEAR = 1e-6  # the tolerance of the nearest member that a fit in a metric starts from
 
 
 def fit(
@@ -87,6 +88,10 @@ def fit(
         if exact and start is not None:
             _tell(log, 0, "exact", problem.objective(problem.begin(start)))
             return start
+        if not plain:  # few rounds from the nearest one beat many from elsewhere
+            near = fit(structure, targets[0], starts=starts, seed=seed, tolerance=max(tolerance, NEAR))
+            known = [near] if start is None else [near, start]
+            start = min(known, key=lambda form: float(problem.objective(problem.begin(form))))
     begins = problem.begins(start, max(1, starts), seed)
     found = [problem.solve(begin, sweeps, tolerance) for begin in begins]
     best, count, reason, error = min(found, key=lambda one: one[3])
@@ -142,7 +147,7 @@ class Problem:
             for given, size in zip((metric, row), target.shape[::-1], strict=True)
         ]
         form = self.structure.metric_form(target, *sides)
-        return form or self.structure.closed_form(target), form is not None and self.structure.optimal_in_metric
+        return form, form is not None and self.structure.optimal_in_metric
 
     def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
         """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
@@ -208,21 +213,18 @@ class Problem:
 
     def unknowns(self, place: Placement, name: str) -> int:
         """The size of one of the linear systems of a factor."""
-        split = (
-            place.diagram.outs if any(m is not None for m in self.metrics) else place.diagram.outs + place.diagram.ins
-        )
-        return place.diagram.size(label for label in dict(place.diagram.factors)[name] if label not in split)
+        return max(place.diagram.size(part) for part in self._apart(place.diagram, name))
 
     def best(self, state: Factors, place: Placement, name: str) -> Tensor:
         """The minimiser over one factor with all others fixed."""
         systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
         if name in self.shared:
             grams, rights, labels = zip(*systems, strict=True)
-            systems = [(reduce(torch.add, grams), reduce(torch.add, rights), labels[0])]
+            systems = [([reduce(torch.add, [gram for (gram,) in grams])], reduce(torch.add, rights), labels[0])]
         order = dict(place.diagram.factors)[name]
         found = []
-        for gram, right, labels in systems:
-            value = solve_symmetric(gram, right).reshape(place.diagram.shape_of(labels))
+        for grams, right, labels in systems:
+            value = _solved(grams, right).reshape(place.diagram.shape_of(labels))
             found.append(value.permute([labels.index(label) for label in order]))
         return torch.stack(found)
 
@@ -232,12 +234,30 @@ class Problem:
         own = dict(diagram.factors)[name]
         return tuple(x for x in own if x not in independent), tuple(x for x in own if x in independent)
 
-    def system(self, factors: Factors, place: Placement, name: str, s: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """``gram (*split, n, n)`` and ``right (*split, m, n)`` of the normal equations of one factor, and its labels.
+    def _apart(self, diagram: Diagram, name: str) -> list[tuple[str, ...]]:
+        """The coupled labels of a factor, those together that the rest of the diagram connects: a system is the Kronecker
+        product of one system for each, but for a factor that is shared, where several of them add up."""
+        coupled, split = self._labels(diagram, name)
+        if name in self.shared or not coupled:
+            return [coupled]
+        groups = [{label} for label in coupled]
+        sets = [set(labels) for other, labels in diagram.factors if other != name]
+        for connected in [*sets, set(diagram.ins) if any(m is not None for m in self.metrics) else set()]:
+            inside = connected - set(split)
+            touched = [group for group in groups if group & inside]
+            groups = [group for group in groups if not group & inside] + [inside.union(*touched)]
+        found = [tuple(label for label in coupled if label in group) for group in groups]
+        return [part for part in found if part]
+
+    def system(
+        self, factors: Factors, place: Placement, name: str, s: int
+    ) -> tuple[list[Tensor], Tensor, tuple[str, ...]]:
+        """The normal equations of one factor: ``grams``, each ``(*split, n_k, n_k)``, whose Kronecker product is the matrix,
+        ``right (*split, m, n_1, n_2, ..)``, and the labels of ``right``.
 
         Labels that nothing else in the normal equations has do not split the system: they are its ``m`` right sides.
         """
-        diagram, (coupled, split) = place.diagram, self._labels(place.diagram, name)
+        diagram, (_, split), parts = place.diagram, self._labels(place.diagram, name), self._apart(place.diagram, name)
         rest = self.targets[s] - self.structure.dense(factors) + place.dense(factors)
         metric = self.metrics[s]
         if metric is None and any(m is not None for m in self.metrics):
@@ -253,17 +273,24 @@ class Problem:
             both = (*ins, *(twin[label] for label in ins))
             gram.append((both, metric.reshape(diagram.shape_of(ins) * 2)))
         sizes = dict(diagram.sizes) | {twin[label]: size for label, size in diagram.sizes}
-        mirrored = tuple(twin[label] for label in coupled)
         known = {label for labels, _ in gram for label in labels}
         sides, split = tuple(x for x in split if x not in known), tuple(x for x in split if x in known)
-        shape, m, n = diagram.shape_of(split), diagram.size(sides), diagram.size(coupled)
-        left = _einsum(gram, (*split, *coupled, *mirrored), sizes, rest.device).reshape(*shape, n, n)
-        labels = (*split, *sides, *coupled)
-        return left, _einsum(right, labels, sizes, rest.device).reshape(*shape, m, n), labels
+        grams = []
+        for k, operands in enumerate(_of_parts(gram, parts, split, twin)):
+            used = split if k == 0 else tuple(x for x in split if any(x in labels for labels, _ in operands))
+            shape, n = [sizes[x] if x in used else 1 for x in split], diagram.size(parts[k])
+            wanted = (*used, *parts[k], *(twin[label] for label in parts[k]))
+            grams.append(_einsum(operands, wanted, sizes, rest.device).reshape(*shape, n, n))
+        labels = (*split, *sides, *(label for part in parts for label in part))
+        shape = (*diagram.shape_of(split), diagram.size(sides), *map(diagram.size, parts))
+        return grams, _einsum(right, labels, sizes, rest.device).reshape(shape), labels
 
     def polish(self, state: Factors, steps: int) -> Factors:
         """L-BFGS on every factor at once, through autograd."""
-        leaves = {name: value.clone().requires_grad_() for name, value in state.items() if value.is_floating_point()}
+        plain = {name: value for name, value in state.items() if value.is_floating_point()}
+        leaves = {
+            name: value.clone(memory_format=torch.contiguous_format).requires_grad_() for name, value in plain.items()
+        }
         optimizer = torch.optim.LBFGS(
             list(leaves.values()), max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
         )
@@ -278,6 +305,31 @@ class Problem:
             optimizer.step(closure)
         after = state | {name: leaf.detach() for name, leaf in leaves.items()}
         return after if self.objective(after) <= self.objective(state) else state
+
+
+def _solved(grams: list[Tensor], right: Tensor) -> Tensor:
+    """``right (*split, m, n_1, n_2, ..)`` through the inverse of the Kronecker product of ``grams``, one axis at a time."""
+    first = right.ndim - len(grams)
+    for k, gram in enumerate(grams):
+        turned = right.movedim(first + k, -1)
+        flat = turned.reshape(*right.shape[: first - 1], -1, gram.shape[-1])
+        gram = gram.expand(*right.shape[: first - 1], *gram.shape[-2:])
+        right = solve_symmetric(gram, flat).reshape(turned.shape).movedim(-1, first + k)
+    return right
+
+
+def _of_parts(gram: list, parts: list[tuple[str, ...]], split: tuple[str, ...], twin: dict[str, str]) -> list[list]:
+    """The operands of the normal equations that belong to each of ``parts``; what belongs to none goes to the first one."""
+    found, rest = [], list(gram)
+    for part in parts:
+        reached, some = {*part, *(twin[label] for label in part)}, []
+        while near := [operand for operand in rest if reached & set(operand[0])]:
+            rest = [operand for operand in rest if not reached & set(operand[0])]
+            reached |= {label for labels, _ in near for label in labels} - set(split)
+            some += near
+        found.append(some)
+    found[0] += rest
+    return found
 
 
 def _restricted(
