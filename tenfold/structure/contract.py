@@ -20,6 +20,7 @@ from tenfold.structure.diagram import Diagram
 from tenfold.structure.plan import Plan, Values, plan_of, price, run
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
+PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
 BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
 
 
@@ -112,11 +113,22 @@ def bucket(rows: int) -> int:
     return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
 
 
+def _in_parts(plan: Plan, x: Tensor) -> bool:
+    """Whether the rows go through ``plan`` a part at a time, so that what is copied between two products stays in the cache."""
+    here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return here and x.shape[0] >= 2 * PART and any(product is None for _, _, product in plan.steps)
+
+
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None:
-        y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
+        if _in_parts(first, x):
+            y = x.new_empty(x.shape[0], diagram.shape[0])
+            for part, made in zip(folded.split(PART), y.split(PART), strict=True):
+                made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(run(first, [part, *factors]))
+        else:
+            y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
         return y if bias is None else y.add_(bias)  # a product, nobody else's
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)
 
@@ -151,7 +163,7 @@ class _Apply(torch.autograd.Function):
         back = _back_dense if _through_dense(diagram, bucket(x.shape[0])) else _back_chain
         with torch.autocast(x.device.type, enabled=False):
             dx, *others = back(diagram, x, factors, dy, needs)
-        return None, dx, db, *others
+        return None, None if dx is None else dx.reshape(x.shape), db, *others
 
 
 def _back_chain(
@@ -160,11 +172,22 @@ def _back_chain(
     """Back through the steps of the chain; what they made is made again."""
     sizes = (*diagram.sizes, (ROWS, bucket(x.shape[0])))
     operands = ((ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
-    values = Values(
-        plan_of(operands, (ROWS, *diagram.outs), sizes), [x.reshape(-1, *diagram.shape_of(diagram.ins)), *factors]
-    )
-    dx, *others = values.back(dy.reshape(-1, *diagram.shape_of(diagram.outs)), needs)
-    return [None if dx is None else dx.reshape(x.shape), *others]
+    plan = plan_of(operands, (ROWS, *diagram.outs), sizes)
+    x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
+    if not _in_parts(plan, x):
+        return Values(plan, [x, *factors]).back(dy, needs)
+    sums, made = None, torch.empty_like(x) if needs[0] else None
+    for number, (some, of) in enumerate(zip(x.split(PART), dy.split(PART), strict=True)):
+        dx, *others = Values(plan, [some, *factors]).back(of, needs)
+        if made is not None:
+            made[number * PART : number * PART + len(some)] = dx
+        if sums is None:
+            sums = [None if value is None else value.clone() for value in others]
+        else:
+            for one, value in zip(sums, others, strict=True):
+                if one is not None:
+                    one += value
+    return [made, *sums]
 
 
 def _back_dense(

@@ -14,7 +14,10 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from tenfold.structure.pair import multiply, pair_of
+
 BALANCE = 4.0  # FLOPs that take as long as moving one number; small, so that it decides only between near equals
+SMALL = 2**14  # numbers of an operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
 LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
 
@@ -156,10 +159,14 @@ def reversed_of(equation: str, which: int) -> tuple[str, Product | None, tuple[i
     return turned, product_of(turned), tuple(k for k, letter in enumerate(terms[which]) if letter not in known)
 
 
-def contracted(equation: str, product: Product | None, operands: list[Tensor]) -> Tensor:
+def contracted(
+    equation: str, product: Product | None, operands: list[Tensor], copies: dict[tuple, Tensor] | None = None
+) -> Tensor:
     """One contraction of one or two operands; a product of matrices goes without einsum, which takes longer to begin."""
     if product is None:
-        return torch.einsum(equation, *operands)
+        small = torch.compiler.is_compiling() or len(operands) == 1 or min(map(torch.numel, operands)) < SMALL
+        pair = None if small else pair_of(equation)
+        return torch.einsum(equation, *operands) if pair is None else multiply(pair, *operands, copies)
     swapped, *transposed = product
     one, other = operands[::-1] if swapped else operands
     return (one.T if transposed[0] else one) @ (other.T if transposed[1] else other)
@@ -205,11 +212,11 @@ class Values:
             self.values.pop(number, None)
             if not wanted[number]:
                 continue
-            above = found.pop(number)
+            above, copies = found.pop(number), dict[tuple, Tensor]()
             for which, k in enumerate(taken):
                 if wanted[k]:
                     *how, alone = reversed_of(equation, which)
-                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)])
+                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)], copies)
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
         return [found.get(k) for k in range(self.count)]

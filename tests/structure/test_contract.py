@@ -2,12 +2,13 @@
 
 from itertools import combinations
 from math import prod
+from random import Random
 
 import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
 
-from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract, plan
+from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract, pair, plan
 
 F64 = torch.float64
 
@@ -207,3 +208,37 @@ def test_the_way_back_through_a_plan_is_that_of_autograd(terms, kept):
             assert (value is not None) == need
             if need:
                 torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_pairs_are_multiplied_as_einsum_does(seed, gradients):
+    """Random labels, sizes and memory layouts; many and few matrices in a batch."""
+    random = Random(seed)
+    size = {letter: random.choice([1, 2, 3, 5, 17]) for letter in "abcdefgh"}
+    kinds = {letter: random.choice(["batch", "summed", "rows", "columns"]) for letter in size} | {
+        "a": "summed",
+        "b": "rows",
+    }
+    terms = []
+    for own in ("rows", "columns"):
+        letters = [x for x in kinds if kinds[x] in ("batch", "summed", own)]
+        terms.append("".join(random.sample(letters, len(letters))))
+    letters = [x for x in kinds if kinds[x] != "summed"]
+    kept = "".join(random.sample(letters, len(letters)))
+    operands = []
+    for term in terms:
+        stored = random.sample(term, len(term))
+        value = torch.randn([size[x] for x in stored], dtype=F64)
+        operands.append(value.permute([stored.index(x) for x in term]))
+    equation = f"{','.join(terms)}->{kept}"
+    with torch.set_grad_enabled(gradients):
+        found = pair.multiply(pair.pair_of(equation), *operands)
+        again = pair.multiply(pair.pair_of(equation), *operands, copies={})
+    torch.testing.assert_close(found, torch.einsum(equation, *operands))
+    torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize("equation", ["ab->ba", "ab,cd->abcd", "ab,b->b", "ab,cb->c", "a,a->a"])
+def test_what_is_no_product_of_two_is_none(equation):
+    assert pair.pair_of(equation) is None
