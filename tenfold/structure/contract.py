@@ -21,6 +21,7 @@ from tenfold.structure.plan import Plan, Values, plan_of, price, run
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
+NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
 BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
 
 
@@ -43,7 +44,7 @@ def forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
     x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
     chain = plan_of((x, *factors), y, sizes)
     rebuild, multiply = _rebuild(diagram), plan_of((x, w), y, sizes)
-    return (chain, None) if chain.price <= rebuild.price + multiply.price else (rebuild, multiply)
+    return (chain, None) if chain.price < NEARLY * (rebuild.price + multiply.price) else (rebuild, multiply)
 
 
 def flops(diagram: Diagram, rows: int) -> int:
@@ -124,9 +125,10 @@ def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | 
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None:
         if _in_parts(first, x):
-            y = x.new_empty(x.shape[0], diagram.shape[0])
+            y, known = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors]).fixed()
             for part, made in zip(folded.split(PART), y.split(PART), strict=True):
-                made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(run(first, [part, *factors]))
+                result = Values(first, [part, *factors], known).result()
+                made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(result)
         else:
             y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
         return y if bias is None else y.add_(bias)  # a product, nobody else's
@@ -142,7 +144,7 @@ def _through_dense(diagram: Diagram, rows: int) -> bool:
     back = first.price if second is None else second.price + price(*rebuild.last)
     out, inner = diagram.shape
     product = price(2 * rows * out * inner, rows * (out + inner) + out * inner)
-    return product + rebuild.price_back + back < chain.price_back
+    return NEARLY * (product + rebuild.price_back + back) < chain.price_back
 
 
 class _Apply(torch.autograd.Function):
@@ -176,18 +178,15 @@ def _back_chain(
     x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
     if not _in_parts(plan, x):
         return Values(plan, [x, *factors]).back(dy, needs)
-    sums, made = None, torch.empty_like(x) if needs[0] else None
+    whole = Values(plan, [x, *factors])
+    known, sums, made = whole.fixed(), {}, torch.empty_like(x) if needs[0] else None
     for number, (some, of) in enumerate(zip(x.split(PART), dy.split(PART), strict=True)):
-        dx, *others = Values(plan, [some, *factors]).back(of, needs)
+        found = Values(plan, [some, *factors], known).back_moving(of, needs)
         if made is not None:
-            made[number * PART : number * PART + len(some)] = dx
-        if sums is None:
-            sums = [None if value is None else value.clone() for value in others]
-        else:
-            for one, value in zip(sums, others, strict=True):
-                if one is not None:
-                    one += value
-    return [made, *sums]
+            made[number * PART : number * PART + len(some)] = found.pop(0)
+        for k, value in found.items():
+            sums[k] = sums[k].add_(value) if k in sums else value.contiguous()
+    return [made, *whole.back_fixed(sums, needs)[1:]]
 
 
 def _back_dense(

@@ -5,10 +5,12 @@ FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summe
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 from string import ascii_letters
+from types import MappingProxyType
 
 import opt_einsum
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from tenfold.structure.pair import multiply, pair_of
 
-BALANCE = 4.0  # FLOPs that take as long as moving one number; small, so that it decides only between near equals
+BALANCE = 20.0  # FLOPs that take as long as moving one number; a product of large matrices does more in that time
 SMALL = 2**14  # numbers of an operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
 LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
@@ -181,10 +183,13 @@ def run(plan: Plan, operands: list[Tensor]) -> Tensor:
 
 
 class Values:
-    """The operands of ``plan`` and what its steps make of them, each once it is asked for."""
+    """The operands of ``plan`` and what its steps make of them, each once it is asked for.
 
-    def __init__(self, plan: Plan, operands: list[Tensor]):
-        self.values: dict[int, Tensor] = dict(enumerate(operands))
+    Operands and results are numbered in this order; ``known`` are results that were made before.
+    """
+
+    def __init__(self, plan: Plan, operands: list[Tensor], known: Mapping[int, Tensor] = MappingProxyType({})):
+        self.values: dict[int, Tensor] = dict(enumerate(operands)) | dict(known)
         self.count, self.made = len(operands), []
         alive = list(range(self.count))
         for number, (chosen, *how) in enumerate(plan.steps):
@@ -192,7 +197,7 @@ class Values:
             alive.append(self.count + number)
 
     def of(self, number: int) -> Tensor:
-        """Operand or result ``number``; results are numbered on from the operands."""
+        """Operand or result ``number``."""
         if number not in self.values:
             how, taken = self.made[number - self.count]
             self.values[number] = contracted(*how, [self.of(k) for k in taken])
@@ -202,12 +207,46 @@ class Values:
         """What the plan makes."""
         return self.of(self.count + len(self.made) - 1)
 
+    def fixed(self) -> dict[int, Tensor]:
+        """What is made without the first operand, by number."""
+        moving = self._moving()
+        return {number: self.of(number) for number in range(self.count, len(moving)) if not moving[number]}
+
+    def _moving(self) -> list[bool]:
+        """Of every number, whether the first operand is in it."""
+        moving = [k == 0 for k in range(self.count)]
+        for _, taken in self.made:
+            moving.append(any(moving[k] for k in taken))
+        return moving
+
     def back(self, gradient: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """The gradients of the operands that are needed, for one of the result; results in between are dropped on the way."""
-        wanted, found = list(needs), {self.count + len(self.made) - 1: gradient}
+        found = {self.count + len(self.made) - 1: gradient}
+        self.pull(found, self.wanted(needs), range(self.count, self.count + len(self.made)))
+        return [found.get(k) for k in range(self.count)]
+
+    def back_moving(self, gradient: Tensor, needs: list[bool]) -> dict[int, Tensor]:
+        """Likewise, but no further than to what is made without the first operand; by number."""
+        found, moving = {self.count + len(self.made) - 1: gradient}, self._moving()
+        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if moving[k]])
+        return found
+
+    def back_fixed(self, found: dict[int, Tensor], needs: list[bool]) -> list[Tensor | None]:
+        """The rest of the way, from what :meth:`back_moving` has found."""
+        moving = self._moving()
+        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if not moving[k]])
+        return [found.get(k) for k in range(self.count)]
+
+    def wanted(self, needs: list[bool]) -> list[bool]:
+        """Of every number, whether its gradient is needed."""
+        wanted = list(needs)
         for _, taken in self.made:
             wanted.append(any(wanted[k] for k in taken))
-        for number in reversed(range(self.count, len(wanted))):
+        return wanted
+
+    def pull(self, found: dict[int, Tensor], wanted: list[bool], numbers: Sequence[int]) -> None:
+        """Replace the gradients of the results ``numbers``, last one first, by those of what they are made of."""
+        for number in reversed(numbers):
             (equation, _), taken = self.made[number - self.count]
             self.values.pop(number, None)
             if not wanted[number]:
@@ -216,10 +255,11 @@ class Values:
             for which, k in enumerate(taken):
                 if wanted[k]:
                     *how, alone = reversed_of(equation, which)
-                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)], copies)
+                    found[k] = contracted(
+                        *how, [above, *(self.of(other) for other in taken if other != k)], copies
+                    )
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
-        return [found.get(k) for k in range(self.count)]
 
     def _everywhere(self, value: Tensor, axes: tuple[int, ...], number: int) -> Tensor:
         for axis in axes:
