@@ -277,7 +277,9 @@ class Structure(ABC):
             except ValueError:  # nothing is as small as this
                 continue
             factors = structure.metric_form(weight, inputs, outputs) or structure.closed_form(weight)
-            rest = weight - structure.dense(factors or structure.fit(weight, inputs, sweeps=3))
+            if factors is None:  # quick rather than good: many sizes are asked for
+                factors = structure.fit(weight, inputs, start=structure.fit(weight, sweeps=3), sweeps=3)
+            rest = weight - structure.dense(factors)
             found[structure] = float((rest * (outputs @ rest @ inputs)).sum())
         if not found:
             cls.within(out, inner, spec, 2**61)  # tells what is wrong with the spec, if it is not the size

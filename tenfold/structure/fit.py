@@ -89,7 +89,8 @@ def fit(
             _tell(log, 0, "exact", problem.objective(problem.begin(start)))
             return start
         if not plain:  # few rounds from the nearest one beat many from elsewhere
-            near = fit(structure, targets[0], starts=starts, seed=seed, tolerance=max(tolerance, NEAR))
+            most = {"sweeps": min(200, 40 * sweeps), "tolerance": max(tolerance, NEAR)}
+            near = fit(structure, targets[0], starts=starts, seed=seed, **most)
             known = [near] if start is None else [near, start]
             start = min(known, key=lambda form: float(problem.objective(problem.begin(form))))
     begins = problem.begins(start, max(1, starts), seed)
