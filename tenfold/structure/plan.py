@@ -255,9 +255,7 @@ class Values:
             for which, k in enumerate(taken):
                 if wanted[k]:
                     *how, alone = reversed_of(equation, which)
-                    found[k] = contracted(
-                        *how, [above, *(self.of(other) for other in taken if other != k)], copies
-                    )
+                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)], copies)
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
 

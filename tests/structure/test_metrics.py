@@ -78,7 +78,7 @@ def test_sizes_grow_and_tell_a_loss_that_a_fit_can_reach(kind):
     assert counts == sorted(set(counts)) and len(counts) > 1
     for structure, loss in sizes:
         start = structure.metric_form(w, inputs, outputs) or structure.closed_form(w)
-        start = start or structure.fit(w, inputs, sweeps=3)
+        start = start or structure.fit(w, inputs, start=structure.fit(w, sweeps=3), sweeps=3)
         assert loss == pytest.approx(lost(structure, start, w, inputs, outputs), rel=1e-9)
         assert lost(structure, structure.fit(w, inputs, outputs, sweeps=5), w, inputs, outputs) <= loss * (1 + 1e-9)
 
