@@ -123,14 +123,18 @@ def _in_parts(plan: Plan, x: Tensor) -> bool:
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
+    if second is None and _in_parts(first, x):
+        y, known = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors]).fixed()
+        for part, made in zip(folded.split(PART), y.split(PART), strict=True):
+            result = Values(first, [part, *factors], known).result()
+            made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(result)
+            if bias is not None:
+                made += bias
+        return y
+    if second is None and first.steps[-1][2] is not None:
+        return run(first, [folded, *factors], bias)
     if second is None:
-        if _in_parts(first, x):
-            y, known = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors]).fixed()
-            for part, made in zip(folded.split(PART), y.split(PART), strict=True):
-                result = Values(first, [part, *factors], known).result()
-                made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(result)
-        else:
-            y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
+        y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
         return y if bias is None else y.add_(bias)  # a product, nobody else's
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)
 

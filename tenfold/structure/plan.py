@@ -169,17 +169,24 @@ def contracted(
         small = torch.compiler.is_compiling() or len(operands) == 1 or min(map(torch.numel, operands)) < SMALL
         pair = None if small else pair_of(equation)
         return torch.einsum(equation, *operands) if pair is None else multiply(pair, *operands, copies)
-    swapped, *transposed = product
-    one, other = operands[::-1] if swapped else operands
-    return (one.T if transposed[0] else one) @ (other.T if transposed[1] else other)
+    one, other = _turned(product, *operands)
+    return one @ other
 
 
-def run(plan: Plan, operands: list[Tensor]) -> Tensor:
-    """Carry out ``plan`` on ``operands``."""
+def run(plan: Plan, operands: list[Tensor], bias: Tensor | None = None) -> Tensor:
+    """Carry out ``plan`` on ``operands``; ``bias`` belongs to a result of two axes, and is added in the last product."""
     operands = list(operands)
-    for chosen, equation, product in plan.steps:
+    for chosen, equation, product in plan.steps[:-1]:
         operands.append(contracted(equation, product, [operands.pop(k) for k in chosen]))
-    return operands[0]
+    chosen, equation, product = plan.steps[-1]
+    last = [operands.pop(k) for k in chosen]
+    return contracted(equation, product, last) if bias is None else torch.addmm(bias, *_turned(product, *last))
+
+
+def _turned(product: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    swapped, *transposed = product
+    one, other = (other, one) if swapped else (one, other)
+    return one.T if transposed[0] else one, other.T if transposed[1] else other
 
 
 class Values:
