@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.evaluate.text import documents, token_stream
+from tenfold.models.reading import context_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def perplexity(
     Raises:
         ValueError: the text is shorter than a window, or the tokenizer does not belong to the model.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or 1024
+    longest = context_of(model)
     window = window or min(longest, 1024)
     if window > longest:
         raise ValueError(f"window {window} is more than the model's context of {longest}; use at most that")

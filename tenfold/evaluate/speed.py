@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tenfold.evaluate.machine import turns
+from tenfold.models.reading import context_of
 from tenfold.models.replace import densify
 
 
@@ -29,7 +30,7 @@ def bench(model, batch: int = 1, length: int | None = None, new_tokens: int = 16
     """
     model.eval()
     twin = densify(copy.deepcopy(model)).eval()
-    longest = getattr(model.config, "max_position_embeddings", None) or 1024
+    longest = context_of(model)
     length = length or min(longest - new_tokens, 512)
     device = next(model.parameters()).device
     ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch, length), device=device)

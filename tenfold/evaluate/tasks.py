@@ -13,6 +13,7 @@ from typing import Any
 
 from tenfold.evaluate.task_kinds import Sentences, Summary, Task
 from tenfold.models.names import check_name
+from tenfold.models.reading import context_of
 
 LONGEST = 512  # tokens of an example at most, unless a length is given
 YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}
@@ -66,7 +67,7 @@ def prepare(model, tokenizer) -> None:
 
 def longest(model, length: int | None = None) -> int:
     """Tokens of an example at most: ``length``, or the model's context, :data:`LONGEST` at most."""
-    context = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    context = context_of(model)
     if length is not None and not 8 <= length <= context:
         raise ValueError(f"length {length} must be from 8 to the model's context of {context}")
     return length or min(context, LONGEST)

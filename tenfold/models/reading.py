@@ -14,12 +14,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """How many positions ``model`` takes; 1,024 where it does not say."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions ``model`` has; None where it does not say."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     table = next((m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
     before = getattr(table, "padding_idx", None)  # RoBERTa counts its positions from behind that of padding
-    return longest if before is None else longest - before - 1
+    return longest if longest is None or before is None else longest - before - 1
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many positions ``model`` takes; 1,024 where it does not say."""
+    return positions_of(model) or 1024
 
 
 def reads_streams(model: PreTrainedModel) -> bool:

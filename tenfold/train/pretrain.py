@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
 from tenfold.models.plan import make_plan
 from tenfold.models.ranks import state
+from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.models.settings import Train
@@ -299,8 +301,9 @@ def _length(recipe: Recipe) -> int:
     length = recipe.train.window or model.get("n_positions") or model.get("max_position_embeddings")
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
-    config = AutoConfig.for_model(**model).get_text_config()
-    if length > (positions := getattr(config, "max_position_embeddings", length)):
+    with torch.device("meta"):
+        positions = positions_of(AutoModel.from_config(AutoConfig.for_model(**model)))
+    if positions is not None and length > positions:
         raise ValueError(
             f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "
             "one, or the model more positions"

@@ -243,6 +243,20 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path):
         ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
         ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
         ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
+        (  # RoBERTa counts from behind its padding
+            {
+                "model": {
+                    "model_type": "roberta",
+                    "max_position_embeddings": 34,
+                    "hidden_size": 16,
+                    "num_attention_heads": 2,
+                    "num_hidden_layers": 1,
+                    "intermediate_size": 16,
+                },
+                "train": {"objective": "masked", "window": 33},
+            },
+            "window 33 of recipe 'toy' is longer than the 32 positions of its model",
+        ),
     ],
 )
 def test_recipes_that_can_not_be(text, tmp_path, recipe, sentence):
