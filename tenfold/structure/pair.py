@@ -53,7 +53,7 @@ def multiply(pair: Pair, one: Tensor, other: Tensor, copies: dict[tuple, Tensor]
     a = _matrices(one, pair.one, (batch, pair.rows, summed), copies)
     b = _matrices(other, pair.other, (batch, summed, pair.columns), copies)
     size = dict(zip(pair.one, one.shape, strict=True)) | dict(zip(pair.other, other.shape, strict=True))
-    first = pair.kept[0]
+    first = pair.kept[:1]
     if not batch:
         order = (pair.columns, pair.rows) if first in pair.columns else (pair.rows, pair.columns)
         made = b[0].mT @ a[0].mT if first in pair.columns else a[0] @ b[0]

@@ -242,3 +242,8 @@ def test_pairs_are_multiplied_as_einsum_does(seed, gradients):
 @pytest.mark.parametrize("equation", ["ab->ba", "ab,cd->abcd", "ab,b->b", "ab,cb->c", "a,a->a"])
 def test_what_is_no_product_of_two_is_none(equation):
     assert pair.pair_of(equation) is None
+
+
+def test_a_product_may_be_one_number():
+    one, other = (torch.randn(3, 4, dtype=F64) for _ in range(2))
+    torch.testing.assert_close(pair.multiply(pair.pair_of("ab,ab->"), one, other), (one * other).sum())
