@@ -233,14 +233,17 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
     repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
+    mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Measure tokens per second against the dense twin, in turns, in one run."""
+    import tenfold
     from tenfold import api
 
     loaded, _ = api.load(model, device, dtype)
+    kept = tenfold.keep_matrices(loaded, mode)
     if layers:
         cells = api.bench_layers(loaded, repeats=repeats, progress=tracked("measuring"))
         return show_json(cells) if as_json else show_cells(cells)
@@ -258,7 +261,12 @@ def bench(
         for name in ("prefill", "decode")
         for r in [result[name]]
     ]
-    return show_table(["", "rows", "tokens/s", "dense tokens/s", "ratio"], rows)
+    show_table(["", "rows", "tokens/s", "dense tokens/s", "ratio"], rows)
+    if kept["layers"]:
+        print(
+            f"{kept['layers']} layers multiply by a kept matrix, {kept['bytes'] / 2**20:,.0f} MiB in all, as dense ones"
+        )
+    return None
 
 
 for trains in (training.heal, tasks.finetune, training.pretrain, training.deepen):

@@ -48,10 +48,22 @@ def show_cells(cells: list[dict]) -> None:
             f"{1e3 * cell['dense_seconds']:.3f}",
             f"{cell['ratio']:.2f}",
             f"{cell['floor'] / cell['seconds']:.0%}",
+            "dense" if cell["kept"] else "",
         ]
         for cell in cells
     ]
-    columns = ["structure", "out x in", "layers", "rows", "pass", "ms", "dense ms", "dense / ours", "of the floor"]
+    columns = [
+        "structure",
+        "out x in",
+        "layers",
+        "rows",
+        "pass",
+        "ms",
+        "dense ms",
+        "dense / ours",
+        "of the floor",
+        "kept",
+    ]
     show_table(columns, rows)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from tenfold.evaluate.machine import bytes_per_second, flops_per_second, turns
 from tenfold.nn import FactorizedLinear
+from tenfold.structure.contract import bucket
 
 ROWS = (1, 8, 64, 512, 4096)
 
@@ -27,7 +28,8 @@ def bench_layers(
         Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
         ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
         large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
-        backward pass counts as twice the forward pass.
+        backward pass counts as twice the forward pass. All of this goes through the factors; ``kept`` says whether in evaluation
+        the layer would multiply by its kept matrix instead, and be a dense layer.
     """
     layers: dict[tuple, list[FactorizedLinear]] = {}
     for layer in model.modules():
@@ -43,14 +45,17 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: in
     twin = nn.Linear(inner, out, layer.bias is not None, device, dtype)
     x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_(backward)
     upstream = torch.randn(rows, out, device=device).to(dtype)
+    training = layer.training
+    layer.train()  # through the factors: no matrix is kept
     pairs = turns(*(_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
-    layer.zero_grad(set_to_none=True)
+    layer.train(training).zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
         "shape": [out, inner],
         "layers": len(layers),
         "rows": rows,
         "pass": "forward + backward" if backward else "forward",
+        "kept": not backward and bucket(rows) in layer.keeps,
         "seconds": statistics.median(ours for ours, _ in pairs),
         "dense_seconds": statistics.median(dense for _, dense in pairs),
         "ratio": statistics.median(dense / ours for ours, dense in pairs),

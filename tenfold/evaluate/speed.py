@@ -26,7 +26,8 @@ def bench(model, batch: int = 1, length: int | None = None, new_tokens: int = 16
 
     Returns:
         For ``prefill`` and ``decode``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``, the
-        median of the ratios turn by turn, which noise of the machine touches least.
+        median of the ratios turn by turn, which noise of the machine touches least; ``kept``: how many layers multiply by a
+        kept matrix at some numbers of rows, and are dense layers then.
     """
     model.eval()
     twin = densify(copy.deepcopy(model)).eval()
@@ -39,6 +40,7 @@ def bench(model, batch: int = 1, length: int | None = None, new_tokens: int = 16
         "rows": {"prefill": batch * length, "decode": batch},
         "device": str(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "kept": sum(bool(getattr(layer, "keeps", None)) for layer in model.modules()),
         **{
             name: _ratio(run, model, twin, ids, new_tokens, tokens, repeats) for name, (run, tokens) in measured.items()
         },

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from tenfold.structure import Factors, Structure
+from tenfold.structure.contract import bucket
 
 
 class SharedFactors(nn.Module):
@@ -118,6 +120,18 @@ class _Factorized(nn.Module):
         return repr(self.structure)
 
 
+@dataclass
+class Kept:
+    """A matrix, and the address, version and type of every factor that it was made of.
+
+    The factors are held, too: else a new one could lie at the address of one that is gone.
+    """
+
+    matrix: Tensor
+    made_of: list[tuple]
+    held: list[Tensor]
+
+
 class FactorizedLinear(_Factorized):
     """``y = x @ W.T + bias`` with ``W (out, in)`` in a structure.
 
@@ -132,10 +146,40 @@ class FactorizedLinear(_Factorized):
         super().__init__(structure, shared, frozen, device, dtype)
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
+        self._kept: Kept | None = None
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
-        return self.structure._apply(self.factors(), x, self.bias)
+        factors = self.factors()
+        if self.keeps and (w := self._matrix(x, factors)) is not None:
+            return nn.functional.linear(x, w, self.bias)
+        return self.structure._apply(factors, x, self.bias)
+
+    def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
+        """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""
+        if self.training or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        passing = hasattr(self, "_hf_hook") or any(value.is_inference() for value in factors.values())
+        rows = x.numel() // self.in_features
+        if passing or torch.is_autocast_enabled(x.device.type) or bucket(rows) not in self.keeps:
+            return None
+        now = [(value.data_ptr(), value._version, value.dtype) for value in factors.values()]
+        if self._kept is None or self._kept.made_of != now:
+            self._kept = Kept(self.structure.dense(factors), now, [value.detach() for value in factors.values()])
+        return self._kept.matrix
+
+    def train(self, mode: bool = True) -> FactorizedLinear:
+        """As everywhere; a kept matrix is dropped."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *arguments, **keywords):  # to another device or type
+        self._kept = None
+        return super()._apply(*arguments, **keywords)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
 
 
 class FactorizedEmbedding(_Factorized):

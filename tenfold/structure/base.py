@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tenfold.structure import contract, dims
 from tenfold.structure.placement import Placement
+from tenfold.structure.plan import price
 
 Factors = dict[str, Tensor]
 SHARES = (
@@ -156,6 +157,11 @@ class Structure(ABC):
         """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
         adds = (len(self._placements) - 1) * rows * self.shape[0]
         return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
+
+    def price(self, rows: int = 1) -> float:
+        """What :meth:`apply` on ``rows`` vectors is expected to cost, in FLOPs: those, and the numbers that are moved."""
+        adds = (len(self._placements) - 1) * rows * self.shape[0]
+        return price(adds, 3 * adds) + sum(contract.price_of(place.diagram, rows) for place in self._placements)
 
     def lookup_flops(self, rows: int = 1) -> int:
         """FLOPs of ``rows`` for so many indices."""

@@ -52,6 +52,11 @@ def flops(diagram: Diagram, rows: int) -> int:
     return sum(plan.flops for plan in forward_plans(diagram, rows) if plan is not None)
 
 
+def price_of(diagram: Diagram, rows: int) -> float:
+    """Likewise what is expected to be paid: see :func:`tenfold.structure.plan.price`."""
+    return sum(plan.price for plan in forward_plans(diagram, rows) if plan is not None)
+
+
 def dense(diagram: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
     """``W (out, in)``."""
     return run(_rebuild(diagram), factors).reshape(diagram.shape)

@@ -1,0 +1,76 @@
+"""Which layers multiply by the matrix that their factors make, made once and kept, in evaluation.
+
+A kept ``W`` costs memory and makes a layer as fast as a dense one, no faster. It is made at the first call that wants it, and
+dropped when a factor has changed or moved, and when the layer is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tenfold.nn.layers import FactorizedLinear
+from tenfold.structure import Structure
+from tenfold.structure.contract import BUCKETS
+from tenfold.structure.plan import price
+
+MODES = ("auto", "speed", "memory")
+LEAST = 0.05  # a matrix is kept where it takes off at least this share of the price
+
+
+@dataclass
+class Offer:
+    """What a layer gains by its matrix, in prices of its dense product, at the numbers of rows where it gains anything."""
+
+    layer: FactorizedLinear
+    gain: float
+    rows: frozenset[int]
+
+    @property
+    def bytes(self) -> int:
+        """Of the matrix."""
+        out, inner = self.layer.structure.shape
+        return out * inner * self.layer.like.element_size()
+
+
+def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None) -> dict[str, Any]:
+    """Say which layers of ``model`` keep their matrix in evaluation, and at which numbers of rows it is used.
+
+    Args:
+        mode: ``memory``: none. ``speed``: all that gain by it. ``auto``: those that gain the most for their bytes, while
+            factors and kept matrices together take no more than ``limit``.
+        limit: bytes; what the dense layers took unless given.
+
+    Returns:
+        ``mode``, ``layers`` (how many keep one), ``bytes`` (of these matrices) and ``limit``.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"there is no mode {mode!r}; take one of {', '.join(MODES)}")
+    linear = [layer for layer in model.modules() if isinstance(layer, FactorizedLinear)]
+    layers = [layer for layer in linear if isinstance(layer.structure, Structure)]  # else there is no matrix to keep
+    factors = {id(p): p.numel() * p.element_size() for layer in layers for p in layer.factors().values()}
+    dense = [layer.structure.shape[0] * layer.structure.shape[1] * layer.like.element_size() for layer in layers]
+    limit, taken, count = sum(dense) if limit is None else limit, 0, 0
+    offers = {id(layer): offer(layer) for layer in layers}
+    for layer in layers:
+        layer.keeps = frozenset()
+    for one in sorted(offers.values(), key=lambda one: -one.gain / one.bytes):
+        fits = mode == "speed" or sum(factors.values()) + taken + one.bytes <= limit
+        if mode != "memory" and one.rows and fits:
+            one.layer.keeps, taken, count = one.rows, taken + one.bytes, count + 1
+    return {"mode": mode, "layers": count, "bytes": taken, "limit": limit}
+
+
+def offer(layer: FactorizedLinear) -> Offer:
+    """What ``layer`` would gain."""
+    (out, inner), gains = layer.structure.shape, {}
+    for rows in BUCKETS:
+        dense = price(2 * rows * out * inner, rows * (out + inner) + out * inner)
+        gains[rows] = layer.structure.price(rows) / dense - 1
+    some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)
+    return Offer(layer, sum(gains[rows] for rows in some), some)

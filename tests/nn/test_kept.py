@@ -1,0 +1,146 @@
+"""Kept matrices: the same outputs, in evaluation only, never those of factors that have changed, within their limit."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tenfold.nn import FactorizedLinear
+from tenfold.nn.kept import keep_matrices
+from tenfold.structure import Kronecker, LowRank, TensorTrain
+
+DEAR = TensorTrain(
+    outs=(8, 8, 8), ins=(8, 8, 8), ranks=(48, 48)
+)  # costs more than the dense matrix at any number of rows
+CHEAP = LowRank(out_features=512, in_features=512, rank=4)
+
+
+def layer(structure) -> FactorizedLinear:
+    made = FactorizedLinear(structure)
+    made.set_factors(structure.init(0.1))
+    nn.init.normal_(made.bias)
+    return made.eval()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"dear": layer(DEAR), "twin": layer(DEAR), "cheap": layer(CHEAP)}).eval()
+
+
+def made(model, monkeypatch) -> list:
+    """Which layers make their matrix from now on."""
+    found = []
+    for name in ("dear", "twin", "cheap"):
+        one = model[name].structure
+        dense = type(one).dense
+        monkeypatch.setattr(
+            type(one), "dense", lambda self, factors, dense=dense: found.append(self) or dense(self, factors)
+        )
+        if name == "dear":
+            break
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_outputs_are_those_of_the_factors(model, rows, monkeypatch):
+    x = torch.randn(rows, 512)
+    with torch.no_grad():
+        expected = model["dear"](x)
+        keep_matrices(model, "speed")
+        found = made(model, monkeypatch)
+        for _ in range(2):
+            torch.testing.assert_close(model["dear"](x), expected, rtol=1e-4, atol=1e-4)
+    assert len(found) == 1, "made once"
+
+
+def test_who_gains_nothing_keeps_nothing(model):
+    keep_matrices(model, "speed")
+    assert model["dear"].keeps and not model["cheap"].keeps
+
+
+def test_auto_stays_within_its_limit(model):
+    size = 4 * 512 * 512
+    factors = sum(p.numel() * 4 for m in model.values() for name, p in m.named_parameters() if name != "bias")
+    assert keep_matrices(model, "auto", factors + 2 * size)["layers"] == 2
+    assert keep_matrices(model, "auto", factors + 2 * size - 1) == {
+        "mode": "auto", "layers": 1, "bytes": size, "limit": factors + 2 * size - 1,
+    }  # fmt: skip
+    assert keep_matrices(model, "auto")["layers"] == 1  # the factors take as much as 1.2 of three
+    assert keep_matrices(model, "memory") == {
+        "mode": "memory",
+        "layers": 0,
+        "bytes": 0,
+        "limit": 3 * size,
+    }
+    with pytest.raises(ValueError, match=r"no mode 'fast'; take one of auto, speed, memory"):
+        keep_matrices(model, "fast")
+
+
+def change_in_place(one):
+    with torch.no_grad():
+        one.core_0.mul_(2)
+
+
+def load(one):
+    one.load_state_dict({name: 2 * value for name, value in one.state_dict().items()})
+
+
+def replace(one):
+    one.core_1 = nn.Parameter(torch.randn_like(one.core_1))
+
+
+@pytest.mark.parametrize("change", [change_in_place, load, replace, lambda one: one.double().float()])
+def test_a_changed_factor_is_noticed(model, change):
+    one, x = model["dear"], torch.randn(40, 512)
+    keep_matrices(model, "speed")
+    with torch.no_grad():
+        one(x)
+        change(one)
+        torch.testing.assert_close(one(x), x @ one.dense().T + one.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_through_the_factors(model):
+    one, x = model["dear"], torch.randn(40, 512)
+    keep_matrices(model, "speed")
+    with torch.no_grad():
+        one(x)
+    assert one._kept is not None
+    one.train()
+    assert one._kept is None
+    one(x).sum().backward()
+    assert all(p.grad is not None for p in one.parameters())
+    one.eval()
+    one(x).sum().backward()  # gradients are wanted in evaluation too
+    assert one._kept is None
+
+
+def test_copies_and_checkpoints_leave_it_behind(model):
+    one, x = model["dear"], torch.randn(40, 512)
+    keep_matrices(model, "speed")
+    with torch.no_grad():
+        expected = one(x)
+        for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert other._kept is None and other.keeps == one.keeps
+            torch.testing.assert_close(other(x), expected)
+    assert set(one.state_dict()) == {"core_0", "core_1", "core_2", "bias"}
+
+
+def test_inference_mode_and_autocast(model):
+    one, x = model["dear"], torch.randn(40, 512)
+    keep_matrices(model, "speed")
+    with torch.inference_mode():
+        expected = one(x)
+    with torch.no_grad():
+        torch.testing.assert_close(one(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert one(x).dtype == torch.bfloat16
+    one(x).sum().backward()
+
+
+def test_equal_layers_gain_equally():
+    """A structure that needs fewer FLOPs than the dense matrix is left alone."""
+    model = nn.ModuleDict({"kronecker": layer(Kronecker(outs=(16, 4), ins=(16, 4), terms=1))})
+    assert keep_matrices(model, "speed")["layers"] == 0
