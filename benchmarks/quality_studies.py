@@ -38,7 +38,7 @@ def fits(result: dict, kinds: tuple[str, ...]) -> list[str]:
         for (structure, keep, name), run in runs.items()
         if name == "metric" and not better(run, runs.get((structure, keep, "Frobenius")), kinds)
     ]
-    said = f"not for {', '.join(worse)}" if worse else "for every structure at every size, on every score"
+    said = f"not for {', '.join(worse)}" if worse else "wherever both were run, on every score"
     return [*lines, "", f"The fit in the metric is better than the Frobenius fit {said}."]
 
 
