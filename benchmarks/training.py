@@ -23,8 +23,9 @@ from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.tokens import is_tokens, write_tokens
 
 SHAPE = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    "attn_implementation": "eager",  # short windows on a CPU: faster
 }  # fmt: skip
 BLOCKS = ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]
@@ -41,9 +42,9 @@ def train_like(share: float) -> dict:
     return {"replace": [{"role": MLP, "structure": structure, "keep": share, "start": "balanced"}]}
 
 
-def shared(group: int, adapter: int | None = None, hidden: int = 768) -> dict:
+def shared(group: int, adapter: int | None = None, wide: int = 1024) -> dict:
     """Tensor trains of three cores, nothing cut, the middle one common to ``group`` neighbouring layers; beside it adapters."""
-    inner, wide = [4, 16, 4], [4, hidden // 16, 4]
+    inner, wide = [4, 24, 4], [4, wide // 16, 4]
     shapes = {("attn.q", "attn.k", "attn.v", "attn.out"): (inner, inner), ("mlp.in", "mlp.gate"): (wide, inner)}
     rules = []
     for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, wide)}).items():
@@ -61,9 +62,9 @@ def cola(attention: int, mlp: int) -> dict:
 ROWS = {
     "dense": {},
     "narrower": {
-        "model": {"hidden_size": 192, "intermediate_size": 640, "num_attention_heads": 3, "num_key_value_heads": 3}
+        "model": {"hidden_size": 320, "intermediate_size": 672, "num_attention_heads": 5, "num_key_value_heads": 5}
     },
-    "shallower": {"model": {"num_hidden_layers": 5, "intermediate_size": 736}},
+    "shallower": {"model": {"num_hidden_layers": 3, "intermediate_size": 712}},
     "low rank": everywhere(kind="low_rank"),
     "block train": everywhere(kind="block_train", blocks=4),
     "block train, rates by fans": everywhere(kind="block_train", blocks=4)
@@ -74,9 +75,9 @@ ROWS = {
         "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
         "budget": KEEP,
     },
-    "CoLA": cola(76, 114),
-    "pairs of layers share": shared(2, 15),
-    "16 layers, pairs share": {"model": {"num_hidden_layers": 16, "intermediate_size": 736}} | shared(2, hidden=736),
+    "CoLA": cola(115, 166),
+    "pairs of layers share": shared(2, 23),
+    "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 1008}} | shared(2, wide=1008),
     "ttm-16": train_like(0.006),
     "ttm-32": train_like(0.07),
     "ttm-64": train_like(0.28),
@@ -85,7 +86,7 @@ ROWS = {
 
 def recipe_of(row: str, rate: float, given) -> dict:
     own = ROWS[row]
-    train = {"tokens": given.tokens, "batch": 16, "learning_rate": rate, "schedule": "linear", "compile": given.compile}
+    train = {"tokens": given.tokens, "batch": 8, "accumulate": 2, "learning_rate": rate, "schedule": "linear", "compile": given.compile}
     made = {"name": row, "model": SHAPE | own.get("model", {}), "train": train | own.get("train", {})}
     return made | {key: own[key] for key in ("replace", "budget") if key in own}
 
