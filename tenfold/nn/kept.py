@@ -14,7 +14,7 @@ from torch import nn
 from tenfold.nn.layers import FactorizedLinear
 from tenfold.structure import Structure
 from tenfold.structure.contract import BUCKETS
-from tenfold.structure.plan import price
+from tenfold.structure.plan import price_of_product
 
 MODES = ("auto", "speed", "memory")
 LEAST = 0.05  # a matrix is kept where it takes off at least this share of the price
@@ -68,9 +68,7 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
 
 def offer(layer: FactorizedLinear) -> Offer:
     """What ``layer`` would gain."""
-    (out, inner), gains = layer.structure.shape, {}
-    for rows in BUCKETS:
-        dense = price(2 * rows * out * inner, rows * (out + inner) + out * inner)
-        gains[rows] = layer.structure.price(rows) / dense - 1
+    structure = layer.structure
+    gains = {rows: structure.price(rows) / price_of_product(rows, *structure.shape) - 1 for rows in BUCKETS}
     some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)
     return Offer(layer, sum(gains[rows] for rows in some), some)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
-from tenfold.structure.plan import Plan, Values, plan_of, price, run
+from tenfold.structure.plan import Plan, Values, plan_of, price, price_of_product, run
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
@@ -151,9 +151,7 @@ def _through_dense(diagram: Diagram, rows: int) -> bool:
     chain = plan_of(((ROWS, *diagram.ins), *factors), (ROWS, *diagram.outs), sizes)
     rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows)
     back = first.price if second is None else second.price + price(*rebuild.last)
-    out, inner = diagram.shape
-    product = price(2 * rows * out * inner, rows * (out + inner) + out * inner)
-    return NEARLY * (product + rebuild.price_back + back) < chain.price_back
+    return NEARLY * (price_of_product(rows, *diagram.shape) + rebuild.price_back + back) < chain.price_back
 
 
 class _Apply(torch.autograd.Function):

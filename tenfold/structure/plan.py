@@ -29,6 +29,11 @@ def price(flops: int, moved: int) -> float:
     return flops + BALANCE * moved
 
 
+def price_of_product(rows: int, out: int, inner: int) -> float:
+    """Of ``x (rows, in) @ W.T`` with a dense ``W (out, in)``."""
+    return price(2 * rows * out * inner, rows * (out + inner) + out * inner)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Pairwise contractions ``(i, j), equation, product`` on a list of operands: pop ``i`` and ``j``, append the result.

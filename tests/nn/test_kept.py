@@ -61,6 +61,23 @@ def test_who_gains_nothing_keeps_nothing(model):
     assert model["dear"].keeps and not model["cheap"].keeps
 
 
+def test_training_goes_through_the_factors_without_gradients_too(model, monkeypatch):
+    keep_matrices(model, "speed")
+    found = made(model, monkeypatch)
+    with torch.no_grad():
+        model.train()["dear"](torch.randn(40, 512))
+    assert not found
+
+
+def test_auto_takes_what_gains_most_for_its_bytes():
+    less = TensorTrain(outs=(8, 8, 8), ins=(8, 8, 8), ranks=(30, 30))
+    for names in (("dear", "less"), ("less", "dear")):
+        both = nn.ModuleDict({name: layer(DEAR if name == "dear" else less) for name in names})
+        assert keep_matrices(both, "speed")["layers"] == 2
+        factors = sum(one.structure.numel * 4 for one in both.values())
+        assert keep_matrices(both, "auto", factors + 4 * 512 * 512)["layers"] == 1 and both["dear"].keeps
+
+
 def test_auto_stays_within_its_limit(model):
     size = 4 * 512 * 512
     factors = sum(p.numel() * 4 for m in model.values() for name, p in m.named_parameters() if name != "bias")
