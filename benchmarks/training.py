@@ -86,7 +86,14 @@ ROWS = {
 
 def recipe_of(row: str, rate: float, given) -> dict:
     own = ROWS[row]
-    train = {"tokens": given.tokens, "batch": 8, "accumulate": 2, "learning_rate": rate, "schedule": "linear", "compile": given.compile}
+    train = {
+        "tokens": given.tokens,
+        "batch": 8,
+        "accumulate": 2,
+        "learning_rate": rate,
+        "schedule": "linear",
+        "compile": given.compile,
+    }
     made = {"name": row, "model": SHAPE | own.get("model", {}), "train": train | own.get("train", {})}
     return made | {key: own[key] for key in ("replace", "budget") if key in own}
 

@@ -28,25 +28,33 @@ def bench_layers(
         Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
         ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
         large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
-        backward pass counts as twice the forward pass. All of this goes through the factors; ``kept`` says whether in evaluation
-        the layer would multiply by its kept matrix instead, and be a dense layer.
+        backward pass counts as twice the forward pass. ``kept`` is false where this goes through the factors; where the layer
+        keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth.
     """
     layers: dict[tuple, list[FactorizedLinear]] = {}
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
             layers.setdefault((layer.structure, layer.bias is None, layer.dtype), []).append(layer)
-    cells = [(some, count, back) for some in layers.values() for count in rows for back in (False, True)]
-    return [_cell(some, count, back, repeats) for some, count, back in progress(cells)]
+    cells = []
+    for some in layers.values():
+        for count in rows:
+            kept = bucket(count) in some[0].keeps
+            cells += [
+                (some, count, False, False),
+                *([(some, count, False, True)] if kept else []),
+                (some, count, True, False),
+            ]
+    return [_cell(*cell, repeats) for cell in progress(cells)]
 
 
-def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: int) -> dict[str, Any]:
+def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool, repeats: int) -> dict[str, Any]:
     layer = layers[0]
     device, dtype, (out, inner) = layer.like.device, layer.dtype, layer.structure.shape
     twin = nn.Linear(inner, out, layer.bias is not None, device, dtype)
     x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_(backward)
     upstream = torch.randn(rows, out, device=device).to(dtype)
     training = layer.training
-    layer.train()  # through the factors: no matrix is kept
+    layer.train(not kept)  # a matrix is kept in evaluation only
     pairs = turns(*(_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
     layer.train(training).zero_grad(set_to_none=True)
     return {
@@ -55,7 +63,7 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: in
         "layers": len(layers),
         "rows": rows,
         "pass": "forward + backward" if backward else "forward",
-        "kept": not backward and bucket(rows) in layer.keeps,
+        "kept": kept,
         "seconds": statistics.median(ours for ours, _ in pairs),
         "dense_seconds": statistics.median(dense for _, dense in pairs),
         "ratio": statistics.median(dense / ours for ours, dense in pairs),

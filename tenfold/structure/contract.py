@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.pair import Target
 from tenfold.structure.plan import Plan, Values, plan_of, price, price_of_product, run
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
@@ -105,11 +106,28 @@ def apply(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
         bias = None if bias is None else bias.to(dtype)
+    if 1 in dict(diagram.sizes).values():  # an axis of one number keeps products of matrices from being seen
+        diagram = _known_slim(diagram)
+        factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return torch.nn.functional.linear(x, factors[0].reshape(diagram.shape), bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias)
     return _Apply.apply(diagram, x, bias, *factors)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=4096)
+def _known_slim(diagram: Diagram) -> Diagram:
+    """``diagram`` without its labels of size one."""
+    ones = {label for label, size in diagram.sizes if size == 1}
+
+    def slim(labels):
+        return tuple(label for label in labels if label not in ones)
+
+    factors = tuple((name, slim(labels)) for name, labels in diagram.factors)
+    sizes = tuple((label, size) for label, size in diagram.sizes if label not in ones)
+    return Diagram(slim(diagram.outs), slim(diagram.ins), factors, sizes)
 
 
 def bucket(rows: int) -> int:
@@ -122,7 +140,7 @@ def bucket(rows: int) -> int:
 def _in_parts(plan: Plan, x: Tensor) -> bool:
     """Whether the rows go through ``plan`` a part at a time, so that what is copied between two products stays in the cache."""
     here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return here and x.shape[0] >= 2 * PART and any(product is None for _, _, product in plan.steps)
+    return here and x.shape[0] >= 2 * PART and plan.copies
 
 
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -131,8 +149,8 @@ def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | 
     if second is None and _in_parts(first, x):
         y, known = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors]).fixed()
         for part, made in zip(folded.split(PART), y.split(PART), strict=True):
-            result = Values(first, [part, *factors], known).result()
-            made.view(part.shape[0], *diagram.shape_of(diagram.outs)).copy_(result)
+            target = Target(made.view(part.shape[0], *diagram.shape_of(diagram.outs)))
+            Values(first, [part, *factors], known).result(target)
             if bias is not None:
                 made += bias
         return y
@@ -186,14 +204,12 @@ def _back_chain(
     if not _in_parts(plan, x):
         return Values(plan, [x, *factors]).back(dy, needs)
     whole = Values(plan, [x, *factors])
-    known, sums, made = whole.fixed(), {}, torch.empty_like(x) if needs[0] else None
-    for number, (some, of) in enumerate(zip(x.split(PART), dy.split(PART), strict=True)):
-        found = Values(plan, [some, *factors], known).back_moving(of, needs)
-        if made is not None:
-            made[number * PART : number * PART + len(some)] = found.pop(0)
-        for k, value in found.items():
-            sums[k] = sums[k].add_(value) if k in sums else value.contiguous()
-    return [made, *whole.back_fixed(sums, needs)[1:]]
+    known, found, made = whole.fixed(), {}, torch.empty_like(x) if needs[0] else None
+    for some, of, place in zip(x.split(PART), dy.split(PART), x.split(PART) if made is None else made.split(PART), strict=True):
+        into = {k: Target(value, add=True) for k, value in found.items()} | {0: Target(place)}
+        found = Values(plan, [some, *factors], known).back_moving(of, needs, into)
+        found = {k: value.contiguous() for k, value in found.items() if k}
+    return [made, *whole.back_fixed(found, needs)[1:]]
 
 
 def _back_dense(

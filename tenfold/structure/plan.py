@@ -16,7 +16,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from tenfold.structure.pair import multiply, pair_of
+from tenfold.structure.pair import Target, lies_of, multiply, pair_of, product
 
 BALANCE = 20.0  # FLOPs that take as long as moving one number; a product of large matrices does more in that time
 SMALL = 2**14  # numbers of an operand below which einsum begins sooner than it would take longer
@@ -42,12 +42,14 @@ class Plan:
         steps: where one is a product of two matrices, ``product`` says how (:func:`product_of`).
         flops, moved: of all steps, by opt_einsum's count, and the numbers that they read and write.
         last: likewise of the last step alone.
+        copies: whether something is copied between two products, or is no product of matrices.
     """
 
     steps: tuple[tuple[tuple[int, ...], str, Product | None], ...]
     flops: int
     moved: int
     last: tuple[int, int] = (0, 0)
+    copies: bool = False
 
     @property
     def price(self) -> float:
@@ -66,7 +68,7 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path, steps, costs = _path(terms, target, size), [], []
+    path, steps, costs, lie, copies = _path(terms, target, size), [], [], list(terms), False
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
@@ -77,7 +79,11 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         costs.append((flops, sum(_size(term, size) for term in [*taken, kept])))
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
-    return Plan(tuple(steps), sum(f for f, _ in costs), sum(m for _, m in costs), costs[-1])
+        made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size)
+        lie.append(made)
+        copies |= copied
+    copies |= lie != [target]
+    return Plan(tuple(steps), sum(f for f, _ in costs), sum(m for _, m in costs), costs[-1], copies)
 
 
 def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
@@ -167,29 +173,41 @@ def reversed_of(equation: str, which: int) -> tuple[str, Product | None, tuple[i
 
 
 def contracted(
-    equation: str, product: Product | None, operands: list[Tensor], copies: dict[tuple, Tensor] | None = None
+    equation: str,
+    how: Product | None,
+    operands: list[Tensor],
+    copies: dict[tuple, Tensor] | None = None,
+    into: Target | None = None,
+    between: bool = False,
 ) -> Tensor:
-    """One contraction of one or two operands; a product of matrices goes without einsum, which takes longer to begin."""
-    if product is None:
-        small = torch.compiler.is_compiling() or len(operands) == 1 or min(map(torch.numel, operands)) < SMALL
-        pair = None if small else pair_of(equation)
-        return torch.einsum(equation, *operands) if pair is None else multiply(pair, *operands, copies)
-    one, other = _turned(product, *operands)
-    return one @ other
+    """One contraction of one or two operands; a product of matrices goes without einsum, which takes longer to begin.
+
+    Args:
+        copies, into: see :func:`tenfold.structure.pair.multiply`.
+        between: the result goes no further than to the next contraction, and may lie in memory as that likes it.
+    """
+    if how is not None:
+        return product(*_turned(how, *operands), into, between)
+    small = torch.compiler.is_compiling() or len(operands) == 1 or min(map(torch.numel, operands)) < SMALL
+    pair = None if small else pair_of(equation)
+    if pair is not None:
+        return multiply(pair, *operands, copies, into, between)
+    made = torch.einsum(equation, *operands)
+    return made if into is None else into.take(made)
 
 
 def run(plan: Plan, operands: list[Tensor], bias: Tensor | None = None) -> Tensor:
     """Carry out ``plan`` on ``operands``; ``bias`` belongs to a result of two axes, and is added in the last product."""
     operands = list(operands)
-    for chosen, equation, product in plan.steps[:-1]:
-        operands.append(contracted(equation, product, [operands.pop(k) for k in chosen]))
-    chosen, equation, product = plan.steps[-1]
+    for chosen, equation, how in plan.steps[:-1]:
+        operands.append(contracted(equation, how, [operands.pop(k) for k in chosen], between=True))
+    chosen, equation, how = plan.steps[-1]
     last = [operands.pop(k) for k in chosen]
-    return contracted(equation, product, last) if bias is None else torch.addmm(bias, *_turned(product, *last))
+    return contracted(equation, how, last) if bias is None else torch.addmm(bias, *_turned(how, *last))
 
 
-def _turned(product: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    swapped, *transposed = product
+def _turned(how: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    swapped, *transposed = how
     one, other = (other, one) if swapped else (one, other)
     return one.T if transposed[0] else one, other.T if transposed[1] else other
 
@@ -208,16 +226,17 @@ class Values:
             self.made.append((how, [alive.pop(k) for k in chosen]))
             alive.append(self.count + number)
 
-    def of(self, number: int) -> Tensor:
+    def of(self, number: int, into: Target | None = None) -> Tensor:
         """Operand or result ``number``."""
         if number not in self.values:
             how, taken = self.made[number - self.count]
-            self.values[number] = contracted(*how, [self.of(k) for k in taken])
+            between = number < self.count + len(self.made) - 1
+            self.values[number] = contracted(*how, [self.of(k) for k in taken], into=into, between=between)
         return self.values[number]
 
-    def result(self) -> Tensor:
+    def result(self, into: Target | None = None) -> Tensor:
         """What the plan makes."""
-        return self.of(self.count + len(self.made) - 1)
+        return self.of(self.count + len(self.made) - 1, into)
 
     def fixed(self) -> dict[int, Tensor]:
         """What is made without the first operand, by number."""
@@ -233,20 +252,20 @@ class Values:
 
     def back(self, gradient: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """The gradients of the operands that are needed, for one of the result; results in between are dropped on the way."""
-        found = {self.count + len(self.made) - 1: gradient}
-        self.pull(found, self.wanted(needs), range(self.count, self.count + len(self.made)))
-        return [found.get(k) for k in range(self.count)]
+        return self.back_fixed(self.back_moving(gradient, needs), needs)
 
-    def back_moving(self, gradient: Tensor, needs: list[bool]) -> dict[int, Tensor]:
+    def back_moving(
+        self, gradient: Tensor, needs: list[bool], into: Mapping[int, Target] = MappingProxyType({})
+    ) -> dict[int, Tensor]:
         """Likewise, but no further than to what is made without the first operand; by number."""
         found, moving = {self.count + len(self.made) - 1: gradient}, self._moving()
-        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if moving[k]])
+        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if moving[k]], into)
         return found
 
     def back_fixed(self, found: dict[int, Tensor], needs: list[bool]) -> list[Tensor | None]:
         """The rest of the way, from what :meth:`back_moving` has found."""
         moving = self._moving()
-        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if not moving[k]])
+        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if not moving[k]], {})
         return [found.get(k) for k in range(self.count)]
 
     def wanted(self, needs: list[bool]) -> list[bool]:
@@ -256,7 +275,9 @@ class Values:
             wanted.append(any(wanted[k] for k in taken))
         return wanted
 
-    def pull(self, found: dict[int, Tensor], wanted: list[bool], numbers: Sequence[int]) -> None:
+    def pull(
+        self, found: dict[int, Tensor], wanted: list[bool], numbers: Sequence[int], into: Mapping[int, Target]
+    ) -> None:
         """Replace the gradients of the results ``numbers``, last one first, by those of what they are made of."""
         for number in reversed(numbers):
             (equation, _), taken = self.made[number - self.count]
@@ -267,9 +288,11 @@ class Values:
             for which, k in enumerate(taken):
                 if wanted[k]:
                     *how, alone = reversed_of(equation, which)
-                    found[k] = contracted(*how, [above, *(self.of(other) for other in taken if other != k)], copies)
+                    others, target = [above, *(self.of(other) for other in taken if other != k)], into.get(k)
+                    found[k] = contracted(*how, others, copies, None if alone else target, between=k >= self.count)
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
+                        found[k] = found[k] if target is None else target.take(found[k])
 
     def _everywhere(self, value: Tensor, axes: tuple[int, ...], number: int) -> Tensor:
         for axis in axes:

@@ -31,6 +31,19 @@ def test_every_structure_is_in_it_once_and_the_model_stays():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_kept_matrices_have_cells_of_their_own(monkeypatch):
+    layer = FactorizedLinear(LowRank(out_features=8, in_features=6, rank=6)).eval()
+    layer.set_factors(layer.structure.init(0.1))
+    layer.keeps, made = frozenset({1}), []
+    dense = LowRank.dense
+    monkeypatch.setattr(LowRank, "dense", lambda self, factors: made.append(1) or dense(self, factors))
+    found = bench_layers(torch.nn.ModuleDict({"a": layer}), rows=(1, 300), repeats=2)
+    told = [(cell["rows"], cell["pass"], cell["kept"]) for cell in found]
+    assert [one for one in told if one[2]] == [(1, "forward", True)] and len(told) == 5
+    assert made == [1], "once, and in its own cell"
+    assert not layer.training
+
+
 @pytest.mark.parametrize(
     ("rate", "copies", "expected"), [(1e3, 1e30, 2 * 5 * 2 * (8 + 6) / 1e3), (1e30, 1e3, 4 * (5 * 14 + 28 + 8) / 1e3)]
 )

@@ -1,0 +1,135 @@
+"""Layers against nn.Linear: what published recipes put into GPT-2 small, and every family at half the parameters.
+
+    python benchmarks/speed.py [--only recipes families halves] [--names ttm-64 ...]
+    python benchmarks/speed.py --table
+
+Forward at 1, 512 and 4,096 rows, forward and backward at 4,096; float32, medians of turns in one run, each beside the least
+time that its FLOPs and bytes take on this machine. A row that runs on a kept matrix is a dense layer, and marked so. Results go
+to results/bench/DEVICE/layers.json, set by set; what is there is not measured again. Let nothing else run.
+"""
+
+import argparse
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tenfold.evaluate.layers import bench_layers
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import load_recipe, recipe_names
+from tenfold.nn import FactorizedLinear
+from tenfold.nn.kept import keep_matrices
+from tenfold.structure import Structure
+
+SHAPES = ((3072, 768), (768, 3072), (768, 768), (50257, 768))
+FAMILIES = {
+    "low rank": {"kind": "low_rank"},
+    "Kronecker sum, inner 4 x 4": {"kind": "kronecker", "inner": [4, 4]},
+    "tensor train, 3 cores": {"kind": "tensor_train", "parts": 3},
+    "tensor train, 4 cores": {"kind": "tensor_train", "parts": 4},
+    "block train": {"kind": "block_train"},
+    "Monarch, 4 blocks": {"kind": "block_train", "blocks": 4},
+    "BLAST": {"kind": "blast", "blocks": 4},
+    "Tucker": {"kind": "tucker", "parts": 2},
+    "CP, 2 modes": {"kind": "cp", "parts": 2},
+    "CP, 3 modes": {"kind": "cp", "parts": 3},
+    "block train + low rank": {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]},
+}
+
+
+def one_term(inner: list[int]) -> dict:
+    return {"kind": "kronecker", "inner": inner, "terms": 1}
+
+
+HALVES = {  # of the FLOPs
+    "Kronecker (3072 x 384)(1 x 2)": [one_term([1, 2]), one_term([2, 1])],
+    "Kronecker (1536 x 384)(2 x 2)": [one_term([2, 2])] * 2,
+    "low rank": [FAMILIES["low rank"]] * 2,
+    "Monarch, 4 blocks": [FAMILIES["Monarch, 4 blocks"]] * 2,
+}
+ROWS = (1, 512, 4096)
+
+
+def published(name: str) -> list[Structure]:
+    """The structures of the linear layers of a recipe for GPT-2 small."""
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        plan = make_plan(GPT2LMHeadModel(GPT2Config()), recipe)
+    found = [entry.structure for entry in plan.entries.values() if entry.site.layer is not None]
+    return [one for one in dict.fromkeys(found) if isinstance(one, Structure)]
+
+
+def half(out: int, inner: int, fields: dict) -> Structure:
+    """The largest structure of at most half the parameters; a vocabulary that its sizes do not divide is padded."""
+    for rows in (out, -(-out // 64) * 64):
+        try:
+            if "terms" in fields:
+                return Structure.family(fields["kind"]).for_shape(rows, inner, fields)
+            return Structure.within(rows, inner, fields, rows * inner / 2 + 16)
+        except ValueError:
+            continue
+    raise ValueError(f"{fields} does not fit {out} x {inner}")
+
+
+def sets() -> dict[tuple[str, str], list[Structure]]:
+    """``{(group, name): structures}``"""
+    found = {}
+    for name in recipe_names():
+        if load_recipe(name).on == "gpt2" and not load_recipe(name).stages:
+            found["recipes", name] = published(name)
+    for name, fields in FAMILIES.items():
+        found["families", name] = [half(out, inner, fields) for out, inner in SHAPES]
+    for name, pair in HALVES.items():
+        some = zip(SHAPES, pair, strict=False)
+        found["halves", name] = [half(out, inner, fields) for (out, inner), fields in some]
+    return found
+
+
+def cells_of(structure: Structure) -> list[dict]:
+    layer = FactorizedLinear(structure)
+    layer.set_factors(structure.init(0.02))
+    nn.init.zeros_(layer.bias)
+    keep_matrices(layer, "auto")
+    large = max(structure.shape) > 10_000
+    found = bench_layers(layer, ROWS, 3 if large else 7)
+    return [cell for cell in found if cell["pass"] == "forward" or cell["rows"] > 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["recipes", "families", "halves"])
+    parser.add_argument("--names", nargs="+")
+    parser.add_argument("--output", type=Path, default=Path("results/bench"))
+    given = parser.parse_args()
+    folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
+    folder.mkdir(parents=True, exist_ok=True)
+    file, cpu = folder / "layers.json", torch.device("cpu")
+    result = json.loads(file.read_text()) if file.exists() else {"sets": []}
+    result["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": version("torch")}
+    result["machine"] |= {
+        "flops_per_second": flops_per_second(cpu, torch.float32),
+        "bytes_per_second": bytes_per_second(cpu),
+    }
+    done = {(one["group"], one["name"]) for one in result["sets"]}
+    for (group, name), structures in sets().items():
+        if group not in given.only or (given.names and name not in given.names) or (group, name) in done:
+            continue
+        torch.manual_seed(0)
+        cells = [cell for structure in structures for cell in cells_of(structure)]
+        result["sets"].append({"group": group, "name": name, "cells": cells})
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        for cell in cells:
+            print(
+                f"{group:9} {name:30} {cell['shape'][0]:5} x {cell['shape'][1]:4}, {cell['rows']:4} rows, {cell['pass']:18} "
+                f"{cell['ratio']:.2f} of {cell['dense_seconds'] / cell['floor']:5.2f}{' kept' if cell['kept'] else ''}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
