@@ -50,7 +50,7 @@ def shared(group: int, adapter: int | None = None, wide: int = 1024) -> dict:
     for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, wide)}).items():
         structure = {"kind": "tensor_train", "outs": outs, "ins": ins, "rank": "full"}
         rule = {"role": list(roles), "structure": structure, "share": {"factors": ["core_1"], "group": group}}
-        rules.append(rule | {"start": "noise"} | ({"adapter": adapter} if adapter else {}))
+        rules.append(rule | {"start": "balanced"} | ({"adapter": adapter} if adapter else {}))
     return {"replace": rules}
 
 

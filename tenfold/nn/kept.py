@@ -14,7 +14,7 @@ from torch import nn
 from tenfold.nn.layers import FactorizedLinear
 from tenfold.structure import Structure
 from tenfold.structure.contract import BUCKETS
-from tenfold.structure.plan import price_of_product
+from tenfold.structure.plan import cost_of_product
 
 MODES = ("auto", "speed", "memory")
 LEAST = 0.05  # a matrix is kept where it takes off at least this share of the price
@@ -69,6 +69,6 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
 def offer(layer: FactorizedLinear) -> Offer:
     """What ``layer`` would gain."""
     structure = layer.structure
-    gains = {rows: structure.price(rows) / price_of_product(rows, *structure.shape) - 1 for rows in BUCKETS}
+    gains = {rows: structure.price(rows) / cost_of_product(rows, *structure.shape).price - 1 for rows in BUCKETS}
     some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)
     return Offer(layer, sum(gains[rows] for rows in some), some)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold.structure import contract, dims
 from tenfold.structure.placement import Placement
-from tenfold.structure.plan import price
+from tenfold.structure.plan import Cost
 
 Factors = dict[str, Tensor]
 SHARES = (
@@ -159,9 +159,10 @@ class Structure(ABC):
         return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
 
     def price(self, rows: int = 1) -> float:
-        """What :meth:`apply` on ``rows`` vectors is expected to cost, in FLOPs: those, and the numbers that are moved."""
-        adds = (len(self._placements) - 1) * rows * self.shape[0]
-        return price(adds, 3 * adds) + sum(contract.price_of(place.diagram, rows) for place in self._placements)
+        """What :meth:`apply` on ``rows`` vectors is expected to take, in FLOPs: those, and what moves, copies and calls take."""
+        adds, more = rows * self.shape[0], len(self._placements) - 1
+        parts = [contract.cost_of(place.diagram, rows) for place in self._placements]
+        return sum(parts, Cost(adds, 3 * adds, 0, 1).times(more)).price
 
     def lookup_flops(self, rows: int = 1) -> int:
         """FLOPs of ``rows`` for so many indices."""

@@ -2,7 +2,7 @@
 
 Few parameters do not mean few FLOPs, so the order of the pairwise contractions is chosen, never fixed. Candidates are
 the order with the fewest FLOPs for ``x`` and the factors together, and the one that first rebuilds ``W`` and multiplies
-once. Each is priced as FLOPs plus ``BALANCE`` times the numbers it reads and writes, for the number of rows at hand.
+once. Each is priced by FLOPs, numbers moved, numbers copied into another order, and calls, for the number of rows at hand.
 
 Forward keeps ``x`` and the factors only. Backward has a plan of its own: through the same chain, or through the dense
 gradient ``dW = dy^T x``, which is then contracted with the other factors. Both are exact.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target
-from tenfold.structure.plan import Plan, Values, plan_of, price, price_of_product, run
+from tenfold.structure.plan import Cost, Plan, Values, cost_of_product, plan_of, run
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
@@ -45,17 +45,17 @@ def forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
     x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
     chain = plan_of((x, *factors), y, sizes)
     rebuild, multiply = _rebuild(diagram), plan_of((x, w), y, sizes)
-    return (chain, None) if chain.price < NEARLY * (rebuild.price + multiply.price) else (rebuild, multiply)
+    return (chain, None) if chain.cost.price < NEARLY * (rebuild.cost + multiply.cost).price else (rebuild, multiply)
 
 
 def flops(diagram: Diagram, rows: int) -> int:
     """FLOPs of ``x @ W.T`` for ``rows`` vectors, a rebuild of ``W`` included where the plan has one."""
-    return sum(plan.flops for plan in forward_plans(diagram, rows) if plan is not None)
+    return sum(plan.cost.flops for plan in forward_plans(diagram, rows) if plan is not None)
 
 
-def price_of(diagram: Diagram, rows: int) -> float:
-    """Likewise what is expected to be paid: see :func:`tenfold.structure.plan.price`."""
-    return sum(plan.price for plan in forward_plans(diagram, rows) if plan is not None)
+def cost_of(diagram: Diagram, rows: int) -> Cost:
+    """Likewise of everything that is counted."""
+    return sum((plan.cost for plan in forward_plans(diagram, rows) if plan is not None), Cost())
 
 
 def dense(diagram: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
@@ -95,7 +95,7 @@ def lookup_flops(diagram: Diagram, rows: int) -> int:
     for _, labels in diagram.factors:
         inner = tuple(label for label in labels if label not in diagram.outs)
         inputs.append(labels if len(inner) == len(labels) else (ROWS, *inner))
-    return plan_of(tuple(inputs), (ROWS, *diagram.ins), (*diagram.sizes, (ROWS, rows))).flops
+    return plan_of(tuple(inputs), (ROWS, *diagram.ins), (*diagram.sizes, (ROWS, rows))).cost.flops
 
 
 def apply(
@@ -140,17 +140,17 @@ def bucket(rows: int) -> int:
 def _in_parts(plan: Plan, x: Tensor) -> bool:
     """Whether the rows go through ``plan`` a part at a time, so that what is copied between two products stays in the cache."""
     here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return here and x.shape[0] >= 2 * PART and plan.copies
+    return here and x.shape[0] >= 2 * PART and plan.cost.copied > 0
 
 
 def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None and _in_parts(first, x):
-        y, known = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors]).fixed()
+        y, whole = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors])
         for part, made in zip(folded.split(PART), y.split(PART), strict=True):
             target = Target(made.view(part.shape[0], *diagram.shape_of(diagram.outs)))
-            Values(first, [part, *factors], known).result(target)
+            Values(first, [part, *factors], whole).result(target)
             if bias is not None:
                 made += bias
         return y
@@ -168,8 +168,9 @@ def _through_dense(diagram: Diagram, rows: int) -> bool:
     sizes, factors = (*diagram.sizes, (ROWS, rows)), tuple(labels for _, labels in diagram.factors)
     chain = plan_of(((ROWS, *diagram.ins), *factors), (ROWS, *diagram.outs), sizes)
     rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows)
-    back = first.price if second is None else second.price + price(*rebuild.last)
-    return NEARLY * (price_of_product(rows, *diagram.shape) + rebuild.price_back + back) < chain.price_back
+    back = first.cost if second is None else second.cost + rebuild.costs[-1]
+    dense = cost_of_product(rows, *diagram.shape) + rebuild.cost_back + back
+    return NEARLY * dense.price < chain.cost_back.price
 
 
 class _Apply(torch.autograd.Function):
@@ -187,7 +188,7 @@ class _Apply(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         (_, of_x, of_bias, *rest), diagram = ctx.needs_input_grad, ctx.diagram
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
-        back = _back_dense if _through_dense(diagram, bucket(x.shape[0])) else _back_chain
+        back = _back_dense if _through_dense(diagram, 2 ** max(0, x.shape[0] - 1).bit_length()) else _back_chain
         with torch.autocast(x.device.type, enabled=False):
             dx, *others = back(diagram, x, factors, dy, needs)
         return None, None if dx is None else dx.reshape(x.shape), db, *others
@@ -204,11 +205,11 @@ def _back_chain(
     if not _in_parts(plan, x):
         return Values(plan, [x, *factors]).back(dy, needs)
     whole = Values(plan, [x, *factors])
-    known, found, made = whole.fixed(), {}, torch.empty_like(x) if needs[0] else None
+    found, made = {}, torch.empty_like(x) if needs[0] else None
     for some, of, place in zip(x.split(PART), dy.split(PART), x.split(PART) if made is None else made.split(PART), strict=True):
         into = {k: Target(value, add=True) for k, value in found.items()} | {0: Target(place)}
-        found = Values(plan, [some, *factors], known).back_moving(of, needs, into)
-        found = {k: value.contiguous() for k, value in found.items() if k}
+        found = Values(plan, [some, *factors], whole).back_moving(of, needs, into)
+        found = {k: value.contiguous() if 0 in value.stride() else value for k, value in found.items() if k}
     return [made, *whole.back_fixed(found, needs)[1:]]
 
 

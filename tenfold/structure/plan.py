@@ -6,7 +6,7 @@ FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, lru_cache
 from math import prod
 from string import ascii_letters
@@ -16,22 +16,47 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from tenfold.structure.pair import Target, lies_of, multiply, pair_of, product
+from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product
 
-BALANCE = 20.0  # FLOPs that take as long as moving one number; a product of large matrices does more in that time
-SMALL = 2**14  # numbers of an operand below which einsum begins sooner than it would take longer
+SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
 LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
 
 
-def price(flops: int, moved: int) -> float:
-    """Of so many FLOPs and so many numbers that are read and written, in FLOPs."""
-    return flops + BALANCE * moved
+@dataclass(frozen=True)
+class Cost:
+    """Of one contraction or many.
+
+    Args:
+        flops: by opt_einsum's count.
+        moved: numbers that are read and written.
+        copied: numbers that are put into another order in memory.
+        calls: contractions.
+    """
+
+    flops: int = 0
+    moved: int = 0
+    copied: int = 0
+    calls: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, number: int) -> Cost:
+        return Cost(*(number * value for value in astuple(self)))
+
+    @property
+    def price(self) -> float:
+        """What it is expected to take, in FLOPs: see :data:`WORTH`."""
+        return sum(value * worth for value, worth in zip(astuple(self), WORTH, strict=True))
 
 
-def price_of_product(rows: int, out: int, inner: int) -> float:
+WORTH = (1.0, 20.0, 100.0, 5e5)  # FLOPs of large products in the time of one FLOP, number moved, number copied, and call
+
+
+def cost_of_product(rows: int, out: int, inner: int) -> Cost:
     """Of ``x (rows, in) @ W.T`` with a dense ``W (out, in)``."""
-    return price(2 * rows * out * inner, rows * (out + inner) + out * inner)
+    return Cost(2 * rows * out * inner, rows * (out + inner) + out * inner, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -40,25 +65,21 @@ class Plan:
 
     Args:
         steps: where one is a product of two matrices, ``product`` says how (:func:`product_of`).
-        flops, moved: of all steps, by opt_einsum's count, and the numbers that they read and write.
-        last: likewise of the last step alone.
-        copies: whether something is copied between two products, or is no product of matrices.
+        costs: of every step.
     """
 
     steps: tuple[tuple[tuple[int, ...], str, Product | None], ...]
-    flops: int
-    moved: int
-    last: tuple[int, int] = (0, 0)
-    copies: bool = False
+    costs: tuple[Cost, ...]
 
     @property
-    def price(self) -> float:
-        return price(self.flops, self.moved)
+    def cost(self) -> Cost:
+        """Of all steps."""
+        return sum(self.costs, Cost())
 
     @property
-    def price_back(self) -> float:
-        """Of :meth:`Values.back`: two products for one, and what is done again."""
-        return 3 * self.price - price(*self.last)
+    def cost_back(self) -> Cost:
+        """Of :meth:`Values.back`: two products for one, and all but the last one is made again."""
+        return sum(self.costs[:-1], self.cost.times(2))
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +89,7 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path, steps, costs, lie, copies = _path(terms, target, size), [], [], list(terms), False
+    path, steps, costs, lie = _path(terms, target, size), [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
@@ -76,14 +97,14 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         terms.append(kept)
         union = set("".join(taken))
         flops = _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
-        costs.append((flops, sum(_size(term, size) for term in [*taken, kept])))
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
         made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size)
         lie.append(made)
-        copies |= copied
-    copies |= lie != [target]
-    return Plan(tuple(steps), sum(f for f, _ in costs), sum(m for _, m in costs), costs[-1], copies)
+        costs.append(Cost(flops, sum(_size(term, size) for term in [*taken, kept]), copied, 1))
+    if lie != [target]:
+        costs[-1] += Cost(copied=_size(target, size))
+    return Plan(tuple(steps), tuple(costs))
 
 
 def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
@@ -176,7 +197,7 @@ def contracted(
     equation: str,
     how: Product | None,
     operands: list[Tensor],
-    copies: dict[tuple, Tensor] | None = None,
+    copies: Sequence[Copies | None] = (None, None),
     into: Target | None = None,
     between: bool = False,
 ) -> Tensor:
@@ -188,7 +209,7 @@ def contracted(
     """
     if how is not None:
         return product(*_turned(how, *operands), into, between)
-    small = torch.compiler.is_compiling() or len(operands) == 1 or min(map(torch.numel, operands)) < SMALL
+    small = torch.compiler.is_compiling() or len(operands) == 1 or max(map(torch.numel, operands)) < SMALL
     pair = None if small else pair_of(equation)
     if pair is not None:
         return multiply(pair, *operands, copies, into, between)
@@ -215,23 +236,29 @@ def _turned(how: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 class Values:
     """The operands of ``plan`` and what its steps make of them, each once it is asked for.
 
-    Operands and results are numbered in this order; ``known`` are results that were made before.
+    Operands and results are numbered in this order. ``whole`` has made already what is made without the first operand, of the
+    same other operands.
     """
 
-    def __init__(self, plan: Plan, operands: list[Tensor], known: Mapping[int, Tensor] = MappingProxyType({})):
-        self.values: dict[int, Tensor] = dict(enumerate(operands)) | dict(known)
+    def __init__(self, plan: Plan, operands: list[Tensor], whole: Values | None = None):
+        self.values: dict[int, Tensor] = dict(enumerate(operands)) | ({} if whole is None else whole.fixed())
+        self.copies: Copies = {} if whole is None else whole.copies  # of what is made without the first operand
         self.count, self.made = len(operands), []
         alive = list(range(self.count))
         for number, (chosen, *how) in enumerate(plan.steps):
             self.made.append((how, [alive.pop(k) for k in chosen]))
             alive.append(self.count + number)
+        self.moving = [k == 0 for k in range(self.count)]  # of every number, whether the first operand is in it
+        for _, taken in self.made:
+            self.moving.append(any(self.moving[k] for k in taken))
 
     def of(self, number: int, into: Target | None = None) -> Tensor:
         """Operand or result ``number``."""
         if number not in self.values:
             how, taken = self.made[number - self.count]
             between = number < self.count + len(self.made) - 1
-            self.values[number] = contracted(*how, [self.of(k) for k in taken], into=into, between=between)
+            copies = [None if self.moving[k] else self.copies for k in taken]
+            self.values[number] = contracted(*how, [self.of(k) for k in taken], copies, into, between)
         return self.values[number]
 
     def result(self, into: Target | None = None) -> Tensor:
@@ -240,15 +267,8 @@ class Values:
 
     def fixed(self) -> dict[int, Tensor]:
         """What is made without the first operand, by number."""
-        moving = self._moving()
-        return {number: self.of(number) for number in range(self.count, len(moving)) if not moving[number]}
-
-    def _moving(self) -> list[bool]:
-        """Of every number, whether the first operand is in it."""
-        moving = [k == 0 for k in range(self.count)]
-        for _, taken in self.made:
-            moving.append(any(moving[k] for k in taken))
-        return moving
+        numbers = range(self.count, len(self.moving))
+        return {number: self.of(number) for number in numbers if not self.moving[number]}
 
     def back(self, gradient: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """The gradients of the operands that are needed, for one of the result; results in between are dropped on the way."""
@@ -258,38 +278,35 @@ class Values:
         self, gradient: Tensor, needs: list[bool], into: Mapping[int, Target] = MappingProxyType({})
     ) -> dict[int, Tensor]:
         """Likewise, but no further than to what is made without the first operand; by number."""
-        found, moving = {self.count + len(self.made) - 1: gradient}, self._moving()
-        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if moving[k]], into)
+        found = {self.count + len(self.made) - 1: gradient}
+        self.pull(found, needs, [k for k in range(self.count, len(self.moving)) if self.moving[k]], into)
         return found
 
     def back_fixed(self, found: dict[int, Tensor], needs: list[bool]) -> list[Tensor | None]:
         """The rest of the way, from what :meth:`back_moving` has found."""
-        moving = self._moving()
-        self.pull(found, self.wanted(needs), [k for k in range(self.count, len(moving)) if not moving[k]], {})
+        self.pull(found, needs, [k for k in range(self.count, len(self.moving)) if not self.moving[k]], {})
         return [found.get(k) for k in range(self.count)]
 
-    def wanted(self, needs: list[bool]) -> list[bool]:
-        """Of every number, whether its gradient is needed."""
-        wanted = list(needs)
-        for _, taken in self.made:
-            wanted.append(any(wanted[k] for k in taken))
-        return wanted
-
     def pull(
-        self, found: dict[int, Tensor], wanted: list[bool], numbers: Sequence[int], into: Mapping[int, Target]
+        self, found: dict[int, Tensor], needs: list[bool], numbers: Sequence[int], into: Mapping[int, Target]
     ) -> None:
         """Replace the gradients of the results ``numbers``, last one first, by those of what they are made of."""
+        wanted = list(needs)  # of every number, whether its gradient is needed
+        for _, taken in self.made:
+            wanted.append(any(wanted[k] for k in taken))
         for number in reversed(numbers):
             (equation, _), taken = self.made[number - self.count]
             self.values.pop(number, None)
             if not wanted[number]:
                 continue
-            above, copies = found.pop(number), dict[tuple, Tensor]()
+            above, passing = found.pop(number), Copies()
             for which, k in enumerate(taken):
                 if wanted[k]:
                     *how, alone = reversed_of(equation, which)
-                    others, target = [above, *(self.of(other) for other in taken if other != k)], into.get(k)
-                    found[k] = contracted(*how, others, copies, None if alone else target, between=k >= self.count)
+                    rest, target = [other for other in taken if other != k], into.get(k)
+                    copies = [passing, *(passing if self.moving[other] else self.copies for other in rest)]
+                    others, between = [above, *(self.of(other) for other in rest)], k >= self.count
+                    found[k] = contracted(*how, others, copies, None if alone else target, between)
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
                         found[k] = found[k] if target is None else target.take(found[k])

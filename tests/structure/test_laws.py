@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
-from tenfold.structure import Structure, Sum, Transposed, contract, plan
+from tenfold.structure import Structure, Sum, Transposed, contract, pair, plan
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (0,)]  # 1, 40 and 300 rows fall into different buckets of plans
@@ -88,13 +88,14 @@ def test_gradients_are_those_of_the_dense_matrix(structure, rows):
 
 
 @each(ALL)
-@pytest.mark.parametrize("rows", [6, 8])
-def test_large_tensors_are_multiplied_as_small_ones(structure, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "large"), [(6, 0), (8, 0), (1, 2**14), (6, 2**14)])
+def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monkeypatch):
     """As products of matrices instead of by einsum, and some rows at a time."""
     factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     y = x @ structure.dense(factors).T
     monkeypatch.setattr(plan, "SMALL", 0)
+    monkeypatch.setattr(pair, "LARGE", large)
     monkeypatch.setattr(contract, "PART", 3)
     with torch.no_grad():
         torch.testing.assert_close(structure.apply(factors, x), y)
