@@ -126,7 +126,7 @@ class Cola:
                 raise ValueError(f"factor {name!r} of {self} has to be given with shape {shape}")
 
     def _apply(
-        self, factors: Factors, x: Float[Tensor, "*rows inner"], bias: Float[Tensor, "out"] | None = None
+        self, factors: Factors, x: Float[Tensor, "*rows inner"], bias: Float[Tensor, "out"] | None = None, *_: bool
     ) -> Float[Tensor, "*rows out"]:
         hidden = ACTIVATIONS[self.activation](functional.linear(x, factors["down"]))
         return functional.linear(hidden, factors["up"], bias)

@@ -1,7 +1,8 @@
-"""Which layers multiply by the matrix that their factors make, made once and kept, in evaluation.
+"""Which layers keep the matrix that their factors make, and what lies between products, instead of making it again.
 
-A kept ``W`` costs memory and makes a layer as fast as a dense one, no faster. It is made at the first call that wants it, and
-dropped when a factor has changed or moved, and when the layer is trained.
+In evaluation a kept ``W`` costs memory and makes a layer as fast as a dense one, no faster. It is made at the first call that
+wants it, and dropped when a factor has changed or moved, and when the layer is trained. In training it is kept from the way
+forward to the way back, no longer: an optimizer may write into factors without a trace.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tenfold.structure.contract import BUCKETS
 from tenfold.structure.plan import cost_of_product
 
 MODES = ("auto", "speed", "memory")
-LEAST = 0.05  # a matrix is kept where it takes off at least this share of the price
+LEAST = 0.02  # a matrix is kept where it takes off at least this share of the price
 
 
 @dataclass
@@ -39,8 +40,9 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
     """Say which layers of ``model`` keep their matrix in evaluation, and at which numbers of rows it is used.
 
     Args:
-        mode: ``memory``: none. ``speed``: all that gain by it. ``auto``: those that gain the most for their bytes, while
-            factors and kept matrices together take no more than ``limit``.
+        mode: ``memory``: none. ``speed``: all that gain by it; in training, layers keep also what lies between two products,
+            where it is no larger than their input. ``auto``: those that gain the most for their bytes, while factors and kept
+            matrices together take no more than ``limit``.
         limit: bytes; what the dense layers took unless given.
 
     Returns:
@@ -58,7 +60,7 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
     limit, taken, count = sum(dense) if limit is None else limit, 0, 0
     offers = {id(layer): offer(layer) for layer in layers}
     for layer in layers:
-        layer.keeps = frozenset()
+        layer.keeps, layer.between = frozenset(), mode == "speed"
     for one in sorted(offers.values(), key=lambda one: -one.gain / one.bytes):
         fits = mode == "speed" or sum(factors.values()) + taken + one.bytes <= limit
         if mode != "memory" and one.rows and fits:

@@ -147,6 +147,7 @@ class FactorizedLinear(_Factorized):
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
+        self.between = False  # whether results between two products are kept for the way back
         self._kept: Kept | None = None
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
@@ -154,7 +155,11 @@ class FactorizedLinear(_Factorized):
         factors = self.factors()
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return nn.functional.linear(x, w, self.bias)
-        return self.structure._apply(factors, x, self.bias)
+        if not self.keeps and not self.between:
+            return self.structure._apply(factors, x, self.bias)
+        return self.structure._apply(
+            factors, x, self.bias, bucket(x.numel() // self.in_features) in self.keeps, self.between
+        )
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""

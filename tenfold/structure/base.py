@@ -191,12 +191,15 @@ class Structure(ABC):
             raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {self.shape[1]}")
         return self._apply(factors, x)
 
-    def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _apply(
+        self, factors: Factors, x: Tensor, bias: Tensor | None = None, matrix: bool = False, between: bool = False
+    ) -> Tensor:
+        """``matrix``, ``between``: what is kept for the way back, see :func:`tenfold.structure.contract.apply`."""
         out, inner = self.shape
         flat, places = x.reshape(-1, inner), self._placements
         if len(places) == 1 and not places[0].rows:
-            return places[0].apply(factors, flat, bias).reshape(*x.shape[:-1], out)
-        parts = [place.apply(factors, flat) for place in places]
+            return places[0].apply(factors, flat, bias, matrix, between).reshape(*x.shape[:-1], out)
+        parts = [place.apply(factors, flat, None, matrix, between) for place in places]
         y = sum(parts[1:], parts[0])
         return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], out)
 

@@ -10,6 +10,7 @@ gradient ``dW = dy^T x``, which is then contracted with the other factors. Both 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -45,7 +46,12 @@ def forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
     x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
     chain = plan_of((x, *factors), y, sizes)
     rebuild, multiply = _rebuild(diagram), plan_of((x, w), y, sizes)
-    return (chain, None) if chain.cost.price < NEARLY * (rebuild.cost + multiply.cost).price else (rebuild, multiply)
+    return (chain, None) if _nearly(chain.cost, rebuild.cost + multiply.cost) else (rebuild, multiply)
+
+
+def _nearly(one: Cost, other: Cost) -> bool:
+    """Whether ``one`` is cheaper by more than is left out of account."""
+    return one.price - other.price < (NEARLY - 1) * replace(other, calls=0).price
 
 
 def flops(diagram: Diagram, rows: int) -> int:
@@ -99,26 +105,37 @@ def lookup_flops(diagram: Diagram, rows: int) -> int:
 
 
 def apply(
-    diagram: Diagram, factors: list[Tensor], x: Float[Tensor, "n inner"], bias: Float[Tensor, "out"] | None = None
+    diagram: Diagram,
+    factors: list[Tensor],
+    x: Float[Tensor, "n inner"],
+    bias: Float[Tensor, "out"] | None = None,
+    matrix: bool = False,
+    between: bool = False,
 ) -> Float[Tensor, "n out"]:
-    """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows."""
+    """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows.
+
+    Args:
+        matrix: keep ``W``, where the plan makes it, for the way back.
+        between: keep what lies between two products for the way back, where it is no larger than ``x``.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
         bias = None if bias is None else bias.to(dtype)
-    if 1 in dict(diagram.sizes).values():  # an axis of one number keeps products of matrices from being seen
-        diagram = _known_slim(diagram)
+    if (
+        1 in dict(diagram.sizes).values() and not torch.compiler.is_compiling()
+    ):  # else products of matrices are not seen
+        diagram = _slim(diagram)
         factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return torch.nn.functional.linear(x, factors[0].reshape(diagram.shape), bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias)
-    return _Apply.apply(diagram, x, bias, *factors)
+    return _Apply.apply(diagram, x, bias, matrix, between, *factors)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=4096)
-def _known_slim(diagram: Diagram) -> Diagram:
+def _slim(diagram: Diagram) -> Diagram:
     """``diagram`` without its labels of size one."""
     ones = {label for label, size in diagram.sizes if size == 1}
 
@@ -143,14 +160,29 @@ def _in_parts(plan: Plan, x: Tensor) -> bool:
     return here and x.shape[0] >= 2 * PART and plan.cost.copied > 0
 
 
-def _forward(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+def _forward(
+    diagram: Diagram,
+    factors: list[Tensor],
+    x: Tensor,
+    bias: Tensor | None = None,
+    between: list[dict[int, Tensor]] | None = None,
+) -> Tensor:
+    """``between`` gets what lies between the steps, by number, for each part."""
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
+    if second is None and between is not None and not _in_parts(first, x):
+        values = Values(first, [folded, *factors])
+        y = values.result().reshape(x.shape[0], diagram.shape[0])
+        between.append(values.passing())
+        return y if bias is None else y.add_(bias)
     if second is None and _in_parts(first, x):
         y, whole = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors])
         for part, made in zip(folded.split(PART), y.split(PART), strict=True):
             target = Target(made.view(part.shape[0], *diagram.shape_of(diagram.outs)))
-            Values(first, [part, *factors], whole).result(target)
+            values = Values(first, [part, *factors], whole)
+            values.result(target)
+            if between is not None:
+                between.append(values.passing())
             if bias is not None:
                 made += bias
         return y
@@ -170,55 +202,74 @@ def _through_dense(diagram: Diagram, rows: int) -> bool:
     rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows)
     back = first.cost if second is None else second.cost + rebuild.costs[-1]
     dense = cost_of_product(rows, *diagram.shape) + rebuild.cost_back + back
-    return NEARLY * dense.price < chain.cost_back.price
+    return not _nearly(chain.cost_back, dense)
 
 
 class _Apply(torch.autograd.Function):
-    """Keeps ``x`` and the factors; nothing in between survives the forward pass."""
+    """Keeps ``x`` and the factors; what is in between survives the forward pass only where that is asked for."""
 
     @staticmethod
-    def forward(ctx, diagram, x, bias, *factors):
-        ctx.diagram = diagram
-        ctx.save_for_backward(x, *factors)
-        return _forward(diagram, list(factors), x, bias)
+    def forward(ctx, diagram, x, bias, matrix, between, *factors):
+        ctx.diagram, (first, second), parts, kept = diagram, forward_plans(diagram, bucket(x.shape[0])), [], []
+        if matrix and second is not None:
+            kept = [run(first, list(factors)).reshape(diagram.shape)]
+            y = torch.nn.functional.linear(x, kept[0], bias)
+        else:
+            few = between and second is None and first.passing <= bucket(x.shape[0]) * x.shape[1]
+            y = _forward(diagram, list(factors), x, bias, parts if few else None)
+            kept = [value for part in parts for value in part.values()]
+        ctx.numbers = [list(part) for part in parts]
+        ctx.save_for_backward(x, *factors, *kept)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, *factors = ctx.saved_tensors
-        (_, of_x, of_bias, *rest), diagram = ctx.needs_input_grad, ctx.diagram
+        (_, of_x, of_bias, _, _, *rest), diagram = ctx.needs_input_grad, ctx.diagram
+        x, *saved = ctx.saved_tensors
+        factors, kept = saved[: len(rest)], saved[len(rest) :]
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
-        back = _back_dense if _through_dense(diagram, 2 ** max(0, x.shape[0] - 1).bit_length()) else _back_chain
         with torch.autocast(x.device.type, enabled=False):
-            dx, *others = back(diagram, x, factors, dy, needs)
-        return None, None if dx is None else dx.reshape(x.shape), db, *others
+            if not ctx.numbers and _through_dense(diagram, 2 ** max(0, x.shape[0] - 1).bit_length()):
+                dx, *others = _back_dense(diagram, x, factors, dy, needs, *kept)
+            else:
+                parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
+                dx, *others = _back_chain(diagram, x, factors, dy, needs, parts)
+        return None, None if dx is None else dx.reshape(x.shape), db, None, None, *others
 
 
 def _back_chain(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], parts: list[dict[int, Tensor]]
 ) -> list[Tensor | None]:
-    """Back through the steps of the chain; what they made is made again."""
+    """Back through the steps of the chain; what they made is made again, unless it was kept in ``parts``."""
     sizes = (*diagram.sizes, (ROWS, bucket(x.shape[0])))
     operands = ((ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
     plan = plan_of(operands, (ROWS, *diagram.outs), sizes)
     x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
     if not _in_parts(plan, x):
-        return Values(plan, [x, *factors]).back(dy, needs)
+        values = Values(plan, [x, *factors])
+        values.values.update(*parts)
+        return values.back(dy, needs)
     whole = Values(plan, [x, *factors])
     found, made = {}, torch.empty_like(x) if needs[0] else None
-    for some, of, place in zip(x.split(PART), dy.split(PART), x.split(PART) if made is None else made.split(PART), strict=True):
+    places = x.split(PART) if made is None else made.split(PART)
+    for number, (some, of, place) in enumerate(zip(x.split(PART), dy.split(PART), places, strict=True)):
         into = {k: Target(value, add=True) for k, value in found.items()} | {0: Target(place)}
-        found = Values(plan, [some, *factors], whole).back_moving(of, needs, into)
+        values = Values(plan, [some, *factors], whole)
+        values.values.update(*parts[number : number + 1])
+        found = values.back_moving(of, needs, into)
         found = {k: value.contiguous() if 0 in value.stride() else value for k, value in found.items() if k}
     return [made, *whole.back_fixed(found, needs)[1:]]
 
 
 def _back_dense(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], w: Tensor | None = None
 ) -> list[Tensor | None]:
-    """Through ``dW``; where ``dx`` needs ``W``, it is made of what the gradients of the factors need anyway."""
+    """Through ``dW``; where ``dx`` needs a ``W`` that is not known, it is made of what the gradients need anyway."""
     values, dx, others = Values(_rebuild(diagram), factors), None, [None for _ in factors]
-    if needs[0]:
+    if needs[0] and w is not None:
+        dx = dy @ w
+    elif needs[0]:
         whole = forward_plans(diagram.transposed(), bucket(dy.shape[0]))[1] is not None
         w = values.result().reshape(diagram.shape) if whole else None
         dx = _forward(diagram.transposed(), factors, dy) if w is None else dy @ w

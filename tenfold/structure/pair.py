@@ -22,7 +22,9 @@ THIN = 16  # rows of a matrix that are few
 ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
 
 
-Copies = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]  # {(id of a tensor, order of axes): (itself, its copy)}
+Copies = dict[
+    tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]
+]  # {(id of a tensor, order of axes): (itself, its copy)}
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,9 @@ class Pair:
 
     @property
     def lies(self) -> tuple[int, int, int]:
-        """Which of batch (0), rows (1) and columns (2) comes first in the memory of a result, and then: what ``kept`` begins with."""
+        """The order of batch (0), rows (1) and columns (2) in the memory of a result: what ``kept`` begins with comes first."""
         first = self.kept[:1]
         return (0, 1, 2) if first in self.batch else (1, 0, 2) if first in self.rows else (2, 0, 1)
-
 
     def beside(self, side: int, labels: str) -> Pair:
         """The same contraction with kept ``labels`` of operand ``side`` in the other one, too, where it is the same for each."""
@@ -83,11 +84,12 @@ def spread(pair: Pair, size: dict[str, int], together: Callable[[int, str], bool
     free = (pair.rows, pair.columns)[side]
     if not together(side, summed) or (together(side, free) and together(side, batch)):
         return None
-    for count in range(1, len(free)):
-        some = free[:count]
+    for split in range(1, len(free)):
+        some = free[:split]
         outer = "".join(x for x in terms[side] if x in batch + some)
-        little = prod(size[x] for x in some) * numbers[1 - side] < numbers[side]
-        if little and together(side, outer) and together(side, free[count:]):
+        count = prod(size[x] for x in some)
+        little = count <= FEW and count * numbers[1 - side] < numbers[side]
+        if little and together(side, outer) and together(side, free[split:]):
             return side, some
     return None
 
@@ -99,8 +101,7 @@ def lies_of(equation: str, operands: list[str], size: dict[str, int]) -> tuple[s
         return kept, prod(size[x] for x in kept)
     lies = list(operands)
     if found := spread(pair, size, lambda side, labels: labels in operands[side]):
-        side, labels = found
-        pair, lies[1 - side] = pair.beside(*found), ""  # copied
+        pair, lies[1 - found[0]] = pair.beside(*found), ""  # copied
     numbers = [prod(size[x] for x in term) for term in (pair.one, pair.other)]
     batch, summed = pair.orders(*numbers)
     groups = (batch, pair.rows, pair.columns)

@@ -58,9 +58,16 @@ class Placement:
     def tensors(self, factors: dict[str, Tensor]) -> list[Tensor]:
         return [factors[name] for name in self.diagram.names]
 
-    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self,
+        factors: dict[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None = None,
+        matrix: bool = False,
+        between: bool = False,
+    ) -> Tensor:
         """``x (n, in) @ W.T + bias -> (n, out)``; a bias only where the rows are all there, in order."""
-        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias)
+        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias, matrix, between)
         if len(self.rows) == 1 and isinstance(self.rows[0], int):  # a block of rows: no index needed
             return torch.nn.functional.pad(y, (self.rows[0], self.shape[0] - self.rows[0] - y.shape[-1]))
         rows = self.index(factors, "rows")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import prod
 from string import ascii_letters
 from types import MappingProxyType
@@ -51,7 +51,12 @@ class Cost:
         return sum(value * worth for value, worth in zip(astuple(self), WORTH, strict=True))
 
 
-WORTH = (1.0, 20.0, 100.0, 5e5)  # FLOPs of large products in the time of one FLOP, number moved, number copied, and call
+WORTH = (
+    1.0,
+    20.0,
+    100.0,
+    5e5,
+)  # FLOPs of large products in the time of one FLOP, number moved, number copied, and call
 
 
 def cost_of_product(rows: int, out: int, inner: int) -> Cost:
@@ -66,10 +71,36 @@ class Plan:
     Args:
         steps: where one is a product of two matrices, ``product`` says how (:func:`product_of`).
         costs: of every step.
+        numbers: in the result of every step.
     """
 
     steps: tuple[tuple[tuple[int, ...], str, Product | None], ...]
     costs: tuple[Cost, ...]
+    numbers: tuple[int, ...]
+
+    @cached_property
+    def taken(self) -> list[tuple[int, ...]]:
+        """What every step takes, where operands and results are numbered in this order."""
+        count = sum(len(chosen) for chosen, *_ in self.steps) - len(self.steps) + 1
+        alive, found = list(range(count)), []
+        for number, (chosen, *_) in enumerate(self.steps):
+            found.append(tuple(alive.pop(k) for k in chosen))
+            alive.append(count + number)
+        return found
+
+    @cached_property
+    def moving(self) -> list[bool]:
+        """Of every operand and result, whether the first operand is in it."""
+        moving = [k == 0 for k in range(len(self.taken) + 1 if len(self.taken[0]) == 2 else 1)]
+        for taken in self.taken:
+            moving.append(any(moving[k] for k in taken))
+        return moving
+
+    @property
+    def passing(self) -> int:
+        """How many numbers with the first operand in them lie between the steps."""
+        first = len(self.moving) - len(self.steps)
+        return sum(number for k, number in enumerate(self.numbers[:-1]) if self.moving[first + k])
 
     @property
     def cost(self) -> Cost:
@@ -89,7 +120,7 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path, steps, costs, lie = _path(terms, target, size), [], [], list(terms)
+    path, steps, costs, numbers, lie = _path(terms, target, size), [], [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
@@ -101,10 +132,11 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
         made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size)
         lie.append(made)
+        numbers.append(_size(kept, size))
         costs.append(Cost(flops, sum(_size(term, size) for term in [*taken, kept]), copied, 1))
     if lie != [target]:
         costs[-1] += Cost(copied=_size(target, size))
-    return Plan(tuple(steps), tuple(costs))
+    return Plan(tuple(steps), tuple(costs), tuple(numbers))
 
 
 def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
@@ -243,14 +275,8 @@ class Values:
     def __init__(self, plan: Plan, operands: list[Tensor], whole: Values | None = None):
         self.values: dict[int, Tensor] = dict(enumerate(operands)) | ({} if whole is None else whole.fixed())
         self.copies: Copies = {} if whole is None else whole.copies  # of what is made without the first operand
-        self.count, self.made = len(operands), []
-        alive = list(range(self.count))
-        for number, (chosen, *how) in enumerate(plan.steps):
-            self.made.append((how, [alive.pop(k) for k in chosen]))
-            alive.append(self.count + number)
-        self.moving = [k == 0 for k in range(self.count)]  # of every number, whether the first operand is in it
-        for _, taken in self.made:
-            self.moving.append(any(self.moving[k] for k in taken))
+        self.count, self.moving = len(operands), plan.moving
+        self.made = [(how, taken) for (_, *how), taken in zip(plan.steps, plan.taken, strict=True)]
 
     def of(self, number: int, into: Target | None = None) -> Tensor:
         """Operand or result ``number``."""
@@ -269,6 +295,12 @@ class Values:
         """What is made without the first operand, by number."""
         numbers = range(self.count, len(self.moving))
         return {number: self.of(number) for number in numbers if not self.moving[number]}
+
+    def passing(self) -> dict[int, Tensor]:
+        """What lies between the steps and has the first operand in it, by number, as far as it was made; without the result."""
+        return {
+            k: self.values[k] for k in range(self.count, len(self.moving) - 1) if self.moving[k] and k in self.values
+        }
 
     def back(self, gradient: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """The gradients of the operands that are needed, for one of the result; results in between are dropped on the way."""

@@ -10,6 +10,7 @@ import torch
 from tenfold.api import bench_layers, compress
 from tenfold.evaluate import layers, machine
 from tenfold.nn import FactorizedLinear
+from tenfold.nn.kept import keep_matrices
 from tenfold.structure import LowRank
 
 RULES = [
@@ -20,6 +21,7 @@ RULES = [
 
 def test_every_structure_is_in_it_once_and_the_model_stays():
     model, _ = compress(small.model(), {"replace": RULES})
+    keep_matrices(model, "memory")
     before = copy.deepcopy(model.state_dict())
     found = bench_layers(model, rows=(1, 3), repeats=2)
     told = [(cell["structure"]["kind"], cell["rows"], cell["pass"]) for cell in found]

@@ -84,8 +84,8 @@ def test_offloaded_parts_are_read_from_disk_when_they_are_used(away, mixed, tmp_
     places = dict.fromkeys((*OFFLOADED, "transformer.wpe", "transformer.drop", "transformer.ln_f"), "cpu")
     places |= dict.fromkeys(away, "disk")
     again = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
-    assert torch.equal(toys.logits(again), expected)
-    assert torch.equal(toys.logits(again), expected)  # and once more, after they went back
+    for _ in range(2):  # once more, after they went back; what is offloaded keeps no matrix, which rounds otherwise
+        torch.testing.assert_close(toys.logits(again), expected)
 
 
 def test_what_does_not_fit_into_memory_is_read_from_disk_and_can_be_saved(mixed, tmp_path):
@@ -93,7 +93,7 @@ def test_what_does_not_fit_into_memory_is_read_from_disk_and_can_be_saved(mixed,
     how = {"device_map": "auto", "max_memory": {"cpu": 30_000}, "offload_folder": tmp_path / "offload"}
     again = AutoModelForCausalLM.from_pretrained(folder, **how)
     assert "disk" in again.hf_device_map.values()
-    assert torch.equal(toys.logits(again), expected)
+    torch.testing.assert_close(toys.logits(again), expected)
     again.save_pretrained(tmp_path / "saved")
     assert torch.equal(toys.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
 

@@ -150,6 +150,30 @@ def test_forward_keeps_x_and_the_factors_only(structure, rows):
         assert (value.shape[0], value.shape[1] <= x.shape[1]) == (rows, True)
 
 
+def saved_by(structure, rows: int, matrix: bool, between: bool) -> list[tuple[int, ...]]:
+    """Shapes of what a layer keeps for the way back beside its input and its factors."""
+    factors, x, shapes = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64), []
+    known = storages([x, *factors.values()])
+    leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in factors.items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: shapes.append((v, v.shape)) or v, lambda v: v):
+        structure._apply(leaves, x.requires_grad_(), None, matrix, between)
+    return [tuple(shape) for value, shape in shapes if value.untyped_storage().data_ptr() not in known]
+
+
+def test_what_is_asked_for_is_kept_and_nothing_else():
+    wide, dear = LowRank(out_features=40, in_features=600, rank=9), TensorTrain(outs=(8, 8), ins=(8, 8), ranks=(60,))
+    assert saved_by(wide, 300, False, False) == [] and saved_by(wide, 300, True, False) == []
+    assert saved_by(wide, 300, False, True) == [(300, 9)]
+    assert saved_by(dear, 300, False, True) == [] and saved_by(dear, 300, True, True) == [(64, 64)]
+
+
+def test_what_is_larger_than_the_input_is_not_kept():
+    tall = LowRank(out_features=600, in_features=40, rank=30)
+    assert saved_by(tall, 300, False, True) == [(300, 30)]
+    blocks = BlockTrain(outs=(192, 4), ins=(4, 12), rank=4)  # 4 x 4 x 4 numbers of 48 inputs
+    assert saved_by(blocks, 300, False, True) == []
+
+
 @pytest.mark.parametrize("rows", [3, 300])
 def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_factors(rows):
     structure = FAMILIES["kronecker"]
@@ -238,6 +262,63 @@ def test_pairs_are_multiplied_as_einsum_does(seed, gradients):
         again = [pair.multiply(pair.pair_of(equation), *operands, copies=kept) for _ in range(2)][1]
     torch.testing.assert_close(found, torch.einsum(equation, *operands))
     torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_results_go_where_they_belong(seed, add):
+    """Into memory of any layout, which the product may or may not be made in."""
+    random = Random(seed)
+    size = {"n": 20, "a": 3, "b": 2, "c": 5, "s": 4}
+    kept = "".join(random.sample("nabc", 4))
+    one, other = torch.randn(20, 2, 4, 3, dtype=F64), torch.randn(3, 5, 4, dtype=F64)
+    stored = random.sample(kept, 4)
+    place = torch.randn([size[x] for x in stored], dtype=F64).permute([stored.index(x) for x in kept])
+    wanted = torch.einsum(f"nbsa,acs->{kept}", one, other) + (place if add else 0)
+    with torch.no_grad():
+        found = pair.multiply(pair.pair_of(f"nbsa,acs->{kept}"), one, other, into=pair.Target(place, add))
+    torch.testing.assert_close(found, wanted)
+    assert found.data_ptr() == place.data_ptr()
+
+
+def test_rows_between_products_are_aligned_and_results_are_not():
+    one, other = torch.randn(300, 20), torch.randn(20, 37)
+    with torch.no_grad():
+        between, result = pair.product(one, other, None, True), pair.product(one, other)
+    assert between.stride() == (48, 1) and result.is_contiguous()
+    torch.testing.assert_close(between, one @ other)
+    torch.testing.assert_close(result, one @ other)
+
+
+@pytest.mark.parametrize(
+    ("equation", "lies", "made", "copied"),
+    [
+        ("ns,as->na", ["ns", "as"], "na", 0),
+        ("ns,as->an", ["ns", "as"], "an", 0),
+        ("nsb,sa->nba", ["nsb", "sa"], "nba", 5000 * 10 * 64),  # rows and what is summed over do not lie together
+        ("nbs,bas->nab", ["nbs", "bas"], "bna", 0),  # a batch of 64: one after the other
+        ("nps,pas->nap", ["nps", "pas"], "npa", 0),
+        ("nsp,asp->na", ["nsp", "psa"], "na", 8 * 10 * 5),
+        ("na,a->na", ["na", "a"], "na", 5000 * 8),  # no product of matrices
+    ],
+)
+def test_copies_are_foreseen(equation, lies, made, copied):
+    size = {"n": 5000, "s": 10, "a": 8, "b": 64, "p": 5}
+    assert pair.lies_of(equation, lies, size) == (made, copied)
+
+
+def test_few_rows_do_not_copy_the_factor():
+    """One row and a factor whose axes would have to be put together: they become a batch instead."""
+    size = {"n": 1, "c": 4, "d": 64, "b": 4, "r": 16}
+    assert pair.spread(pair.pair_of("ncd,cbdr->nbcr"), size, lambda side, labels: labels in ("ncd", "cbdr")[side]) == (
+        1,
+        "b",
+    )
+    assert pair.lies_of("ncd,cbdr->nbcr", ["ncd", "cbdr"], size)[1] == 4 * 1 * 4 * 64
+    many = size | {"n": 10**5}
+    assert (
+        pair.spread(pair.pair_of("ncd,cbdr->nbcr"), many, lambda side, labels: labels in ("ncd", "cbdr")[side]) is None
+    )
 
 
 @pytest.mark.parametrize("equation", ["ab->ba", "ab,cd->abcd", "ab,b->b", "ab,cb->c", "a,a->a"])

@@ -105,6 +105,18 @@ def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monk
 
 
 @each(ALL)
+@pytest.mark.parametrize(("rows", "part"), [(2, 512), (40, 512), (40, 7), (300, 512)])
+def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part, monkeypatch):
+    monkeypatch.setattr(contract, "PART", part)
+    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
+    expected = gradients(structure.apply, x, factors)
+    for matrix, between in ((True, False), (False, True)):
+        ours = gradients(lambda f, x, m=matrix, b=between: structure._apply(f, x, None, m, b), x, factors)
+        for got, one in zip(ours, expected, strict=True):
+            torch.testing.assert_close(got, one)
+
+
+@each(ALL)
 def test_both_ways_back_agree(structure, monkeypatch):
     factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
     ways = []
