@@ -21,6 +21,7 @@ from tenfold_cli.show import (
     show_cells,
     show_choices,
     show_json,
+    show_speeds,
     show_table,
     tracked,
 )
@@ -228,40 +229,33 @@ def generate(
 @app.command()
 def bench(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    against: Annotated[str | None, typer.Option(help="Another model; its dense twin unless given.")] = None,
+    batch: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1],  # noqa: B006
     length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
     repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
+    train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
     mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure tokens per second against the dense twin, in turns, in one run."""
+    """Measure tokens per second and memory against the dense twin or another model, in turns, in one run."""
     import tenfold
     from tenfold import api
 
     loaded, _ = api.load(model, device, dtype)
+    other = None if against is None else api.load(against, device, dtype)[0]
     kept = tenfold.keep_matrices(loaded, mode)
     if layers:
         cells = api.bench_layers(loaded, repeats=repeats, progress=tracked("measuring"))
         return show_json(cells) if as_json else show_cells(cells)
-    result = api.bench(loaded, batch, length, new_tokens, repeats)
+    turns = tracked("measuring")(batch)
+    results = [api.bench(loaded, one, length, new_tokens, repeats, other, train) for one in turns]
     if as_json:
-        return show_json(result)
-    rows = [
-        [
-            name,
-            str(result["rows"][name]),
-            f"{r['tokens_per_second']:,.0f}",
-            f"{r['dense_tokens_per_second']:,.0f}",
-            f"{r['ratio']:.2f}",
-        ]
-        for name in ("prefill", "decode")
-        for r in [result[name]]
-    ]
-    show_table(["", "rows", "tokens/s", "dense tokens/s", "ratio"], rows)
+        return show_json(results if len(results) > 1 else results[0])
+    show_speeds(results, "dense" if against is None else "other")
     if kept["layers"]:
         print(
             f"{kept['layers']} layers multiply by a kept matrix, {kept['bytes'] / 2**20:,.0f} MiB in all, as dense ones"
@@ -316,6 +310,7 @@ def _quiet() -> None:
     warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,28 @@ def show_cells(cells: list[dict]) -> None:
     show_table(columns, rows)
 
 
+def show_speeds(results: list[dict], other: str) -> None:
+    """Speed and memory of a model beside those of another one."""
+    rows = [
+        [
+            name,
+            str(result["rows"][name]),
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['dense_tokens_per_second']:,.0f}",
+            f"{r['ratio']:.2f}",
+            f"{r['tokens_per_second'] / r['most_tokens_per_second']:.0%}",
+            f"{r['bytes'] / 2**20:,.1f}",
+            f"{r['dense_bytes'] / 2**20:,.1f}",
+        ]
+        for result in results
+        for name in ("prefill", "decode", "training")
+        if name in result
+        for r in [result[name]]
+    ]
+    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB"]
+    show_table(columns, rows)
+
+
 def count_line(report: dict) -> str:
     count, dense = report["parameters"], report["parameters_dense"]
     kept = [count[key] / dense[key] for key in ("total", "without_head")]

@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 LEAST = 0.005  # seconds that one timed turn takes at least: fewer calls are noise
 
@@ -35,6 +37,20 @@ def turns(ours: Callable, other: Callable, device: torch.device, repeats: int) -
         run()  # whatever is made once
         calls.append(max(1, int(LEAST / max(seconds(run, device), 1e-9))))
     return [(seconds(ours, device, calls[0]), seconds(other, device, calls[1])) for _ in range(repeats)]
+
+
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that ``run`` holds at once, beside those that were there before."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        run()
+        wait(device)
+        return torch.accelerator.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda one: one.start_ns())), initial=0))
 
 
 @cache

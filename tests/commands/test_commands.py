@@ -59,6 +59,8 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
     assert status == 0 and out.startswith("the old house")
     status, out, _ = call("bench", folded, "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
+    status, out, _ = call("bench", folded, "--against", dense, "--train", "--batch", 1, "--batch", 2, "--repeats", "1")
+    assert status == 0 and out.count("training") == 2 and "other tokens/s" in out and "of the most" in out
     status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
     assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
     status, _, _ = call("densify", folded, "-o", plain)
