@@ -18,6 +18,7 @@ from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
 from tenfold.evaluate.tasks import evaluate_task as evaluate_task
 from tenfold.evaluate.text import HUB
+from tenfold.evaluate.worth import calibrate as calibrate
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
@@ -146,6 +147,7 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 
 __all__ = [
-    "bench", "bench_layers", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate",
+    "bench", "bench_layers", "calibrate", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune",
+    "generate",
     "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
 ]  # fmt: skip

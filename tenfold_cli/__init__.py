@@ -228,7 +228,7 @@ def generate(
 
 @app.command()
 def bench(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="A model folder, or a name on the hub.")] = None,
     against: Annotated[str | None, typer.Option(help="Another model; its dense twin unless given.")] = None,
     batch: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1],  # noqa: B006
     length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
@@ -237,6 +237,7 @@ def bench(
     train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
     mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
+    calibrate: Annotated[bool, typer.Option(help="Measure this machine first; plans use it from now on.")] = False,
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -245,6 +246,14 @@ def bench(
     import tenfold
     from tenfold import api
 
+    if model is None and not calibrate:
+        raise ValueError("there is no model to measure; name a folder, or measure the machine alone with --calibrate")
+    if calibrate:
+        found = api.calibrate(api.checked_device(device))
+        told = ", ".join(f"{name} {value:,.0f}" for name, value in found["worth"].items())
+        print(f"FLOPs in the time of a number or a product: {told}; stored in {found['file']}", file=sys.stderr)
+    if model is None:
+        return show_json(found) if as_json else None
     loaded, _ = api.load(model, device, dtype)
     other = None if against is None else api.load(against, device, dtype)[0]
     kept = tenfold.keep_matrices(loaded, mode)

@@ -1,8 +1,13 @@
 """Every test: offline, seeded, on one thread."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: no test may need the network
+
+# plans are those of the shipped constants, whatever was measured on this machine
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "tenfold-tests" / "cache")
 
 import pytest
 import torch

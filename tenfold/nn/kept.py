@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 from tenfold.nn.layers import FactorizedLinear
+from tenfold.nn.worth import read_measured
 from tenfold.structure import Structure
 from tenfold.structure.contract import BUCKETS
 from tenfold.structure.plan import cost_of_product
+from tenfold.structure.worth import worth_of
 
 MODES = ("auto", "speed", "memory")
 LEAST = 0.02  # a matrix is kept where it takes off at least this share of the price
@@ -53,6 +55,7 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
     """
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r}; take one of {', '.join(MODES)}")
+    read_measured()
     linear = [layer for layer in model.modules() if isinstance(layer, FactorizedLinear)]
     layers = [layer for layer in linear if isinstance(layer.structure, Structure)]  # else there is no matrix to keep
     factors = {id(p): p.numel() * p.element_size() for layer in layers for p in layer.factors().values()}
@@ -70,7 +73,8 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
 
 def offer(layer: FactorizedLinear) -> Offer:
     """What ``layer`` would gain."""
-    structure = layer.structure
-    gains = {rows: structure.price(rows) / cost_of_product(rows, *structure.shape).price - 1 for rows in BUCKETS}
+    structure, worth = layer.structure, worth_of(layer.like.device.type)
+    dense = {rows: cost_of_product(rows, *structure.shape).price(worth) for rows in BUCKETS}
+    gains = {rows: structure.price(rows, worth) / dense[rows] - 1 for rows in BUCKETS}
     some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)
     return Offer(layer, sum(gains[rows] for rows in some), some)

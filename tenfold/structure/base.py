@@ -17,6 +17,7 @@ from torch import Tensor
 from tenfold.structure import contract, dims
 from tenfold.structure.placement import Placement
 from tenfold.structure.plan import Cost
+from tenfold.structure.worth import Worth
 
 Factors = dict[str, Tensor]
 SHARES = (
@@ -158,11 +159,11 @@ class Structure(ABC):
         adds = (len(self._placements) - 1) * rows * self.shape[0]
         return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
 
-    def price(self, rows: int = 1) -> float:
+    def price(self, rows: int, worth: Worth) -> float:
         """What :meth:`apply` on ``rows`` vectors is expected to take, in FLOPs: those, and what moves, copies and calls take."""
         adds, more = rows * self.shape[0], len(self._placements) - 1
-        parts = [contract.cost_of(place.diagram, rows) for place in self._placements]
-        return sum(parts, Cost(adds, 3 * adds, 0, 1).times(more)).price
+        parts = [contract.cost_of(place.diagram, rows, worth) for place in self._placements]
+        return sum(parts, Cost(adds, 3 * adds, 0, 1).times(more)).price(worth)
 
     def lookup_flops(self, rows: int = 1) -> int:
         """FLOPs of ``rows`` for so many indices."""

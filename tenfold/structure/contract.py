@@ -20,6 +20,7 @@ from torch import Tensor
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target
 from tenfold.structure.plan import Cost, Plan, Values, cost_of_product, plan_of, run
+from tenfold.structure.worth import CPU, Worth, worth_of
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
@@ -34,24 +35,25 @@ def _known_plan(inputs, output, sizes) -> Plan:
 
 
 @torch.compiler.assume_constant_result
-def _known_forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
-    return forward_plans(diagram, rows)
+def _known_forward_plans(diagram: Diagram, rows: int, kind: str) -> tuple[Plan, Plan | None]:
+    """Those that are carried out on a kind of device."""
+    return forward_plans(diagram, rows, worth_of(kind))
 
 
 @lru_cache(maxsize=4096)
-def forward_plans(diagram: Diagram, rows: int) -> tuple[Plan, Plan | None]:
+def forward_plans(diagram: Diagram, rows: int, worth: Worth = CPU) -> tuple[Plan, Plan | None]:
     """The cheaper way to multiply ``rows`` vectors: a chain ``(plan, None)``, or ``(rebuild, multiply)``."""
     sizes = (*diagram.sizes, (ROWS, rows))
     factors = tuple(labels for _, labels in diagram.factors)
     x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
     chain = plan_of((x, *factors), y, sizes)
     rebuild, multiply = _rebuild(diagram), plan_of((x, w), y, sizes)
-    return (chain, None) if _nearly(chain.cost, rebuild.cost + multiply.cost) else (rebuild, multiply)
+    return (chain, None) if _cheaper(chain.cost, rebuild.cost + multiply.cost, worth) else (rebuild, multiply)
 
 
-def _nearly(one: Cost, other: Cost) -> bool:
+def _cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
     """Whether ``one`` is cheaper by more than is left out of account."""
-    return one.price - other.price < (NEARLY - 1) * replace(other, calls=0).price
+    return one.price(worth) - other.price(worth) < (NEARLY - 1) * replace(other, calls=0).price(worth)
 
 
 def flops(diagram: Diagram, rows: int) -> int:
@@ -59,9 +61,9 @@ def flops(diagram: Diagram, rows: int) -> int:
     return sum(plan.cost.flops for plan in forward_plans(diagram, rows) if plan is not None)
 
 
-def cost_of(diagram: Diagram, rows: int) -> Cost:
+def cost_of(diagram: Diagram, rows: int, worth: Worth) -> Cost:
     """Likewise of everything that is counted."""
-    return sum((plan.cost for plan in forward_plans(diagram, rows) if plan is not None), Cost())
+    return sum((plan.cost for plan in forward_plans(diagram, rows, worth) if plan is not None), Cost())
 
 
 def dense(diagram: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
@@ -168,7 +170,7 @@ def _forward(
     between: list[dict[int, Tensor]] | None = None,
 ) -> Tensor:
     """``between`` gets what lies between the steps, by number, for each part."""
-    first, second = _known_forward_plans(diagram, bucket(x.shape[0]))
+    first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
     if second is None and between is not None and not _in_parts(first, x):
         values = Values(first, [folded, *factors])
@@ -195,14 +197,14 @@ def _forward(
 
 
 @lru_cache(maxsize=4096)
-def _through_dense(diagram: Diagram, rows: int) -> bool:
+def _through_dense(diagram: Diagram, rows: int, worth: Worth) -> bool:
     """Whether backward is cheaper through ``dW`` than through the chain."""
     sizes, factors = (*diagram.sizes, (ROWS, rows)), tuple(labels for _, labels in diagram.factors)
     chain = plan_of(((ROWS, *diagram.ins), *factors), (ROWS, *diagram.outs), sizes)
-    rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows)
+    rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows, worth)
     back = first.cost if second is None else second.cost + rebuild.costs[-1]
     dense = cost_of_product(rows, *diagram.shape) + rebuild.cost_back + back
-    return not _nearly(chain.cost_back, dense)
+    return not _cheaper(chain.cost_back, dense, worth)
 
 
 class _Apply(torch.autograd.Function):
@@ -210,7 +212,8 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, diagram, x, bias, matrix, between, *factors):
-        ctx.diagram, (first, second), parts, kept = diagram, forward_plans(diagram, bucket(x.shape[0])), [], []
+        first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
+        ctx.diagram, parts, kept = diagram, [], []
         if matrix and second is not None:
             kept = [run(first, list(factors)).reshape(diagram.shape)]
             y = torch.nn.functional.linear(x, kept[0], bias)
@@ -230,7 +233,8 @@ class _Apply(torch.autograd.Function):
         factors, kept = saved[: len(rest)], saved[len(rest) :]
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
-            if not ctx.numbers and _through_dense(diagram, 2 ** max(0, x.shape[0] - 1).bit_length()):
+            rows, worth = 2 ** max(0, x.shape[0] - 1).bit_length(), worth_of(x.device.type)
+            if not ctx.numbers and _through_dense(diagram, rows, worth):
                 dx, *others = _back_dense(diagram, x, factors, dy, needs, *kept)
             else:
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
@@ -270,7 +274,7 @@ def _back_dense(
     if needs[0] and w is not None:
         dx = dy @ w
     elif needs[0]:
-        whole = forward_plans(diagram.transposed(), bucket(dy.shape[0]))[1] is not None
+        whole = _known_forward_plans(diagram.transposed(), bucket(dy.shape[0]), dy.device.type)[1] is not None
         w = values.result().reshape(diagram.shape) if whole else None
         dx = _forward(diagram.transposed(), factors, dy) if w is None else dy @ w
     if any(needs[1:]):

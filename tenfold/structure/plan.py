@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product
+from tenfold.structure.worth import Worth
 
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
@@ -45,18 +46,9 @@ class Cost:
     def times(self, number: int) -> Cost:
         return Cost(*(number * value for value in astuple(self)))
 
-    @property
-    def price(self) -> float:
-        """What it is expected to take, in FLOPs: see :data:`WORTH`."""
-        return sum(value * worth for value, worth in zip(astuple(self), WORTH, strict=True))
-
-
-WORTH = (
-    1.0,
-    20.0,
-    100.0,
-    5e5,
-)  # FLOPs of large products in the time of one FLOP, number moved, number copied, and call
+    def price(self, worth: Worth) -> float:
+        """What it is expected to take, in FLOPs."""
+        return self.flops + worth.moved * self.moved + worth.copied * self.copied + worth.call * self.calls
 
 
 def cost_of_product(rows: int, out: int, inner: int) -> Cost:

@@ -45,7 +45,7 @@ def test_inspect_prices_a_recipe(call):
     assert status == 0 and "81,972,576" in out and "mlp.in" in out
 
 
-def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
+def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeypatch):
     folded, plain, figures = tmp_path / "folded", tmp_path / "plain", tmp_path / "figures.json"
     status, out, _ = call("compress", dense, "-o", folded, "--structure", "low_rank", "--keep", "0.8")
     assert status == 0 and "with the head" in out and "without" in out
@@ -61,6 +61,12 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path):
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
     status, out, _ = call("bench", folded, "--against", dense, "--train", "--batch", 1, "--batch", 2, "--repeats", "1")
     assert status == 0 and out.count("training") == 2 and "other tokens/s" in out and "of the most" in out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status, out, err = call("bench", "--calibrate")
+    assert status == 0 and "stored in" in err and (tmp_path / "cache" / "tenfold" / "worth-cpu.json").exists()
+    monkeypatch.undo()
+    status, _, err = call("bench")
+    assert status == 2 and "--calibrate" in err
     status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
     assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
     status, _, _ = call("densify", folded, "-o", plain)

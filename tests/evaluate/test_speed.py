@@ -61,5 +61,9 @@ def test_the_floor_of_a_dense_model_is_its_matrices(monkeypatch):
     assert speed.floor(model, 3) == pytest.approx(2 * 3 * (blocks + head) / 1e6)
     monkeypatch.setattr(speed, "flops_per_second", lambda device, dtype: 1e30)
     monkeypatch.setattr(speed, "bytes_per_second", lambda device: 1e6)
-    biases = sum(p.numel() for name, p in model.named_parameters() if ".h." in name and name.endswith("bias") and "ln" not in name)
+    biases = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".h." in name and name.endswith("bias") and "ln" not in name
+    )
     assert speed.floor(model, 3) == pytest.approx(4 * (blocks + head + biases) / 1e6)

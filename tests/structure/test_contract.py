@@ -9,6 +9,7 @@ import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
 
 from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract, pair, plan
+from tenfold.structure.worth import CPU, Worth
 
 F64 = torch.float64
 
@@ -62,7 +63,7 @@ def test_flops_are_those_of_the_best_order_or_of_a_rebuild(structure, rows):
 
 @each(SEVERAL)
 def test_flops_are_least_when_only_they_have_a_price(structure, monkeypatch, fresh_plans):
-    monkeypatch.setattr(plan, "WORTH", (1.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(contract.forward_plans.__wrapped__, "__defaults__", (Worth(0.0, 0.0, 0.0),))
     contract.forward_plans.cache_clear()
     assert structure.flops(7) == counted(structure, 7)[0]
 
@@ -104,8 +105,8 @@ def test_the_price_decides_between_the_kinds_of_plans():
     assert kinds == {True, False}  # else the laws would say nothing about one of the kinds
     few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].diagram
     many = Blast(outs=(4, 192), ins=(4, 768), rank=600).normal_form()[0].diagram
-    assert not contract._through_dense(few, 32)
-    assert contract._through_dense(many, 2048)
+    assert not contract._through_dense(few, 32, CPU)
+    assert contract._through_dense(many, 2048, CPU)
 
 
 def test_a_bucket_holds_its_numbers_of_rows():

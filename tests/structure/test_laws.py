@@ -121,7 +121,7 @@ def test_both_ways_back_agree(structure, monkeypatch):
     factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
     ways = []
     for through_dense in (False, True):
-        monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, way=through_dense: way)
+        monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth, way=through_dense: way)
         ways.append(gradients(structure.apply, x, factors))
     for chain, dense in zip(*ways, strict=True):
         torch.testing.assert_close(chain, dense)
@@ -130,7 +130,7 @@ def test_both_ways_back_agree(structure, monkeypatch):
 @pytest.mark.parametrize("through_dense", [False, True])
 @pytest.mark.parametrize("name", ["kronecker-scaled", "tensor_train-three", "placed-nested", "stacked", "diagram-0"])
 def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows: through_dense)
+    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
     structure, factors = ALL[name], factors_of(ALL[name])
     learned = parameters(factors)
 
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypa
 @pytest.mark.parametrize("through_dense", [False, True])
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
 def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows: through_dense)
+    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
     structure = FAMILIES["low_rank"]
     factors, x = factors_of(structure), torch.randn(3, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)

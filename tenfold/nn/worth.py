@@ -1,0 +1,37 @@
+"""What was measured on this machine, in the user's cache folder: see :mod:`tenfold.structure.worth`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from tenfold.structure.worth import MEASURED, Worth
+
+
+def folder() -> Path:
+    """Where it is stored."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tenfold"
+
+
+@cache
+def read_measured() -> None:
+    """Let plans follow what was measured; once a process."""
+    for file in folder().glob("worth-*.json"):
+        try:
+            MEASURED[file.stem.removeprefix("worth-")] = Worth(**json.loads(file.read_text())["worth"])
+        except (OSError, ValueError, TypeError, KeyError):  # of another version
+            continue
+
+
+def keep_measured(kind: str, worth: Worth, about: dict) -> Path:
+    """Store what was measured on a kind of device (``cpu``, ``cuda``, ...); it counts from now on."""
+    file = folder() / f"worth-{kind}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    new.write_text(json.dumps({"worth": asdict(worth)} | about, indent=1) + "\n")
+    new.replace(file)
+    MEASURED[kind] = worth
+    return file

@@ -1,0 +1,58 @@
+"""What was measured on a machine decides its plans; what is counted does not depend on it."""
+
+import json
+
+import pytest
+import torch
+
+from tenfold.api import calibrate
+from tenfold.nn.worth import folder, keep_measured, read_measured
+from tenfold.structure import LowRank, contract
+from tenfold.structure.worth import CPU, MEASURED, SHIPPED, Worth, worth_of
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read_measured.cache_clear()
+    MEASURED.clear()
+    yield
+    read_measured.cache_clear()
+    MEASURED.clear()
+
+
+def test_what_is_measured_is_stored_and_used():
+    assert worth_of("cpu") == CPU
+    found = calibrate("cpu")
+    assert worth_of("cpu") == Worth(**found["worth"]) and str(folder() / "worth-cpu.json") == found["file"]
+    MEASURED.clear()
+    read_measured()
+    assert worth_of("cpu") == Worth(**found["worth"]), "in the next process, too"
+    assert min(found["worth"]["moved"], found["worth"]["call"], found["flops_per_second"]) > 0
+    assert json.loads((folder() / "worth-cpu.json").read_text())["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"worth": {"moved": 1}}', '{"worth": {"moved": 1, "copied": 2, "call": 3, "x": 4}}', "[]"]
+)
+def test_a_file_that_says_nothing_is_left_aside(text):
+    folder().mkdir(parents=True)
+    (folder() / "worth-cpu.json").write_text(text)
+    read_measured()
+    assert worth_of("cpu") == CPU
+
+
+def test_unknown_accelerators_are_taken_for_the_known_one():
+    assert worth_of("xpu") == SHIPPED["cuda"] and worth_of("cuda") == SHIPPED["cuda"]
+
+
+def test_plans_follow_the_machine_and_counts_do_not():
+    """Where moving a number costs everything, ``W`` is made: what lies between two products is larger."""
+    structure = LowRank(out_features=512, in_features=512, rank=200)
+    diagram, factors, x = structure.normal_form()[0].diagram, structure.init(0.3), torch.randn(300, 512)
+    flops, expected = structure.flops(2048), structure.apply(factors, x)
+    assert contract._known_forward_plans(diagram, 2048, "cpu")[1] is None
+    keep_measured("cpu", Worth(1e9, 0.0, 0.0), {})
+    assert contract._known_forward_plans(diagram, 2048, "cpu")[1] is not None
+    assert structure.flops(2048) == flops
+    torch.testing.assert_close(structure.apply(factors, x), expected, rtol=1e-4, atol=1e-4)
