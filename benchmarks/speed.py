@@ -1,6 +1,7 @@
 """Layers against nn.Linear: what published recipes put into GPT-2 small, and every family at half the parameters.
 
-    python benchmarks/speed.py [--only recipes families halves] [--names ttm-64 ...]
+    python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...] [--mode auto]
+    python benchmarks/speed.py --table
     python benchmarks/speed.py --table
 
 Forward at 1, 512 and 4,096 rows, forward and backward at 4,096; float32, medians of turns in one run, each beside the least
@@ -26,7 +27,7 @@ from tenfold.nn import FactorizedLinear
 from tenfold.nn.kept import keep_matrices
 from tenfold.structure import Structure
 
-SHAPES = ((3072, 768), (768, 3072), (768, 768), (50257, 768))
+SHAPES, HEAD = ((3072, 768), (768, 3072), (768, 768)), (50257, 768)
 FAMILIES = {
     "low rank": {"kind": "low_rank"},
     "Kronecker sum, inner 4 x 4": {"kind": "kronecker", "inner": [4, 4]},
@@ -84,6 +85,7 @@ def sets() -> dict[tuple[str, str], list[Structure]]:
             found["recipes", name] = published(name)
     for name, fields in FAMILIES.items():
         found["families", name] = [half(out, inner, fields) for out, inner in SHAPES]
+        found["heads", name] = [half(*HEAD, fields)]
     for name, pair in HALVES.items():
         some = zip(SHAPES, pair, strict=False)
         found["halves", name] = [half(out, inner, fields) for (out, inner), fields in some]
@@ -91,13 +93,16 @@ def sets() -> dict[tuple[str, str], list[Structure]]:
 
 
 def cells_of(structure: Structure) -> list[dict]:
+    """Through the factors (mode ``memory``); and what mode ``speed`` changes: kept matrices, and training that keeps more."""
     layer = FactorizedLinear(structure)
     layer.set_factors(structure.init(0.02))
     nn.init.zeros_(layer.bias)
-    keep_matrices(layer, "auto")
-    large = max(structure.shape) > 10_000
-    found = bench_layers(layer, ROWS, 3 if large else 7)
-    return [cell for cell in found if cell["pass"] == "forward" or cell["rows"] > 1]
+    repeats, found = 3 if max(structure.shape) > 10_000 else 7, []
+    for mode in ("memory", "speed"):
+        keep_matrices(layer, mode)
+        found += [{"mode": mode} | cell for cell in bench_layers(layer, ROWS, repeats)]
+    found = [cell for cell in found if cell["rows"] > 1 or cell["pass"] == "forward"]
+    return [cell for cell in found if cell["mode"] == "memory" or cell["kept"] or cell["pass"] != "forward"]
 
 
 def main() -> None:
@@ -105,7 +110,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["recipes", "families", "halves"])
     parser.add_argument("--names", nargs="+")
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
+    parser.add_argument("--table", action="store_true", help="only write docs/speed-layers.md from the result files")
     given = parser.parse_args()
+    if given.table:
+        write_table(given.output, Path("docs/speed-layers.md"))
+        return
     folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
     folder.mkdir(parents=True, exist_ok=True)
     file, cpu = folder / "layers.json", torch.device("cpu")
@@ -124,11 +133,50 @@ def main() -> None:
         result["sets"].append({"group": group, "name": name, "cells": cells})
         file.write_text(json.dumps(result, indent=1) + "\n")
         for cell in cells:
-            print(
-                f"{group:9} {name:30} {cell['shape'][0]:5} x {cell['shape'][1]:4}, {cell['rows']:4} rows, {cell['pass']:18} "
-                f"{cell['ratio']:.2f} of {cell['dense_seconds'] / cell['floor']:5.2f}{' kept' if cell['kept'] else ''}",
-                flush=True,
-            )
+            what = f"{cell['shape'][0]} x {cell['shape'][1]}, {cell['rows']} rows, {cell['pass']}, {cell['mode']}"
+            print(f"{group}, {name}, {what}: {shown_of(cell)}", flush=True)
+
+
+ABOUT = """Written by `python benchmarks/speed.py --table` from `results/bench/*/layers.json`: how many times as fast as
+`nn.Linear` of the same shape in the same run (medians of turns, float32), and in brackets the most that the FLOPs and bytes of
+the cheapest plan allow at the rates of a large product and a large copy. **memory**: through the factors, nothing kept but the
+input. **speed**: a kept matrix in evaluation, which makes the layer a dense one and is never a gain (marked *dense*); in training
+what lies between two products is kept where it is no larger than the input, or the matrix until the way back.
+"""
+PASSES = [("forward", rows) for rows in ROWS] + [("forward + backward", rows) for rows in ROWS[1:]]
+
+
+def write_table(results: Path, target: Path) -> None:
+    lines = ["# Layers against dense ones\n", ABOUT]
+    for file in sorted(results.glob("*/layers.json")):
+        result = json.loads(file.read_text())
+        machine = result["machine"]
+        lines += [
+            f"## {file.parent.name}\n",
+            f"torch {machine['torch']}; {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s and "
+            f"{machine['bytes_per_second'] / 1e9:,.0f} GB/s at the last set.\n",
+            f"| set | shape | mode | {' | '.join(f'{name}, {rows:,}' for name, rows in PASSES)} |",
+            "|" + "---|" * (3 + len(PASSES)),
+        ]
+        for one in result["sets"]:
+            shapes = dict.fromkeys((json.dumps(cell["structure"]), tuple(cell["shape"])) for cell in one["cells"])
+            for structure, (out, inner) in shapes:
+                for mode in ("memory", "speed"):
+                    own = {
+                        (cell["pass"], cell["rows"]): cell
+                        for cell in one["cells"]
+                        if (json.dumps(cell["structure"]), cell["mode"]) == (structure, mode)
+                    }
+                    shown = [shown_of(own.get(which)) for which in PASSES]
+                    lines.append(f"| {one['name']} | {out} x {inner} | {mode} | {' | '.join(shown)} |")
+        lines.append("")
+    target.write_text("\n".join(lines))
+
+
+def shown_of(cell: dict | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell['ratio']:.2f} " + ("*dense*" if cell["kept"] else f"({cell['dense_seconds'] / cell['floor']:.2f})")
 
 
 if __name__ == "__main__":

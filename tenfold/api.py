@@ -148,6 +148,6 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 __all__ = [
     "bench", "bench_layers", "calibrate", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune",
-    "generate",
-    "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts", "with_keep",
+    "generate", "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts",
+    "with_keep",
 ]  # fmt: skip

@@ -105,10 +105,33 @@ class Structure(ABC):
             object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         self.check()
         self._placements  # noqa: B018 - labels without a size and sizes below one are refused here
+        self._blocks  # noqa: B018 - known before anything is compiled
 
     @cached_property
     def _placements(self) -> tuple[Placement, ...]:
         return self.normal_form()
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, int, list[Placement]]] | None:
+        """``(first row, number of rows, what is added there)`` where the rows of the matrix are blocks below each other."""
+        found: dict[tuple[int, int], list[Placement]] = {}
+        for place in self._placements:
+            if place.rows_from is None:
+                return None
+            found.setdefault((place.rows_from, place.diagram.shape[0]), []).append(place)
+        end, ordered = 0, sorted(found.items(), key=lambda item: item[0])
+        for (start, size), _ in ordered:
+            if start != end:
+                return None
+            end = start + size
+        return [(*where, some) for where, some in ordered] if end == self.shape[0] else None
+
+    @property
+    def _added(self) -> int:
+        """Numbers that are added to others in one product with a vector."""
+        if self._blocks is None:
+            return (len(self._placements) - 1) * self.shape[0]
+        return sum((len(some) - 1) * size for _, size, some in self._blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,14 +179,13 @@ class Structure(ABC):
 
     def flops(self, rows: int = 1) -> int:
         """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
-        adds = (len(self._placements) - 1) * rows * self.shape[0]
-        return adds + sum(contract.flops(place.diagram, rows) for place in self._placements)
+        return rows * self._added + sum(contract.flops(place.diagram, rows) for place in self._placements)
 
     def price(self, rows: int, worth: Worth) -> float:
         """What :meth:`apply` on ``rows`` vectors is expected to take, in FLOPs: those, and what moves, copies and calls take."""
-        adds, more = rows * self.shape[0], len(self._placements) - 1
+        adds, more = rows * self._added, len(self._placements) - 1
         parts = [contract.cost_of(place.diagram, rows, worth) for place in self._placements]
-        return sum(parts, Cost(adds, 3 * adds, 0, 1).times(more)).price(worth)
+        return sum(parts, Cost(adds, 3 * adds, 0, more)).price(worth)
 
     def lookup_flops(self, rows: int = 1) -> int:
         """FLOPs of ``rows`` for so many indices."""
@@ -198,9 +220,17 @@ class Structure(ABC):
         """``matrix``, ``between``: what is kept for the way back, see :func:`tenfold.structure.contract.apply`."""
         out, inner = self.shape
         flat, places = x.reshape(-1, inner), self._placements
-        if len(places) == 1 and not places[0].rows:
-            return places[0].apply(factors, flat, bias, matrix, between).reshape(*x.shape[:-1], out)
-        parts = [place.apply(factors, flat, None, matrix, between) for place in places]
+        if (blocks := self._blocks) is not None:
+            made = []
+            for start, size, (first, *rest) in blocks:
+                some = bias if bias is None or size == out else bias.narrow(0, start, size)
+                parts = [
+                    place.block(factors, flat, some if place is first else None, matrix, between)
+                    for place in (first, *rest)
+                ]
+                made.append(sum(parts[1:], parts[0]))
+            return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
+        parts = [place.apply(factors, flat, matrix, between) for place in places]
         y = sum(parts[1:], parts[0])
         return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], out)
 

@@ -23,7 +23,9 @@ from tenfold.structure.plan import Cost, Plan, Values, cost_of_product, plan_of,
 from tenfold.structure.worth import CPU, Worth, worth_of
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
-PART = 512  # rows that go through a chain at once on a CPU, where it holds more than products of matrices
+PART = 512  # rows that go through a chain at once on a CPU, at most, where it holds more than products of matrices
+CACHED = 2**20  # numbers between the steps that a part has, where that leaves it LEAST rows
+LEAST = 64
 NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
 BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
 
@@ -156,10 +158,19 @@ def bucket(rows: int) -> int:
     return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
 
 
-def _in_parts(plan: Plan, x: Tensor) -> bool:
-    """Whether the rows go through ``plan`` a part at a time, so that what is copied between two products stays in the cache."""
+def rebuilds(diagram: Diagram, x: Tensor) -> bool:
+    """Whether ``W`` is made to multiply ``x (n, in)``."""
+    return _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)[1] is not None
+
+
+def _part(plan: Plan, x: Tensor) -> int | None:
+    """How many rows go through ``plan`` at a time, so that what is copied between two products stays in the cache; None: all."""
     here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return here and x.shape[0] >= 2 * PART and plan.cost.copied > 0
+    if not here or not plan.cost.copied:
+        return None
+    fitting = CACHED * bucket(x.shape[0]) // max(1, plan.passing)
+    part = min(PART, max(LEAST, fitting))
+    return part if x.shape[0] >= 2 * part else None
 
 
 def _forward(
@@ -172,16 +183,17 @@ def _forward(
     """``between`` gets what lies between the steps, by number, for each part."""
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
-    if second is None and between is not None and not _in_parts(first, x):
+    part = _part(first, x) if second is None else None
+    if second is None and between is not None and part is None:
         values = Values(first, [folded, *factors])
         y = values.result().reshape(x.shape[0], diagram.shape[0])
         between.append(values.passing())
         return y if bias is None else y.add_(bias)
-    if second is None and _in_parts(first, x):
+    if part is not None:
         y, whole = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors])
-        for part, made in zip(folded.split(PART), y.split(PART), strict=True):
-            target = Target(made.view(part.shape[0], *diagram.shape_of(diagram.outs)))
-            values = Values(first, [part, *factors], whole)
+        for some, made in zip(folded.split(part), y.split(part), strict=True):
+            target = Target(made.view(some.shape[0], *diagram.shape_of(diagram.outs)))
+            values = Values(first, [some, *factors], whole)
             values.result(target)
             if between is not None:
                 between.append(values.passing())
@@ -250,14 +262,15 @@ def _back_chain(
     operands = ((ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
     plan = plan_of(operands, (ROWS, *diagram.outs), sizes)
     x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
-    if not _in_parts(plan, x):
+    part = _part(plan, x)
+    if part is None:
         values = Values(plan, [x, *factors])
         values.values.update(*parts)
         return values.back(dy, needs)
     whole = Values(plan, [x, *factors])
     found, made = {}, torch.empty_like(x) if needs[0] else None
-    places = x.split(PART) if made is None else made.split(PART)
-    for number, (some, of, place) in enumerate(zip(x.split(PART), dy.split(PART), places, strict=True)):
+    places = (x if made is None else made).split(part)
+    for number, (some, of, place) in enumerate(zip(x.split(part), dy.split(part), places, strict=True)):
         into = {k: Target(value, add=True) for k, value in found.items()} | {0: Target(place)}
         values = Values(plan, [some, *factors], whole)
         values.values.update(*parts[number : number + 1])

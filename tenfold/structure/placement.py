@@ -58,7 +58,13 @@ class Placement:
     def tensors(self, factors: dict[str, Tensor]) -> list[Tensor]:
         return [factors[name] for name in self.diagram.names]
 
-    def apply(
+    @property
+    def rows_from(self) -> int | None:
+        """The first of its rows, where they follow each other and no map is needed."""
+        starts = [step for step in self.rows if isinstance(step, int)]
+        return sum(starts) if len(starts) == len(self.rows) else None
+
+    def block(
         self,
         factors: dict[str, Tensor],
         x: Tensor,
@@ -66,10 +72,18 @@ class Placement:
         matrix: bool = False,
         between: bool = False,
     ) -> Tensor:
-        """``x (n, in) @ W.T + bias -> (n, out)``; a bias only where the rows are all there, in order."""
-        y = contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias, matrix, between)
-        if len(self.rows) == 1 and isinstance(self.rows[0], int):  # a block of rows: no index needed
-            return torch.nn.functional.pad(y, (self.rows[0], self.shape[0] - self.rows[0] - y.shape[-1]))
+        """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
+        return contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias, matrix, between)
+
+    def apply(self, factors: dict[str, Tensor], x: Tensor, matrix: bool = False, between: bool = False) -> Tensor:
+        """``x (n, in) @ W.T -> (n, out)``"""
+        if self.maps and not torch.is_grad_enabled() and contract.rebuilds(self.diagram, x):
+            return torch.nn.functional.linear(
+                x, self.dense(factors)
+            )  # W has fewer numbers to put in place than x and y
+        y = self.block(factors, x, None, matrix, between)
+        if self.rows_from is not None:  # no index needed
+            return torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
         rows = self.index(factors, "rows")
         return y if rows is None else _spread(y, rows, self.shape[0])
 
@@ -102,4 +116,6 @@ class Placement:
 
 def _spread(y: Tensor, index: Tensor, size: int) -> Tensor:
     """``y (n, k)`` at the columns ``index`` of zeros ``(n, size)``."""
+    if len(index) == size and not torch.is_grad_enabled():  # a permutation
+        return y.index_select(-1, index.argsort())
     return y.new_zeros(y.shape[0], size).scatter(-1, index.expand(y.shape), y)  # index_copy would keep y for backward

@@ -97,6 +97,7 @@ def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monk
     monkeypatch.setattr(plan, "SMALL", 0)
     monkeypatch.setattr(pair, "LARGE", large)
     monkeypatch.setattr(contract, "PART", 3)
+    monkeypatch.setattr(contract, "LEAST", 1)
     with torch.no_grad():
         torch.testing.assert_close(structure.apply(factors, x), y)
     for got, one in zip(gradients(structure.apply, x, factors), expected, strict=True):
@@ -108,6 +109,7 @@ def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monk
 @pytest.mark.parametrize(("rows", "part"), [(2, 512), (40, 512), (40, 7), (300, 512)])
 def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part, monkeypatch):
     monkeypatch.setattr(contract, "PART", part)
+    monkeypatch.setattr(contract, "LEAST", 1)
     factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
     expected = gradients(structure.apply, x, factors)
     for matrix, between in ((True, False), (False, True)):
