@@ -158,11 +158,6 @@ def bucket(rows: int) -> int:
     return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
 
 
-def rebuilds(diagram: Diagram, x: Tensor) -> bool:
-    """Whether ``W`` is made to multiply ``x (n, in)``."""
-    return _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)[1] is not None
-
-
 def _part(plan: Plan, x: Tensor) -> int | None:
     """How many rows go through ``plan`` at a time, so that what is copied between two products stays in the cache; None: all."""
     here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()

@@ -77,10 +77,6 @@ class Placement:
 
     def apply(self, factors: dict[str, Tensor], x: Tensor, matrix: bool = False, between: bool = False) -> Tensor:
         """``x (n, in) @ W.T -> (n, out)``"""
-        if self.maps and not torch.is_grad_enabled() and contract.rebuilds(self.diagram, x):
-            return torch.nn.functional.linear(
-                x, self.dense(factors)
-            )  # W has fewer numbers to put in place than x and y
         y = self.block(factors, x, None, matrix, between)
         if self.rows_from is not None:  # no index needed
             return torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))

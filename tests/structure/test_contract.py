@@ -83,6 +83,30 @@ def test_flops_of_parts_add_up(structure):
     assert structure.flops(7) == sum(part.flops(7) for part in structure.parts) + 7 * added
 
 
+def test_parts_below_each_other_are_put_together(monkeypatch):
+    """Nothing is padded with zeros and added; what overlaps is."""
+    structure = COMBINED["stacked"]
+    factors, x = factors_of(structure), torch.randn(5, structure.shape[1], dtype=F64)
+    assert [start for start, *_ in structure._blocks] == [0, structure.parts[0].shape[0]] and structure._added == 0
+    monkeypatch.setattr(torch.nn.functional, "pad", None)
+    torch.testing.assert_close(structure.apply(factors, x), x @ structure.dense(factors).T)
+    assert Sum(parts=(KRONECKER, LOW_RANK))._added == KRONECKER.shape[0]
+    assert Placed(base=KRONECKER, out_features=9, in_features=9)._blocks is None
+
+
+def test_parts_of_rows_leave_what_is_between_in_the_cache():
+    """512 rows at most, fewer where a row has much between the steps, and never fewer than a few."""
+    blocks = BlockTrain(outs=(32, 24), ins=(64, 48), rank=2).normal_form()[0].diagram
+    dear = TensorTrain(outs=(4, 4, 4, 4, 3), ins=(4, 4, 4, 4, 12), ranks=(16, 16, 16, 16)).normal_form()[0].diagram
+    with torch.no_grad():
+        for diagram, expected in ((blocks, range(256, 513)), (dear, range(64, 129))):
+            plan_, multiply = contract.forward_plans(diagram, 2048)
+            assert multiply is None
+            part = contract._part(plan_, torch.empty(5000, diagram.shape[1]))
+            assert part in expected
+            assert contract._part(plan_, torch.empty(100, diagram.shape[1])) is None
+
+
 def test_flops_of_a_placed_matrix_are_those_of_its_base():
     assert Placed(base=KRONECKER, out_features=9, in_features=9).flops(7) == KRONECKER.flops(7)
 

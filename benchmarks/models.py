@@ -1,0 +1,102 @@
+"""A GPT-2 small with random weights at 65 % of its parameters against the dense one: prompts, decoding, a step of training.
+
+    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8]
+    python benchmarks/models.py --table
+
+Matrices of the blocks are folded from noise (speed does not depend on the values), so that all parameters together, embedding
+included, are that share. Prompts have 128 tokens. float32, layers in mode ``auto``. Results go to
+results/bench/DEVICE/models.json, row by row; what is there is not measured again. Let nothing else run.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tenfold import api
+from tenfold.models.plan import make_plan
+from tenfold.models.replace import replace
+
+STRUCTURES = {
+    "low_rank": {"kind": "low_rank"},
+    "monarch": {"kind": "block_train", "blocks": 4},
+    "kronecker": {"kind": "kronecker", "inner": [4, 4]},
+    "tensor_train": {"kind": "tensor_train", "parts": 3},
+}
+
+
+ABOUT = """Written by `python benchmarks/models.py --table` from `results/bench/*/models.json`. GPT-2 small, random weights,
+float32, prompts of 128 tokens; **of the most**: tokens a second over what FLOPs or bytes allow.
+"""
+
+
+def model_of(structure: dict | None, keep: float) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    if structure is not None:
+        replace(model, make_plan(model, api.recipe_for(structure, keep, "model")), "noise")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--keep", type=float, default=0.65)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--output", type=Path, default=Path("results/bench"))
+    parser.add_argument("--table", action="store_true", help="only write docs/speed-models.md from the result files")
+    given = parser.parse_args()
+    if not given.table:
+        measure(given)
+    write_table(given.output, Path("docs/speed-models.md"))
+
+
+def measure(given) -> None:
+    folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "models.json"
+    result = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}
+    done = {(row["structure"], row["keep"], row["batch"]) for row in result["rows"]}
+    for name in given.structures:
+        for batch in given.batch:
+            if (name, given.keep, batch) in done:
+                continue
+            model, dense = model_of(STRUCTURES[name], given.keep), model_of(None, 1.0)
+            speed = api.bench(model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=True)
+            row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
+            row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}
+            result["rows"].append(row)
+            file.write_text(json.dumps(result, indent=1) + "\n")
+            told = {what: round(speed[what]["ratio"], 2) for what in ("prefill", "decode", "training")}
+            print(f"{name}, batch {batch}: {told}", flush=True)
+
+
+def write_table(results: Path, target: Path) -> None:
+    lines = ["# A whole model against the dense one\n", ABOUT]
+    for file in sorted(results.glob("*/models.json")):
+        result = json.loads(file.read_text())
+        lines += [f"## {file.parent.name}, torch {result['machine']['torch']}\n"]
+        lines += [
+            "| structure | parameters | batch | | tokens/s | dense | ratio | of the most | MiB | dense MiB |",
+            "|" + "---|" * 10,
+        ]
+        for row in result["rows"]:
+            share = row["parameters"]["ours"]["total"] / row["parameters"]["dense"]["total"]
+            for what in ("prefill", "decode", "training"):
+                one = row["speed"][what]
+                lines.append(
+                    f"| {row['structure']} | {share:.0%} | {row['batch']} | {what} | {one['tokens_per_second']:,.0f} | "
+                    f"{one['dense_tokens_per_second']:,.0f} | {one['ratio']:.2f} | "
+                    f"{one['tokens_per_second'] / one['most_tokens_per_second']:.0%} | {one['bytes'] / 2**20:,.0f} | "
+                    f"{one['dense_bytes'] / 2**20:,.0f} |"
+                )
+        lines.append("")
+    target.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
