@@ -327,7 +327,7 @@ def test_an_adapter_starts_as_its_layer_and_trains_only_itself(layer):
         adapter(x).square().sum().backward()
         optimizer.step()
     expected = dense + adapter.part_1_left @ adapter.part_1_right
-    torch.testing.assert_close(adapter(x), nn.functional.linear(x, expected, adapter.bias))
+    torch.testing.assert_close(adapter(x), nn.functional.linear(x, expected, adapter.bias), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(adapter.dense(), dense)
     for name, value in layer.named_parameters():
         assert torch.equal(value, before[name])
