@@ -60,7 +60,7 @@ def _cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
 
 def flops(diagram: Diagram, rows: int) -> int:
     """FLOPs of ``x @ W.T`` for ``rows`` vectors, a rebuild of ``W`` included where the plan has one."""
-    return sum(plan.cost.flops for plan in forward_plans(diagram, rows) if plan is not None)
+    return sum(plan.cost.flops for plan in forward_plans(diagram, rows, CPU) if plan is not None)
 
 
 def cost_of(diagram: Diagram, rows: int, worth: Worth) -> Cost:
