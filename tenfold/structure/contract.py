@@ -126,9 +126,8 @@ def apply(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
         bias = None if bias is None else bias.to(dtype)
-    if (
-        1 in dict(diagram.sizes).values() and not torch.compiler.is_compiling()
-    ):  # else products of matrices are not seen
+    # an axis of one number would keep products of matrices from being seen
+    if 1 in dict(diagram.sizes).values() and not torch.compiler.is_compiling():
         diagram = _slim(diagram)
         factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix

@@ -22,9 +22,8 @@ THIN = 16  # rows of a matrix that are few
 ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
 
 
-Copies = dict[
-    tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]
-]  # {(id of a tensor, order of axes): (itself, its copy)}
+# {(id of a tensor, order of axes): (itself, its copy)}
+Copies = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,12 @@ def test_the_price_decides_between_the_kinds_of_plans():
     assert contract._through_dense(many, 2048, CPU)
 
 
+def test_the_way_back_is_two_products_for_one_and_what_is_made_again():
+    made = plan.plan_of((("n", "i"), ("r", "i"), ("o", "r")), ("n", "o"), (("n", 500), ("i", 40), ("r", 3), ("o", 60)))
+    assert [cost.flops for cost in made.costs] == [2 * 500 * 40 * 3, 2 * 500 * 3 * 60]
+    assert made.cost_back.flops == 3 * 2 * 500 * 40 * 3 + 2 * 2 * 500 * 3 * 60
+
+
 def test_a_bucket_holds_its_numbers_of_rows():
     assert [contract.bucket(rows) for rows in (0, 1, 4, 5, 128, 129, 10**6)] == [1, 1, 1, 32, 32, 2048, 2048]
 
