@@ -50,6 +50,7 @@ def recipe_of(work, structure: dict, keep: float, fit: dict) -> dict:
 def main() -> None:
     parser = arguments(__doc__, [0.8, 0.5])
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--fits", nargs="+", choices=list(FITS), default=list(FITS))
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of a causal model")
     given = parser.parse_args()
     file, result = results("fits", given)
@@ -61,11 +62,11 @@ def main() -> None:
         result["calibration"] = work.calibration.source | {"tokens": work.calibration.tokens}
         for keep in given.keep:
             for name in given.structures:
-                for fit, settings in FITS.items():
+                for fit in given.fits:
                     if (name, keep, fit) in done:
                         continue
                     begun = time.perf_counter()
-                    recipe = recipe_of(work, STRUCTURES[name], keep, settings)
+                    recipe = recipe_of(work, STRUCTURES[name], keep, FITS[fit])
                     try:
                         model, _ = api.compress(copy.deepcopy(work.model), recipe, text=work.calibration)
                     except ValueError as reason:
