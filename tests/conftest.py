@@ -12,6 +12,9 @@ os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "tenfold-tests"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on a CPU
+
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and spins where the machine is busy
 
 

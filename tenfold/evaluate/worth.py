@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from tenfold.evaluate.machine import bytes_per_second, flops_per_second, seconds
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second, seconds, turns
+from tenfold.nn import FactorizedLinear
 from tenfold.nn.worth import keep_measured
+from tenfold.structure import BlockTrain, Kronecker
+from tenfold.structure.pair import KERNELS
 from tenfold.structure.worth import Worth
 
 TURNS = 15
+ROWS = 8192
+TWO_FACTORS = (  # of 3072 x 768, at half the FLOPs
+    BlockTrain(outs=(768, 4), ins=(4, 192), rank=76),
+    Kronecker(outs=(1536, 2), ins=(384, 2), terms=1),
+)
 
 
 def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -19,7 +29,9 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Returns:
         ``worth`` (``moved``, ``copied``, ``call``: FLOPs in the same time), ``flops_per_second``, ``bytes_per_second``,
-        ``device``, ``threads`` and ``file``. In float32 on a CPU, in bfloat16 elsewhere.
+        ``device``, ``threads``, ``kernels`` (how many times as fast layers of two factors are with
+        :mod:`tenfold.structure.kernel`, which is used from now on if that is more than one; None where there is none) and
+        ``file``. In float32 on a CPU, in bfloat16 elsewhere.
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -33,13 +45,37 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
         "bytes_per_second": copies,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "kernels": _kernels(device, dtype) if device.type == "cuda" and find_spec("triton") else None,
     }
     worth = Worth(
         moved=rate * rows.element_size() / copies,
         copied=rate * max(turned - ordered, 0.0) / rows.numel(),
         call=rate * _median(lambda: torch.einsum("ab,bc->ca", few, few), device),
     )
+    if (about["kernels"] or 0.0) > 1.0:
+        worth = replace(worth, copied=0.0)
     return {"worth": vars(worth) | {}, "file": str(keep_measured(device.type, worth, about))} | about
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> float:
+    """The lowest ratio of :data:`TWO_FACTORS`, forward and backward: seconds of plain products over those of the kernel."""
+    before, ratios = device.type in KERNELS, []
+    for structure in TWO_FACTORS:
+        layer = FactorizedLinear(structure, bias=True, device=device)
+        layer.set_factors({name: value.to(device) for name, value in structure.init(0.02).items()})
+        torch.nn.init.zeros_(layer.bias)
+        layer.to(dtype)
+        x = torch.randn(ROWS, structure.shape[1], device=device).to(dtype).requires_grad_(True)
+        upstream = torch.randn(ROWS, structure.shape[0], device=device).to(dtype)
+
+        def step(on: bool, layer=layer, x=x, upstream=upstream) -> None:
+            (KERNELS.add if on else KERNELS.discard)(device.type)
+            layer(x).backward(upstream)
+
+        pairs = turns(lambda: step(True), lambda: step(False), device, TURNS)
+        ratios.append(statistics.median(plain / ours for ours, plain in pairs))
+    (KERNELS.add if before else KERNELS.discard)(device.type)
+    return min(ratios)
 
 
 def _median(run, device: torch.device) -> float:

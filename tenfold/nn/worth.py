@@ -6,8 +6,10 @@ import json
 import os
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+from tenfold.structure.pair import KERNELS
 from tenfold.structure.worth import MEASURED, Worth
 
 
@@ -20,8 +22,10 @@ def folder() -> Path:
 def read_measured() -> None:
     """Let plans follow what was measured; once a process."""
     for file in folder().glob("worth-*.json"):
+        kind = file.stem.removeprefix("worth-")
         try:
-            MEASURED[file.stem.removeprefix("worth-")] = Worth(**json.loads(file.read_text())["worth"])
+            found = json.loads(file.read_text())
+            _use(kind, Worth(**found["worth"]), found.get("kernels"))
         except (OSError, ValueError, TypeError, KeyError):  # of another version
             continue
 
@@ -33,5 +37,11 @@ def keep_measured(kind: str, worth: Worth, about: dict) -> Path:
     new = file.with_name(f"{file.name}.{os.getpid()}")
     new.write_text(json.dumps({"worth": asdict(worth)} | about, indent=1) + "\n")
     new.replace(file)
-    MEASURED[kind] = worth
+    _use(kind, worth, about.get("kernels"))
     return file
+
+
+def _use(kind: str, worth: Worth, kernels: float | None) -> None:
+    MEASURED[kind] = worth
+    faster = kernels and kernels > 1.0 and find_spec("triton")
+    (KERNELS.add if faster else KERNELS.discard)(kind)

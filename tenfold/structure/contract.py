@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
-from tenfold.structure.pair import Target
+from tenfold.structure.pair import Target, has_kernels
 from tenfold.structure.plan import Cost, Plan, Values, cost_of_product, plan_of, run
 from tenfold.structure.worth import CPU, Worth, worth_of
 
@@ -193,6 +193,11 @@ def _forward(
                 between.append(values.passing())
             if bias is not None:
                 made += bias
+        return y
+    if second is None and has_kernels(x):
+        y, outs = x.new_empty(x.shape[0], diagram.shape[0]), diagram.shape_of(diagram.outs)
+        target = Target(y.view(-1, *outs), bias=None if bias is None else bias.view(outs))
+        Values(first, [folded, *factors]).result(target)
         return y
     if second is None and first.steps[-1][2] is not None:
         return run(first, [folded, *factors], bias)

@@ -20,6 +20,7 @@ FEW = 16  # products of a batch that are made one by one, straight to where they
 LARGE = 2**14  # numbers that each of them has at least
 THIN = 16  # rows of a matrix that are few
 ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
+KERNELS: set[str] = set()  # kinds of devices on which tenfold.structure.kernel makes what would need a copy
 
 
 # {(id of a tensor, order of axes): (itself, its copy)}
@@ -52,7 +53,7 @@ class Pair:
     def beside(self, side: int, labels: str) -> Pair:
         """The same contraction with kept ``labels`` of operand ``side`` in the other one, too, where it is the same for each."""
         one, other = (self.one, self.other + labels) if side == 0 else (self.one + labels, self.other)
-        return pair_of(f"{one},{other}->{self.kept}")
+        return pair_of(f"{one},{other}->{self.kept}")  # type: ignore[return-value]
 
 
 @cache
@@ -118,14 +119,20 @@ def _one_by_one(count: int, numbers: int) -> bool:
 
 @dataclass
 class Target:
-    """Where a result goes: to the place of ``tensor``'s numbers, or (``add``) on top of them."""
+    """Where a result goes: to the place of ``tensor``'s numbers, or (``add``) on top of them; with ``bias``, if there is one."""
 
     tensor: Tensor
     add: bool = False
+    bias: Tensor | None = None
 
     def take(self, value: Tensor) -> Tensor:
         """``value``, made elsewhere."""
-        return self.tensor.add_(value) if self.add else self.tensor.copy_(value)
+        made = self.tensor.add_(value) if self.add else self.tensor.copy_(value)
+        return self.finish(made)
+
+    def finish(self, made: Tensor) -> Tensor:
+        """With the bias."""
+        return made if self.bias is None else made.add_(self.bias)
 
 
 def multiply(
@@ -145,20 +152,23 @@ def multiply(
     """
     size = dict(zip(pair.one, one.shape, strict=True)) | dict(zip(pair.other, other.shape, strict=True))
     given = ((one, pair.one), (other, pair.other))
+    if has_kernels(one) and _copies(pair, size, given, into, between):
+        made = _in_one_pass(pair, size, one, other, into)
+        if made is not None:
+            return made
     if found := spread(pair, size, lambda side, labels: _together(*given[side], labels)):
         side, labels = found
-        more = [tensor[(..., *[None] * len(labels))] for tensor in (one, other)]
-        more[1 - side] = more[1 - side].expand(*given[1 - side][0].shape, *(size[x] for x in labels))
-        more[side], copies = given[side][0], [None if k == 1 - side else copies[k] for k in range(2)]
-        return multiply(pair.beside(side, labels), *more, copies, into, between)
+        kept, wide = given[side][0], given[1 - side][0][(..., *[None] * len(labels))]
+        wide = wide.expand(*given[1 - side][0].shape, *(size[x] for x in labels))
+        one, other, copies = (kept, wide, [copies[0], None]) if side == 0 else (wide, kept, [None, copies[1]])
+        return multiply(pair.beside(side, labels), one, other, copies, into, between)
     batch, summed = pair.orders(one.numel(), other.numel())
     groups = (batch, pair.rows, pair.columns)
     a = _matrices(one, pair.one, (batch, pair.rows, summed), copies[0])
     b = _matrices(other, pair.other, (batch, summed, pair.columns), copies[1])
-    made = None if into is None else _place(into.tensor, pair.kept, groups)
-    if made is not None:
+    if into is not None and (made := _place(into.tensor, pair.kept, groups)) is not None:
         _fill(made, a, b, into.add)
-        return into.tensor
+        return into.finish(into.tensor)
     if torch.is_grad_enabled():
         lies, made = (0, 1, 2), torch.bmm(a, b)
     else:
@@ -169,6 +179,39 @@ def multiply(
     labels = "".join(groups[k] for k in lies)
     result = made.view([size[x] for x in labels]).permute([labels.index(x) for x in pair.kept])
     return result if into is None else into.take(result)
+
+
+def has_kernels(value: Tensor) -> bool:
+    """Whether contractions of it that would copy go through a kernel."""
+    return value.device.type in KERNELS and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _copies(pair: Pair, size: dict[str, int], given, into: Target | None, between: bool) -> bool:
+    """Whether an operand or the result would be put into another order as a whole."""
+    batch, summed = pair.orders(given[0][0].numel(), given[1][0].numel())
+    groups = (batch, pair.rows, pair.columns)
+    for (value, labels), needed in zip(given, ((batch, pair.rows, summed), (batch, summed, pair.columns)), strict=True):
+        if not all(_together(value, labels, group) for group in needed):
+            return True
+    if into is not None:
+        return _place(into.tensor, pair.kept, groups) is None
+    count, numbers = prod(size[x] for x in batch), prod(size[x] for x in pair.rows + pair.columns)
+    lies = pair.lies if _one_by_one(count, numbers) else (0, 1, 2)
+    return not between and "".join(groups[k] for k in lies) != pair.kept
+
+
+def _in_one_pass(pair: Pair, size: dict[str, int], one: Tensor, other: Tensor, into: Target | None) -> Tensor | None:
+    """None where the kernel does not know the type."""
+    from tenfold.structure import kernel
+
+    into = into or Target(one.new_empty([size[x] for x in pair.kept]))
+    if not kernel.serves(one, other, into.tensor):
+        return None
+    if into.add:
+        return into.finish(kernel.contract(pair, one, other, into.tensor, into.tensor))
+    return kernel.contract(
+        pair, one, other, into.tensor, None if into.bias is None else into.bias.expand_as(into.tensor)
+    )
 
 
 def product(one: Tensor, other: Tensor, into: Target | None = None, between: bool = False) -> Tensor:
@@ -182,7 +225,7 @@ def product(one: Tensor, other: Tensor, into: Target | None = None, between: boo
     if into is None:
         return one @ other
     _fill(into.tensor[None], one[None], other[None], into.add)
-    return into.tensor
+    return into.finish(into.tensor)
 
 
 def _empty(shape: list[int], like: Tensor, widened: bool) -> Tensor:

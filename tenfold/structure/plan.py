@@ -236,7 +236,8 @@ def contracted(
     small = torch.compiler.is_compiling() or len(operands) == 1 or max(map(torch.numel, operands)) < SMALL
     pair = None if small else pair_of(equation)
     if pair is not None:
-        return multiply(pair, *operands, copies, into, between)
+        one, other = operands
+        return multiply(pair, one, other, copies, into, between)
     made = torch.einsum(equation, *operands)
     return made if into is None else into.take(made)
 
@@ -248,7 +249,9 @@ def run(plan: Plan, operands: list[Tensor], bias: Tensor | None = None) -> Tenso
         operands.append(contracted(equation, how, [operands.pop(k) for k in chosen], between=True))
     chosen, equation, how = plan.steps[-1]
     last = [operands.pop(k) for k in chosen]
-    return contracted(equation, how, last) if bias is None else torch.addmm(bias, *_turned(how, *last))
+    if bias is None or how is None:
+        return contracted(equation, how, last)
+    return torch.addmm(bias, *_turned(how, *last))
 
 
 def _turned(how: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,15 +271,15 @@ class Values:
         self.values: dict[int, Tensor] = dict(enumerate(operands)) | ({} if whole is None else whole.fixed())
         self.copies: Copies = {} if whole is None else whole.copies  # of what is made without the first operand
         self.count, self.moving = len(operands), plan.moving
-        self.made = [(how, taken) for (_, *how), taken in zip(plan.steps, plan.taken, strict=True)]
+        self.made = [(step[1:], taken) for step, taken in zip(plan.steps, plan.taken, strict=True)]
 
     def of(self, number: int, into: Target | None = None) -> Tensor:
         """Operand or result ``number``."""
         if number not in self.values:
-            how, taken = self.made[number - self.count]
+            (equation, how), taken = self.made[number - self.count]
             between = number < self.count + len(self.made) - 1
             copies = [None if self.moving[k] else self.copies for k in taken]
-            self.values[number] = contracted(*how, [self.of(k) for k in taken], copies, into, between)
+            self.values[number] = contracted(equation, how, [self.of(k) for k in taken], copies, into, between)
         return self.values[number]
 
     def result(self, into: Target | None = None) -> Tensor:
@@ -326,11 +329,11 @@ class Values:
             above, passing = found.pop(number), Copies()
             for which, k in enumerate(taken):
                 if wanted[k]:
-                    *how, alone = reversed_of(equation, which)
+                    turned, how, alone = reversed_of(equation, which)
                     rest, target = [other for other in taken if other != k], into.get(k)
                     copies = [passing, *(passing if self.moving[other] else self.copies for other in rest)]
                     others, between = [above, *(self.of(other) for other in rest)], k >= self.count
-                    found[k] = contracted(*how, others, copies, None if alone else target, between)
+                    found[k] = contracted(turned, how, others, copies, None if alone else target, between)
                     if alone:
                         found[k] = self._everywhere(found[k], alone, k)
                         found[k] = found[k] if target is None else target.take(found[k])

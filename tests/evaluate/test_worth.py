@@ -6,19 +6,25 @@ import pytest
 import torch
 
 from tenfold.api import calibrate
+from tenfold.evaluate import worth
 from tenfold.nn.worth import folder, keep_measured, read_measured
-from tenfold.structure import LowRank, contract
+from tenfold.structure import BlockTrain, Kronecker, LowRank, contract
+from tenfold.structure.pair import KERNELS
 from tenfold.structure.worth import CPU, MEASURED, SHIPPED, Worth, worth_of
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    read_measured.cache_clear()
-    MEASURED.clear()
+    forget()
     yield
+    forget()
+
+
+def forget():
     read_measured.cache_clear()
     MEASURED.clear()
+    KERNELS.clear()
 
 
 def test_what_is_measured_is_stored_and_used():
@@ -40,6 +46,32 @@ def test_a_file_that_says_nothing_is_left_aside(text):
     (folder() / "worth-cpu.json").write_text(text)
     read_measured()
     assert worth_of("cpu") == CPU
+
+
+def test_a_kernel_is_used_where_it_was_faster():
+    keep_measured("cuda", CPU, {"kernels": 1.2})
+    KERNELS.clear()
+    read_measured()
+    assert {"cuda"} == KERNELS, "in the next process, too"
+    for slower in (0.9, None):
+        keep_measured("cuda", CPU, {"kernels": slower})
+        assert not KERNELS
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_measuring_the_kernel_changes_nothing(on, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tenfold.structure import kernel
+
+    structures = BlockTrain(outs=(4, 8), ins=(4, 16), rank=4), Kronecker(outs=(8, 16), ins=(8, 16), terms=1)
+    monkeypatch.setattr(worth, "TWO_FACTORS", structures)
+    monkeypatch.setattr(worth, "ROWS", 512)
+    monkeypatch.setattr(worth, "TURNS", 1)
+    used, contracted = [], kernel.contract
+    monkeypatch.setattr(kernel, "contract", lambda *given: used.append(given) or contracted(*given))
+    KERNELS.update({"cpu"} if on else {})
+    assert 0 < worth._kernels(torch.device("cpu"), torch.float32) < 1, "an interpreter is slower"
+    assert used and ({"cpu"} if on else set()) == KERNELS
 
 
 def test_unknown_accelerators_are_taken_for_the_known_one():
