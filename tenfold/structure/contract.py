@@ -27,7 +27,7 @@ PART = 512  # rows that go through a chain at once on a CPU, at most, where it h
 CACHED = 2**20  # numbers between the steps that a part has, where that leaves it LEAST rows
 LEAST = 64
 NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
-BUCKETS = (1, 32, 2048)  # layers plan for these numbers of rows only, so that a trace meets at most three branches
+BUCKETS = (1, 32, 512, 2048)  # layers plan for these numbers of rows only; compiled, three of them make three branches
 
 
 @torch.compiler.assume_constant_result
@@ -152,9 +152,12 @@ def _slim(diagram: Diagram) -> Diagram:
 
 def bucket(rows: int) -> int:
     """The number of rows that a call with ``rows`` rows is planned for; an exported program has one plan, no branch."""
+    few, some, many, most = BUCKETS
     if torch.compiler.is_exporting():
-        return BUCKETS[-1]
-    return BUCKETS[0] if rows <= 4 else BUCKETS[1] if rows <= 128 else BUCKETS[2]
+        return most
+    if rows <= 128:
+        return few if rows <= 4 else some
+    return many if not torch.compiler.is_compiling() and rows <= 1024 else most
 
 
 def _part(plan: Plan, x: Tensor) -> int | None:

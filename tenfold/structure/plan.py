@@ -21,7 +21,7 @@ from tenfold.structure.worth import Worth
 
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
-LARGEST_SEARCH = 8  # operands whose best order is searched for; with more, opt_einsum's heuristics
+LARGEST_SEARCH = 10  # operands whose best order is searched for; with more, opt_einsum's heuristics
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
         flops = _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
-        made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size)
+        made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
         lie.append(made)
         numbers.append(_size(kept, size))
         costs.append(Cost(flops, sum(_size(term, size) for term in [*taken, kept]), copied, 1))

@@ -7,8 +7,21 @@ from random import Random
 import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, contract, pair, plan
+from tenfold.structure import (
+    Blast,
+    BlockTrain,
+    Kronecker,
+    LowRank,
+    Placed,
+    Sum,
+    TensorTrain,
+    Tucker,
+    contract,
+    pair,
+    plan,
+)
 from tenfold.structure.worth import CPU, Worth
 
 F64 = torch.float64
@@ -140,7 +153,9 @@ def test_the_way_back_is_two_products_for_one_and_what_is_made_again():
 
 
 def test_a_bucket_holds_its_numbers_of_rows():
-    assert [contract.bucket(rows) for rows in (0, 1, 4, 5, 128, 129, 10**6)] == [1, 1, 1, 32, 32, 2048, 2048]
+    assert [contract.bucket(rows) for rows in (0, 1, 4, 5, 128, 129, 1024, 1025, 10**6)] == [
+        *(1, 1, 1, 32, 32, 512, 512, 2048, 2048)
+    ]
 
 
 # forward ----------------------------------------------------------------------------------------------------------
@@ -322,20 +337,105 @@ def test_rows_between_products_are_aligned_and_results_are_not():
 
 
 @pytest.mark.parametrize(
-    ("equation", "lies", "made", "copied"),
+    ("equation", "lies", "between", "made", "copied"),
     [
-        ("ns,as->na", ["ns", "as"], "na", 0),
-        ("ns,as->an", ["ns", "as"], "an", 0),
-        ("nsb,sa->nba", ["nsb", "sa"], "nba", 5000 * 10 * 64),  # rows and what is summed over do not lie together
-        ("nbs,bas->nab", ["nbs", "bas"], "bna", 0),  # a batch of 64: one after the other
-        ("nps,pas->nap", ["nps", "pas"], "npa", 0),
-        ("nsp,asp->na", ["nsp", "psa"], "na", 8 * 10 * 5),
-        ("na,a->na", ["na", "a"], "na", 5000 * 8),  # no product of matrices
+        ("ns,as->na", ["ns", "as"], True, "na", 0),
+        ("ns,as->an", ["ns", "as"], True, "an", 0),
+        ("nsb,sa->nba", ["nsb", "sa"], True, "nab", 0),  # a product for each row, and what x keeps comes last
+        ("nsb,sa->nba", ["nsb", "sa"], False, "nba", 0),  # .. or what has to
+        ("nsp,sa->npa", ["nsp", "sa"], True, "npa", 5000 * 10 * 5),  # too narrow for that
+        ("nbs,as->nab", ["nbs", "as"], True, "nba", 0),
+        ("nbs,as->nab", ["nbs", "as"], False, "nab", 0),
+        ("nps,as->nap", ["nps", "as"], False, "npa", 0),
+        ("nbs,bas->nab", ["nbs", "bas"], True, "bna", 0),  # a batch of 64: one after the other
+        ("nbs,bas->nab", ["nsb", "bas"], True, "bna", 5000 * 64 * 10),  # .. of no matrices as they lie
+        ("nps,pas->nap", ["nps", "pas"], True, "npa", 0),
+        ("nsp,asp->na", ["nsp", "psa"], True, "na", 8 * 10 * 5),
+        ("na,a->na", ["na", "a"], True, "na", 5000 * 8),  # no product of matrices
     ],
 )
-def test_copies_are_foreseen(equation, lies, made, copied):
+def test_copies_are_foreseen(equation, lies, between, made, copied):
     size = {"n": 5000, "s": 10, "a": 8, "b": 64, "p": 5}
-    assert pair.lies_of(equation, lies, size) == (made, copied)
+    assert pair.lies_of(equation, lies, size, between) == (made, copied)
+
+
+class Copied(TorchDispatchMode):
+    """How many numbers are put into another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, how, types, given=(), keywords=None):
+        if how.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_):
+            self.numbers += given[0].numel()
+        return how(*given, **(keywords or {}))
+
+
+@pytest.mark.parametrize(
+    ("equation", "copied"),
+    [
+        ("nsb,sa->nba", 0),
+        ("nbs,as->nab", 0),
+        ("sa,nsb->nba", 0),  # the same with the operands the other way round
+        ("as,nbs->nab", 0),
+        ("npbs,as->npab", 0),
+        ("nsb,as->nba", 0),
+        ("nsp,sa->npa", 500 * 10 * 5),
+        ("nsb,apsq->npbaq", 8 * 5 * 10 * 6),  # the factor, once
+        ("nab,npb->pa", 500 * 5 * 8),  # a gradient: a matrix for each row, then their sum; instead of both operands
+        ("napb,nspb->as", 500 * 8 * 10),
+        ("nasb,nb->as", 500 * 8 * 10),
+        ("nasq,nqs->a", 500 * 8 * 10 * 6 + 500 * 6 * 10),  # both, where one number is left of a row
+    ],
+)
+def test_what_is_copied_is_what_is_foreseen(equation, copied):
+    """Of results that go on to another product, beside the smaller operand; ``n`` is many, ``p`` and ``q`` are few."""
+    size = {"n": 500, "s": 10, "a": 8, "b": 64, "p": 5, "q": 6}
+    terms = equation.split("->")[0].split(",")
+    one, other = (torch.randn([size[x] for x in term]) for term in terms)
+    with torch.no_grad(), Copied() as mode:
+        found = pair.multiply(pair.pair_of(equation), one, other, between=True)
+    torch.testing.assert_close(found, torch.einsum(equation, one, other), rtol=1e-4, atol=1e-3)
+    assert pair.lies_of(equation, terms, size, True)[1] == copied
+    assert mode.numbers <= copied + min(one.numel(), other.numel())
+
+
+BATCHES = {
+    "block train": BlockTrain(outs=(24, 48), ins=(48, 16), rank=4),
+    "BLAST": Blast(outs=(32, 24), ins=(32, 16), rank=30),
+    "Tucker": Tucker(outs=(32, 24), ins=(32, 24), ranks=(16, 16, 16, 16)),
+    "tensor train": TensorTrain(outs=(24, 32), ins=(16, 32), ranks=(8,)),
+}
+
+
+@each(BATCHES)
+def test_batches_are_of_matrices(structure, monkeypatch):
+    """Else torch would make the products one by one, and copy operands each time."""
+    made = []
+
+    def checked(result, one, other, beta, out):
+        made.append(len(out))
+        for value in (one, other):
+            (rows, columns), strides = value.shape[1:], value.stride()[1:]
+            assert (strides[1] == 1 and strides[0] >= columns) or (strides[0] == 1 and strides[1] >= rows)
+        assert out.is_contiguous()
+        return out.copy_(torch.bmm(one, other) + beta * result)
+
+    monkeypatch.setattr(torch, "baddbmm", checked)
+    monkeypatch.setattr(contract, "_through_dense", lambda *given: False)
+    monkeypatch.setattr(contract, "_cheaper", lambda *given: True)
+    contract.forward_plans.cache_clear()
+    factors = {name: value.requires_grad_(True) for name, value in structure.init(0.3).items()}
+    x = torch.randn(700, structure.shape[1], requires_grad=True)
+    w = structure.dense(factors)
+    found, expected = (
+        torch.autograd.grad((y**2).sum(), [x, *factors.values()]) for y in (structure.apply(factors, x), x @ w.T)
+    )
+    assert made
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    contract.forward_plans.cache_clear()
 
 
 def test_few_rows_do_not_copy_the_factor():
@@ -345,7 +445,7 @@ def test_few_rows_do_not_copy_the_factor():
         1,
         "b",
     )
-    assert pair.lies_of("ncd,cbdr->nbcr", ["ncd", "cbdr"], size)[1] == 4 * 1 * 4 * 64
+    assert pair.lies_of("ncd,cbdr->nbcr", ["ncd", "cbdr"], size, True)[1] == 4 * 1 * 4 * 64
     many = size | {"n": 10**5}
     assert (
         pair.spread(pair.pair_of("ncd,cbdr->nbcr"), many, lambda side, labels: labels in ("ncd", "cbdr")[side]) is None

@@ -11,7 +11,7 @@ from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 from tenfold.structure import Structure, Sum, Transposed, contract, pair, plan
 
 F64 = torch.float64
-LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (0,)]  # 1, 40 and 300 rows fall into different buckets of plans
+LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
 
 
 def parameters(factors):
