@@ -420,7 +420,7 @@ def test_batches_are_of_matrices(structure, monkeypatch):
             (rows, columns), strides = value.shape[1:], value.stride()[1:]
             assert (strides[1] == 1 and strides[0] >= columns) or (strides[0] == 1 and strides[1] >= rows)
         assert out.is_contiguous()
-        return out.copy_(torch.bmm(one, other) + beta * result)
+        return out.copy_(torch.bmm(one, other) + (result if beta else 0))
 
     monkeypatch.setattr(torch, "baddbmm", checked)
     monkeypatch.setattr(contract, "_through_dense", lambda *given: False)
