@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target, has_kernels
-from tenfold.structure.plan import Cost, Plan, Values, cost_of_product, plan_of, run
+from tenfold.structure.plan import Cost, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
 from tenfold.structure.worth import CPU, Worth, worth_of
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
@@ -43,14 +43,22 @@ def _known_forward_plans(diagram: Diagram, rows: int, kind: str) -> tuple[Plan, 
 
 
 @lru_cache(maxsize=4096)
-def forward_plans(diagram: Diagram, rows: int, worth: Worth = CPU) -> tuple[Plan, Plan | None]:
-    """The cheaper way to multiply ``rows`` vectors: a chain ``(plan, None)``, or ``(rebuild, multiply)``."""
-    sizes = (*diagram.sizes, (ROWS, rows))
-    factors = tuple(labels for _, labels in diagram.factors)
-    x, y, w = (ROWS, *diagram.ins), (ROWS, *diagram.outs), (*diagram.outs, *diagram.ins)
-    chain = plan_of((x, *factors), y, sizes)
-    rebuild, multiply = _rebuild(diagram), plan_of((x, w), y, sizes)
+def forward_plans(diagram: Diagram, rows: int, worth: Worth = CPU, counted: bool = False) -> tuple[Plan, Plan | None]:
+    """The cheaper way to multiply ``rows`` vectors: a chain ``(plan, None)``, or ``(rebuild, multiply)``.
+
+    ``counted``: the chain is that of the fewest FLOPs, whatever its price.
+    """
+    chain = _chain(diagram, rows, None if counted else worth)
+    w, sizes = (*diagram.outs, *diagram.ins), (*diagram.sizes, (ROWS, rows))
+    rebuild, multiply = _rebuild(diagram), plan_of(((ROWS, *diagram.ins), w), (ROWS, *diagram.outs), sizes)
     return (chain, None) if _cheaper(chain.cost, rebuild.cost + multiply.cost, worth) else (rebuild, multiply)
+
+
+def _chain(diagram: Diagram, rows: int, worth: Worth | None) -> Plan:
+    """The cheapest order of products of ``x`` and the factors; without ``worth`` that of the fewest FLOPs."""
+    operands = ((ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
+    output, sizes = (ROWS, *diagram.outs), (*diagram.sizes, (ROWS, rows))
+    return plan_of(operands, output, sizes) if worth is None else cheapest_plan(operands, output, sizes, worth)
 
 
 def _cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
@@ -60,7 +68,7 @@ def _cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
 
 def flops(diagram: Diagram, rows: int) -> int:
     """FLOPs of ``x @ W.T`` for ``rows`` vectors, a rebuild of ``W`` included where the plan has one."""
-    return sum(plan.cost.flops for plan in forward_plans(diagram, rows, CPU) if plan is not None)
+    return sum(plan.cost.flops for plan in forward_plans(diagram, rows, CPU, True) if plan is not None)
 
 
 def cost_of(diagram: Diagram, rows: int, worth: Worth) -> Cost:
@@ -213,9 +221,8 @@ def _forward(
 @lru_cache(maxsize=4096)
 def _through_dense(diagram: Diagram, rows: int, worth: Worth) -> bool:
     """Whether backward is cheaper through ``dW`` than through the chain."""
-    sizes, factors = (*diagram.sizes, (ROWS, rows)), tuple(labels for _, labels in diagram.factors)
-    chain = plan_of(((ROWS, *diagram.ins), *factors), (ROWS, *diagram.outs), sizes)
-    rebuild, (first, second) = _rebuild(diagram), forward_plans(diagram.transposed(), rows, worth)
+    chain, rebuild = _chain(diagram, rows, worth), _rebuild(diagram)
+    first, second = forward_plans(diagram.transposed(), rows, worth)
     back = first.cost if second is None else second.cost + rebuild.costs[-1]
     dense = cost_of_product(rows, *diagram.shape) + rebuild.cost_back + back
     return not _cheaper(chain.cost_back, dense, worth)
@@ -260,9 +267,7 @@ def _back_chain(
     diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], parts: list[dict[int, Tensor]]
 ) -> list[Tensor | None]:
     """Back through the steps of the chain; what they made is made again, unless it was kept in ``parts``."""
-    sizes = (*diagram.sizes, (ROWS, bucket(x.shape[0])))
-    operands = ((ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
-    plan = plan_of(operands, (ROWS, *diagram.outs), sizes)
+    plan = _chain(diagram, bucket(x.shape[0]), worth_of(x.device.type))
     x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
     part = _part(plan, x)
     if part is None:

@@ -21,7 +21,11 @@ from tenfold.structure.worth import Worth
 
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
-LARGEST_SEARCH = 10  # operands whose best order is searched for; with more, opt_einsum's heuristics
+LARGEST_SEARCH = 10  # operands whose order of the fewest FLOPs is searched for; with more, opt_einsum's heuristics
+LARGEST_PRICED = 5  # operands of which all orders (105 of five) are priced
+CLEARLY = (
+    0.8  # of the price of the order of the fewest FLOPs: what another one may cost at most, since prices are rough
+)
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,32 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
+def cheapest_plan(
+    inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...], worth: Worth
+) -> Plan:
+    """The pairwise order of the lowest price, if it is clearly lower than that of the fewest FLOPs; of many operands that one."""
+    least = plan_of(inputs, output, sizes)
+    if not 2 < len(inputs) <= LARGEST_PRICED:
+        return least
+    plans = [_planned(inputs, output, sizes, order) for order in _orders(len(inputs))]
+    best = min(plans, key=lambda plan: plan.cost.price(worth))
+    return best if best.cost.price(worth) < CLEARLY * least.cost.price(worth) else least
+
+
+@lru_cache(maxsize=4096)
 def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
     """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
+    return _planned(inputs, output, sizes, None)
+
+
+def _planned(inputs, output, sizes, order: list[tuple[int, int]] | None) -> Plan:
+    """``order``: numbers of operands and results, see :func:`_best_order`; the best one unless given."""
     letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path, steps, costs, numbers, lie = _path(terms, target, size), [], [], [], list(terms)
+    path = _path(terms, target, size) if order is None else _linear(order)
+    steps, costs, numbers, lie = [], [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
@@ -135,10 +158,36 @@ def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int
     if len(terms) == 1:
         return [(0,)]
     if len(terms) <= LARGEST_SEARCH:
-        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size))]
+        return _linear(_best_order(terms, target, size))
     shapes = [tuple(size[letter] for letter in term) for term in terms]
     path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
     return [tuple(pair) for pair in path]
+
+
+def _linear(order: list[tuple[int, int]]) -> list[tuple[int, ...]]:
+    return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(order)]
+
+
+def _orders(count: int) -> list[list[tuple[int, int]]]:
+    """All orders in which so many operands can be multiplied, each tree of products once."""
+
+    @cache
+    def trees(subset: int) -> list[tuple[tuple[int, int], ...]]:
+        if subset.bit_count() == 1:
+            return [()]
+        halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
+        pairs = ((half, subset - half) for half in halves)
+        return [(*a, *b, (one, other)) for one, other in pairs for a in trees(one) for b in trees(other)]
+
+    return [_numbered(tree, count) for tree in trees(2**count - 1)]
+
+
+def _numbered(pairs: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Pairs of subsets of operands as pairs of numbers, where results are numbered on from the operands."""
+    number = {1 << k: k for k in range(count)}
+    for one, other in pairs:
+        number[one | other] = len(number)
+    return [(number[one], number[other]) for one, other in pairs]
 
 
 def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, int]]:
@@ -163,10 +212,7 @@ def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tup
         halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
         return min((joined(half, subset - half) for half in halves), default=(0, 0, ()))
 
-    number = {1 << k: k for k in range(len(terms))}
-    for one, other in best(everything)[2]:
-        number[one | other] = len(number)
-    return [(number[one], number[other]) for one, other in best(everything)[2]]
+    return _numbered(best(everything)[2], len(terms))
 
 
 def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:

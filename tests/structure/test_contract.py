@@ -146,6 +146,31 @@ def test_the_price_decides_between_the_kinds_of_plans():
     assert contract._through_dense(many, 2048, CPU)
 
 
+@pytest.mark.parametrize(("count", "trees"), [(2, 1), (3, 3), (4, 15), (5, 105)])
+def test_all_orders_are_looked_at(count, trees):
+    """The number of binary trees with so many leaves, ``(2n - 3)!!``."""
+    orders = plan._orders(count)
+    assert len(set(map(tuple, orders))) == len(orders) == trees
+    for order in orders:
+        assert sorted(k for chosen in order for k in chosen) == list(range(2 * count - 2)), (
+            "each operand and result once"
+        )
+
+
+def test_the_order_is_that_of_the_lowest_price():
+    """One row and a large factor: the order of the fewest FLOPs would copy that factor."""
+    (place,) = Kronecker(outs=(768, 4), ins=(192, 4), terms=7).normal_form()
+    diagram = place.diagram
+    fewest, cheapest = contract._chain(diagram, 1, None), contract._chain(diagram, 1, CPU)
+    assert fewest.cost.flops < cheapest.cost.flops and fewest.cost.copied > 10 * cheapest.cost.copied
+    assert cheapest.cost.price(CPU) < 0.5 * fewest.cost.price(CPU)
+    assert contract._chain(diagram, 1, Worth(0.0, 0.0, 0.0)) == fewest
+    assert contract.forward_plans(diagram, 1) == (cheapest, None)
+    assert contract.forward_plans(diagram, 1, CPU, True) == (fewest, None)
+    many = contract._chain(diagram, 2048, CPU)
+    assert many == contract._chain(diagram, 2048, None), "a little cheaper is not enough"
+
+
 def test_the_way_back_is_two_products_for_one_and_what_is_made_again():
     made = plan.plan_of((("n", "i"), ("r", "i"), ("o", "r")), ("n", "o"), (("n", 500), ("i", 40), ("r", 3), ("o", 60)))
     assert [cost.flops for cost in made.costs] == [2 * 500 * 40 * 3, 2 * 500 * 3 * 60]
@@ -347,6 +372,7 @@ def test_rows_between_products_are_aligned_and_results_are_not():
         ("nbs,as->nab", ["nbs", "as"], True, "nba", 0),
         ("nbs,as->nab", ["nbs", "as"], False, "nab", 0),
         ("nps,as->nap", ["nps", "as"], False, "npa", 0),
+        ("npbs,as->apnb", ["npbs", "as"], False, "anpb", 0),  # rows apart would not help
         ("nbs,bas->nab", ["nbs", "bas"], True, "bna", 0),  # a batch of 64: one after the other
         ("nbs,bas->nab", ["nsb", "bas"], True, "bna", 5000 * 64 * 10),  # .. of no matrices as they lie
         ("nps,pas->nap", ["nps", "pas"], True, "npa", 0),
@@ -385,13 +411,16 @@ class Copied(TorchDispatchMode):
         ("nsb,apsq->npbaq", 8 * 5 * 10 * 6),  # the factor, once
         ("nab,npb->pa", 500 * 5 * 8),  # a gradient: a matrix for each row, then their sum; instead of both operands
         ("napb,nspb->as", 500 * 8 * 10),
+        ("nbpq,ncpq->bc", 500 * (64 + 60) * 5 * 6),  # .. where these are less
+        ("nsbp,basp->nab", 500 * 10 * 64 * 5),  # once, to matrices
+        ("npsb,dsp->ndb", 100 * 10 * 5),
         ("nasb,nb->as", 500 * 8 * 10),
         ("nasq,nqs->a", 500 * 8 * 10 * 6 + 500 * 6 * 10),  # both, where one number is left of a row
     ],
 )
 def test_what_is_copied_is_what_is_foreseen(equation, copied):
     """Of results that go on to another product, beside the smaller operand; ``n`` is many, ``p`` and ``q`` are few."""
-    size = {"n": 500, "s": 10, "a": 8, "b": 64, "p": 5, "q": 6}
+    size = {"n": 500, "s": 10, "a": 8, "b": 64, "c": 60, "d": 100, "p": 5, "q": 6}
     terms = equation.split("->")[0].split(",")
     one, other = (torch.randn([size[x] for x in term]) for term in terms)
     with torch.no_grad(), Copied() as mode:
