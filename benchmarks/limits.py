@@ -10,25 +10,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
+from study import measured
+
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "results/limits.json")
 tenfold = str(Path(sys.executable).parent / "tenfold")
-
-
-def measured(*command: str) -> dict:
-    """Wall seconds, peak memory in MB and the output of one process."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"failed: {' '.join(command)}")
-    return {"seconds": time.perf_counter() - begun, "mb": usage.ru_maxrss / 1024, "output": output}
 
 
 def median(runs: list[dict], key: str) -> float:

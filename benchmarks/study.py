@@ -1,7 +1,11 @@
-"""What the studies of one model have in common: their arguments, and a result file that grows run by run."""
+"""What studies have in common: arguments of those of one model, result files that grow run by run, measured processes."""
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,3 +26,14 @@ def results(folder: str, given: argparse.Namespace) -> tuple[Path, dict]:
     result = json.loads(file.read_text()) if file.exists() else {"runs": []}
     result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
     return file, result
+
+
+def measured(*command: str) -> dict:
+    """Wall seconds, peak memory in MB and the output of one process."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)}")
+    return {"seconds": time.perf_counter() - begun, "mb": usage.ru_maxrss / 1024, "output": output}
