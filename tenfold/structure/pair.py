@@ -19,9 +19,9 @@ from torch import Tensor
 FEW = 16  # products of a batch that are made one by one, straight to where they belong
 LARGE = 2**14  # numbers that each of them has at least
 THIN = 16  # rows of a matrix that are few; columns, at least, of products by one matrix that are made as a batch
+SKINNY = 8  # of rows, columns and what is summed over two are at most so long: several times slower than what is moved
 ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
 KERNELS: set[str] = set()  # kinds of devices on which tenfold.structure.kernel makes what would need a copy
-
 
 # {(id of a tensor, order of axes): (itself, its copy)}
 Copies = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]
@@ -176,6 +176,20 @@ def lies_of(equation: str, operands: list[str], size: dict[str, int], between: b
         for lie, some in zip(lies, needed, strict=True)
     ]
     return "".join(_labels(pair, size, between)), sum(compress(numbers, copied))
+
+
+def skinny(equation: str, size: dict[str, int]) -> int:
+    """How many numbers a product of matrices of which two sides are short reads and writes; 0 of another one."""
+    pair = pair_of(equation)
+    if pair is None:
+        return 0
+    short = is_skinny([prod(size[x] for x in group) for group in (pair.rows, pair.columns, pair.summed)])
+    return sum(prod(size[x] for x in term) for term in (pair.one, pair.other, pair.kept)) if short else 0
+
+
+def is_skinny(sides: list[int]) -> bool:
+    """Whether two of rows, columns and what is summed over are short."""
+    return 1 < sorted(sides)[1] <= SKINNY
 
 
 def one_by_one(count: int, numbers: int) -> bool:
@@ -338,7 +352,7 @@ def _fill(made: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 def _is_matrix(value: Tensor) -> bool:
     """Whether rows or columns of every matrix of a batch lie one number after the other."""
-    (rows, columns), (one, other) = value.shape[1:], value.stride()[1:]
+    (_, rows, columns), (_, one, other) = value.shape, value.stride()
     return (other == 1 and one >= columns) or (one == 1 and other >= rows)
 
 

@@ -11,18 +11,19 @@ from functools import cache, cached_property, lru_cache
 from math import prod
 from string import ascii_letters
 from types import MappingProxyType
+from typing import NamedTuple
 
 import opt_einsum
 import torch
 from torch import Tensor
 
-from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product
+from tenfold.structure.pair import Copies, Target, is_skinny, lies_of, multiply, pair_of, product, skinny
 from tenfold.structure.worth import Worth
 
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
 LARGEST_SEARCH = 10  # operands whose order of the fewest FLOPs is searched for; with more, opt_einsum's heuristics
-LARGEST_PRICED = 5  # operands of which all orders (105 of five) are priced
+LARGEST_LAID = 6  # operands of which an order is priced with what it copies; of more without
 CLEARLY = (
     0.8  # of the price of the order of the fewest FLOPs: what another one may cost at most, since prices are rough
 )
@@ -35,7 +36,7 @@ class Cost:
     Args:
         flops: by opt_einsum's count.
         moved: numbers that are read and written.
-        copied: numbers that are put into another order in memory.
+        copied: numbers that are put into another order in memory, or cost as much since a product is skinny.
         calls: contractions.
     """
 
@@ -113,12 +114,11 @@ class Plan:
 def cheapest_plan(
     inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...], worth: Worth
 ) -> Plan:
-    """The pairwise order of the lowest price, if it is clearly lower than that of the fewest FLOPs; of many operands that one."""
+    """The pairwise order of the lowest price, if it is clearly lower than that of the fewest FLOPs, else that one."""
     least = plan_of(inputs, output, sizes)
-    if not 2 < len(inputs) <= LARGEST_PRICED:
+    if not 2 < len(inputs) <= LARGEST_SEARCH:
         return least
-    plans = [_planned(inputs, output, sizes, order) for order in _orders(len(inputs))]
-    best = min(plans, key=lambda plan: plan.cost.price(worth))
+    best = _planned(inputs, output, sizes, worth)
     return best if best.cost.price(worth) < CLEARLY * least.cost.price(worth) else least
 
 
@@ -128,14 +128,12 @@ def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes:
     return _planned(inputs, output, sizes, None)
 
 
-def _planned(inputs, output, sizes, order: list[tuple[int, int]] | None) -> Plan:
-    """``order``: numbers of operands and results, see :func:`_best_order`; the best one unless given."""
+def _planned(inputs, output, sizes, worth: Worth | None) -> Plan:
     letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path = _path(terms, target, size) if order is None else _linear(order)
-    steps, costs, numbers, lie = [], [], [], list(terms)
+    path, steps, costs, numbers, lie = _path(terms, target, size, worth), [], [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
@@ -146,6 +144,7 @@ def _planned(inputs, output, sizes, order: list[tuple[int, int]] | None) -> Plan
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
         made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
+        copied += skinny(equation, size)
         lie.append(made)
         numbers.append(_size(kept, size))
         costs.append(Cost(flops, sum(_size(term, size) for term in [*taken, kept]), copied, 1))
@@ -154,65 +153,75 @@ def _planned(inputs, output, sizes, order: list[tuple[int, int]] | None) -> Plan
     return Plan(tuple(steps), tuple(costs), tuple(numbers))
 
 
-def _path(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, ...]]:
+def _path(terms: list[str], target: str, size: dict[str, int], worth: Worth | None) -> list[tuple[int, ...]]:
     if len(terms) == 1:
         return [(0,)]
     if len(terms) <= LARGEST_SEARCH:
-        return _linear(_best_order(terms, target, size))
+        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size, worth))]
     shapes = [tuple(size[letter] for letter in term) for term in terms]
     path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
     return [tuple(pair) for pair in path]
 
 
-def _linear(order: list[tuple[int, int]]) -> list[tuple[int, ...]]:
-    return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(order)]
+class Found(NamedTuple):
+    """The best order of a subset of operands; of equals the one that moves less."""
+
+    price: float = 0.0
+    moved: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()  # of subsets, in order
+    term: str = ""
+    lie: str = ""
 
 
-def _orders(count: int) -> list[list[tuple[int, int]]]:
-    """All orders in which so many operands can be multiplied, each tree of products once."""
+def _best_order(
+    terms: list[str], target: str, size: dict[str, int], worth: Worth | None = None
+) -> list[tuple[int, int]]:
+    """The order of the lowest price, by dynamic programming over subsets (bit masks) of the operands.
 
-    @cache
-    def trees(subset: int) -> list[tuple[tuple[int, int], ...]]:
-        if subset.bit_count() == 1:
-            return [()]
-        halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
-        pairs = ((half, subset - half) for half in halves)
-        return [(*a, *b, (one, other)) for one, other in pairs for a in trees(one) for b in trees(other)]
-
-    return [_numbered(tree, count) for tree in trees(2**count - 1)]
-
-
-def _numbered(pairs: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Pairs of subsets of operands as pairs of numbers, where results are numbered on from the operands."""
-    number = {1 << k: k for k in range(count)}
-    for one, other in pairs:
-        number[one | other] = len(number)
-    return [(number[one], number[other]) for one, other in pairs]
-
-
-def _best_order(terms: list[str], target: str, size: dict[str, int]) -> list[tuple[int, int]]:
-    """The order with the fewest FLOPs, by dynamic programming over subsets (bit masks) of the operands.
-
-    opt_einsum's exact search errs, by up to a factor of 4, where a label is shared by more than two operands.
-    Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
+    Without ``worth`` it is that of the fewest FLOPs; opt_einsum's exact search errs there, by up to a factor of 4, where a label
+    is shared by more than two operands. With it a subset counts with the layout that its own best order leaves, though another
+    one might have left a better one. Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
     """
     everything = 2 ** len(terms) - 1
     labels = {subset: _labels_of(subset, terms, target) for subset in range(1, everything + 1)}
 
-    def joined(one: int, other: int) -> tuple[int, int, tuple]:
-        union, kept = labels[one] | labels[other], labels[one | other]
-        flops = _size(union, size) * (2 if union != kept else 1)
-        moved = sum(_size(own, size) for own in (labels[one], labels[other], kept))
-        (flops_one, moved_one, pairs_one), (flops_other, moved_other, pairs_other) = best(one), best(other)
-        pairs = (*pairs_one, *pairs_other, (one, other))
-        return flops + flops_one + flops_other, moved + moved_one + moved_other, pairs
+    @cache
+    def count(some: frozenset[str]) -> int:
+        return _size(some, size)
+
+    def joined(one: int, other: int) -> Found:
+        union, kept, both = labels[one] | labels[other], labels[one | other], labels[one] & labels[other]
+        flops, moved = (
+            count(union) * (2 if union != kept else 1),
+            count(labels[one]) + count(labels[other]) + count(kept),
+        )
+        first, second = best(one), best(other)
+        pairs = (*first.pairs, *second.pairs, (one, other))
+        price, term, lie, whole = flops, "", "", one | other == everything
+        if worth is not None:
+            if one.bit_count() > 1 == other.bit_count():
+                first, second = second, first  # as a plan takes them: a result before an operand
+            term = target if whole else "".join(x for x in dict.fromkeys(first.term + second.term) if x in kept)
+            sides = [count(labels[one] - both), count(labels[other] - both), count(both - kept)]
+            lie, copied = term, moved if is_skinny(sides) else 0
+            if len(terms) <= LARGEST_LAID:
+                lie, more = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
+                copied += more + (count(kept) if whole and lie != target else 0)
+            price = Cost(flops, moved, copied, 1).price(worth)
+        return Found(price + first.price + second.price, moved + first.moved + second.moved, pairs, term, lie)
 
     @cache
-    def best(subset: int) -> tuple[int, int, tuple]:  # FLOPs, numbers moved, the pairs of subsets in order
+    def best(subset: int) -> Found:
+        if subset.bit_count() == 1:
+            own = terms[subset.bit_length() - 1]
+            return Found(term=own, lie=own)
         halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
-        return min((joined(half, subset - half) for half in halves), default=(0, 0, ()))
+        return min(joined(half, subset - half) for half in halves)
 
-    return _numbered(best(everything)[2], len(terms))
+    number = {1 << k: k for k in range(len(terms))}
+    for one, other in best(everything).pairs:
+        number[one | other] = len(number)
+    return [(number[one], number[other]) for one, other in best(everything).pairs]
 
 
 def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:

@@ -146,17 +146,6 @@ def test_the_price_decides_between_the_kinds_of_plans():
     assert contract._through_dense(many, 2048, CPU)
 
 
-@pytest.mark.parametrize(("count", "trees"), [(2, 1), (3, 3), (4, 15), (5, 105)])
-def test_all_orders_are_looked_at(count, trees):
-    """The number of binary trees with so many leaves, ``(2n - 3)!!``."""
-    orders = plan._orders(count)
-    assert len(set(map(tuple, orders))) == len(orders) == trees
-    for order in orders:
-        assert sorted(k for chosen in order for k in chosen) == list(range(2 * count - 2)), (
-            "each operand and result once"
-        )
-
-
 def test_the_order_is_that_of_the_lowest_price():
     """One row and a large factor: the order of the fewest FLOPs would copy that factor."""
     (place,) = Kronecker(outs=(768, 4), ins=(192, 4), terms=7).normal_form()
