@@ -1,6 +1,6 @@
 """A GPT-2 small with random weights at 65 % of its parameters against the dense one: prompts, decoding, a step of training.
 
-    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8]
+    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8] [--folder recommended DIR]
     python benchmarks/models.py --table
 
 Matrices of the blocks are folded from noise (speed does not depend on the values), so that all parameters together, embedding
@@ -44,6 +44,7 @@ def model_of(structure: dict | None, keep: float) -> GPT2LMHeadModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--folder", nargs=2, metavar=("NAME", "DIR"), help="instead of --structures")
     parser.add_argument("--keep", type=float, default=0.65)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
@@ -61,11 +62,12 @@ def measure(given) -> None:
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
     result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}
     done = {(row["structure"], row["keep"], row["batch"]) for row in result["rows"]}
-    for name in given.structures:
+    for name in [given.folder[0]] if given.folder else given.structures:
         for batch in given.batch:
             if (name, given.keep, batch) in done:
                 continue
-            model, dense = model_of(STRUCTURES[name], given.keep), model_of(None, 1.0)
+            folded = api.load(given.folder[1], "cpu", "float32")[0] if given.folder else None
+            model, dense = folded or model_of(STRUCTURES[name], given.keep), model_of(None, 1.0)
             speed = api.bench(model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=True)
             row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
             row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}

@@ -2,11 +2,11 @@
 
     python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...] [--mode auto]
     python benchmarks/speed.py --table
-    python benchmarks/speed.py --table
 
 Forward at 1, 512 and 4,096 rows, forward and backward at 4,096; float32, medians of turns in one run, each beside the least
 time that its FLOPs and bytes take on this machine. A row that runs on a kept matrix is a dense layer, and marked so. Results go
-to results/bench/DEVICE/layers.json, set by set; what is there is not measured again. Let nothing else run.
+to results/bench/DEVICE/layers.json, set by set; what is there is not measured again, unless it is marked as ``of`` an earlier
+version. Let nothing else run.
 """
 
 import argparse
@@ -124,6 +124,7 @@ def main() -> None:
         "flops_per_second": flops_per_second(cpu, torch.float32),
         "bytes_per_second": bytes_per_second(cpu),
     }
+    result["sets"] = [one for one in result["sets"] if "of" not in one or one["group"] not in given.only]
     done = {(one["group"], one["name"]) for one in result["sets"]}
     for (group, name), structures in sets().items():
         if group not in given.only or (given.names and name not in given.names) or (group, name) in done:
@@ -168,7 +169,8 @@ def write_table(results: Path, target: Path) -> None:
                         if (json.dumps(cell["structure"]), cell["mode"]) == (structure, mode)
                     }
                     shown = [shown_of(own.get(which)) for which in PASSES]
-                    lines.append(f"| {one['name']} | {out} x {inner} | {mode} | {' | '.join(shown)} |")
+                    name = one["name"] + (f" ({one['of']})" if "of" in one else "")
+                    lines.append(f"| {name} | {out} x {inner} | {mode} | {' | '.join(shown)} |")
         lines.append("")
     target.write_text("\n".join(lines))
 

@@ -31,19 +31,15 @@ CLEARLY = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one contraction or many.
-
-    Args:
-        flops: by opt_einsum's count.
-        moved: numbers that are read and written.
-        copied: numbers that are put into another order in memory, or cost as much since a product is skinny.
-        calls: contractions.
+    """Of one contraction or many: FLOPs by opt_einsum's count; numbers that are read and written, and those that are put into
+    another order in memory; contractions; numbers that skinny products read and write, which costs as much as a copy.
     """
 
     flops: int = 0
     moved: int = 0
     copied: int = 0
     calls: int = 0
+    skinny: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -53,7 +49,9 @@ class Cost:
 
     def price(self, worth: Worth) -> float:
         """What it is expected to take, in FLOPs."""
-        return self.flops + worth.moved * self.moved + worth.copied * self.copied + worth.call * self.calls
+        return (
+            self.flops + worth.moved * self.moved + worth.copied * (self.copied + self.skinny) + worth.call * self.calls
+        )
 
 
 def cost_of_product(rows: int, out: int, inner: int) -> Cost:
@@ -144,10 +142,10 @@ def _planned(inputs, output, sizes, worth: Worth | None) -> Plan:
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
         made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
-        copied += skinny(equation, size)
         lie.append(made)
         numbers.append(_size(kept, size))
-        costs.append(Cost(flops, sum(_size(term, size) for term in [*taken, kept]), copied, 1))
+        moved = sum(_size(term, size) for term in [*taken, kept])
+        costs.append(Cost(flops, moved, copied, 1, skinny(equation, size)))
     if lie != [target]:
         costs[-1] += Cost(copied=_size(target, size))
     return Plan(tuple(steps), tuple(costs), tuple(numbers))

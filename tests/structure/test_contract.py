@@ -419,6 +419,32 @@ def test_what_is_copied_is_what_is_foreseen(equation, copied):
     assert mode.numbers <= copied + min(one.numel(), other.numel())
 
 
+@pytest.mark.parametrize(
+    ("equation", "numbers"),
+    [
+        ("ns,as->na", 0),  # 8 columns, 10 that are summed over
+        ("nsp,ap->nsa", 500 * 10 * 5 + 8 * 5 + 500 * 10 * 8),  # 8 and 5
+        ("nsp,p->ns", 500 * 10 * 5 + 5 + 500 * 10),
+        ("sb,sb->", 0),
+        ("na,a->na", 0),  # no product of matrices
+    ],
+)
+def test_skinny_products_are_known(equation, numbers):
+    assert pair.skinny(equation, {"n": 500, "s": 10, "a": 8, "b": 64, "p": 5}) == numbers
+
+
+def test_skinny_products_are_put_together():
+    """Of eight modes of a few numbers each no factor is applied alone: pairs of them are, at more FLOPs."""
+    (place,) = Tucker(outs=(8, 8, 6, 8), ins=(4, 6, 8, 4), ranks=(6, 6, 4, 6, 3, 4, 6, 3)).normal_form()
+    fewest, cheapest = contract._chain(place.diagram, 512, None), contract._chain(place.diagram, 512, CPU)
+
+    def on_rows(made):
+        return sum(len(taken) == 2 and any(made.moving[k] for k in taken) for taken in made.taken)
+
+    assert on_rows(fewest) == 9 and on_rows(cheapest) < 7
+    assert fewest.cost.flops < cheapest.cost.flops < 2 * fewest.cost.flops
+
+
 BATCHES = {
     "block train": BlockTrain(outs=(24, 48), ins=(48, 16), rank=4),
     "BLAST": Blast(outs=(32, 24), ins=(32, 16), rank=30),
