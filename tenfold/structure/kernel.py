@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from typing import no_type_check
 
 import torch
 import triton
@@ -35,6 +36,7 @@ CONFIGS = [
 ]
 
 
+@no_type_check  # Triton compiles the source: a function around it would be in the way
 @triton.jit
 def _offsets(index, sizes: tl.constexpr, strides):
     """Where number ``index`` of labels of these sizes lies, the first one fastest; the slowest one's size is not needed."""
@@ -45,6 +47,7 @@ def _offsets(index, sizes: tl.constexpr, strides):
     return offsets + rest * strides[len(sizes)]
 
 
+@no_type_check
 @triton.autotune(CONFIGS, key=["about", "columns", "summed", "count"], restore_value=["c"])
 @triton.jit
 def _contract(
