@@ -181,11 +181,12 @@ def _best_order(
     one might have left a better one. Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
     """
     everything = 2 ** len(terms) - 1
-    labels = {subset: _labels_of(subset, terms, target) for subset in range(1, everything + 1)}
+    bit = {letter: 1 << k for k, letter in enumerate(size)}  # sets of labels are masks, too, which is faster
+    labels = {subset: sum(bit[x] for x in _labels_of(subset, terms, target)) for subset in range(1, everything + 1)}
 
     @cache
-    def count(some: frozenset[str]) -> int:
-        return _size(some, size)
+    def count(some: int) -> int:
+        return _size((letter for letter in size if some & bit[letter]), size)
 
     def joined(one: int, other: int) -> Found:
         union, kept, both = labels[one] | labels[other], labels[one | other], labels[one] & labels[other]
@@ -199,8 +200,8 @@ def _best_order(
         if worth is not None:
             if one.bit_count() > 1 == other.bit_count():
                 first, second = second, first  # as a plan takes them: a result before an operand
-            term = target if whole else "".join(x for x in dict.fromkeys(first.term + second.term) if x in kept)
-            sides = [count(labels[one] - both), count(labels[other] - both), count(both - kept)]
+            term = target if whole else "".join(x for x in dict.fromkeys(first.term + second.term) if kept & bit[x])
+            sides = [count(labels[one] & ~both), count(labels[other] & ~both), count(both & ~kept)]
             lie, copied = term, moved if is_skinny(sides) else 0
             if len(terms) <= LARGEST_LAID:
                 lie, more = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
