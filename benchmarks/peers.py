@@ -14,12 +14,13 @@ import argparse
 import json
 import math
 import statistics
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from tenfold.evaluate.layers import one_pass
 from tenfold.evaluate.machine import seconds
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import CP, TensorTrain, Tucker
@@ -112,7 +113,7 @@ def compared(layer: FactorizedLinear, peers: dict[str, nn.Module], rows: int, ba
     times = {name: [] for name in contenders}
     for _ in range(REPEATS + 1):
         for name, module in contenders.items():
-            run = step(module, x, upstream, backward)
+            run = one_pass(module, x, upstream, backward)
             calls = max(1, math.ceil(0.005 / times[name][-1])) if times[name] else 1
             times[name].append(seconds(run, CPU, calls))
     found = {name: values[1:] for name, values in times.items()}
@@ -125,19 +126,6 @@ def compared(layer: FactorizedLinear, peers: dict[str, nn.Module], rows: int, ba
         "best_peer": best, "ratio": statistics.median(ratio for ratio, _ in ratios),
         "ratio_dense": statistics.median(ratio for _, ratio in ratios),
     }  # fmt: skip
-
-
-def step(module: nn.Module, x, upstream, backward: bool):
-    def run() -> None:
-        if not backward:
-            with torch.no_grad():
-                module(x)
-            return
-        for value in (x, *module.parameters()):
-            value.grad = None
-        module(x).backward(upstream)
-
-    return run
 
 
 def main() -> None:
@@ -154,7 +142,10 @@ def measure(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "peers.json"
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    result["versions"] = {name: version(name) for name in ("torch", "tensorly-torch", "tensorly", "pyfastkron")}
+    try:
+        result["versions"] = {name: version(name) for name in ("torch", "tensorly-torch", "tensorly", "pyfastkron")}
+    except PackageNotFoundError as missing:
+        raise SystemExit(f"{missing.name} is not installed; install all three as --help says") from None
     done = {(row["peer"], row["name"], row["rows"], row["pass"]) for row in result["rows"]}
     made = {("tensorly-torch", name): (against_tensorly, given) for name, given in TENSORLY.items()}
     made |= {("pyfastkron", name): (against_fastkron, given) for name, given in KRONECKER.items()}

@@ -65,23 +65,22 @@ def power(sizes, seconds) -> float:
 
 
 def over_rows() -> dict:
-    found = {}
-    for name, structure in structures(3072, 768).items():
-        points = curve(structure, ROWS)
-        powers = {key: power(ROWS, [point[key] for point in points]) for key in ("seconds", "dense_seconds")}
-        found[name] = {"points": points, "powers": powers}
-        print(name, {point["rows"]: round(point["ratio"], 2) for point in points}, powers, flush=True)
-    return found
+    return {name: fitted(name, "rows", curve(one, ROWS)) for name, one in structures(3072, 768).items()}
 
 
 def over_width() -> dict:
-    found = {}
-    for name in structures(256, 256):
-        points = [{"width": w} | curve(structures(w, w)[name], (MIDDLE,))[0] for w in WIDTHS]
-        powers = {key: power(WIDTHS, [point[key] for point in points]) for key in ("seconds", "dense_seconds")}
-        found[name] = {"points": points, "powers": powers}
-        print(name, {point["width"]: round(point["ratio"], 2) for point in points}, powers, flush=True)
-    return found
+    square = {width: structures(width, width) for width in WIDTHS}
+    return {
+        name: fitted(name, "width", [{"width": w} | curve(square[w][name], (MIDDLE,))[0] for w in WIDTHS])
+        for name in square[WIDTHS[0]]
+    }
+
+
+def fitted(name: str, size: str, points: list[dict]) -> dict:
+    sizes = [point[size] for point in points]
+    powers = {key: power(sizes, [point[key] for point in points]) for key in ("seconds", "dense_seconds")}
+    print(name, {point[size]: round(point["ratio"], 2) for point in points}, powers, flush=True)
+    return {"points": points, "powers": powers}
 
 
 def planning() -> dict:

@@ -55,7 +55,7 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
     upstream = torch.randn(rows, out, device=device).to(dtype)
     training = layer.training
     layer.train(not kept)  # a matrix is kept in evaluation only
-    pairs = turns(*(_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
+    pairs = turns(*(one_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
     layer.train(training).zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
@@ -71,7 +71,9 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
     }
 
 
-def _pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
+def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
+    """What is timed: forward without gradients, or forward and backward to ``x`` and all parameters."""
+
     def run() -> None:
         if not backward:
             with torch.no_grad():

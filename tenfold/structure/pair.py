@@ -336,9 +336,7 @@ def _fill(made: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         made, a, b = made.mT, b.mT, a.mT
     if a.shape[1] < THIN:  # up to 15 times faster on a CPU if what is summed over lies together in the few
         a = a[:1].contiguous().expand(a.shape) if a.stride(0) == 0 else a.contiguous()
-    if (
-        a.device.type == "cpu" and not single
-    ):  # else torch makes them one by one, and copies what is no matrix each time
+    if a.device.type == "cpu" and not single:  # else torch makes them one by one, and copies each time
         a, b = (value if _is_matrix(value) else value.contiguous() for value in (a, b))
         if not made.is_contiguous():
             made.add_(torch.bmm(a, b)) if add else made.copy_(torch.bmm(a, b))
@@ -368,9 +366,8 @@ def _matrices(value: Tensor, labels: str, groups: tuple[str, str, str], copies: 
     """``value`` with one axis for each of ``groups``."""
     if not all(_together(value, labels, group) for group in groups):
         first, second, last = sorted(groups, key=lambda group: min(map(labels.index, group), default=-1))
-        flat = (
-            first + last + second if last == groups[0] else first + second + last
-        )  # a matrix needs its rows or columns last
+        # a matrix needs its rows or columns last
+        flat = first + last + second if last == groups[0] else first + second + last
         order = tuple(labels.index(x) for x in flat)
         known = (copies or {}).get((id(value), order))
         if known is None:

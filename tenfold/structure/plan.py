@@ -24,9 +24,7 @@ SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner 
 Product = tuple[bool, bool, bool]
 LARGEST_SEARCH = 10  # operands whose order of the fewest FLOPs is searched for; with more, opt_einsum's heuristics
 LARGEST_LAID = 6  # operands of which an order is priced with what it copies; of more without
-CLEARLY = (
-    0.8  # of the price of the order of the fewest FLOPs: what another one may cost at most, since prices are rough
-)
+CLEARLY = 0.8  # of the price of the order of the fewest FLOPs: what another one may cost, since prices are rough
 
 
 @dataclass(frozen=True)
