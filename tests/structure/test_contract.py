@@ -156,8 +156,16 @@ def test_the_order_is_that_of_the_lowest_price():
     assert contract._chain(diagram, 1, Worth(0.0, 0.0, 0.0)) == fewest
     assert contract.forward_plans(diagram, 1) == (cheapest, None)
     assert contract.forward_plans(diagram, 1, CPU, True) == (fewest, None)
-    many = contract._chain(diagram, 2048, CPU)
-    assert many == contract._chain(diagram, 2048, None), "a little cheaper is not enough"
+    assert contract.flops(diagram, 1) == fewest.cost.flops, "counts do not depend on prices"
+
+
+def test_a_little_cheaper_is_not_enough():
+    (place,) = Kronecker(outs=(1024, 3), ins=(256, 3), terms=2).normal_form()
+    operands = ((contract.ROWS, *place.diagram.ins), *(labels for _, labels in place.diagram.factors))
+    output, sizes = (contract.ROWS, *place.diagram.outs), (*place.diagram.sizes, (contract.ROWS, 512))
+    best, fewest = plan._planned(operands, output, sizes, CPU), plan.plan_of(operands, output, sizes)
+    assert plan.CLEARLY * fewest.cost.price(CPU) < best.cost.price(CPU) < fewest.cost.price(CPU)
+    assert contract._chain(place.diagram, 512, CPU) == fewest
 
 
 def test_the_way_back_is_two_products_for_one_and_what_is_made_again():
