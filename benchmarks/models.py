@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from study import device_folder
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold import api
@@ -56,8 +57,7 @@ def main() -> None:
 
 
 def measure(given) -> None:
-    folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(given.output)
     file = folder / "models.json"
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
     result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}

@@ -6,8 +6,9 @@
 
 Forward, and forward with backward, float32, medians of turns; tensorly-torch in both of its implementations, of which the faster
 one counts (of CP in one: the other one takes 20 s, and more memory backward than 24 GB). pyfastkron multiplies with one Kronecker
-product of two or more factors. A dense layer goes along. Results go to results/bench/DEVICE/peers.json, row by row; what is there
-is not measured again. Let nothing else run.
+product of two or more factors. Our layer counts twice: ``memory`` keeps its input and factors for the way back, ``speed`` also
+what lies between products, or its matrix, as the other packages do. A dense layer goes along. Results go to
+results/bench/DEVICE/peers.json, row by row; what is there is not measured again. Let nothing else run.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from study import device_folder
 from torch import nn
 
 from tenfold.evaluate.layers import one_pass
 from tenfold.evaluate.machine import seconds
 from tenfold.nn import FactorizedLinear
+from tenfold.nn.kept import keep_matrices
 from tenfold.structure import CP, TensorTrain, Tucker
 
 CPU, REPEATS = torch.device("cpu"), 9
@@ -41,6 +44,7 @@ KRONECKER = {  # out and in of every factor
     "8 x 8, four times": ((8, 8, 8, 8), (8, 8, 8, 8)),
 }
 ROWS = (256, 512, 2048)
+MODES = ("memory", "speed")
 
 
 class FastKron(nn.Module):
@@ -105,7 +109,9 @@ def compared(layer: FactorizedLinear, peers: dict[str, nn.Module], rows: int, ba
     """Seconds of every contender, in turns; ``ratio`` is that of the fastest peer over ours."""
     out, inner = layer.structure.shape
     x, upstream = torch.randn(rows, inner, requires_grad=backward), torch.randn(rows, out)
-    contenders = {"tenfold": layer, "dense": nn.Linear(inner, out, bias=False)} | peers
+    faster = layer_of(layer.structure, layer.factors())
+    keep_matrices(faster, "speed")
+    contenders = {"memory": layer, "speed": faster, "dense": nn.Linear(inner, out, bias=False)} | peers
     for name, peer in peers.items():
         error = (peer(x.detach()) - layer(x.detach())).norm() / layer(x.detach()).norm()
         if not error < 1e-3:
@@ -118,13 +124,15 @@ def compared(layer: FactorizedLinear, peers: dict[str, nn.Module], rows: int, ba
             times[name].append(seconds(run, CPU, calls))
     found = {name: values[1:] for name, values in times.items()}
     best = min(peers, key=lambda name: statistics.median(found[name]))
-    pairs = zip(found[best], found["dense"], found["tenfold"], strict=True)
-    ratios = [(peer / ours, dense / ours) for peer, dense, ours in pairs]
+
+    def ratio(other: str, mode: str) -> float:
+        return statistics.median(theirs / ours for theirs, ours in zip(found[other], found[mode], strict=True))
+
     return {
         "rows": rows, "pass": "forward + backward" if backward else "forward", "shape": [out, inner],
         "parameters": layer.structure.numel, "seconds": {name: statistics.median(all) for name, all in found.items()},
-        "best_peer": best, "ratio": statistics.median(ratio for ratio, _ in ratios),
-        "ratio_dense": statistics.median(ratio for _, ratio in ratios),
+        "best_peer": best, "ratio": {mode: ratio(best, mode) for mode in MODES},
+        "ratio_dense": {mode: ratio("dense", mode) for mode in MODES},
     }  # fmt: skip
 
 
@@ -134,12 +142,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write docs/speed-peers.md from the result files")
     given = parser.parse_args()
     if not given.table:
-        measure(given.output / f"cpu-{torch.get_num_threads()}-threads")
+        measure(device_folder(given.output))
     write_table(given.output, Path("docs/speed-peers.md"))
 
 
 def measure(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "peers.json"
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
     try:
@@ -159,13 +166,18 @@ def measure(folder: Path) -> None:
                 row = {"peer": peer, "name": name} | compared(layer, peers, rows, backward)
                 result["rows"].append(row)
                 file.write_text(json.dumps(result, indent=1) + "\n")
-                shown = f"{row['ratio']:.2f} of {row['best_peer']}, {row['ratio_dense']:.2f} of dense"
+                shown = f"{in_modes(row['ratio'])} of {row['best_peer']}, {in_modes(row['ratio_dense'])} of dense"
                 print(f"{peer}, {name}, {rows} rows, {row['pass']}: {shown}", flush=True)
 
 
+def in_modes(ratio: dict[str, float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in ratio.values())
+
+
 ABOUT = """Written by `python benchmarks/peers.py --table` from `results/bench/*/peers.json`: how many times as fast as the other
-package, and as `nn.Linear`, on the same structure with the same factors (medians of turns in one run, float32). tensorly-torch
-counts with the faster of its two implementations (CP with one: the other one takes 20 s, and more memory than 24 GB).
+package, and as `nn.Linear`, on the same structure with the same factors (medians of turns in one run, float32; in mode
+`memory`, and behind the stroke in mode `speed`, where it was measured). tensorly-torch counts with the faster of its two
+implementations (CP with one: the other one takes 20 s, and more memory than 24 GB).
 """
 
 
@@ -182,7 +194,7 @@ def write_table(results: Path, target: Path) -> None:
         for row in result["rows"]:
             lines.append(
                 f"| {row['peer']} | {row['name']} | {row['shape'][0]} x {row['shape'][1]} | {row['rows']:,} | {row['pass']} | "
-                f"{row['ratio']:.2f} | {row['ratio_dense']:.2f} | {row['best_peer']} |"
+                f"{in_modes(row['ratio'])} | {in_modes(row['ratio_dense'])} | {row['best_peer']} |"
             )
         lines.append("")
     target.write_text("\n".join(lines))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from speed import FAMILIES, half
-from study import measured
+from study import device_folder, measured
 from torch import nn
 from transformers import AutoConfig
 
@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write docs/speed-scale.md from the result files")
     given = parser.parse_args()
     if not given.table:
-        folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "scale.json"
+        file = device_folder(given.output) / "scale.json"
         result = json.loads(file.read_text()) if file.exists() else {}
         result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
         torch.manual_seed(0)

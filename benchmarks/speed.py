@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from study import device_folder
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -115,8 +116,7 @@ def main() -> None:
     if given.table:
         write_table(given.output, Path("docs/speed-layers.md"))
         return
-    folder = given.output / f"cpu-{torch.get_num_threads()}-threads"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(given.output)
     file, cpu = folder / "layers.json", torch.device("cpu")
     result = json.loads(file.read_text()) if file.exists() else {"sets": []}
     result["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": version("torch")}

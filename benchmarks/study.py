@@ -9,6 +9,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 
 def arguments(about: str, keep: list[float]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,6 +28,13 @@ def results(folder: str, given: argparse.Namespace) -> tuple[Path, dict]:
     result = json.loads(file.read_text()) if file.exists() else {"runs": []}
     result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}
     return file, result
+
+
+def device_folder(output: Path) -> Path:
+    """Where results of this processor go: one with other instructions has figures of its own."""
+    folder = output / f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-{torch.get_num_threads()}-threads"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def measured(*command: str) -> dict:

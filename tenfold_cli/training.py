@@ -51,9 +51,7 @@ def heal(
     seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
     overwrite: Overwrite = False,
     device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the saved model; training computes in bfloat16 autocast.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved model.")] = None,
 ) -> None:
     """Distil the dense model into the folded one and save it; repeat the command after an interruption and it goes on."""
     from tenfold import api

@@ -24,7 +24,8 @@ class Heal(Strict):
             depth unless given.
         positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
         chunk: positions whose logits are held at once.
-        precision: in which products are computed; the weights that are trained are in float32.
+        precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
+            float32 elsewhere; the weights that are trained are in float32.
     """
 
     steps: int | None = None
@@ -41,7 +42,7 @@ class Heal(Strict):
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
     positions: Literal["all", "masked"] = "all"
     chunk: int = Field(1024, ge=1)
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
 
     @field_validator("losses")
     @classmethod

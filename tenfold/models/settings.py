@@ -76,7 +76,8 @@ class Train(Strict):
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
-        precision: in which products are computed; the weights that are trained are in float32.
+        precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
+            float32 elsewhere; the weights that are trained are in float32.
         compile, checkpointing: torch.compile, and activations computed again in the backward pass.
         save_steps: how often a checkpoint is written.
     """
@@ -95,7 +96,7 @@ class Train(Strict):
     weight_decay: float = 0.1
     schedule: str = "linear"
     warmup: float = 0.03
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     checkpointing: bool = False
     save_steps: int = Field(200, ge=1)

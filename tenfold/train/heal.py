@@ -23,6 +23,7 @@ from tenfold.models.reading import context_of, reads_streams
 from tenfold.train.distil import Distillation
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
+from tenfold.train.precision import in_bfloat16
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
 from tenfold.train.trainer import (
@@ -128,7 +129,7 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool,
         batch,
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
-        bf16=settings.precision == "bfloat16",
+        bf16=in_bfloat16(settings.precision),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tenfold.nn import FactorizedLinear, SharedFactors
+from tenfold.train.precision import multiplies_bfloat16
 
 NOT_HIDDEN = ("embed", "wte", "wpe", "wtte", "head", "score", "classifier")
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # of the Newton-Schulz iteration
@@ -56,8 +57,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """``U V^T`` of every matrix ``U S V^T`` in ``(batch, m, n)``, nearly: singular values come to 0.7 to 1.2; bfloat16."""
-    x = matrices.bfloat16()
+    """``U V^T`` of every matrix ``U S V^T`` in ``(batch, m, n)``, nearly: singular values come to 0.7 to 1.2."""
+    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device.type) else matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)

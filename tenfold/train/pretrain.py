@@ -32,6 +32,7 @@ from tenfold.models.replace import replace
 from tenfold.models.settings import Train
 from tenfold.train.guide import Guided
 from tenfold.train.optimizer import optimizer_for
+from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_tokens, versions
 from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
 from tenfold.train.trainer import (
@@ -111,7 +112,7 @@ def pretrain(
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
-        bf16=settings.precision == "bfloat16",
+        bf16=in_bfloat16(settings.precision, device),
         torch_compile=settings.compile,
         activation_checkpointing=settings.checkpointing,
         max_steps=steps,
@@ -142,6 +143,7 @@ def pretrain(
         "recipe": recipe.model_dump(exclude_defaults=True),
         "tokens": steps * settings.batch * settings.accumulate * length,
         "parameters": size,
+        "precision": "bfloat16" if arguments.bf16 else "float32",
         "seconds_of_last_run": round(time.perf_counter() - begun, 1),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
         "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],

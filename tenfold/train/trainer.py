@@ -221,7 +221,6 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
     defaults = {
         "output_dir": str(folder),
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": True,
         "learning_rate": learning_rate,
         "per_device_train_batch_size": batch,
         "max_grad_norm": 1.0,
