@@ -29,6 +29,7 @@ STRUCTURES = {
     "BLAST": {"kind": "blast", "blocks": 4},
     "Tucker": {"kind": "tucker", "parts": 2},
     "CP": {"kind": "cp", "parts": 2},
+    "CP, inputs whole": {"kind": "cp", "parts": [2, 1]},
     "block train + low rank": {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]},
 }
 FITS = {

@@ -20,6 +20,7 @@ class Curve:
 
     Args:
         name: of the item, unique.
+        losses: NaN where nothing asks for them; such options are all kept.
         options: what is chosen; the last one is the item as it is.
         within: ``(out, in, fields)`` of the structure whose sizes the options are, where there are more than are listed.
         products: multiply-adds a token, where they are not the parameters.
@@ -46,8 +47,8 @@ class Curve:
         order = np.lexsort((self.losses, self.costs))
         best, kept = np.inf, []
         for k in order:  # an option that is dearer and no better than another is none
-            if self.losses[k] < best:
-                best = self.losses[k]
+            if not self.losses[k] >= best:
+                best = min(best, self.losses[k])
                 kept.append(k)
         self.costs, self.losses = np.asarray(self.costs)[kept], np.maximum(np.asarray(self.losses)[kept], 0.0)
         self.options, self.products, self.indices = [self.options[k] for k in kept], products[kept], indices[kept]

@@ -38,21 +38,22 @@ class Fold:
             fixed = fitting(self.site, specs[0])
             size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
             return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
-        curve = self._curve(block.target(self.site.path), specs)
+        asked = len(specs) > 1 or (self.rule.keep is None and block.settings.allocate == "sensitivity")
+        curve = self._curve(block.target(self.site.path), specs, asked)
         if self.rule.keep is None:
             return [curve]
         k = curve.fitting(self.rule.keep * out * inner)
         some = {name: getattr(curve, name)[k : k + 1] for name in ("costs", "losses", "options", "products", "indices")}
         return [Curve(curve.name, **some, settled=out * inner, calls=self.site.calls)]
 
-    def _curve(self, target: Target, specs: list[dict[str, Any]]) -> Curve:
-        """Of all sizes of all structures, and the matrix as it is."""
+    def _curve(self, target: Target, specs: list[dict[str, Any]], asked: bool) -> Curve:
+        """Of all sizes of all structures, and the matrix as it is; unless losses are ``asked`` for, some may be NaN."""
         (out, inner), priced = self.site.shape, []
         for spec in specs:
             family = Structure.family(spec["kind"])
             if family.is_open(spec):
                 try:
-                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs)
+                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs, asked)
                 except ValueError as reason:
                     raise ValueError(f"{self.site.path} ({out}x{inner}): {reason}") from None
             else:

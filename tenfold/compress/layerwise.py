@@ -12,6 +12,7 @@ it was (:mod:`tenfold.compress.journal`).
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -274,6 +275,6 @@ def _choice(curve: Curve, option: Any, unit: str) -> dict[str, Any]:
         "chosen": shown,
         "parameters": int(curve.costs[number]),
         "of": curve.whole,
-        "loss": None if curve.settled is not None else float(curve.losses[number]),
+        "loss": None if curve.settled is not None or math.isnan(curve.losses[number]) else float(curve.losses[number]),
         "unit": unit,
     }

@@ -37,6 +37,7 @@ class Cola:
     """
 
     kind: ClassVar[str] = "cola"
+    matrices: ClassVar[None] = None
 
     out_features: int
     in_features: int

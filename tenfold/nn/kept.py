@@ -74,6 +74,8 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
 def offer(layer: FactorizedLinear) -> Offer:
     """What ``layer`` would gain."""
     structure, worth = layer.structure, worth_of(layer.like.device.type)
+    if structure.matrices is not None and len(structure.matrices) == 1:  # it is a matrix
+        return Offer(layer, 0.0, frozenset())
     dense = {rows: cost_of_product(rows, *structure.shape).price(worth) for rows in BUCKETS}
     gains = {rows: structure.price(rows, worth) / dense[rows] - 1 for rows in BUCKETS}
     some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)

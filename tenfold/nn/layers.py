@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tenfold.structure import Factors, Structure
 from tenfold.structure.contract import bucket
 
+FEW = 128  # rows of a call
+
 
 class SharedFactors(nn.Module):
     """Factors that several layers use, registered once on the base model.
@@ -76,8 +78,12 @@ class _Factorized(nn.Module):
 
     def factors(self) -> Factors:
         """The factors by name, shared ones fetched from their container."""
-        shared = {name: self._container[0](key).to(self.dtype) for name, key in self.shared.items()}
-        return {name: getattr(self, name) for name in self._names if name not in shared} | shared
+        return {name: self._factor(name) for name in self._names}
+
+    def _factor(self, name: str) -> Tensor:
+        if name in self.shared:
+            return self._container[0](self.shared[name]).to(self.dtype)
+        return getattr(self, name)
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
@@ -152,6 +158,10 @@ class FactorizedLinear(_Factorized):
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
+        if (names := self.structure.matrices) is not None and self._quick(x, len(names)):
+            for name in names[:0:-1]:
+                x = nn.functional.linear(x, self._factor(name))
+            return nn.functional.linear(x, self._factor(names[0]), self.bias)
         factors = self.factors()
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return nn.functional.linear(x, w, self.bias)
@@ -160,6 +170,11 @@ class FactorizedLinear(_Factorized):
         return self.structure._apply(
             factors, x, self.bias, bucket(x.numel() // self.in_features) in self.keeps, self.between
         )
+
+    def _quick(self, x: Tensor, products: int) -> bool:
+        """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
+        few = x.numel() <= FEW * self.in_features and not self.keeps and not torch.is_grad_enabled()
+        return products == 1 or few
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -85,13 +86,17 @@ class Structure(ABC):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        """The fields for a matrix ``(out, inner)`` from what a recipe gives, the derivable ones filled in."""
+        """The fields for a matrix ``(out, inner)`` from what a recipe gives, the derivable ones filled in.
+
+        Instead of ``outs`` and ``ins`` it may give ``parts``: into how many factors both are split, or two numbers, one for each.
+        """
         names, spec = {field.name for field in dataclasses.fields(cls)}, dict(spec)
         if "out_features" in names:
             spec = {"out_features": out, "in_features": inner} | spec
         if {"outs", "ins"} <= names:
             parts = spec.pop("parts", len(spec.get("outs") or spec.get("ins") or (1, 1)))
-            spec = {"outs": dims.balanced(out, parts), "ins": dims.balanced(inner, parts)} | spec
+            of_out, of_in = (parts, parts) if isinstance(parts, int) else parts
+            spec = {"outs": dims.balanced(out, of_out), "ins": dims.balanced(inner, of_in)} | spec
         return spec
 
     # derived, final ------------------------------------------------------------------------------------------------
@@ -105,11 +110,21 @@ class Structure(ABC):
             object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         self.check()
         self._placements  # noqa: B018 - labels without a size and sizes below one are refused here
-        self._blocks  # noqa: B018 - known before anything is compiled
+        self._blocks, self.matrices  # noqa: B018 - known before anything is compiled
 
     @cached_property
     def _placements(self) -> tuple[Placement, ...]:
         return self.normal_form()
+
+    @cached_property
+    def matrices(self) -> tuple[str, ...] | None:
+        """The factors whose product, as they lie, is ``W``: ``matrix``, or ``left`` and ``right``; None of other structures."""
+        (place, *more) = self._placements
+        diagram, plain = place.diagram, not (more or place.rows or place.columns or place.outer)
+        factors = [labels for _, labels in diagram.factors]
+        path = [*diagram.outs, *(labels[-1] for labels in factors[:-1]), *diagram.ins]
+        chained = factors == list(pairwise(path)) and len(set(path)) == len(path)
+        return diagram.names if plain and chained else None
 
     @cached_property
     def _blocks(self) -> list[tuple[int, int, list[Placement]]] | None:
@@ -305,8 +320,13 @@ class Structure(ABC):
         return family.grown(out, inner, spec, budget)
 
     @classmethod
-    def sizes(cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor) -> list[tuple[Structure, float]]:
+    def sizes(
+        cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor, fitted: bool = True
+    ) -> list[tuple[Structure, float]]:
         """Structures of ``spec`` from small to large, and the squared error of each in the norm of both metrics.
+
+        Args:
+            fitted: alternate where there is no closed form; without it such errors are NaN.
 
         Raises:
             ValueError: there is no structure of ``spec`` for this shape, however large.
@@ -318,6 +338,9 @@ class Structure(ABC):
             except ValueError:  # nothing is as small as this
                 continue
             factors = structure.metric_form(weight, inputs, outputs) or structure.closed_form(weight)
+            if factors is None and not fitted:
+                found[structure] = math.nan
+                continue
             if factors is None:  # quick rather than good: many sizes are asked for
                 factors = structure.fit(weight, inputs, start=structure.fit(weight, sweeps=3), sweeps=3)
             rest = weight - structure.dense(factors)

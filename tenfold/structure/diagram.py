@@ -27,6 +27,7 @@ class Diagram:
     ones: tuple[str, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "_sizes", dict(self.sizes))  # this and the shape are asked for in every call
         size, seen = dict(self.sizes), [label for _, labels in self.factors for label in labels]
         for label in self.outs + self.ins:
             if label not in seen:
@@ -46,6 +47,11 @@ class Diagram:
         for label, number in size.items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"label {label!r} has size {number!r}; sizes are whole numbers from 1 up")
+        object.__setattr__(self, "_shape", (self.size(self.outs), self.size(self.ins)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,16 +59,10 @@ class Diagram:
 
     def size(self, labels) -> int:
         """The number of values of a multi-index over ``labels``."""
-        sizes = dict(self.sizes)
-        return math.prod([sizes[label] for label in labels])  # a list: the compiler can't trace a generator here
+        return math.prod([self._sizes[label] for label in labels])  # a list: the compiler can't trace a generator here
 
     def shape_of(self, labels) -> tuple[int, ...]:
-        sizes = dict(self.sizes)
-        return tuple(sizes[label] for label in labels)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size(self.outs), self.size(self.ins)
+        return tuple([self._sizes[label] for label in labels])
 
     @property
     def terms(self) -> int:

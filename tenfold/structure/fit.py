@@ -259,7 +259,9 @@ class Problem:
         Labels that nothing else in the normal equations has do not split the system: they are its ``m`` right sides.
         """
         diagram, (_, split), parts = place.diagram, self._labels(place.diagram, name), self._apart(place.diagram, name)
-        rest = self.targets[s] - self.structure.dense(factors) + place.dense(factors)
+        rest = self.targets[s]
+        if len(self.places) > 1:  # what the other parts leave
+            rest = rest - self.structure.dense(factors) + place.dense(factors)
         metric = self.metrics[s]
         if metric is None and any(m is not None for m in self.metrics):
             metric = torch.eye(self.structure.shape[1], dtype=torch.float64, device=rest.device)

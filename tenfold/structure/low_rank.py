@@ -63,7 +63,9 @@ class LowRank(Structure, kind="low_rank"):
             )
 
     @classmethod
-    def sizes(cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor) -> list[tuple[Structure, float]]:
+    def sizes(
+        cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor, fitted: bool = True
+    ) -> list[tuple[Structure, float]]:
         """Every rank that is smaller than the dense matrix, from one decomposition."""
         (out, inner), (row, _), (column, _) = weight.shape, roots(outputs), roots(inputs)
         squares = torch.linalg.svdvals(row @ weight.double() @ column).square()

@@ -40,7 +40,10 @@ class Cost:
     skinny: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+        return Cost(
+            self.flops + other.flops, self.moved + other.moved, self.copied + other.copied, self.calls + other.calls,
+            self.skinny + other.skinny,
+        )  # fmt: skip
 
     def times(self, number: int) -> Cost:
         return Cost(*(number * value for value in astuple(self)))
@@ -89,13 +92,13 @@ class Plan:
             moving.append(any(moving[k] for k in taken))
         return moving
 
-    @property
+    @cached_property
     def passing(self) -> int:
         """How many numbers with the first operand in them lie between the steps."""
         first = len(self.moving) - len(self.steps)
         return sum(number for k, number in enumerate(self.numbers[:-1]) if self.moving[first + k])
 
-    @property
+    @cached_property
     def cost(self) -> Cost:
         """Of all steps."""
         return sum(self.costs, Cost())

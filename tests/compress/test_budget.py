@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from tenfold.compress.compress import compress
 from tenfold.models.cost import price
+from tenfold.structure import Structure
 
 RULES = {
     "narrow": [{"narrow": "mlp"}, {"narrow": "attention"}],
@@ -207,3 +208,25 @@ def test_a_head_gets_its_own_matrix_with_a_text_too():
     tied, own = (compress(copy.deepcopy(model), recipe | {"untie": untie}, text=text())[0] for untie in (False, True))
     assert own.lm_head.weight is not own.transformer.wte.weight
     assert parameters(own) == parameters(tied) + 97 * 32
+
+
+@pytest.mark.parametrize("kind", ["cp", "blast", "tensor_train"])
+def test_fits_that_nothing_asks_for_are_not_made(kind, monkeypatch):
+    """Equal shares look at no loss, so that a structure is fitted once, at its own size."""
+    fitted, whole = [], Structure.fit
+    monkeypatch.setattr(Structure, "fit", lambda self, *a, **k: fitted.append(self) or whole(self, *a, **k))
+    counts = {}
+    for allocate in ("uniform", "sensitivity"):
+        fitted.clear()
+        recipe = choosing({"kind": kind}, keep=0.5) | {"calibrate": {"allocate": allocate}}
+        recipe["replace"][0]["start"] = {"options": {"sweeps": 2}}
+        after, report = compress(toys.build("llama"), recipe, text=text())
+        counts[allocate] = len(fitted)
+        losses = [choice["loss"] for choice in report["choices"]]
+        known = allocate == "sensitivity" or kind == "tensor_train"  # which has a closed form
+        assert all(loss is not None if known else loss is None for loss in losses)
+        sizes = [Structure.from_json(site["structure"]).numel for site in report["sites"]]
+        assert allocate == "sensitivity" or all(350 < size < 670 for size in sizes)  # of 1,024
+        assert torch.isfinite(toys.logits(after)).all()
+    assert counts["uniform"] == 4  # two matrices in two layers
+    assert counts["sensitivity"] > 5 * counts["uniform"] or kind == "tensor_train"

@@ -80,7 +80,7 @@ def untouched(model, before):
 
 
 def close(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)  # some logits are larger than 10
 
 
 def rotation(width, keeps_ones=False):

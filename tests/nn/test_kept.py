@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.nn import FactorizedLinear
 from tenfold.nn.kept import keep_matrices
-from tenfold.structure import Kronecker, LowRank, TensorTrain
+from tenfold.structure import Dense, Kronecker, LowRank, TensorTrain
 
 DEAR = TensorTrain(
     outs=(8, 8, 8), ins=(8, 8, 8), ranks=(48, 48)
@@ -22,6 +22,13 @@ def layer(structure) -> FactorizedLinear:
     made.set_factors(structure.init(0.1))
     nn.init.normal_(made.bias)
     return made.eval()
+
+
+def test_a_matrix_is_not_kept_twice():
+    """Narrowed layers hold a matrix: making it would copy it, and gain nothing."""
+    for mode in ("auto", "speed"):
+        one = layer(Dense(out_features=512, in_features=384))
+        assert keep_matrices(one, mode, limit=2**40)["bytes"] == 0 and not one.keeps
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tenfold.nn import Adapter, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
-from tenfold.structure import BlockTrain, Kronecker, LowRank, Placed, Stacked, TensorTrain
+from tenfold.structure import BlockTrain, Dense, Kronecker, LowRank, Placed, Stacked, Structure, TensorTrain
 
 OUT, IN = 12, 8
 STRUCTURES = {
@@ -53,6 +53,43 @@ def test_a_linear_layer_multiplies_by_its_matrix(structure, rows, bias):
     layer, x = linear(structure, bias=bias), torch.randn(*rows, IN)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense(), layer.bias))
     assert (layer.bias is not None) == bias
+
+
+@each
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3), (40,), (300,)], ids=str)
+def test_it_does_so_without_gradients_in_half_precision_too(structure, rows):
+    layer, x = linear(structure), torch.randn(*rows, IN)
+    with torch.no_grad():
+        expected = nn.functional.linear(x, layer.dense(), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).norm() < 0.03 * expected.norm()
+
+
+MATRICES = {"dense": Dense(out_features=OUT, in_features=IN), "low_rank": STRUCTURES["low_rank"]}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("structure", MATRICES.values(), ids=MATRICES)
+def test_few_rows_are_multiplied_by_plain_matrices(structure, shared, monkeypatch):
+    """What is around the products takes longer than they do, for few rows."""
+    name = structure.matrices[-1]
+    layer = FactorizedLinear(structure, shared={name: "common"} if shared else None)
+    if shared:
+        layer.attach(SharedFactors({"common": structure.factor_shapes()[name]}))
+    factors = structure.init(1.0)
+    layer.set_factors(factors)
+    with torch.no_grad():
+        nn.init.normal_(layer.bias)
+        layer.factors()[name].copy_(factors[name])
+        few, many = torch.randn(2, 3, IN), torch.randn(300, IN)
+        expected = [nn.functional.linear(x, structure.dense(factors), layer.bias) for x in (few, many)]
+        calls, whole = [], Structure._apply
+        monkeypatch.setattr(Structure, "_apply", lambda *given: calls.append(given) or whole(*given))
+        torch.testing.assert_close([layer(few), layer(many)], expected)
+    assert len(calls) == (0 if "matrix" in factors else 1)
 
 
 @each

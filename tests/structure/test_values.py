@@ -3,13 +3,15 @@
 import json
 from copy import copy
 from dataclasses import fields
+from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from cases import ALL, FAMILIES, LOW_RANK, each, factors_of
 
 import tenfold.structure
-from tenfold.structure import Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
+from tenfold.structure import CP, Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
 
 F64 = torch.float64
 
@@ -154,3 +156,31 @@ def test_diagrams_that_make_no_matrix_are_refused(wrong, says):
 def test_json_of_no_structure_is_refused(data, says):
     with pytest.raises(ValueError, match=says):
         Structure.from_json(data)
+
+
+def test_outputs_and_inputs_are_split_into_parts_of_their_own():
+    assert CP.for_shape(12, 7, {"kind": "cp", "parts": [2, 1], "rank": 3}) == CP(outs=(4, 3), ins=(7,), rank=3)
+    assert CP.for_shape(12, 6, {"kind": "cp", "parts": 2, "rank": 3}) == CP(outs=(4, 3), ins=(3, 2), rank=3)
+
+
+@each(ALL)
+def test_where_matrices_are_told_their_product_is_the_whole(structure):
+    factors, names = factors_of(structure), structure.matrices
+    if names is not None:
+        product = reduce(np.matmul, [factors[name].numpy() for name in names])
+        np.testing.assert_allclose(product, structure.dense(factors).numpy(), rtol=1e-12, atol=1e-12)
+    kinds = {"dense": ("matrix",), "low_rank": ("left", "right"), "kronecker": None, "placed": None}
+    assert names == kinds.get(structure.kind, names)
+
+
+def test_a_label_that_three_factors_have_is_in_no_product_of_matrices():
+    sizes = tuple({"o": 3, "i": 4, "r": 2, "s": 5}.items())
+
+    def written(*factors):
+        return Written(
+            factors=[(str(k), tuple(labels)) for k, labels in enumerate(factors)], outs="o", ins="i", sizes=sizes
+        )
+
+    assert written("or", "rs", "si").matrices == ("0", "1", "2")
+    for factors in (("oi", "ir", "ri"), ("or", "is"), ("ro", "ri"), ("o", "i"), ("or", "ri", "r")):
+        assert written(*factors).matrices is None
