@@ -78,12 +78,8 @@ class _Factorized(nn.Module):
 
     def factors(self) -> Factors:
         """The factors by name, shared ones fetched from their container."""
-        return {name: self._factor(name) for name in self._names}
-
-    def _factor(self, name: str) -> Tensor:
-        if name in self.shared:
-            return self._container[0](self.shared[name]).to(self.dtype)
-        return getattr(self, name)
+        shared = {name: self._container[0](key).to(self.dtype) for name, key in self.shared.items()}
+        return {name: getattr(self, name) for name in self._names if name not in shared} | shared
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
@@ -158,11 +154,9 @@ class FactorizedLinear(_Factorized):
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
-        if (names := self.structure.matrices) is not None and self._quick(x, len(names)):
-            for name in names[:0:-1]:
-                x = nn.functional.linear(x, self._factor(name))
-            return nn.functional.linear(x, self._factor(names[0]), self.bias)
         factors = self.factors()
+        if (names := self.structure.matrices) is not None and self._quick(x, len(names)):
+            return self.structure._product(factors, x, self.bias)
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return nn.functional.linear(x, w, self.bias)
         if not self.keeps and not self.between:

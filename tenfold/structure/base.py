@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure import contract, dims
-from tenfold.structure.placement import Placement
+from tenfold.structure.placement import Placement, spread
 from tenfold.structure.plan import Cost
 from tenfold.structure.worth import Worth
 
@@ -118,9 +118,12 @@ class Structure(ABC):
 
     @cached_property
     def matrices(self) -> tuple[str, ...] | None:
-        """The factors whose product, as they lie, is ``W``: ``matrix``, or ``left`` and ``right``; None of other structures."""
+        """The factors whose product, as they lie, is ``W``, or what index maps make it of: ``matrix``, or ``left`` and ``right``.
+
+        None of other structures.
+        """
         (place, *more) = self._placements
-        diagram, plain = place.diagram, not (more or place.rows or place.columns or place.outer)
+        diagram, plain = place.diagram, not more and all(isinstance(x, str) for x in place.rows + place.columns)
         factors = [labels for _, labels in diagram.factors]
         path = [*diagram.outs, *(labels[-1] for labels in factors[:-1]), *diagram.ins]
         chained = factors == list(pairwise(path)) and len(set(path)) == len(path)
@@ -248,6 +251,18 @@ class Structure(ABC):
         parts = [place.apply(factors, flat, matrix, between) for place in places]
         y = sum(parts[1:], parts[0])
         return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], out)
+
+    def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As :meth:`_apply` where ``matrices`` are known: their products and nothing around them."""
+        (place,), names = self._placements, self.matrices
+        mapped, x = bool(place.rows), place.picked(factors, x)
+        for name in names[:0:-1]:
+            x = torch.nn.functional.linear(x, factors[name])
+        y = torch.nn.functional.linear(x, factors[names[0]], None if mapped else bias)
+        if mapped:
+            y = spread(y, place.index(factors, "rows"), self.shape[0])
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y
 
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """``W[index] (..., in)``, without ``W``."""

@@ -50,7 +50,10 @@ class Placement:
         steps, axis = getattr(self, side), 0 if side == "rows" else 1
         if not steps:
             return None
-        index = torch.arange(self.diagram.shape[axis], device=next(iter(factors.values())).device)
+        if isinstance(steps[0], str):
+            index, steps = factors[steps[0]].long(), steps[1:]
+        else:
+            index = torch.arange(self.diagram.shape[axis], device=next(iter(factors.values())).device)
         for step in steps:
             index = index + step if isinstance(step, int) else factors[step].long()[index]
         return index
@@ -73,7 +76,7 @@ class Placement:
         between: bool = False,
     ) -> Tensor:
         """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
-        return contract.apply(self.diagram, self.tensors(factors), self._picked(factors, x), bias, matrix, between)
+        return contract.apply(self.diagram, self.tensors(factors), self.picked(factors, x), bias, matrix, between)
 
     def apply(self, factors: dict[str, Tensor], x: Tensor, matrix: bool = False, between: bool = False) -> Tensor:
         """``x (n, in) @ W.T -> (n, out)``"""
@@ -81,9 +84,9 @@ class Placement:
         if self.rows_from is not None:  # no index needed
             return torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
         rows = self.index(factors, "rows")
-        return y if rows is None else _spread(y, rows, self.shape[0])
+        return y if rows is None else spread(y, rows, self.shape[0])
 
-    def _picked(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def picked(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
         if len(self.columns) == 1 and isinstance(self.columns[0], int):  # a block of columns: no index needed
             return x.narrow(-1, self.columns[0], self.diagram.shape[1])
         columns = self.index(factors, "columns")
@@ -100,18 +103,20 @@ class Placement:
             inside, index = index >= 0, index.clamp_min(0)
         w = contract.rows_of(self.diagram, self.tensors(factors), index)
         w = w if inside is None else w * inside[:, None]
-        return w if columns is None else _spread(w, columns, self.shape[1])
+        return w if columns is None else spread(w, columns, self.shape[1])
 
     def dense(self, factors: dict[str, Tensor]) -> Tensor:
         """``W (out, in)``"""
         rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
         w = contract.dense(self.diagram, self.tensors(factors))
-        w = w if columns is None else _spread(w, columns, self.shape[1])
-        return w if rows is None else _spread(w.T, rows, self.shape[0]).T
+        w = w if columns is None else spread(w, columns, self.shape[1])
+        return w if rows is None else spread(w.T, rows, self.shape[0]).T
 
 
-def _spread(y: Tensor, index: Tensor, size: int) -> Tensor:
-    """``y (n, k)`` at the columns ``index`` of zeros ``(n, size)``."""
+def spread(y: Tensor, index: Tensor, size: int) -> Tensor:
+    """``y (..., k)`` at the columns ``index`` of zeros ``(..., size)``."""
     if len(index) == size and not torch.is_grad_enabled():  # a permutation
         return y.index_select(-1, index.argsort())
-    return y.new_zeros(y.shape[0], size).scatter(-1, index.expand(y.shape), y)  # index_copy would keep y for backward
+    return y.new_zeros(*y.shape[:-1], size).scatter(
+        -1, index.expand(y.shape), y
+    )  # index_copy would keep y for backward

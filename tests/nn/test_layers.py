@@ -68,7 +68,12 @@ def test_it_does_so_without_gradients_in_half_precision_too(structure, rows):
     assert (y.float() - expected).norm() < 0.03 * expected.norm()
 
 
-MATRICES = {"dense": Dense(out_features=OUT, in_features=IN), "low_rank": STRUCTURES["low_rank"]}
+PLAIN = Dense(out_features=9, in_features=6)
+MATRICES = {
+    "dense": Dense(out_features=OUT, in_features=IN),
+    "low_rank": STRUCTURES["low_rank"],
+    "narrowed": Placed(base=PLAIN, out_features=OUT, in_features=IN),
+}
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -3,12 +3,12 @@
 import json
 from copy import copy
 from dataclasses import fields
-from functools import reduce
 
 import numpy as np
 import pytest
 import torch
 from cases import ALL, FAMILIES, LOW_RANK, each, factors_of
+from oracle import matrix
 
 import tenfold.structure
 from tenfold.structure import CP, Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
@@ -164,12 +164,16 @@ def test_outputs_and_inputs_are_split_into_parts_of_their_own():
 
 
 @each(ALL)
-def test_where_matrices_are_told_their_product_is_the_whole(structure):
-    factors, names = factors_of(structure), structure.matrices
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3)], ids=str)
+def test_where_matrices_are_told_their_product_is_the_whole(structure, rows):
+    names, (out, inner) = structure.matrices, structure.shape
     if names is not None:
-        product = reduce(np.matmul, [factors[name].numpy() for name in names])
-        np.testing.assert_allclose(product, structure.dense(factors).numpy(), rtol=1e-12, atol=1e-12)
-    kinds = {"dense": ("matrix",), "low_rank": ("left", "right"), "kronecker": None, "placed": None}
+        factors, generator = factors_of(structure), torch.Generator().manual_seed(1)
+        x, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((*rows, inner), (out,)))
+        expected = x.numpy() @ matrix(structure, factors).T
+        np.testing.assert_allclose(structure._product(factors, x).numpy(), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(structure._product(factors, x, bias).numpy(), expected + bias.numpy(), atol=1e-12)
+    kinds = {"dense": ("matrix",), "low_rank": ("left", "right"), "kronecker": None, "stacked": None, "sum": None}
     assert names == kinds.get(structure.kind, names)
 
 
