@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from tenfold.structure import Factors, Structure
+from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import bucket
 
 FEW = 128  # rows of a call
@@ -158,7 +158,7 @@ class FactorizedLinear(_Factorized):
         if (names := self.structure.matrices) is not None and self._quick(x, len(names)):
             return self.structure._product(factors, x, self.bias)
         if self.keeps and (w := self._matrix(x, factors)) is not None:
-            return nn.functional.linear(x, w, self.bias)
+            return products.linear(x, w, self.bias)
         if not self.keeps and not self.between:
             return self.structure._apply(factors, x, self.bias)
         return self.structure._apply(

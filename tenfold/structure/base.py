@@ -16,27 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure import contract, dims
-from tenfold.structure.placement import Placement, spread
+from tenfold.structure.placement import Placement
 from tenfold.structure.plan import Cost
 from tenfold.structure.worth import Worth
 
 Factors = dict[str, Tensor]
-SHARES = (
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.35,
-    0.4,
-    0.45,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # at which an error curve is sampled
+SHARES = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # at which an error curve is sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +73,7 @@ class Structure(ABC):
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         """The fields for a matrix ``(out, inner)`` from what a recipe gives, the derivable ones filled in.
 
-        Instead of ``outs`` and ``ins`` it may give ``parts``: into how many factors both are split, or two numbers, one for each.
-        """
+        ``parts``: into how many factors each side is split, or two numbers, for ``outs`` and for ``ins``."""
         names, spec = {field.name for field in dataclasses.fields(cls)}, dict(spec)
         if "out_features" in names:
             spec = {"out_features": out, "in_features": inner} | spec
@@ -118,10 +102,7 @@ class Structure(ABC):
 
     @cached_property
     def matrices(self) -> tuple[str, ...] | None:
-        """The factors whose product, as they lie, is ``W``, or what index maps make it of: ``matrix``, or ``left`` and ``right``.
-
-        None of other structures.
-        """
+        """The factors whose product is ``W``, or what index maps make it of: ``matrix``; ``left`` and ``right``; else None."""
         (place, *more) = self._placements
         diagram, plain = place.diagram, not more and all(isinstance(x, str) for x in place.rows + place.columns)
         factors = [labels for _, labels in diagram.factors]
@@ -254,15 +235,7 @@ class Structure(ABC):
 
     def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`_apply` where ``matrices`` are known: their products and nothing around them."""
-        (place,), names = self._placements, self.matrices
-        mapped, x = bool(place.rows), place.picked(factors, x)
-        for name in names[:0:-1]:
-            x = torch.nn.functional.linear(x, factors[name])
-        y = torch.nn.functional.linear(x, factors[names[0]], None if mapped else bias)
-        if mapped:
-            y = spread(y, place.index(factors, "rows"), self.shape[0])
-            y = y if bias is None else y + bias.to(y.dtype)
-        return y
+        return self._placements[0].product(factors, self.matrices, x, bias)
 
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """``W[index] (..., in)``, without ``W``."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tenfold.structure import products
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target, has_kernels
 from tenfold.structure.plan import Cost, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
@@ -139,7 +140,7 @@ def apply(
         diagram = _slim(diagram)
         factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
-        return torch.nn.functional.linear(x, factors[0].reshape(diagram.shape), bias)
+        return products.linear(x, factors[0].reshape(diagram.shape), bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias)
     return _Apply.apply(diagram, x, bias, matrix, between, *factors)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import compress, pairwise
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FEW = 16  # products of a batch that are made one by one, straight to where they belong
-LARGE = 2**14  # numbers that each of them has at least
-THIN = 16  # rows of a matrix that are few; columns, at least, of products by one matrix that are made as a batch
+from tenfold.structure.products import FEW, THIN, empty, fill, one_by_one
+from tenfold.structure.products import product as plain_product
+
+CHEAP = 2**19  # numbers of a factor that is read instead of copied, four for each of what is copied in its place
 SKINNY = 8  # of rows, columns and what is summed over two are at most so long: several times slower than what is moved
-ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
 KERNELS: set[str] = set()  # kinds of devices on which tenfold.structure.kernel makes what would need a copy
 
 # {(id of a tensor, order of axes): (itself, its copy)}
@@ -108,7 +109,8 @@ def spread(
         if not together(side, outer) or not together(side, rest):
             continue
         count = prod(size[x] for x in some)
-        if not fine and count <= FEW and count * numbers[1 - side] < numbers[side]:
+        copy = count * numbers[1 - side]
+        if not fine and copy < numbers[side] and (count <= FEW or 4 * copy < min(numbers[side], CHEAP)):
             return side, some
         placed = between or pair.kept in (some + rest + beside, some + beside + rest)
         if not batch and (placed or not fine) and prod(size[x] for x in rest) >= THIN:
@@ -192,11 +194,6 @@ def is_skinny(sides: list[int]) -> bool:
     return 1 < sorted(sides)[1] <= SKINNY
 
 
-def one_by_one(count: int, numbers: int) -> bool:
-    """Whether products of a batch, of so many numbers each, are made one by one."""
-    return count == 1 or (count <= FEW and numbers >= LARGE)
-
-
 @dataclass
 class Target:
     """Where a result goes: to the place of ``tensor``'s numbers, or (``add``) on top of them; with ``bias``, if there is one."""
@@ -230,49 +227,76 @@ def multiply(
         into: where the result goes.
         between: it may lie in memory in any way.
     """
-    size = dict(zip(pair.one, one.shape, strict=True)) | dict(zip(pair.other, other.shape, strict=True))
-    given = ((one, pair.one), (other, pair.other))
+    known = _known(pair, one.shape, one.stride(), other.shape, other.stride(), between)
+    size, given = known.size, ((one, pair.one), (other, pair.other))
     if has_kernels(one) and _copies(pair, size, given, into, between):
         made = _in_one_pass(pair, size, one, other, into)
         if made is not None:
             return made
-
-    def together(side: int, labels: str) -> bool:
-        return _together(*given[side], labels)
-
-    if (outer := pile(pair, size, together)) is not None:
+    if (outer := known.outer) is not None:
         piled = pair_of(f"{pair.one},{pair.other}->{outer}{pair.kept}")
         assert piled is not None
         made = multiply(piled, one, other, between=True).sum(tuple(range(len(outer))))
         return made if into is None else into.take(made)
-    if found := spread(pair, size, together, between):
-        side, labels = found
+    if known.spread:
+        side, labels = known.spread
         more, copies = pair.beside(side, labels), [copies[side] if k == side else None for k in range(2)]
         small, own = given[1 - side]
         if more.same is not None:  # copied, if it has to be, before it is the same for all
-            small = _in_order(
-                small, own, [(pair.rows, pair.columns)[1 - side], pair.orders(one.numel(), other.numel())[1]]
-            )
+            small = _in_order(small, own, [(pair.rows, pair.columns)[1 - side], known.summed])
         wide = small[(..., *[None] * len(labels))].expand(*small.shape, *(size[x] for x in labels))
         operands = (one, wide) if side == 0 else (wide, other)
         return multiply(more, *operands, copies=copies, into=into, between=between)
-    batch, summed = pair.orders(one.numel(), other.numel())
+    batch, summed = known.batch, known.summed
     groups = (batch, pair.rows, pair.columns)
-    a = _matrices(one, pair.one, (batch, pair.rows, summed), copies[0])
-    b = _matrices(other, pair.other, (batch, summed, pair.columns), copies[1])
+    a = _matrices(one, pair.one, (batch, pair.rows, summed), copies[0], known.views[0])
+    b = _matrices(other, pair.other, (batch, summed, pair.columns), copies[1], known.views[1])
     if into is not None and (made := _place(into.tensor, pair.kept, groups)) is not None:
-        _fill(made, a, b, into.add)
+        fill(made, a, b, into.add)
         return into.finish(into.tensor)
     if torch.is_grad_enabled():
         lies, made = (0, 1, 2), torch.bmm(a, b)
     else:
         shape = (len(a), a.shape[1], b.shape[2])
         lies = pair.lies(*shape, between)
-        made = _empty([shape[k] for k in lies], a, between and not batch and len(groups[lies[0]]) == 1)
-        _fill(made.permute([lies.index(k) for k in range(3)]), a, b, False)
+        made = empty([shape[k] for k in lies], a, between and not batch and len(groups[lies[0]]) == 1)
+        fill(made.permute([lies.index(k) for k in range(3)]), a, b, False)
     labels = "".join(groups[k] for k in lies)
     result = made.view([size[x] for x in labels]).permute([labels.index(x) for x in pair.kept])
     return result if into is None else into.take(result)
+
+
+class Known(NamedTuple):
+    """What follows from how two operands lie: see :func:`multiply`.
+
+    ``views`` are shape and strides of each operand as a batch of matrices, None where that takes a copy.
+    """
+
+    size: dict[str, int]
+    outer: str | None
+    spread: tuple[int, str] | None
+    batch: str
+    summed: str
+    views: list[tuple[tuple[int, ...], tuple[int, ...]] | None]
+
+
+@lru_cache(maxsize=8192)
+def _known(pair: Pair, shape: tuple, stride: tuple, other_shape: tuple, other_stride: tuple, between: bool) -> Known:
+    given = [(pair.one, shape, stride), (pair.other, other_shape, other_stride)]
+    like = [(torch.empty_strided(shape, stride, device="meta"), labels) for labels, shape, stride in given]
+    size = dict(zip(pair.one, shape, strict=True)) | dict(zip(pair.other, other_shape, strict=True))
+
+    def together(side: int, labels: str) -> bool:
+        return _together(*like[side], labels)
+
+    outer = pile(pair, size, together)
+    found = spread(pair, size, together, between) if outer is None else None
+    batch, summed = pair.orders(*(value.numel() for value, _ in like))
+    views = []
+    for (value, labels), groups in zip(like, ((batch, pair.rows, summed), (batch, summed, pair.columns)), strict=True):
+        seen = _seen(value, labels, groups) if all(_together(value, labels, group) for group in groups) else None
+        views.append(None if seen is None else (tuple(seen.shape), seen.stride()))
+    return Known(size, outer, found, batch, summed, views)
 
 
 def has_kernels(value: Tensor) -> bool:
@@ -296,7 +320,7 @@ def _in_one_pass(pair: Pair, size: dict[str, int], one: Tensor, other: Tensor, i
     """None where the kernel does not know the type."""
     from tenfold.structure import kernel
 
-    into = into or Target(one.new_empty([size[x] for x in pair.kept]))
+    into = into or Target(one.newempty([size[x] for x in pair.kept]))
     if not kernel.serves(one, other, into.tensor):
         return None
     if into.add:
@@ -312,46 +336,12 @@ def product(one: Tensor, other: Tensor, into: Target | None = None, between: boo
         return one @ other
     rows, columns = one.shape[0], other.shape[1]
     if into is None and min(rows, columns) >= THIN:
-        made = _empty([rows, columns], one, between)
+        made = empty([rows, columns], one, between)
         return torch.mm(one, other, out=made)
     if into is None:
-        return one @ other
-    _fill(into.tensor[None], one[None], other[None], into.add)
+        return plain_product(one, other)
+    fill(into.tensor[None], one[None], other[None], into.add)
     return into.finish(into.tensor)
-
-
-def _empty(shape: list[int], like: Tensor, widened: bool) -> Tensor:
-    """Memory for a result; rows of many vectors begin where a CPU's vectors do, which is a tenth faster in what follows."""
-    width = -(-shape[-1] // ALIGNED) * ALIGNED
-    if not widened or like.device.type != "cpu" or width == shape[-1] or shape[-1] < ALIGNED or prod(shape[:-1]) < MANY:
-        return like.new_empty(shape)
-    return like.new_empty(*shape[:-1], width)[..., : shape[-1]]
-
-
-def _fill(made: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """``made (batch, rows, columns)`` becomes ``a @ b``, or more by that."""
-    single = one_by_one(len(a), made[0].numel())
-    thin = b.shape[2] < min(a.shape[1], THIN if single else THIN // 2)  # columns: up to 9 times slower than so few rows
-    if thin or (made.stride(2) != 1 and not single):
-        made, a, b = made.mT, b.mT, a.mT
-    if a.shape[1] < THIN:  # up to 15 times faster on a CPU if what is summed over lies together in the few
-        a = a[:1].contiguous().expand(a.shape) if a.stride(0) == 0 else a.contiguous()
-    if a.device.type == "cpu" and not single:  # else torch makes them one by one, and copies each time
-        a, b = (value if _is_matrix(value) else value.contiguous() for value in (a, b))
-        if not made.is_contiguous():
-            made.add_(torch.bmm(a, b)) if add else made.copy_(torch.bmm(a, b))
-            return
-    if a.device.type != "cpu" or not single:
-        torch.baddbmm(made, a, b, beta=int(add), out=made)
-        return
-    for target, left, right in zip(made, a, b, strict=True):
-        torch.addmm(target, left, right, beta=int(add), out=target)
-
-
-def _is_matrix(value: Tensor) -> bool:
-    """Whether rows or columns of every matrix of a batch lie one number after the other."""
-    (_, rows, columns), (_, one, other) = value.shape, value.stride()
-    return (other == 1 and one >= columns) or (one == 1 and other >= rows)
 
 
 def _place(value: Tensor, labels: str, groups: tuple[str, str, str]) -> Tensor | None:
@@ -362,9 +352,11 @@ def _place(value: Tensor, labels: str, groups: tuple[str, str, str]) -> Tensor |
     return seen if 1 in seen.stride()[1:] else None
 
 
-def _matrices(value: Tensor, labels: str, groups: tuple[str, str, str], copies: Copies | None) -> Tensor:
-    """``value`` with one axis for each of ``groups``."""
-    if not all(_together(value, labels, group) for group in groups):
+def _matrices(value: Tensor, labels: str, groups: tuple[str, str, str], copies: Copies | None, view) -> Tensor:
+    """``value`` with one axis for each of ``groups``; that is ``view``, if it is no copy."""
+    if view is not None and not torch.is_grad_enabled():
+        return value.as_strided(*view)
+    if view is None:
         first, second, last = sorted(groups, key=lambda group: min(map(labels.index, group), default=-1))
         # a matrix needs its rows or columns last
         flat = first + last + second if last == groups[0] else first + second + last

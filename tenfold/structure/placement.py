@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract
+from tenfold.structure import contract, products
 from tenfold.structure.diagram import Diagram
 
 
@@ -85,6 +85,17 @@ class Placement:
             return torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
         rows = self.index(factors, "rows")
         return y if rows is None else spread(y, rows, self.shape[0])
+
+    def product(self, factors: dict[str, Tensor], names: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x (..., in) @ W.T + bias``, where the matrices ``names`` have the diagram's matrix for their product."""
+        mapped, x = bool(self.rows), self.picked(factors, x)
+        for name in names[:0:-1]:
+            x = products.linear(x, factors[name])
+        y = products.linear(x, factors[names[0]], None if mapped else bias)
+        if mapped:
+            y = spread(y, self.index(factors, "rows"), self.shape[0])
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y
 
     def picked(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
         if len(self.columns) == 1 and isinstance(self.columns[0], int):  # a block of columns: no index needed

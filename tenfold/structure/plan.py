@@ -17,6 +17,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from tenfold.structure import products
 from tenfold.structure.pair import Copies, Target, is_skinny, lies_of, multiply, pair_of, product, skinny
 from tenfold.structure.worth import Worth
 
@@ -306,7 +307,7 @@ def run(plan: Plan, operands: list[Tensor], bias: Tensor | None = None) -> Tenso
     last = [operands.pop(k) for k in chosen]
     if bias is None or how is None:
         return contracted(equation, how, last)
-    return torch.addmm(bias, *_turned(how, *last))
+    return products.product(*_turned(how, *last), bias)
 
 
 def _turned(how: Product, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

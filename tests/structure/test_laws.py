@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
-from tenfold.structure import Structure, Sum, Transposed, contract, pair, plan
+from tenfold.structure import Structure, Sum, Transposed, contract, plan, products
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
@@ -95,7 +95,7 @@ def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monk
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     y = x @ structure.dense(factors).T
     monkeypatch.setattr(plan, "SMALL", 0)
-    monkeypatch.setattr(pair, "LARGE", large)
+    monkeypatch.setattr(products, "LARGE", large)
     monkeypatch.setattr(contract, "PART", 3)
     monkeypatch.setattr(contract, "LEAST", 1)
     with torch.no_grad():

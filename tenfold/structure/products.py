@@ -1,0 +1,112 @@
+"""Products of matrices, one or a batch, by the call of torch that is fastest for their sizes and for how they lie.
+
+Few rows times a large matrix take as long as the matrix takes to be read. The library's product of two matrices, and
+``nn.Linear`` with it, does not come near on a processor: one row times 3,072 x 768 in float32 reads 8 GB/s where two threads can
+read 20 (EPYC of 2021). As a batch of parts of the matrix, which the threads share out, it reads 15. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+# {kind of device: up to how many rows}; tenfold.evaluate.worth measures it
+ROWS: dict[str, int] = {"cpu": 32}
+PARTED = 2**16  # numbers that a matrix has at least
+FEW = 16  # products of a batch that are made one by one, straight to where they belong
+LARGE = 2**14  # numbers that each of them has at least
+THIN = 16  # rows of a matrix that are few; columns, at least, of products by one matrix that are made as a batch
+ALIGNED, MANY = 16, 256  # numbers that rows in memory are rounded up to, and from how many rows on
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x (..., in) @ weight.T + bias``, ``weight (out, in)``."""
+    out, inner = weight.shape
+    rows = x.numel() // inner
+    if not parted(x, rows, weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    parts = max(2, torch.get_num_threads())
+    if rows > 1 or out % parts or not weight.is_contiguous():
+        return _in_parts(x.reshape(rows, inner), weight.mT, bias, parts).view(*x.shape[:-1], out)
+    # a row turned, with the strides of one: three times as fast as a column with strides of its own
+    column, blocks = x.reshape(1, inner).mT.expand(parts, inner, 1), weight.view(parts, -1, inner)
+    made = torch.bmm(blocks, column) if bias is None else torch.baddbmm(bias.view(parts, -1, 1), blocks, column)
+    return made.view(*x.shape[:-1], out)
+
+
+def product(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``one (n, k) @ other (k, columns) + bias``."""
+    if parted(one, len(one), other):
+        return _in_parts(one, other, bias, max(2, torch.get_num_threads()))
+    return one @ other if bias is None else torch.addmm(bias, one, other)
+
+
+def parted(one: Tensor, rows: int, other: Tensor) -> bool:
+    """Whether ``rows`` rows are multiplied by the matrix ``other`` in parts."""
+    device = one.device.type
+    few = 0 < rows <= min(ROWS.get(device, 0), one.shape[-1] // 4)  # else the result is no smaller than the matrix
+    if not few or other.numel() < PARTED or one.dtype != torch.float32:
+        return False
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device))
+
+
+def _in_parts(one: Tensor, other: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    (rows, _), (_, columns) = one.shape, other.shape
+    even = columns - columns % parts
+    blocks = other[:, :even].unflatten(1, (parts, -1)).movedim(1, 0)
+    if other.stride(0) == 1:  # the parts come first, so that none of them is turned
+        made = torch.bmm(blocks.mT, one.mT.expand(parts, *one.shape[::-1])).view(even, rows).mT
+    else:
+        made = torch.bmm(one.expand(parts, *one.shape), blocks).movedim(0, 1).reshape(rows, even)
+    if even < columns:
+        made = torch.cat((made, one @ other[:, even:]), 1)
+    return made.contiguous() if bias is None else made + bias
+
+
+def one_by_one(count: int, numbers: int) -> bool:
+    """Whether products of a batch, of so many numbers each, are made one by one."""
+    return count == 1 or (count <= FEW and numbers >= LARGE)
+
+
+def empty(shape: list[int], like: Tensor, widened: bool) -> Tensor:
+    """Memory for a result; rows of many vectors begin where a CPU's vectors do, which is a tenth faster in what follows."""
+    width = -(-shape[-1] // ALIGNED) * ALIGNED
+    if not widened or like.device.type != "cpu" or width == shape[-1] or shape[-1] < ALIGNED or prod(shape[:-1]) < MANY:
+        return like.new_empty(shape)
+    return like.new_empty(*shape[:-1], width)[..., : shape[-1]]
+
+
+def fill(made: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """``made (batch, rows, columns)`` becomes ``a @ b``, or more by that."""
+    single = one_by_one(len(a), made[0].numel())
+    thin = b.shape[2] < min(a.shape[1], THIN if single else THIN // 2)  # columns: up to 9 times slower than so few rows
+    if thin or (made.stride(2) != 1 and not single):
+        made, a, b = made.mT, b.mT, a.mT
+    if a.shape[1] < THIN:  # up to 15 times faster on a CPU if what is summed over lies together in the few
+        a = a[:1].contiguous().expand(a.shape) if a.stride(0) == 0 else a.contiguous()
+    if not add and parted(a[0], a.shape[1], b[0]):
+        if single:
+            for target, left, right in zip(made, a, b, strict=True):
+                target.copy_(product(left, right))
+            return
+        if b.stride(1) == 1:  # the matrices come first, so that none of them is turned
+            made.copy_(torch.bmm(b.mT, a.mT).mT)
+            return
+    if a.device.type == "cpu" and not single:  # else torch makes them one by one, and copies each time
+        a, b = (value if _is_matrix(value) else value.contiguous() for value in (a, b))
+        if not made.is_contiguous():
+            made.add_(torch.bmm(a, b)) if add else made.copy_(torch.bmm(a, b))
+            return
+    if a.device.type != "cpu" or not single:
+        torch.baddbmm(made, a, b, beta=int(add), out=made)
+        return
+    for target, left, right in zip(made, a, b, strict=True):
+        torch.addmm(target, left, right, beta=int(add), out=target)
+
+
+def _is_matrix(value: Tensor) -> bool:
+    """Whether rows or columns of every matrix of a batch lie one number after the other."""
+    (_, rows, columns), (_, one, other) = value.shape, value.stride()
+    return (other == 1 and one >= columns) or (one == 1 and other >= rows)
