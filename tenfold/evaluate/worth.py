@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from tenfold.evaluate.machine import bytes_per_second, flops_per_second, seconds, turns
 from tenfold.nn import FactorizedLinear
 from tenfold.nn.worth import keep_measured
-from tenfold.structure import BlockTrain, Kronecker
+from tenfold.structure import BlockTrain, Kronecker, products
 from tenfold.structure.pair import KERNELS
 from tenfold.structure.worth import Worth
 
 TURNS = 15
 ROWS = 8192
+FEW, LARGE, PLACES = (1, 2, 4, 8, 16, 32, 64), (3072, 768), 8
 TWO_FACTORS = (  # of 3072 x 768, at half the FLOPs
     BlockTrain(outs=(768, 4), ins=(4, 192), rank=76),
     Kronecker(outs=(1536, 2), ins=(384, 2), terms=1),
@@ -30,8 +32,9 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
     Returns:
         ``worth`` (``moved``, ``copied``, ``call``: FLOPs in the same time), ``flops_per_second``, ``bytes_per_second``,
         ``device``, ``threads``, ``kernels`` (how many times as fast layers of two factors are with
-        :mod:`tenfold.structure.kernel`, which is used from now on if that is more than one; None where there is none) and
-        ``file``. In float32 on a CPU, in bfloat16 elsewhere.
+        :mod:`tenfold.structure.kernel`, which is used from now on if that is more than one; None where there is none), ``rows``
+        (up to how many of them are multiplied by a matrix in parts, :mod:`tenfold.structure.products`; 0 where that is not
+        faster) and ``file``. In float32 on a CPU, in bfloat16 elsewhere.
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -46,6 +49,7 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "kernels": _kernels(device, dtype) if device.type == "cuda" and find_spec("triton") else None,
+        "rows": _rows(device) if device.type == "cpu" else 0,
     }
     worth = Worth(
         moved=rate * rows.element_size() / copies,
@@ -55,6 +59,29 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
     if (about["kernels"] or 0.0) > 1.0:
         worth = replace(worth, copied=0.0)
     return {"worth": vars(worth) | {}, "file": str(keep_measured(device.type, worth, about))} | about
+
+
+@torch.no_grad()
+def _rows(device: torch.device) -> int:
+    """Up to how many rows a large matrix is multiplied faster in parts: the last one of :data:`FEW` before one that is slower."""
+    before, found = products.ROWS.get(device.type, 0), 0
+    weights = [
+        torch.randn(*LARGE, device=device) for _ in range(PLACES)
+    ]  # one after the other, so that none is in the cache
+
+    def every(multiply, x) -> None:
+        for weight in weights:
+            multiply(x, weight)
+
+    for rows in FEW:
+        x = torch.randn(rows, LARGE[1], device=device)
+        products.ROWS[device.type] = rows
+        plain, ours = partial(every, torch.nn.functional.linear, x), partial(every, products.linear, x)
+        if statistics.median(other / one for one, other in turns(ours, plain, device, TURNS)) < 1:
+            break
+        found = rows
+    products.ROWS[device.type] = before
+    return found
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tenfold.structure.pair import KERNELS
+from tenfold.structure.products import ROWS
 from tenfold.structure.worth import MEASURED, Worth
 
 
@@ -25,7 +26,7 @@ def read_measured() -> None:
         kind = file.stem.removeprefix("worth-")
         try:
             found = json.loads(file.read_text())
-            _use(kind, Worth(**found["worth"]), found.get("kernels"))
+            _use(kind, Worth(**found["worth"]), found)
         except (OSError, ValueError, TypeError, KeyError):  # of another version
             continue
 
@@ -37,11 +38,13 @@ def keep_measured(kind: str, worth: Worth, about: dict) -> Path:
     new = file.with_name(f"{file.name}.{os.getpid()}")
     new.write_text(json.dumps({"worth": asdict(worth)} | about, indent=1) + "\n")
     new.replace(file)
-    _use(kind, worth, about.get("kernels"))
+    _use(kind, worth, about)
     return file
 
 
-def _use(kind: str, worth: Worth, kernels: float | None) -> None:
-    MEASURED[kind] = worth
+def _use(kind: str, worth: Worth, about: dict) -> None:
+    MEASURED[kind], kernels = worth, about.get("kernels")
+    if isinstance(about.get("rows"), int):
+        ROWS[kind] = about["rows"]
     faster = kernels and kernels > 1.0 and find_spec("triton")
     (KERNELS.add if faster else KERNELS.discard)(kind)

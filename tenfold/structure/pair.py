@@ -320,7 +320,7 @@ def _in_one_pass(pair: Pair, size: dict[str, int], one: Tensor, other: Tensor, i
     """None where the kernel does not know the type."""
     from tenfold.structure import kernel
 
-    into = into or Target(one.newempty([size[x] for x in pair.kept]))
+    into = into or Target(one.new_empty([size[x] for x in pair.kept]))
     if not kernel.serves(one, other, into.tensor):
         return None
     if into.add:

@@ -10,6 +10,7 @@ from tenfold.evaluate import worth
 from tenfold.nn.worth import folder, keep_measured, read_measured
 from tenfold.structure import BlockTrain, Kronecker, LowRank, contract
 from tenfold.structure.pair import KERNELS
+from tenfold.structure.products import ROWS
 from tenfold.structure.worth import CPU, MEASURED, SHIPPED, Worth, worth_of
 
 
@@ -25,6 +26,8 @@ def forget():
     read_measured.cache_clear()
     MEASURED.clear()
     KERNELS.clear()
+    ROWS.clear()
+    ROWS["cpu"] = 32
 
 
 def test_what_is_measured_is_stored_and_used():
@@ -56,6 +59,25 @@ def test_a_kernel_is_used_where_it_was_faster():
     for slower in (0.9, None):
         keep_measured("cuda", CPU, {"kernels": slower})
         assert not KERNELS
+
+
+@pytest.mark.parametrize("slower", [1, 8, 1000])
+def test_few_rows_are_multiplied_in_parts_up_to_where_that_is_slower(slower, monkeypatch):
+    def turns(ours, plain, device, repeats):
+        rows = ours.args[1].shape[0]
+        ours(), plain()
+        return [(1.0, 0.5 if rows >= slower else 2.0)]
+
+    monkeypatch.setattr(worth, "turns", turns)
+    found = worth._rows(torch.device("cpu"))
+    assert found == {1: 0, 8: 4, 1000: 64}[slower] and ROWS == {"cpu": 32}, "measuring changes nothing"
+    keep_measured("cpu", CPU, {"rows": found})
+    assert {"cpu": found} == ROWS
+    ROWS["cpu"] = 32
+    read_measured()
+    assert {"cpu": found} == ROWS, "in the next process, too"
+    keep_measured("cpu", CPU, {})
+    assert {"cpu": found} == ROWS, "of a version that does not know it"
 
 
 @pytest.mark.parametrize("on", [True, False])
