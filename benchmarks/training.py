@@ -54,6 +54,13 @@ def shared(group: int, adapter: int | None = None, wide: int = 1024) -> dict:
     return {"replace": rules}
 
 
+def shared_whole(group: int, adapter: int | None) -> dict:
+    """The whole matrix common to ``group`` neighbouring layers: an MPO of one core; beside it adapters."""
+    rule = {"role": BLOCKS, "structure": {"kind": "dense"}, "start": "noise"}
+    rule |= {"share": {"factors": ["matrix"], "group": group}} | ({"adapter": adapter} if adapter else {})
+    return {"replace": [rule]}
+
+
 def cola(attention: int, mlp: int) -> dict:
     rules = [(BLOCKS[:4], attention), (MLP, mlp)]
     return {"replace": [{"role": r, "structure": {"kind": "cola", "rank": k}, "start": "noise"} for r, k in rules]}
@@ -77,6 +84,8 @@ ROWS = {
     },
     "CoLA": cola(115, 166),
     "pairs of layers share": shared(2, 23),
+    "pairs of layers share, whole": shared_whole(2, 23),
+    "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016}} | shared_whole(2, None),
     "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 1008}} | shared(2, wide=1008),
     "ttm-16": train_like(0.006),
     "ttm-32": train_like(0.07),
