@@ -85,7 +85,8 @@ ROWS = {
     "CoLA": cola(115, 166),
     "pairs of layers share": shared(2, 23),
     "pairs of layers share, whole": shared_whole(2, 23),
-    "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016}} | shared_whole(2, None),
+    "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016}}
+    | shared_whole(2, None),
     "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 1008}} | shared(2, wide=1008),
     "ttm-16": train_like(0.006),
     "ttm-32": train_like(0.07),

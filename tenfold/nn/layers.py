@@ -167,8 +167,8 @@ class FactorizedLinear(_Factorized):
 
     def _quick(self, x: Tensor, products: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
-        few = x.numel() <= FEW * self.in_features and not self.keeps and not torch.is_grad_enabled()
-        return products == 1 or few
+        rows = x.numel() // self.in_features
+        return products == 1 or (rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps)
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""

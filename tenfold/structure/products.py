@@ -14,6 +14,7 @@ from torch import Tensor
 
 # {kind of device: up to how many rows}; tenfold.evaluate.worth measures it
 ROWS: dict[str, int] = {"cpu": 32}
+PLAIN = (Tensor, torch.nn.Parameter)
 PARTED = 2**16  # numbers that a matrix has at least
 FEW = 16  # products of a batch that are made one by one, straight to where they belong
 LARGE = 2**14  # numbers that each of them has at least
@@ -46,6 +47,8 @@ def product(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
 def parted(one: Tensor, rows: int, other: Tensor) -> bool:
     """Whether ``rows`` rows are multiplied by the matrix ``other`` in parts."""
     device = one.device.type
+    if type(other) not in PLAIN:  # quantised, or shared out over devices: it knows by itself how it is multiplied
+        return False
     few = 0 < rows <= min(ROWS.get(device, 0), one.shape[-1] // 4)  # else the result is no smaller than the matrix
     if not few or other.numel() < PARTED or one.dtype != torch.float32:
         return False
@@ -62,7 +65,8 @@ def _in_parts(one: Tensor, other: Tensor, bias: Tensor | None, parts: int) -> Te
         made = torch.bmm(one.expand(parts, *one.shape), blocks).movedim(0, 1).reshape(rows, even)
     if even < columns:
         made = torch.cat((made, one @ other[:, even:]), 1)
-    return made.contiguous() if bias is None else made + bias
+    made = made.contiguous()  # of this call alone
+    return made if bias is None else made.add_(bias)
 
 
 def one_by_one(count: int, numbers: int) -> bool:

@@ -88,6 +88,26 @@ def test_what_has_gradients_or_another_type_is_left_to_the_library(parted):
     assert parted
 
 
+def test_a_weight_that_is_more_than_a_tensor_is_left_to_it(parted):
+    class Quantised(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        products.linear(drawn(2, 160), drawn(64, 160).as_subclass(Quantised))
+        assert not parted
+        products.linear(drawn(2, 160), torch.nn.Parameter(drawn(64, 160)))
+    assert parted
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_results_lie_as_those_of_the_library(bias):
+    """Code of models takes views of them."""
+    x, weight, b = drawn(2, 3, 160), drawn(64, 160), drawn(64)
+    with torch.no_grad():
+        for lies in (weight, weight.T.contiguous().T):
+            assert products.linear(x, lies, b if bias else None).is_contiguous()
+
+
 def test_a_result_as_large_as_the_matrix_is_left_to_the_library(parted):
     with torch.no_grad():
         products.product(drawn(30, 64), drawn(64, 500))
