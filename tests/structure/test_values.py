@@ -185,6 +185,9 @@ def test_a_label_that_three_factors_have_is_in_no_product_of_matrices():
             factors=[(str(k), tuple(labels)) for k, labels in enumerate(factors)], outs="o", ins="i", sizes=sizes
         )
 
-    assert written("or", "rs", "si").matrices == ("0", "1", "2")
+    three = written("or", "rs", "si")
+    factors, x = factors_of(three), torch.eye(4, dtype=torch.float64)
+    assert three.matrices == ("0", "1", "2")
+    np.testing.assert_allclose(three._product(factors, x).T.numpy(), matrix(three, factors), rtol=1e-12, atol=1e-12)
     for factors in (("oi", "ir", "ri"), ("or", "is"), ("ro", "ri"), ("o", "i"), ("or", "ri", "r")):
         assert written(*factors).matrices is None
