@@ -191,6 +191,7 @@ class Problem:
             The state, the number of sweeps, what ended them, and the objective.
         """
         blocks = [(place, name) for place in self.places for name in place.diagram.names]
+        blocks.sort(key=lambda block: block[1] in self.shared)  # last: in what they share opposite targets cancel
         small = [block for block in blocks if self.unknowns(*block) <= LARGEST_SYSTEM]
         scale = self.objective(
             {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
