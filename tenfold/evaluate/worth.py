@@ -19,7 +19,7 @@ from tenfold.structure.worth import Worth
 
 TURNS = 15
 ROWS = 8192
-FEW, LARGE, PLACES = (1, 2, 4, 8, 16, 32, 64), (3072, 768), 8
+TRIED, LARGE, PLACES = (1, 2, 4, 8, 16, 32, 64), (3072, 768), 8
 TWO_FACTORS = (  # of 3072 x 768, at half the FLOPs
     BlockTrain(outs=(768, 4), ins=(4, 192), rank=76),
     Kronecker(outs=(1536, 2), ins=(384, 2), terms=1),
@@ -63,17 +63,16 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 @torch.no_grad()
 def _rows(device: torch.device) -> int:
-    """Up to how many rows a large matrix is multiplied faster in parts: the last one of :data:`FEW` before one that is slower."""
+    """Up to how many rows a large matrix is multiplied faster in parts: the last of :data:`TRIED` before one that is slower."""
     before, found = products.ROWS.get(device.type, 0), 0
-    weights = [
-        torch.randn(*LARGE, device=device) for _ in range(PLACES)
-    ]  # one after the other, so that none is in the cache
+    # one after the other, so that none is in the cache
+    weights = [torch.randn(*LARGE, device=device) for _ in range(PLACES)]
 
     def every(multiply, x) -> None:
         for weight in weights:
             multiply(x, weight)
 
-    for rows in FEW:
+    for rows in TRIED:
         x = torch.randn(rows, LARGE[1], device=device)
         products.ROWS[device.type] = rows
         plain, ours = partial(every, torch.nn.functional.linear, x), partial(every, products.linear, x)

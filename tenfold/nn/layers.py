@@ -165,10 +165,10 @@ class FactorizedLinear(_Factorized):
             factors, x, self.bias, bucket(x.numel() // self.in_features) in self.keeps, self.between
         )
 
-    def _quick(self, x: Tensor, products: int) -> bool:
+    def _quick(self, x: Tensor, matrices: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
         rows = x.numel() // self.in_features
-        return products == 1 or (rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps)
+        return matrices == 1 or (rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps)
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""

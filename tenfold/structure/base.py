@@ -73,14 +73,14 @@ class Structure(ABC):
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         """The fields for a matrix ``(out, inner)`` from what a recipe gives, the derivable ones filled in.
 
-        ``parts``: into how many factors each side is split, or two numbers, for ``outs`` and for ``ins``."""
+        ``parts``: into how many factors each side is split, or two numbers, for ``outs`` and for ``ins``.
+        """
         names, spec = {field.name for field in dataclasses.fields(cls)}, dict(spec)
         if "out_features" in names:
             spec = {"out_features": out, "in_features": inner} | spec
         if {"outs", "ins"} <= names:
             parts = spec.pop("parts", len(spec.get("outs") or spec.get("ins") or (1, 1)))
-            of_out, of_in = (parts, parts) if isinstance(parts, int) else parts
-            spec = {"outs": dims.balanced(out, of_out), "ins": dims.balanced(inner, of_in)} | spec
+            spec = dims.sides(out, inner, parts) | spec
         return spec
 
     # derived, final ------------------------------------------------------------------------------------------------

@@ -43,6 +43,20 @@ def largest(price: Callable[[int], int], budget: float) -> int:
     return low
 
 
+def sides(out: int, inner: int, parts) -> dict[str, tuple[int, ...]]:
+    """``outs`` and ``ins`` of a matrix ``(out, inner)``, of so many balanced factors; ``parts`` is one number, or one for each.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    each = [parts, parts] if isinstance(parts, int) else parts
+    if not isinstance(each, (list, tuple)) or len(each) != 2 or not all(isinstance(part, int) for part in each):
+        raise ValueError(
+            f"parts is {parts!r}, but into how many factors to split is one number, or two: [of outs, of ins]"
+        )
+    return {"outs": balanced(out, each[0]), "ins": balanced(inner, each[1])}
+
+
 def check_product(name: str, factors: tuple[int, ...], number: int, where: str) -> None:
     """Raise ValueError unless ``factors`` multiply to ``number``."""
     if math.prod(factors) != number:

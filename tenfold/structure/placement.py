@@ -128,6 +128,5 @@ def spread(y: Tensor, index: Tensor, size: int) -> Tensor:
     """``y (..., k)`` at the columns ``index`` of zeros ``(..., size)``."""
     if len(index) == size and not torch.is_grad_enabled():  # a permutation
         return y.index_select(-1, index.argsort())
-    return y.new_zeros(*y.shape[:-1], size).scatter(
-        -1, index.expand(y.shape), y
-    )  # index_copy would keep y for backward
+    # index_copy would keep y for backward
+    return y.new_zeros(*y.shape[:-1], size).scatter(-1, index.expand(y.shape), y)

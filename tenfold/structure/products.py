@@ -1,8 +1,8 @@
 """Products of matrices, one or a batch, by the call of torch that is fastest for their sizes and for how they lie.
 
 Few rows times a large matrix take as long as the matrix takes to be read. The library's product of two matrices, and
-``nn.Linear`` with it, does not come near on a processor: one row times 3,072 x 768 in float32 reads 8 GB/s where two threads can
-read 20 (EPYC of 2021). As a batch of parts of the matrix, which the threads share out, it reads 15. Nothing is copied.
+``nn.Linear`` with it, does not come near on a processor; a batch of parts of the matrix, which the threads share out, does.
+Nothing is copied. Figures: docs/log.md, 2026-11-28; ``bench --calibrate`` measures up to how many rows it is faster.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.structure import Kronecker, products
+from tenfold.structure import products
+from tenfold.structure.pair import lies_of, multiply, pair_of
 
 CASES = list(every([1, 2, 7, 32, 33], [1, 3, 64, 150, 151], [False, True]))
 
@@ -117,8 +118,12 @@ def test_a_result_as_large_as_the_matrix_is_left_to_the_library(parted):
 
 
 def test_few_rows_copy_a_little_x_rather_than_the_factor():
-    """``outer (r a c)`` as it lies, ``x`` once for every ``r``."""
-    structure = Kronecker(outs=(64, 4), ins=(64, 4), terms=20)
-    factors, x = structure.init(1.0), drawn(1, 256)
+    """``right (c b d r)`` as it lies, ``x (f c d)`` once for every ``b``, while that is little."""
+    size = {"c": 64, "b": 24, "d": 48, "e": 9, "f": 1}
+    equation, factor = "cbde,fcd->fcbe", 64 * 24 * 48 * 9
+    assert lies_of(equation, ["cbde", "fcd"], size, True)[1] == 24 * 64 * 48
+    assert lies_of(equation, ["cbde", "fcd"], size | {"f": 32}, True)[1] == factor
     with torch.no_grad():
-        close(structure.apply(factors, x), (x.double() @ structure.dense(factors).double().T).numpy())
+        right, x = drawn(64, 24, 48, 9), drawn(1, 64, 48)
+        made = multiply(pair_of(equation), right, x, between=True)
+    np.testing.assert_allclose(made.numpy(), np.einsum(equation, right.numpy(), x.numpy()), rtol=0, atol=1e-3)

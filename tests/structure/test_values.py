@@ -161,6 +161,9 @@ def test_json_of_no_structure_is_refused(data, says):
 def test_outputs_and_inputs_are_split_into_parts_of_their_own():
     assert CP.for_shape(12, 7, {"kind": "cp", "parts": [2, 1], "rank": 3}) == CP(outs=(4, 3), ins=(7,), rank=3)
     assert CP.for_shape(12, 6, {"kind": "cp", "parts": 2, "rank": 3}) == CP(outs=(4, 3), ins=(3, 2), rank=3)
+    for wrong in ([1, 2, 3], "ab", [2, "x"], 1.5, None):
+        with pytest.raises(ValueError, match=r"parts is .*, but into how many factors to split is one number, or two"):
+            CP.for_shape(12, 6, {"kind": "cp", "parts": wrong, "rank": 3})
 
 
 @each(ALL)
