@@ -31,6 +31,17 @@ def test_a_matrix_is_not_kept_twice():
         assert keep_matrices(one, mode, limit=2**40)["bytes"] == 0 and not one.keeps
 
 
+@torch.no_grad()
+def test_low_rank_keeps_its_matrix_where_it_is_told_to_and_goes_by_its_factors_elsewhere():
+    one = layer(CHEAP)
+    one.keeps = frozenset({1})
+    expected = nn.functional.linear(few := torch.randn(20, 512), one.dense(), one.bias)
+    torch.testing.assert_close(one(few), expected)
+    assert one._kept is None
+    torch.testing.assert_close(one(few[:1]), expected[:1])
+    assert one._kept is not None
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
