@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tenfold.structure import contract, dims
 from tenfold.structure.placement import Placement
-from tenfold.structure.plan import Cost
-from tenfold.structure.worth import Worth
+from tenfold.structure.worth import Cost, Worth
 
 Factors = dict[str, Tensor]
 SHARES = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # at which an error curve is sampled

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count
 
 import torch
 from jaxtyping import Float, Int
@@ -20,13 +21,14 @@ from torch import Tensor
 from tenfold.structure import products
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target, has_kernels
-from tenfold.structure.plan import Cost, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
-from tenfold.structure.worth import CPU, Worth, worth_of
+from tenfold.structure.plan import ROWS, Gathered, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
+from tenfold.structure.rebuild import dense, in_parts, rebuild
+from tenfold.structure.worth import CPU, Cost, Worth, worth_of
 
-ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 PART = 512  # rows that go through a chain at once on a CPU, at most, where it holds more than products of matrices
 CACHED = 2**20  # numbers between the steps that a part has, where that leaves it LEAST rows
 LEAST = 64
+SLICE = 512  # numbers of a rank that all factors share which are summed over at once, on a CPU
 NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
 BUCKETS = (1, 32, 512, 2048)  # layers plan for these numbers of rows only; compiled, three of them make three branches
 
@@ -51,8 +53,8 @@ def forward_plans(diagram: Diagram, rows: int, worth: Worth = CPU, counted: bool
     """
     chain = _chain(diagram, rows, None if counted else worth)
     w, sizes = (*diagram.outs, *diagram.ins), (*diagram.sizes, (ROWS, rows))
-    rebuild, multiply = _rebuild(diagram), plan_of(((ROWS, *diagram.ins), w), (ROWS, *diagram.outs), sizes)
-    return (chain, None) if _cheaper(chain.cost, rebuild.cost + multiply.cost, worth) else (rebuild, multiply)
+    make, multiply = rebuild(diagram), plan_of(((ROWS, *diagram.ins), w), (ROWS, *diagram.outs), sizes)
+    return (chain, None) if _cheaper(chain.cost, make.cost + multiply.cost, worth) else (make, multiply)
 
 
 def _chain(diagram: Diagram, rows: int, worth: Worth | None) -> Plan:
@@ -75,16 +77,6 @@ def flops(diagram: Diagram, rows: int) -> int:
 def cost_of(diagram: Diagram, rows: int, worth: Worth) -> Cost:
     """Likewise of everything that is counted."""
     return sum((plan.cost for plan in forward_plans(diagram, rows, worth) if plan is not None), Cost())
-
-
-def dense(diagram: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
-    """``W (out, in)``."""
-    return run(_rebuild(diagram), factors).reshape(diagram.shape)
-
-
-def _rebuild(diagram: Diagram) -> Plan:
-    """The plan of ``W``."""
-    return plan_of(tuple(labels for _, labels in diagram.factors), (*diagram.outs, *diagram.ins), diagram.sizes)
 
 
 def rows_of(diagram: Diagram, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
@@ -141,9 +133,39 @@ def apply(
         factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return products.linear(x, factors[0].reshape(diagram.shape), bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return _forward(diagram, factors, x, bias)
+    if x.device.type == "cpu" and (label := _sliced(diagram, bucket(x.shape[0]), worth_of("cpu"))) is not None:
+        return _in_slices(diagram, factors, x, bias, label, between)
+    if not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias)
     return _Apply.apply(diagram, x, bias, matrix, between, *factors)
+
+
+@lru_cache(maxsize=4096)
+def _sliced(diagram: Diagram, rows: int, worth: Worth) -> str | None:
+    """A label of all factors, as the rank of CP is, if their products alone would not stay in the cache."""
+    common = set.intersection(*(set(labels) for _, labels in diagram.factors)) - {*diagram.outs, *diagram.ins}
+    long = [label for label in common if diagram.size([label]) >= 2 * SLICE]
+    chain, second = forward_plans(diagram, rows, worth)
+    if not long or second is not None:
+        return None
+    first = len(diagram.factors) + 1
+    made = [number for k, number in enumerate(chain.numbers) if not chain.moving[first + k]]
+    return long[0] if max(made, default=0) > CACHED else None
+
+
+def _in_slices(
+    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, label: str, between: bool
+) -> Tensor:
+    """The sum over slices of all factors along ``label``."""
+    axes, y = [labels.index(label) for _, labels in diagram.factors], None
+    for number, *some in zip(count(), *(f.split(SLICE, axis) for f, axis in zip(factors, axes, strict=True))):
+        sizes = tuple((name, some[0].shape[axes[0]] if name == label else size) for name, size in diagram.sizes)
+        part = apply(replace(diagram, sizes=sizes), some, x, bias if number == 0 else None, between=between)
+        y = part if y is None else y + part
+    assert y is not None
+    return y
 
 
 @lru_cache(maxsize=4096)
@@ -216,17 +238,19 @@ def _forward(
     if second is None:
         y = run(first, [folded, *factors]).reshape(x.shape[0], diagram.shape[0])
         return y if bias is None else y.add_(bias)  # a product, nobody else's
+    if (parts := in_parts(diagram, factors)) is not None:
+        return parts.multiply(x, bias)
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)
 
 
 @lru_cache(maxsize=4096)
 def _through_dense(diagram: Diagram, rows: int, worth: Worth) -> bool:
     """Whether backward is cheaper through ``dW`` than through the chain."""
-    chain, rebuild = _chain(diagram, rows, worth), _rebuild(diagram)
+    chain, make = _chain(diagram, rows, worth), rebuild(diagram)
     first, second = forward_plans(diagram.transposed(), rows, worth)
-    back = first.cost if second is None else second.cost + rebuild.costs[-1]
-    dense = cost_of_product(rows, *diagram.shape) + rebuild.cost_back + back
-    return not _cheaper(chain.cost_back, dense, worth)
+    back = first.cost if second is None else second.cost + make.costs[-1]
+    through = cost_of_product(rows, *diagram.shape) + make.cost_back + back
+    return not _cheaper(chain.cost_back, through, worth)
 
 
 class _Apply(torch.autograd.Function):
@@ -237,7 +261,7 @@ class _Apply(torch.autograd.Function):
         first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
         ctx.diagram, parts, kept = diagram, [], []
         if matrix and second is not None:
-            kept = [run(first, list(factors)).reshape(diagram.shape)]
+            kept = [dense(diagram, list(factors))]
             y = torch.nn.functional.linear(x, kept[0], bias)
         else:
             few = between and second is None and first.passing <= bucket(x.shape[0]) * x.shape[1]
@@ -256,7 +280,7 @@ class _Apply(torch.autograd.Function):
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
             rows, worth = 2 ** max(0, x.shape[0] - 1).bit_length(), worth_of(x.device.type)
-            if not ctx.numbers and _through_dense(diagram, rows, worth):
+            if not ctx.numbers and (kept or _through_dense(diagram, rows, worth)):
                 dx, *others = _back_dense(diagram, x, factors, dy, needs, *kept)
             else:
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
@@ -276,28 +300,31 @@ def _back_chain(
         values.values.update(*parts)
         return values.back(dy, needs)
     whole = Values(plan, [x, *factors])
-    found, made = {}, torch.empty_like(x) if needs[0] else None
+    gathered, made = Gathered(whole, needs), torch.empty_like(x) if needs[0] else None
     places = (x if made is None else made).split(part)
     for number, (some, of, place) in enumerate(zip(x.split(part), dy.split(part), places, strict=True)):
-        into = {k: Target(value, add=True) for k, value in found.items()} | {0: Target(place)}
         values = Values(plan, [some, *factors], whole)
         values.values.update(*parts[number : number + 1])
-        found = values.back_moving(of, needs, into)
-        found = {k: value.contiguous() if 0 in value.stride() else value for k, value in found.items() if k}
-    return [made, *whole.back_fixed(found, needs)[1:]]
+        gathered.add(values, of, place)
+    return [made, *gathered.rest()]
 
 
 def _back_dense(
     diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], w: Tensor | None = None
 ) -> list[Tensor | None]:
     """Through ``dW``; where ``dx`` needs a ``W`` that is not known, it is made of what the gradients need anyway."""
-    values, dx, others = Values(_rebuild(diagram), factors), None, [None for _ in factors]
+    made, dx, others = False, None, [None for _ in factors]  # made: dx comes from a W that is made for it
     if needs[0] and w is not None:
         dx = dy @ w
     elif needs[0]:
-        whole = _known_forward_plans(diagram.transposed(), bucket(dy.shape[0]), dy.device.type)[1] is not None
-        w = values.result().reshape(diagram.shape) if whole else None
-        dx = _forward(diagram.transposed(), factors, dy) if w is None else dy @ w
+        made = _known_forward_plans(diagram.transposed(), bucket(dy.shape[0]), dy.device.type)[1] is not None
+        dx = None if made else _forward(diagram.transposed(), factors, dy)
+    if (parts := in_parts(diagram, factors)) is not None:
+        found, *others = parts.back(x, dy, made, needs[1:])
+        return [found if made else dx, *others]
+    values = Values(rebuild(diagram), factors)
+    if made:
+        dx = dy @ values.result().reshape(diagram.shape)
     if any(needs[1:]):
         others = values.back((dy.T @ x).reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs[1:])
     return [dx, *others]

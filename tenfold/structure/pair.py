@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tenfold.structure import entrywise
 from tenfold.structure.products import FEW, THIN, empty, fill, one_by_one
 from tenfold.structure.products import product as plain_product
 
@@ -154,6 +155,8 @@ def lies_of(equation: str, operands: list[str], size: dict[str, int], between: b
     if pair is None:
         return kept, prod(size[x] for x in kept)
     lies = list(operands)
+    if last := entrywise.fastest(pair, operands, size):
+        return "".join(x for x in kept if x not in last) + last, 0
 
     def together(side: int, labels: str) -> bool:
         return labels in operands[side]
@@ -233,6 +236,9 @@ def multiply(
         made = _in_one_pass(pair, size, one, other, into)
         if made is not None:
             return made
+    if known.last is not None and one.device.type == "cpu" and not torch.is_grad_enabled():
+        made = entrywise.summed(pair, one, other, known.last)
+        return made if into is None else into.take(made)
     if (outer := known.outer) is not None:
         piled = pair_of(f"{pair.one},{pair.other}->{outer}{pair.kept}")
         assert piled is not None
@@ -269,7 +275,8 @@ def multiply(
 class Known(NamedTuple):
     """What follows from how two operands lie: see :func:`multiply`.
 
-    ``views`` are shape and strides of each operand as a batch of matrices, None where that takes a copy.
+    ``views`` are shape and strides of each operand as a batch of matrices, None where that takes a copy; ``last`` labels a batch
+    that runs fastest in both, see :mod:`tenfold.structure.entrywise`.
     """
 
     size: dict[str, int]
@@ -278,6 +285,7 @@ class Known(NamedTuple):
     batch: str
     summed: str
     views: list[tuple[tuple[int, ...], tuple[int, ...]] | None]
+    last: str | None
 
 
 @lru_cache(maxsize=8192)
@@ -296,7 +304,8 @@ def _known(pair: Pair, shape: tuple, stride: tuple, other_shape: tuple, other_st
     for (value, labels), groups in zip(like, ((batch, pair.rows, summed), (batch, summed, pair.columns)), strict=True):
         seen = _seen(value, labels, groups) if all(_together(value, labels, group) for group in groups) else None
         views.append(None if seen is None else (tuple(seen.shape), seen.stride()))
-    return Known(size, outer, found, batch, summed, views)
+    lies = [entrywise.lie(*each) for each in like]
+    return Known(size, outer, found, batch, summed, views, entrywise.fastest(pair, lies, size))
 
 
 def has_kernels(value: Tensor) -> bool:

@@ -6,54 +6,24 @@ FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from math import prod
+from math import inf
 from string import ascii_letters
 from types import MappingProxyType
-from typing import NamedTuple
 
-import opt_einsum
 import torch
 from torch import Tensor
 
 from tenfold.structure import products
-from tenfold.structure.pair import Copies, Target, is_skinny, lies_of, multiply, pair_of, product, skinny
-from tenfold.structure.worth import Worth
+from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product, skinny
+from tenfold.structure.search import LARGEST_SEARCH, Places, path_of, size_of
+from tenfold.structure.worth import Cost, Worth
 
+ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
-LARGEST_SEARCH = 10  # operands whose order of the fewest FLOPs is searched for; with more, opt_einsum's heuristics
-LARGEST_LAID = 6  # operands of which an order is priced with what it copies; of more without
 CLEARLY = 0.8  # of the price of the order of the fewest FLOPs: what another one may cost, since prices are rough
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one contraction or many: FLOPs by opt_einsum's count; numbers that are read and written, and those that are put into
-    another order in memory; contractions; numbers that skinny products read and write, which costs as much as a copy.
-    """
-
-    flops: int = 0
-    moved: int = 0
-    copied: int = 0
-    calls: int = 0
-    skinny: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops, self.moved + other.moved, self.copied + other.copied, self.calls + other.calls,
-            self.skinny + other.skinny,
-        )  # fmt: skip
-
-    def times(self, number: int) -> Cost:
-        return Cost(*(number * value for value in astuple(self)))
-
-    def price(self, worth: Worth) -> float:
-        """What it is expected to take, in FLOPs."""
-        return (
-            self.flops + worth.moved * self.moved + worth.copied * (self.copied + self.skinny) + worth.call * self.calls
-        )
 
 
 def cost_of_product(rows: int, out: int, inner: int) -> Cost:
@@ -118,121 +88,42 @@ def cheapest_plan(
     least = plan_of(inputs, output, sizes)
     if not 2 < len(inputs) <= LARGEST_SEARCH:
         return least
-    best = _planned(inputs, output, sizes, worth)
-    return best if best.cost.price(worth) < CLEARLY * least.cost.price(worth) else least
+    limit = CLEARLY * least.cost.price(worth)
+    best = _planned(inputs, output, sizes, worth, limit)
+    return best if best.steps and best.cost.price(worth) < limit else least
 
 
 @lru_cache(maxsize=4096)
 def plan_of(inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
     """The pairwise order with the fewest FLOPs for one contraction of labelled operands."""
-    return _planned(inputs, output, sizes, None)
+    return _planned(inputs, output, sizes)
 
 
-def _planned(inputs, output, sizes, worth: Worth | None) -> Plan:
+def _planned(inputs, output, sizes, worth: Worth | None = None, limit: float = inf) -> Plan:
+    """Without steps, if all orders are dearer than ``limit``."""
     letters = {label: ascii_letters[k] for k, (label, _) in enumerate(sizes)}
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    path, steps, costs, numbers, lie = _path(terms, target, size, worth), [], [], [], list(terms)
+    places = Places(terms, target, letters.get(ROWS))
+    path, steps, costs, numbers, lie = path_of(places, size, worth, limit), [], [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]
-        kept = target if number == len(path) - 1 else _kept(taken, terms, target)
+        kept = target if number == len(path) - 1 else places.kept(taken, terms)
         terms.append(kept)
         union = set("".join(taken))
-        flops = _size(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
+        flops = size_of(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
         made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
         lie.append(made)
-        numbers.append(_size(kept, size))
-        moved = sum(_size(term, size) for term in [*taken, kept])
+        numbers.append(size_of(kept, size))
+        moved = sum(size_of(term, size) for term in [*taken, kept])
         costs.append(Cost(flops, moved, copied, 1, skinny(equation, size)))
-    if lie != [target]:
-        costs[-1] += Cost(copied=_size(target, size))
+    if path and lie != [target]:
+        costs[-1] += Cost(copied=size_of(target, size))
     return Plan(tuple(steps), tuple(costs), tuple(numbers))
-
-
-def _path(terms: list[str], target: str, size: dict[str, int], worth: Worth | None) -> list[tuple[int, ...]]:
-    if len(terms) == 1:
-        return [(0,)]
-    if len(terms) <= LARGEST_SEARCH:
-        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(terms, target, size, worth))]
-    shapes = [tuple(size[letter] for letter in term) for term in terms]
-    path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
-    return [tuple(pair) for pair in path]
-
-
-class Found(NamedTuple):
-    """The best order of a subset of operands; of equals the one that moves less."""
-
-    price: float = 0.0
-    moved: int = 0
-    pairs: tuple[tuple[int, int], ...] = ()  # of subsets, in order
-    term: str = ""
-    lie: str = ""
-
-
-def _best_order(
-    terms: list[str], target: str, size: dict[str, int], worth: Worth | None = None
-) -> list[tuple[int, int]]:
-    """The order of the lowest price, by dynamic programming over subsets (bit masks) of the operands.
-
-    Without ``worth`` it is that of the fewest FLOPs; opt_einsum's exact search errs there, by up to a factor of 4, where a label
-    is shared by more than two operands. With it a subset counts with the layout that its own best order leaves, though another
-    one might have left a better one. Results are numbered on from the operands, as in opt_einsum's "ssa" paths.
-    """
-    everything = 2 ** len(terms) - 1
-    bit = {letter: 1 << k for k, letter in enumerate(size)}  # sets of labels are masks, too, which is faster
-    labels = {subset: sum(bit[x] for x in _labels_of(subset, terms, target)) for subset in range(1, everything + 1)}
-
-    @cache
-    def count(some: int) -> int:
-        return _size((letter for letter in size if some & bit[letter]), size)
-
-    def joined(one: int, other: int) -> Found:
-        union, kept, both = labels[one] | labels[other], labels[one | other], labels[one] & labels[other]
-        flops, moved = (
-            count(union) * (2 if union != kept else 1),
-            count(labels[one]) + count(labels[other]) + count(kept),
-        )
-        first, second = best(one), best(other)
-        pairs = (*first.pairs, *second.pairs, (one, other))
-        price, term, lie, whole = flops, "", "", one | other == everything
-        if worth is not None:
-            if one.bit_count() > 1 == other.bit_count():
-                first, second = second, first  # as a plan takes them: a result before an operand
-            term = target if whole else "".join(x for x in dict.fromkeys(first.term + second.term) if kept & bit[x])
-            sides = [count(labels[one] & ~both), count(labels[other] & ~both), count(both & ~kept)]
-            lie, copied = term, moved if is_skinny(sides) else 0
-            if len(terms) <= LARGEST_LAID:
-                lie, more = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
-                copied += more + (count(kept) if whole and lie != target else 0)
-            price = Cost(flops, moved, copied, 1).price(worth)
-        return Found(price + first.price + second.price, moved + first.moved + second.moved, pairs, term, lie)
-
-    @cache
-    def best(subset: int) -> Found:
-        if subset.bit_count() == 1:
-            own = terms[subset.bit_length() - 1]
-            return Found(term=own, lie=own)
-        halves = (half for half in range(1, subset // 2 + 1) if half & subset == half)
-        return min(joined(half, subset - half) for half in halves)
-
-    number = {1 << k: k for k in range(len(terms))}
-    for one, other in best(everything).pairs:
-        number[one | other] = len(number)
-    return [(number[one], number[other]) for one, other in best(everything).pairs]
-
-
-def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:
-    """What the contraction of ``subset`` keeps: the labels that the target or an operand outside it needs."""
-    inside, outside = ("".join(t for k, t in enumerate(terms) if (subset >> k & 1) == side) for side in (1, 0))
-    return frozenset(inside) if subset.bit_count() == 1 else frozenset(inside) & frozenset(outside + target)
-
-
-def _size(labels, size: dict[str, int]) -> int:
-    return prod(size[label] for label in labels)
 
 
 def _order(chosen) -> list[int]:
@@ -253,11 +144,6 @@ def product_of(equation: str) -> Product | None:
     swapped = kept[0] in terms[1]
     first, second = terms[::-1] if swapped else terms
     return swapped, first[0] == summed, second[1] == summed
-
-
-def _kept(taken: list[str], others: list[str], target: str) -> str:
-    needed = set("".join(others) + target)
-    return "".join(dict.fromkeys(letter for letter in "".join(taken) if letter in needed))
 
 
 @cache
@@ -398,3 +284,25 @@ class Values:
         for axis in axes:
             value = value.unsqueeze(axis)
         return value.expand(self.of(number).shape)
+
+
+class Gathered:
+    """Gradients of the operands of a plan that is carried out for one part of its first operand after the other.
+
+    Args:
+        whole: the values of all parts together: of it those are taken that are made without the first operand.
+    """
+
+    def __init__(self, whole: Values, needs: list[bool]):
+        self.whole, self.needs, self.found = whole, needs, {}
+
+    def add(self, values: Values, gradient: Tensor, place: Tensor) -> None:
+        """Those of a part; that of the part itself goes to ``place``."""
+        into = {k: Target(value, add=True) for k, value in self.found.items()} | {0: Target(place)}
+        found = values.back_moving(gradient, self.needs, into)
+        # a sum that is the same everywhere can't be added to
+        self.found = {k: value.contiguous() if 0 in value.stride() else value for k, value in found.items() if k}
+
+    def rest(self) -> list[Tensor | None]:
+        """The gradients of the other operands."""
+        return self.whole.back_fixed(self.found, self.needs)[1:]

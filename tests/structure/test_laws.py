@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
-from tenfold.structure import Structure, Sum, Transposed, contract, plan, products
+from tenfold.structure import Structure, Sum, Transposed, contract, plan, products, rebuild
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
@@ -143,11 +143,10 @@ def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypa
     assert torch.autograd.gradcheck(apply, [value.clone().requires_grad_() for value in inputs])
 
 
-@pytest.mark.parametrize("through_dense", [False, True])
-@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
-def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
-    structure = FAMILIES["low_rank"]
+WANTED = list(product([False, True], repeat=3))[1:]
+
+
+def check_only_wanted(structure, wanted):
     factors, x = factors_of(structure), torch.randn(3, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     inputs = [value.clone().requires_grad_(need) for value, need in zip((x, *factors.values()), wanted, strict=True)]
@@ -157,6 +156,50 @@ def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
         assert value.requires_grad == (value.grad is not None)
         if value.requires_grad:
             torch.testing.assert_close(value.grad, gradient)
+
+
+@pytest.mark.parametrize("through_dense", [False, True])
+@pytest.mark.parametrize("wanted", WANTED)
+def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
+    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
+    check_only_wanted(FAMILIES["low_rank"], wanted)
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Every matrix is made, a few rows at a time, multiplied and forgotten."""
+    monkeypatch.setattr(contract, "_through_dense", lambda *given: True)
+    monkeypatch.setattr(contract, "_cheaper", lambda *given: False)
+    monkeypatch.setattr(rebuild, "PART", 1)
+    for known in (contract.forward_plans, rebuild._cut):
+        known.cache_clear()
+    yield
+    for known in (contract.forward_plans, rebuild._cut):
+        known.cache_clear()
+
+
+@each(ALL)
+def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
+    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
+    expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
+    for got, one in zip(gradients(structure.apply, x, factors), expected, strict=True):
+        torch.testing.assert_close(got, one)
+    with torch.no_grad():
+        made = structure.dense(factors)
+    torch.testing.assert_close(made, structure.dense(factors))
+    y = structure._apply(factors, x, torch.ones(structure.shape[0], dtype=F64))
+    torch.testing.assert_close(y, x @ made.T + 1)
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("name", ["low_rank", "tensor_train"])
+def test_of_parts_only_gradients_asked_for_are_made(name, wanted, in_parts):
+    structure = FAMILIES[name]
+    with torch.no_grad():
+        parts = rebuild.in_parts(structure._placements[0].diagram, list(factors_of(structure).values()))
+    rows = [rows for rows, _ in parts]
+    assert len(rows) > 1 and [some.stop for some in rows] == [*(some.start for some in rows[1:]), structure.shape[0]]
+    check_only_wanted(structure, wanted)
 
 
 @each(ALL)

@@ -1,0 +1,120 @@
+"""``W`` made of its factors: as a whole, or some of its rows after the other.
+
+On a processor memory that is new costs more time than what is written there: a page is cleared before it can be used. So a
+large ``W`` that is multiplied once is never whole: its rows are made, multiplied and forgotten in parts, in the same memory, and
+the gradients of the factors come from parts of ``dW = dy^T x`` likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.pair import Target
+from tenfold.structure.plan import Gathered, Plan, Values, plan_of, run
+
+PART = 2**21  # numbers of a part at most; of a smaller W there are no parts
+
+
+@lru_cache(maxsize=4096)
+def rebuild(diagram: Diagram, first: int = 0) -> Plan:
+    """The plan of ``W``, factor ``first`` before the others."""
+    labels = [labels for _, labels in diagram.factors]
+    labels.insert(0, labels.pop(first))
+    return plan_of(tuple(labels), (*diagram.outs, *diagram.ins), diagram.sizes)
+
+
+def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
+    """``W (out, in)``."""
+    parts = in_parts(diagram, factors)
+    if parts is None:
+        return run(rebuild(diagram), factors).reshape(diagram.shape)
+    w = factors[0].new_empty(diagram.shape)
+    for rows, values in parts:
+        parts.write(values, w[rows])
+    return w
+
+
+def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | None:
+    """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients."""
+    here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if not here or (cut := _cut(diagram)) is None:
+        return None
+    return Parts(diagram, factors, *cut)
+
+
+@lru_cache(maxsize=4096)
+def _cut(diagram: Diagram) -> tuple[int, int, int] | None:
+    """The factor whose slices make parts of the rows, the axis of it, and how many numbers of the axis a part has."""
+    if not diagram.outs or len(diagram.factors) == 1:
+        return None
+    having = [k for k, (_, labels) in enumerate(diagram.factors) if diagram.outs[0] in labels]
+    size, numbers = diagram.size(diagram.outs[:1]), prod(diagram.shape)
+    fitting = max(1, size * PART // numbers)
+    if len(having) != 1 or fitting >= size:
+        return None
+    (first,) = having
+    axis = diagram.factors[first][1].index(diagram.outs[0])
+    return first, axis, max(number for number in range(1, fitting + 1) if size % number == 0)
+
+
+class Parts:
+    """``W`` by parts of its rows: iterate for the rows of every part, and the values of the plan that makes it."""
+
+    def __init__(self, diagram: Diagram, factors: list[Tensor], first: int, axis: int, step: int):
+        self.diagram, self.place, self.axis, self.step = diagram, first, axis, step
+        self.first, self.others = factors[first], [*factors[:first], *factors[first + 1 :]]
+        self.plan = rebuild(diagram, first)
+        self.whole = Values(self.plan, [self.first, *self.others])
+
+    def __iter__(self) -> Iterator[tuple[slice, Values]]:
+        each = self.diagram.shape[0] // self.first.shape[self.axis] * self.step
+        for number, some in enumerate(self.first.split(self.step, self.axis)):
+            yield slice(number * each, (number + 1) * each), Values(self.plan, [some, *self.others], self.whole)
+
+    def write(self, values: Values, to: Tensor) -> None:
+        """These rows of ``W`` to where they belong."""
+        values.result(Target(self.folded(to)))
+
+    def folded(self, some: Tensor) -> Tensor:
+        """Rows of ``W`` with an axis for every label."""
+        return some.view(self.step, *self.diagram.shape_of((*self.diagram.outs[1:], *self.diagram.ins)))
+
+    def memory(self) -> Tensor:
+        """For one part of ``W``."""
+        rows = self.diagram.shape[0] * self.step // self.first.shape[self.axis]
+        return self.first.new_empty(rows, self.diagram.shape[1])
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x (n, in) @ W.T + bias``."""
+        y, w = x.new_empty(x.shape[0], self.diagram.shape[0]), self.memory()
+        for rows, values in self:
+            self.write(values, w)
+            if bias is None:
+                torch.mm(x, w.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, w.T, out=y[:, rows])
+        return y
+
+    def back(self, x: Tensor | None, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
+        """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
+        first, others = needs[self.place], [*needs[: self.place], *needs[self.place + 1 :]]
+        gathered, dw = Gathered(self.whole, [first, *others]), self.memory()
+        w = self.memory() if of_x else None
+        dx = dy.new_empty(dy.shape[0], self.diagram.shape[1]) if of_x else None
+        made = torch.empty_like(self.first) if first else None
+        places = (self.first if made is None else made).split(self.step, self.axis)
+        for (rows, values), place in zip(self, places, strict=True):
+            if w is not None:
+                self.write(values, w)
+                torch.addmm(dx, dy[:, rows], w, beta=int(rows.start > 0), out=dx)
+            if any(needs):
+                gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=dw)), place)
+        found = gathered.rest() if any(needs) else [None for _ in others]
+        found.insert(self.place, made)
+        return [dx, *found]
