@@ -234,7 +234,7 @@ class Structure(ABC):
 
     def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`_apply` where ``matrices`` are known: their products and nothing around them."""
-        return self._placements[0].product(factors, self.matrices, x, bias)
+        return self._placements[0].product(factors, self.matrices or (), x, bias)
 
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """``W[index] (..., in)``, without ``W``."""

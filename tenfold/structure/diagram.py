@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class Diagram:
     factors: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[tuple[str, int], ...]
     ones: tuple[str, ...] = ()
+    # asked for in every call
+    _sizes: dict[str, int] = field(init=False, repr=False, compare=False)
+    _shape: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "_sizes", dict(self.sizes))  # this and the shape are asked for in every call
+        object.__setattr__(self, "_sizes", dict(self.sizes))
         size, seen = dict(self.sizes), [label for _, labels in self.factors for label in labels]
         for label in self.outs + self.ins:
             if label not in seen:

@@ -88,12 +88,12 @@ class Placement:
 
     def product(self, factors: dict[str, Tensor], names: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
         """``x (..., in) @ W.T + bias``, where the matrices ``names`` have the diagram's matrix for their product."""
-        mapped, x = bool(self.rows), self.picked(factors, x)
+        rows, x = self.index(factors, "rows"), self.picked(factors, x)
         for name in names[:0:-1]:
             x = products.linear(x, factors[name])
-        y = products.linear(x, factors[names[0]], None if mapped else bias)
-        if mapped:
-            y = spread(y, self.index(factors, "rows"), self.shape[0])
+        y = products.linear(x, factors[names[0]], bias if rows is None else None)
+        if rows is not None:
+            y = spread(y, rows, self.shape[0])
             y = y if bias is None else y + bias.to(y.dtype)
         return y
 

@@ -105,8 +105,8 @@ def _planned(inputs, output, sizes, worth: Worth | None = None, limit: float = i
     size = {letters[label]: number for label, number in sizes}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target = "".join(letters[label] for label in output)
-    places = Places(terms, target, letters.get(ROWS))
-    path, steps, costs, numbers, lie = path_of(places, size, worth, limit), [], [], [], list(terms)
+    places = Places(terms, target, size, letters.get(ROWS))
+    path, steps, costs, numbers, lie = path_of(places, worth, limit), [], [], [], list(terms)
     for number, chosen in enumerate(path):
         taken = [terms[k] for k in chosen]
         terms = [term for k, term in enumerate(terms) if k not in chosen]

@@ -101,20 +101,18 @@ class Parts:
                 torch.addmm(bias[rows], x, w.T, out=y[:, rows])
         return y
 
-    def back(self, x: Tensor | None, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
+    def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
         """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
         first, others = needs[self.place], [*needs[: self.place], *needs[self.place + 1 :]]
-        gathered, dw = Gathered(self.whole, [first, *others]), self.memory()
-        w = self.memory() if of_x else None
-        dx = dy.new_empty(dy.shape[0], self.diagram.shape[1]) if of_x else None
+        gathered, dw, w = Gathered(self.whole, [first, *others]), self.memory(), self.memory()
+        dx = dy.new_empty(dy.shape[0], self.diagram.shape[1] if of_x else 0)
         made = torch.empty_like(self.first) if first else None
         places = (self.first if made is None else made).split(self.step, self.axis)
         for (rows, values), place in zip(self, places, strict=True):
-            if w is not None:
+            if of_x:
                 self.write(values, w)
                 torch.addmm(dx, dy[:, rows], w, beta=int(rows.start > 0), out=dx)
             if any(needs):
                 gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=dw)), place)
         found = gathered.rest() if any(needs) else [None for _ in others]
-        found.insert(self.place, made)
-        return [dx, *found]
+        return [dx if of_x else None, *found[: self.place], made, *found[self.place :]]

@@ -16,19 +16,21 @@ import opt_einsum
 from tenfold.structure.pair import is_skinny, lies_of
 from tenfold.structure.worth import Cost, Worth
 
+SMALL = 8  # times a part of W may be put into another order for longer runs in W
 LARGEST_SEARCH = 10  # operands whose order is searched for; with more, opt_einsum's heuristics
 
 
 class Places(NamedTuple):
     """The operands and the result of a contraction by their labels, and in what order the labels of a result in between run.
 
-    ``row`` labels the rows of ``x``, the first operand. It comes first. In what is made without ``x`` the labels of the result,
-    then those of ``x``, keep their order: they will be one axis of a matrix, and what is copied then goes in longer runs. A label
-    that both operands end with, such as the rank of a CP decomposition, stays at the end.
+    ``row`` labels the rows of ``x``, the first operand. It comes first. In what is made without ``x``, if it is small beside
+    ``W``, the labels of the result, then those of ``x``, keep their order: they will be one axis of a matrix, and what is copied
+    then goes in longer runs. A label that both operands end with, such as the rank of a CP decomposition, stays at the end.
     """
 
     terms: list[str]
     target: str
+    size: dict[str, int]
     row: str | None = None
 
     def kept(self, taken: Sequence[str], others: Iterable[str]) -> str:
@@ -42,24 +44,26 @@ class Places(NamedTuple):
         if self.row in found:
             return "".join(sorted(found, key=lambda x: x != self.row))
         outside = self.target if self.row is None else self.target + self.terms[0]
-        places = iter(sorted((x for x in found if x in outside), key=outside.index))
-        made = [next(places) if x in outside else x for x in found]
+        made = found
+        if SMALL * size_of(found, self.size) <= size_of(set(outside) - {self.row}, self.size):
+            places = iter(sorted((x for x in found if x in outside), key=outside.index))
+            made = [next(places) if x in outside else x for x in found]
         ends = {term[-1:] for term in terms}
         if len(terms) > 1 and len(ends) == 1:  # it runs fastest in what is multiplied, and will in the product
             made.sort(key=lambda x: x in ends)
         return "".join(made)
 
 
-def path_of(places: Places, size: dict[str, int], worth: Worth | None, limit: float = inf) -> list[tuple[int, ...]]:
+def path_of(places: Places, worth: Worth | None, limit: float = inf) -> list[tuple[int, ...]]:
     """Which operands to take, step by step, as opt_einsum's paths have it; empty where all orders are dearer than ``limit``.
 
     Without ``worth`` the order is that of the fewest FLOPs, and its price is them.
     """
-    terms = places.terms
+    terms, size = places.terms, places.size
     if len(terms) == 1:
         return [(0,)]
     if len(terms) <= LARGEST_SEARCH:
-        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(places, size, worth, limit))]
+        return [tuple(pair) for pair in opt_einsum.paths.ssa_to_linear(_best_order(places, worth, limit))]
     shapes = [tuple(size[letter] for letter in term) for term in terms]
     equation = ",".join(terms) + "->" + places.target
     path = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")[0]
@@ -81,14 +85,14 @@ class Found(NamedTuple):
     lie: str = ""
 
 
-def _best_order(places: Places, size: dict[str, int], worth: Worth | None, limit: float) -> list[tuple[int, int]]:
+def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple[int, int]]:
     """The order of the lowest price, by dynamic programming over subsets (bit masks) of the operands.
 
     opt_einsum's exact search errs, by up to a factor of 4, where a label is shared by more than two operands. With ``worth`` a
     subset counts with the layout that its own best order leaves, though another one might have left a better one. Results are
     numbered on from the operands, as in opt_einsum's "ssa" paths.
     """
-    terms, target, _ = places
+    terms, target, size, _ = places
     everything = 2 ** len(terms) - 1
     bit = {letter: 1 << k for k, letter in enumerate(size)}  # sets of labels are masks, too, which is faster
     labels = {subset: sum(bit[x] for x in _labels_of(subset, terms, target)) for subset in range(1, everything + 1)}

@@ -19,13 +19,13 @@ def diagram_of(structure):
     return contract._slim(place.diagram)
 
 
-def places(terms: str, target: str, row: str | None = None) -> search.Places:
-    return search.Places(terms.split(","), target, row)
+def places(terms: str, target: str, row: str | None = None, small: int = 9) -> search.Places:
+    return search.Places(terms.split(","), target, dict.fromkeys("abcdefghijkr", small) | {"n": 100}, row)
 
 
 def test_labels_of_the_result_and_of_x_keep_their_order():
-    train = places("ngi,fgb,bhic,cjk", "nfhj", "n")
-    assert train.kept(["fgb", "bhic"], ["ngi", "cjk"]) == "fhgic", "outs first, then ins; what is summed stays"
+    train = places("ngik,fgb,bhic,cjk", "nfhj", "n")
+    assert train.kept(["fgb", "bhic"], ["ngik", "cjk"]) == "fhgic", "outs first, then ins; what is summed stays"
     assert places("fgb,hibc,cjk", "fhjgik").kept(["fgb", "hibc"], ["cjk"]) == "fhgic"
     assert places("ngi,afgb", "nfa", "n").kept(["bfg", "gin"], ["ib"]) == "nbfi", "rows of x come first"
 
@@ -65,18 +65,18 @@ def test_a_limit_changes_nothing_but_what_is_dearer(structure, worth):
     size = {names[label]: number for label, number in (*diagram.sizes, ("n", 300))}
     terms = ["".join(names[label] for label in term) for term in labels]
     target = "".join(names[label] for label in ("n", *diagram.outs))
-    given = search.Places(terms, target, names["n"])
-    best = search.path_of(given, size, worth)
+    given = search.Places(terms, target, size, names["n"])
+    best = search.path_of(given, worth)
     made = plan._planned(tuple(map(tuple, terms)), tuple(target), tuple(size.items()), worth)
     price = sum((Cost(flops=cost.flops) for cost in made.costs), Cost()).flops if worth is None else inf
     if worth is None:
-        assert search.path_of(given, size, worth, price) == best
-        assert search.path_of(given, size, worth, 0.999 * price) == []
+        assert search.path_of(given, worth, price) == best
+        assert search.path_of(given, worth, 0.999 * price) == []
     low, high = 0.0, 1e15
     while high > 1.0001 * low + 1:
         middle = (low + high) / 2
-        low, high = (low, middle) if search.path_of(given, size, worth, middle) else (middle, high)
-    assert search.path_of(given, size, worth, high) == best
+        low, high = (low, middle) if search.path_of(given, worth, middle) else (middle, high)
+    assert search.path_of(given, worth, high) == best
 
 
 def test_a_plan_that_does_not_exist_has_no_steps_and_runs_as_the_other():
