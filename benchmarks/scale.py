@@ -28,6 +28,7 @@ from tenfold.evaluate.layers import bench_layers
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import Structure, TensorTrain, contract
 from tenfold.structure.plan import cheapest_plan, plan_of
+from tenfold.structure.rebuild import rebuild
 from tenfold.structure.worth import CPU
 
 SHAPES = ("low rank", "Monarch, 4 blocks", "tensor train, 3 cores")
@@ -91,7 +92,7 @@ def planning() -> dict:
         (place,) = structure.normal_form()
         times = []
         for _ in range(5):
-            for known in (contract.forward_plans, contract._through_dense, plan_of, cheapest_plan):
+            for known in (contract.forward_plans, contract._through_dense, plan_of, cheapest_plan, rebuild):
                 known.cache_clear()
             begun = time.perf_counter()
             for rows in contract.BUCKETS:

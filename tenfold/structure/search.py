@@ -95,11 +95,22 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
     terms, target, size, _ = places
     everything = 2 ** len(terms) - 1
     bit = {letter: 1 << k for k, letter in enumerate(size)}  # sets of labels are masks, too, which is faster
-    labels = {subset: sum(bit[x] for x in _labels_of(subset, terms, target)) for subset in range(1, everything + 1)}
+    masks, tables = [sum(bit[x] for x in term) for term in (*terms, target)], _products(list(size.values()))
+    inside = [0]  # of every subset, all labels of its operands
+    for mask in masks[:-1]:
+        inside += [some | mask for some in inside]
+    labels = [
+        some & (inside[everything - subset] | masks[-1]) for subset, some in enumerate(inside)
+    ]  # .. that are kept
+    for k, mask in enumerate(masks[:-1]):
+        labels[1 << k] = mask
 
-    @cache
     def count(some: int) -> int:
-        return size_of((letter for letter in size if some & bit[letter]), size)
+        number = 1
+        for table in tables:
+            number *= table[some & 255]
+            some >>= 8
+        return number
 
     def joined(one: int, other: int, most: float) -> Found | None:
         union, kept = labels[one] | labels[other], labels[one | other]
@@ -145,7 +156,12 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
     return [] if whole is None else [(number[one], number[other]) for one, other in whole.pairs]
 
 
-def _labels_of(subset: int, terms: list[str], target: str) -> frozenset[str]:
-    """What the contraction of ``subset`` keeps: the labels that the target or an operand outside it needs."""
-    inside, outside = ("".join(t for k, t in enumerate(terms) if (subset >> k & 1) == side) for side in (1, 0))
-    return frozenset(inside) if subset.bit_count() == 1 else frozenset(inside) & frozenset(outside + target)
+def _products(sizes: list[int]) -> list[list[int]]:
+    """For every eight of ``sizes`` the products of all their subsets, by bit mask."""
+    tables = []
+    for begin in range(0, len(sizes), 8):
+        table = [1]
+        for size in sizes[begin : begin + 8]:
+            table += [size * number for number in table]
+        tables.append(table)
+    return tables
