@@ -130,7 +130,9 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
             term = target if whole else places.ordered(left)
             sides = [count(labels[one] & ~both), count(labels[other] & ~both), count(both & ~kept)]
             lie, copied = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
-            copied += (moved if is_skinny(sides) else 0) + (count(kept) if whole and lie != target else 0)
+            copied += (moved if both & ~kept and is_skinny(sides) else 0) + (
+                count(kept) if whole and lie != target else 0
+            )
             price = Cost(flops, moved, copied, 1).price(worth)
         elif worth is not None:
             return None

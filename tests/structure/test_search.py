@@ -65,10 +65,11 @@ def test_a_limit_changes_nothing_but_what_is_dearer(structure, worth):
     target = "".join(names[label] for label in ("n", *diagram.outs))
     given = search.Places(terms, target, size, names["n"])
     best = search.path_of(given, worth)
-    made = plan._planned(tuple(map(tuple, terms)), tuple(target), tuple(size.items()), worth)
+    inputs = ((plan.ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
+    made = plan._planned(inputs, (plan.ROWS, *diagram.outs), (*diagram.sizes, (plan.ROWS, 300)), worth)
     price = made.cost.flops if worth is None else made.cost.price(worth)
-    assert search.path_of(given, worth, 1.02 * price) == best
-    assert search.path_of(given, worth, 0.98 * price) == []
+    assert search.path_of(given, worth, 1.0001 * price) == best
+    assert search.path_of(given, worth, 0.999 * price) == []
 
 
 def test_a_plan_that_does_not_exist_has_no_steps_and_runs_as_the_other():
