@@ -16,7 +16,7 @@ import opt_einsum
 from tenfold.structure.pair import is_skinny, lies_of
 from tenfold.structure.worth import Cost, Worth
 
-SMALL = 8  # times a part of W may be put into another order for longer runs in W
+SMALL = 8  # W has at least so many times the numbers of what is put into another order for longer runs in it
 LARGEST_SEARCH = 10  # operands whose order is searched for; with more, opt_einsum's heuristics
 
 
@@ -96,12 +96,10 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
     everything = 2 ** len(terms) - 1
     bit = {letter: 1 << k for k, letter in enumerate(size)}  # sets of labels are masks, too, which is faster
     masks, tables = [sum(bit[x] for x in term) for term in (*terms, target)], _products(list(size.values()))
-    inside = [0]  # of every subset, all labels of its operands
+    inside = [0]  # of every subset, all labels of its operands, and then those that are kept
     for mask in masks[:-1]:
         inside += [some | mask for some in inside]
-    labels = [
-        some & (inside[everything - subset] | masks[-1]) for subset, some in enumerate(inside)
-    ]  # .. that are kept
+    labels = [some & (inside[everything - subset] | masks[-1]) for subset, some in enumerate(inside)]
     for k, mask in enumerate(masks[:-1]):
         labels[1 << k] = mask
 
@@ -122,7 +120,9 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
         flops, before, whole = int(price), first.price + second.price, one | other == everything
         moved = count(labels[one]) + count(labels[other]) + count(kept)
         pairs, term, lie = (*first.pairs, *second.pairs, (one, other)), "", ""
-        if worth is not None and before + Cost(flops, moved, 0, 1).price(worth) <= most:
+        if worth is not None:
+            if before + Cost(flops, moved, 0, 1).price(worth) > most:
+                return None
             if one.bit_count() > 1 == other.bit_count():
                 first, second = second, first  # as a plan takes them: a result before an operand
             both = labels[one] & labels[other]
@@ -130,12 +130,9 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
             term = target if whole else places.ordered(left)
             sides = [count(labels[one] & ~both), count(labels[other] & ~both), count(both & ~kept)]
             lie, copied = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
-            copied += (moved if both & ~kept and is_skinny(sides) else 0) + (
-                count(kept) if whole and lie != target else 0
-            )
-            price = Cost(flops, moved, copied, 1).price(worth)
-        elif worth is not None:
-            return None
+            copied += count(kept) if whole and lie != target else 0
+            skinny = moved if both & ~kept and is_skinny(sides) else 0
+            price = Cost(flops, moved, copied, 1, skinny).price(worth)
         found = Found(before + price, first.moved + second.moved + moved, pairs, term, lie)
         return found if found.price <= most else None
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from tenfold.structure import CP, TensorTrain, Tucker, contract, plan, search
+from tenfold.structure import CP, TensorTrain, Tucker, contract, plan, rebuild, search
 from tenfold.structure.worth import CPU
 
 BLOCK = TensorTrain(outs=(8, 8, 6, 8), ins=(4, 6, 8, 4), ranks=(64, 64, 64))
 TUCKER = Tucker(outs=(8, 8, 6, 8), ins=(4, 6, 8, 4), ranks=(6, 6, 4, 6, 3, 4, 6, 3))
-
 SMALL = Tucker(outs=(8, 6), ins=(4, 6), ranks=(6, 4, 3, 4))
 
 
@@ -17,8 +16,8 @@ def diagram_of(structure):
     return contract._slim(place.diagram)
 
 
-def places(terms: str, target: str, row: str | None = None, small: int = 9) -> search.Places:
-    return search.Places(terms.split(","), target, dict.fromkeys("abcdefghijkr", small) | {"n": 100}, row)
+def places(terms: str, target: str, row: str | None = None) -> search.Places:
+    return search.Places(terms.split(","), target, dict.fromkeys("abcdefghijkr", 9) | {"n": 100}, row)
 
 
 def test_labels_of_the_result_and_of_x_keep_their_order():
@@ -44,7 +43,7 @@ def test_nothing_large_is_copied_where_an_order_without_copies_exists(rows):
 
 def test_the_axes_of_w_go_to_their_places_in_runs():
     """Of a tensor train: ``W`` is made as (outs, ins)(outs, ins) and copied in runs of all ins of the second half."""
-    *_, (_, equation, _) = contract.rebuild(diagram_of(BLOCK)).steps
+    *_, (_, equation, _) = rebuild.rebuild(diagram_of(BLOCK)).steps
     first, second = equation.split("->")[0].split(",")
     outs, ins = ("".join(x for x in equation.split("->")[1] if x in term) for term in (first, second))
     for term, own in ((first, outs), (second, ins)):
@@ -74,10 +73,10 @@ def test_a_limit_changes_nothing_but_what_is_dearer(structure, worth):
 
 def test_a_plan_that_does_not_exist_has_no_steps_and_runs_as_the_other():
     diagram = diagram_of(CP(outs=(4, 6), ins=(5, 4), rank=40))
-    labels = (("(rows)", *diagram.ins), *(labels for _, labels in diagram.factors))
-    sizes = (*diagram.sizes, ("(rows)", 300))
-    assert plan._planned(labels, ("(rows)", *diagram.outs), sizes, CPU, 1.0).steps == ()
-    found = plan.cheapest_plan(labels, ("(rows)", *diagram.outs), sizes, CPU)
+    labels = ((plan.ROWS, *diagram.ins), *(labels for _, labels in diagram.factors))
+    sizes = (*diagram.sizes, (plan.ROWS, 300))
+    assert plan._planned(labels, (plan.ROWS, *diagram.outs), sizes, CPU, 1.0).steps == ()
+    found = plan.cheapest_plan(labels, (plan.ROWS, *diagram.outs), sizes, CPU)
     operands = [torch.randn([dict(sizes)[label] for label in term]) for term in labels]
-    least = plan.plan_of(labels, ("(rows)", *diagram.outs), sizes)
+    least = plan.plan_of(labels, (plan.ROWS, *diagram.outs), sizes)
     torch.testing.assert_close(plan.run(found, operands), plan.run(least, operands), rtol=1e-4, atol=1e-3)
