@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,13 +30,22 @@ from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
-from tenfold.train.finetune import finetune as finetune
-from tenfold.train.heal import heal as heal
-from tenfold.train.pretrain import pretrain as pretrain
 from tenfold.train.tokens import is_tokens
+
+if TYPE_CHECKING:
+    from tenfold.train.finetune import finetune
+    from tenfold.train.heal import heal
+    from tenfold.train.pretrain import pretrain
 
 save = save_folded
 evaluate = perplexity
+
+
+def __getattr__(name: str):
+    """What trains is imported when it is first asked for: Trainer and what comes with it take a second or two."""
+    if name not in ("finetune", "heal", "pretrain"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"tenfold.train.{name}"), name)
 
 
 def plan(model: PreTrainedModel, recipe):

@@ -77,7 +77,10 @@ class _Factorized(nn.Module):
             getattr(owner, key).requires_grad_(False)
 
     def factors(self) -> Factors:
-        """The factors by name, shared ones fetched from their container."""
+        """The factors by name, shared ones fetched from their container, quantised ones as the numbers that they stand for."""
+        return {name: products.plain(value) for name, value in self._stored().items()}
+
+    def _stored(self) -> Factors:
         shared = {name: self._container[0](key).to(self.dtype) for name, key in self.shared.items()}
         return {name: getattr(self, name) for name in self._names if name not in shared} | shared
 
@@ -154,9 +157,11 @@ class FactorizedLinear(_Factorized):
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
-        factors = self.factors()
-        if (names := self.structure.matrices) is not None and self._quick(x, len(names)):
+        factors = self._stored()
+        quantised = any(map(products.is_quantised, factors.values()))
+        if (names := self.structure.matrices) is not None and (quantised or self._quick(x, len(names))):
             return self.structure._product(factors, x, self.bias)
+        factors = self.factors() if quantised else factors
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return products.linear(x, w, self.bias)
         if not self.keeps and not self.between:

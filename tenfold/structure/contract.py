@@ -198,7 +198,10 @@ def _part(plan: Plan, x: Tensor) -> int | None:
         return None
     fitting = CACHED * bucket(x.shape[0]) // max(1, plan.passing)
     part = min(PART, max(LEAST, fitting))
-    return part if x.shape[0] >= 2 * part else None
+    if x.shape[0] < 2 * part:
+        return None
+    even = -(-x.shape[0] // -(-x.shape[0] // part))
+    return even | 1  # an odd number: what lies a power of two of numbers apart has the same few places in a cache
 
 
 def _forward(

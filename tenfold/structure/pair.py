@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tenfold.structure import entrywise
-from tenfold.structure.products import FEW, THIN, empty, fill, one_by_one
+from tenfold.structure.products import FEW, THIN, empty, fill, one_by_one, packed, put
 from tenfold.structure.products import product as plain_product
 
 CHEAP = 2**19  # numbers of a factor that is read instead of copied, four for each of what is copied in its place
@@ -149,20 +149,23 @@ def _labels(pair: Pair, size: dict[str, int], between: bool = False) -> tuple[st
     return groups[first], groups[second], groups[third]
 
 
-def lies_of(equation: str, operands: list[str], size: dict[str, int], between: bool) -> tuple[str, int]:
-    """How the result of :func:`multiply` lies in memory if its operands lie as given, and how many numbers it has to copy."""
+def lies_of(equation: str, operands: list[str], size: dict[str, int], between: bool) -> tuple[str, int, int]:
+    """How the result of :func:`multiply` lies in memory if its operands lie as given, how many numbers it has to copy, and how
+    many are read and written by products of which two sides are short.
+    """
     kept, pair = equation.split("->")[1], pair_of(equation)
     if pair is None:
-        return kept, prod(size[x] for x in kept)
+        return kept, prod(size[x] for x in kept), 0
     lies = list(operands)
     if last := entrywise.fastest(pair, operands, size):
-        return "".join(x for x in kept if x not in last) + last, 0
+        return "".join(x for x in kept if x not in last) + last, entrywise.copies(pair, size), 0
 
     def together(side: int, labels: str) -> bool:
         return labels in operands[side]
 
     if (outer := pile(pair, size, together)) is not None:
-        return kept, prod(size[x] for x in outer + kept)
+        return kept, prod(size[x] for x in outer + kept), _skinny(pair, size)
+    skinny = _skinny(pair, size)
     if found := spread(pair, size, together, between):
         side, some = found
         pair = pair.beside(side, some)
@@ -180,21 +183,14 @@ def lies_of(equation: str, operands: list[str], size: dict[str, int], between: b
         any(group not in lie for group in some) or (many and lie[-1:] in batch)
         for lie, some in zip(lies, needed, strict=True)
     ]
-    return "".join(_labels(pair, size, between)), sum(compress(numbers, copied))
+    return "".join(_labels(pair, size, between)), sum(compress(numbers, copied)), skinny
 
 
-def skinny(equation: str, size: dict[str, int]) -> int:
-    """How many numbers a product of matrices of which two sides are short reads and writes; 0 of another one."""
-    pair = pair_of(equation)
-    if pair is None:
-        return 0
-    short = is_skinny([prod(size[x] for x in group) for group in (pair.rows, pair.columns, pair.summed)])
+def _skinny(pair: Pair, size: dict[str, int]) -> int:
+    """All numbers of a product of which two of rows, columns and what is summed over are short; 0 of another one."""
+    sides = [prod(size[x] for x in group) for group in (pair.rows, pair.columns, pair.summed)]
+    short = 1 < sorted(sides)[1] <= SKINNY
     return sum(prod(size[x] for x in term) for term in (pair.one, pair.other, pair.kept)) if short else 0
-
-
-def is_skinny(sides: list[int]) -> bool:
-    """Whether two of rows, columns and what is summed over are short."""
-    return 1 < sorted(sides)[1] <= SKINNY
 
 
 @dataclass
@@ -207,7 +203,7 @@ class Target:
 
     def take(self, value: Tensor) -> Tensor:
         """``value``, made elsewhere."""
-        made = self.tensor.add_(value) if self.add else self.tensor.copy_(value)
+        made = self.tensor.add_(value) if self.add else put(self.tensor, value)
         return self.finish(made)
 
     def finish(self, made: Tensor) -> Tensor:
@@ -372,7 +368,7 @@ def _matrices(value: Tensor, labels: str, groups: tuple[str, str, str], copies: 
         order = tuple(labels.index(x) for x in flat)
         known = (copies or {}).get((id(value), order))
         if known is None:
-            known = value, value.permute(order).contiguous()
+            known = value, packed(value.permute(order))
             if copies is not None:
                 copies[id(value), order] = known
         value, labels = known[1], flat
@@ -384,7 +380,7 @@ def _in_order(value: Tensor, labels: str, groups: list[str]) -> Tensor:
     if all(_together(value, labels, group) for group in groups):
         return value
     flat = "".join(groups)
-    return value.permute([labels.index(x) for x in flat]).contiguous().permute([flat.index(x) for x in labels])
+    return packed(value.permute([labels.index(x) for x in flat])).permute([flat.index(x) for x in labels])
 
 
 def _seen(value: Tensor, labels: str, groups: tuple[str, ...]) -> Tensor:

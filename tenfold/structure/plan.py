@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold.structure import products
-from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product, skinny
+from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product
 from tenfold.structure.search import LARGEST_SEARCH, Places, path_of, size_of
 from tenfold.structure.worth import Cost, Worth
 
@@ -116,11 +116,11 @@ def _planned(inputs, output, sizes, worth: Worth | None = None, limit: float = i
         flops = size_of(union, size) * (len(taken) - 1 + (len(union) > len(kept)))
         equation = ",".join(taken[k] for k in _order(chosen)) + "->" + kept
         steps.append((tuple(sorted(chosen, reverse=True)), equation, product_of(equation)))
-        made, copied = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
+        made, copied, skinny = lies_of(equation, [lie.pop(k) for k in steps[-1][0]], size, number < len(path) - 1)
         lie.append(made)
         numbers.append(size_of(kept, size))
         moved = sum(size_of(term, size) for term in [*taken, kept])
-        costs.append(Cost(flops, moved, copied, 1, skinny(equation, size)))
+        costs.append(Cost(flops, moved, copied, 1, skinny))
     if path and lie != [target]:
         costs[-1] += Cost(copied=size_of(target, size))
     return Plan(tuple(steps), tuple(costs), tuple(numbers))

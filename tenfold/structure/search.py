@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import opt_einsum
 
-from tenfold.structure.pair import is_skinny, lies_of
+from tenfold.structure.pair import lies_of
 from tenfold.structure.worth import Cost, Worth
 
 SMALL = 8  # W has at least so many times the numbers of what is put into another order for longer runs in it
@@ -125,13 +125,11 @@ def _best_order(places: Places, worth: Worth | None, limit: float) -> list[tuple
                 return None
             if one.bit_count() > 1 == other.bit_count():
                 first, second = second, first  # as a plan takes them: a result before an operand
-            both = labels[one] & labels[other]
             left = ["".join(x for x in each.term if kept & bit[x]) for each in (first, second)]
             term = target if whole else places.ordered(left)
-            sides = [count(labels[one] & ~both), count(labels[other] & ~both), count(both & ~kept)]
-            lie, copied = lies_of(f"{second.term},{first.term}->{term}", [second.lie, first.lie], size, not whole)
+            lies = [second.lie, first.lie]
+            lie, copied, skinny = lies_of(f"{second.term},{first.term}->{term}", lies, size, not whole)
             copied += count(kept) if whole and lie != target else 0
-            skinny = moved if both & ~kept and is_skinny(sides) else 0
             price = Cost(flops, moved, copied, 1, skinny).price(worth)
         found = Found(before + price, first.moved + second.moved + moved, pairs, term, lie)
         return found if found.price <= most else None

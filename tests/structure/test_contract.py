@@ -370,7 +370,7 @@ def test_rows_between_products_are_aligned_and_results_are_not():
 )
 def test_copies_are_foreseen(equation, lies, between, made, copied):
     size = {"n": 5000, "s": 10, "a": 8, "b": 64, "p": 5}
-    assert pair.lies_of(equation, lies, size, between) == (made, copied)
+    assert pair.lies_of(equation, lies, size, between)[:2] == (made, copied)
 
 
 class Copied(TorchDispatchMode):
@@ -429,7 +429,8 @@ def test_what_is_copied_is_what_is_foreseen(equation, copied):
     ],
 )
 def test_skinny_products_are_known(equation, numbers):
-    assert pair.skinny(equation, {"n": 500, "s": 10, "a": 8, "b": 64, "p": 5}) == numbers
+    operands, size = equation.split("->")[0].split(","), {"n": 500, "s": 10, "a": 8, "b": 64, "p": 5}
+    assert pair.lies_of(equation, operands, size, True)[2] == numbers
 
 
 def test_skinny_products_are_put_together():

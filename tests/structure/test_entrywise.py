@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.structure import CP, contract, entrywise, pair
 
-SIZE = {"a": 100, "b": 3, "s": 4, "t": 5, "r": 6}
+SIZE = {"a": 100, "b": 3, "s": 4, "t": 5, "r": 6, "u": 2, "w": 70}
 CASES = {
     "own-labels-before": ("rsa,sa->ra", "rsa", "sa"),
     "own-labels-between": ("sra,sa->ra", "sra", "sa"),
@@ -15,6 +15,10 @@ CASES = {
     "none-kept-but-the-batch": ("sa,sa->a", "sa", "sa"),
     "two-in-the-batch": ("rsba,bsa->rab", "rsba", "sba"),
     "axes-not-as-they-lie": ("ars,as->ra", "rsa", "sa"),
+    "both-have-own-few-summed": ("rsa,usa->rua", "rsa", "usa"),
+    "both-have-own-few-kept": ("wba,wua->bua", "wba", "wua"),
+    "both-have-own-two-summed": ("wtba,twua->uba", "wtba", "twua"),
+    "both-have-own-the-other-way": ("usa,rsa->aur", "usa", "rsa"),
 }
 
 
@@ -43,7 +47,7 @@ def test_it_is_the_contraction_and_copies_nothing(case, add):
     with torch.no_grad(), Calls() as calls:
         found = pair.multiply(pair.pair_of(equation), one, other, into=into)
     torch.testing.assert_close(found, expected + place if add else expected)
-    assert "addcmul_" in calls.names and not {"bmm", "clone", "baddbmm"} & set(calls.names)
+    assert {"addcmul_", "sum"} & set(calls.names) and not {"bmm", "clone", "baddbmm"} & set(calls.names)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +55,21 @@ def test_it_is_the_contraction_and_copies_nothing(case, add):
     [
         ("rsa,sa->ra", ("rsa", "as")),  # it runs fastest in one alone
         ("rsa,sa->ra", ("ars", "as")),
-        ("rsa,usa->rua", ("rsa", "usa")),  # both have something of their own
+        ("wba,wua->bua", ("wab", "wua")),
+        ("wra,rua->wua", ("wra", "rua")),  # both have something of their own, and it is gone through too often
+        ("wsa,uwa->sua", ("wsa", "uwa")),
         ("rs,s->r", ("rs", "s")),  # no batch
         ("rsb,sb->rb", ("rsb", "sb")),  # a short one
     ],
 )
 def test_what_is_something_else_is_left_alone(equation, lies):
-    size = SIZE | {"u": 2}
+    size = SIZE | {"u": 9}
     assert entrywise.fastest(pair.pair_of(equation), lies, size) is None
+
+
+def test_passes_are_priced_where_both_have_something_of_their_own():
+    assert pair.lies_of("rsa,usa->rua", ["rsa", "usa"], SIZE, True) == ("rua", 6 * 4 * 2 * 100 // 6, 0)
+    assert pair.lies_of("rsa,sa->ra", ["rsa", "sa"], SIZE, True) == ("ra", 0, 0)
 
 
 def test_neighbours_have_to_be_neighbours():
