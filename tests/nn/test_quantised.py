@@ -49,6 +49,15 @@ def test_a_layer_multiplies_by_what_its_factors_stand_for(structure, rows, mode)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("structure", [STRUCTURES["low rank"], STRUCTURES["dense"]], ids=["low rank", "dense"])
+def test_matrices_are_multiplied_as_they_are_held(structure, monkeypatch):
+    model = made(structure)
+    quantize_(model, NAMES, filter_fn=None)
+    monkeypatch.setattr(products, "plain", lambda value: pytest.fail("they need not be written out"))
+    with torch.no_grad():
+        model(torch.randn(700, 160))
+
+
 def test_groups_in_four_bits():
     model = made(STRUCTURES["low rank"])
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))

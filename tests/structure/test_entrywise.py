@@ -58,12 +58,13 @@ def test_it_is_the_contraction_and_copies_nothing(case, add):
         ("wba,wua->bua", ("wab", "wua")),
         ("wra,rua->wua", ("wra", "rua")),  # both have something of their own, and it is gone through too often
         ("wsa,uwa->sua", ("wsa", "uwa")),
+        ("wxa,yxa->wya", ("wxa", "yxa")),  # 8 and 5, which is more than 32
         ("rs,s->r", ("rs", "s")),  # no batch
         ("rsb,sb->rb", ("rsb", "sb")),  # a short one
     ],
 )
 def test_what_is_something_else_is_left_alone(equation, lies):
-    size = SIZE | {"u": 9}
+    size = SIZE | {"u": 9, "x": 8, "y": 5}
     assert entrywise.fastest(pair.pair_of(equation), lies, size) is None
 
 
