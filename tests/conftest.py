@@ -9,8 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it:
 # plans are those of the shipped constants, whatever was measured on this machine
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "tenfold-tests" / "cache")
 
+import jaxtyping
 import pytest
+import shapes
 import torch
+
+jaxtyping.jaxtyped = shapes.where_said  # before the package is imported
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on a CPU

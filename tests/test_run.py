@@ -35,6 +35,21 @@ def dense(tmp_path_factory):
     return small.folder(tmp_path_factory.mktemp("dense"))
 
 
+@pytest.fixture(scope="module")
+def whole(dense, tmp_path_factory):
+    """The folder that a recipe makes of it when nothing happens; once for every recipe."""
+    place, made = tmp_path_factory.mktemp("whole"), {}
+
+    def folder(recipe=RECIPE):
+        key = json.dumps(recipe)
+        if key not in made:
+            made[key] = place / str(len(made))
+            go(dense, made[key], recipe)
+        return made[key]
+
+    return folder
+
+
 def go(dense, output, recipe=RECIPE, **more):
     return run.compress_checkpoint(dense, output, recipe, [dense / "text.txt"], samples=8, **more)
 
@@ -69,12 +84,12 @@ def test_half_precision_stays(tmp_path):
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
-def test_shards_where_the_model_is_large(dense, tmp_path, monkeypatch):
-    go(dense, tmp_path / "one")
+def test_shards_where_the_model_is_large(dense, whole, tmp_path, monkeypatch):
+    one = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
     monkeypatch.setattr(run, "TOGETHER", 0)
     go(dense, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3  # two blocks, and what is outside of them
-    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    many = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
 
 
@@ -91,10 +106,10 @@ STEPS = ["forward-0", "forward-1", "turn", "backward-1", "backward-0"]
     [("in it", RECIPE), ("behind it", RECIPE), ("behind it", LOW_RANK | {"budget": {"keep": 0.9}})],
     ids=["in it", "behind it", "folds"],
 )
-def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when, recipe):
+def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step, when, recipe):
     once, put, made = Steps.once, Shelf.put, []
     recipe = recipe | {"replace": [{k: v for k, v in rule.items() if k != "keep"} for rule in recipe["replace"]]}
-    go(dense, tmp_path / "whole", recipe)
+    expected = load_file(whole(recipe) / "model.safetensors")
 
     def half(self, name, value):
         put(self, name, torch.zeros_like(value))
@@ -115,12 +130,12 @@ def test_an_interrupted_survey_goes_on(dense, tmp_path, monkeypatch, step, when,
     monkeypatch.setattr(Steps, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make()))
     go(dense, tmp_path / "out", recipe)
     assert made == STEPS[STEPS.index(step) + (when == "behind it") :]
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-def test_an_interrupted_run_goes_on(dense, tmp_path, monkeypatch):
-    go(dense, tmp_path / "whole")
+def test_an_interrupted_run_goes_on(dense, whole, tmp_path, monkeypatch):
+    expected = load_file(whole() / "model.safetensors")
     keep, done = Journal.keep, []
 
     def stop_before_the_second(self, model, number, *rest):
@@ -140,15 +155,15 @@ def test_an_interrupted_run_goes_on(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "keep", note)
     go(dense, tmp_path / "out")
     assert done == [1]  # the first block was not compressed again
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-def test_a_full_disk_at_the_end_loses_no_block(dense, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_end_loses_no_block(dense, whole, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise run.SafetensorError("No space left on device")
 
-    go(dense, tmp_path / "whole")
+    expected = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
     with monkeypatch.context() as patch:
         patch.setattr(run, "save_torch_state_dict", full)
         with pytest.raises(OSError, match=r"can't be written .*make room"):
@@ -156,8 +171,8 @@ def test_a_full_disk_at_the_end_loses_no_block(dense, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Journal, "keep", lambda *rest: pytest.fail("a block was compressed again"))
     go(dense, tmp_path / "out", max_shard_size="30KB")
-    whole, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
-    assert whole.keys() == out.keys() and all(torch.equal(whole[key], out[key]) for key in whole)
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert expected.keys() == out.keys() and all(torch.equal(expected[key], out[key]) for key in expected)
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -1,6 +1,7 @@
 """Models compressed by activations, from one end to the other."""
 
 import copy
+from itertools import cycle
 
 import idle
 import pytest
@@ -151,8 +152,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("settings", "name"), [*zip(SETTINGS, cycle(["gpt2", "llama"]))], ids=str)
 def test_every_setting_is_sound_and_repeats(name, settings):
     model = toys.build(name)
     mixed = [

@@ -54,7 +54,7 @@ def test_two_processes_compress_as_one(by_two, case):
 
 def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
     dense = small.folder(tmp_path / "dense")
-    config = GPT2Config.from_pretrained(dense, n_layer=16)
+    config = GPT2Config.from_pretrained(dense, n_layer=8)
     GPT2LMHeadModel(config).save_pretrained(dense)
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     text.write_text(small.text(6000))

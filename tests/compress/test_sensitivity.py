@@ -4,6 +4,7 @@ The labels that a model draws are replaced by its least likely tokens, as the sl
 """
 
 import copy
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -47,9 +48,10 @@ def least_loss(outputs: np.ndarray, weight: np.ndarray, inputs: np.ndarray, rank
     return float((np.linalg.svd(sides[0].T @ weight @ sides[1], compute_uv=False)[rank:] ** 2).sum()) / 2
 
 
-@pytest.mark.parametrize("model", MODELS, indirect=True)
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("outputs", ["full", "row", "none"])
+CASES = zip([*MODELS, *MODELS], [False] * len(MODELS) + [True] * len(MODELS), cycle(["full", "row", "none"]))
+
+
+@pytest.mark.parametrize(("model", "center", "outputs"), CASES, indirect=["model"])
 def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_draws, center, outputs):
     table = foreseen(model, words, ["attn.out", "mlp.in"], center=center, outputs=outputs)
     assert len(table) == 4

@@ -16,7 +16,10 @@ from tenfold.models.sites import find_sites
 
 FULL = {"kind": "tensor_train", "parts": 3, "mirror": True, "rank": "full"}
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
-SHARED = {"replace": [{"role": BLOCK, "structure": FULL, "share": {"factors": ["core_1"]}, "adapter": 2}]}
+ROUGH = {"options": {"sweeps": 2}}  # no test here is about how near a shared centre is fitted
+SHARED = {
+    "replace": [{"role": BLOCK, "structure": FULL, "share": {"factors": ["core_1"]}, "adapter": 2, "start": ROUGH}]
+}
 OWN = {"replace": [{"role": BLOCK, "structure": FULL}]}
 several = pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "opt", "gpt_neox", "albert", "mixtral"])
 

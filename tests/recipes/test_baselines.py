@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -51,10 +52,11 @@ def at(name: str, keep: float = 0.6, of: str = "blocks"):
     return load_recipe(name).model_copy(update={"budget": Budget.model_construct(keep=keep, of=of)})
 
 
-def compressed(toy: str, name: str, keep: float = 0.6, **more):
-    """The original and what the recipe makes of it."""
+@cache
+def compressed(toy: str, name: str, journal: Journal | None = None):
+    """The original and what the recipe makes of it, which nobody changes."""
     model = build(toy)
-    return model, compress(copy.deepcopy(model), at(name, keep), text=text(), **more)[0]
+    return model, compress(copy.deepcopy(model), at(name), text=text(), journal=journal)[0]
 
 
 def matrices(model) -> dict[str, torch.Tensor]:
@@ -157,7 +159,7 @@ def test_asvd_scales_every_input(toy):
 @toys
 def test_fwsvd_weighs_every_row(toy):
     journal = Journal()
-    before, after = compressed(toy, "fwsvd", journal=journal)
+    before, after = compressed(toy, "fwsvd", journal)
     weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in journal.matters(k).items()}
     for path, w, near, rank in ranked(before, after):
         weight = weights[path].clamp_min(1e-3 * float(weights[path].square().mean().sqrt()))[:, None]

@@ -206,6 +206,12 @@ def priced(name: str) -> dict:
 
 
 @cache
+def planned(name: str):
+    recipe = load_recipe(name)
+    return plan_of(recipe.on, recipe)
+
+
+@cache
 def dense(model: str) -> dict:
     return inspect(model)
 
@@ -237,7 +243,7 @@ def test_dense_models(model):
 
 def test_index_maps_are_not_parameters():
     """Two permutations at six pairs of matrices, one at the embedding: 40,704 numbers that the count leaves out."""
-    entries = plan_of("gpt2", load_recipe("tqcompressor")).entries.values()
+    entries = planned("tqcompressor").entries.values()
     maps = [length for entry in entries for (length,) in entry.structure.index_shapes().values()]
     assert sum(maps) == 768 + 6 * 2 * (3072 + 768)
     sites = {site["path"]: site["parameters"] for site in priced("tqcompressor")["sites"]}
@@ -247,7 +253,7 @@ def test_index_maps_are_not_parameters():
 
 def test_shared_factors_count_once_and_stay_within_their_rule():
     """q and k share one right factor, gate and up another: two per layer, none of them over layers."""
-    entries = plan_of("llama-7b", load_recipe("joint-rank-k")).entries
+    entries = planned("joint-rank-k").entries
     keys = {path: entry.shared["right"] for path, entry in entries.items()}
     assert len(set(keys.values())) == 2 * 32
     layer = "model.layers.3."
@@ -257,7 +263,7 @@ def test_shared_factors_count_once_and_stay_within_their_rule():
 
 def test_central_cores_are_shared_by_role_and_group():
     for name, groups in (("mpobert-48", 1), ("mpobert-48-plus", 3)):
-        entries = plan_of("mpobert-48", load_recipe(name)).entries.values()
+        entries = planned(name).entries.values()
         assert len({key for entry in entries for key in entry.shared.values()}) == 6 * groups
 
 
@@ -281,7 +287,7 @@ def test_flops_count_a_layer_that_runs_twelve_times_twelve_times():
     assert flops_of(shared, "ffn")["1"] == 12 * 2 * 3072 * 768 == 12 * flops_of(unshared, "ffn")["1"]
     assert flops_of(shared, "embedding_hidden_mapping_in")["1"] == 2 * 128 * 768
     assert shared["flops_per_token"] == unshared["flops_per_token"]
-    folded = plan_of("albert-base", load_recipe("mpop")).entries["encoder.albert_layer_groups.0.albert_layers.0.ffn"]
+    folded = planned("mpop").entries["encoder.albert_layer_groups.0.albert_layers.0.ffn"]
     assert flops_of(priced("mpop"), "ffn")["1"] == 12 * folded.structure.flops(1)
 
 
@@ -317,7 +323,7 @@ def test_recipe_loads_plans_and_prices(name):
     assert recipe.source and recipe.note and (recipe.replace or recipe.stages)
     if recipe.stages:
         return
-    plan, result = plan_of(recipe.on, recipe), priced(name)
+    plan, result = planned(name), priced(name)
     assert plan.entries and plan.recipe == name
     kinds = {site["path"]: site["structure"]["kind"] for site in result["sites"]}
     for path, entry in plan.entries.items():

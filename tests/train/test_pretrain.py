@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,12 +68,34 @@ def killed_at(step: int):
     return advance
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of the recipe; who changes it takes a copy."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "text.txt").write_text(small.text())
+    pretrain(RECIPE, [place / "text.txt"], place / "run")
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """One that was killed in step 15; likewise."""
+    place = tmp_path_factory.mktemp("begun")
+    (place / "text.txt").write_text(small.text())
+    with pytest.raises(Killed):
+        pretrain(RECIPE, [place / "text.txt"], place / "run", advance=killed_at(15))
+    return place / "run"
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-@pytest.mark.parametrize("rules", [[], [FOLDED], [COLA]], ids=["dense", "folded", "cola"])
-@pytest.mark.parametrize("train", [{}, {"optimizer": "adamw", "rates": "fans"}], ids=["muon", "adamw by fans"])
+@pytest.mark.parametrize(
+    ("rules", "train"),
+    [([], {}), ([FOLDED], {"optimizer": "adamw", "rates": "fans"}), ([COLA], {})],
+    ids=["dense-muon", "folded-adamw by fans", "cola-muon"],
+)
 def test_it_learns_and_reloads(text, tmp_path, rules, train):
     recipe = with_train(**train) | {"replace": rules}
     report = pretrain(recipe, [text], tmp_path / "run")
@@ -108,25 +131,22 @@ def test_what_is_hidden_depends_on_the_window_only(tmp_path):
         assert torch.equal(window["labels"][~shown], known[~shown])
 
 
-def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path):
+def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path, finished, begun):
     """The same weights, bit by bit, as a run that nobody killed; the log has every step once."""
-    whole = pretrain(RECIPE, [text], tmp_path / "whole")
-    with pytest.raises(Killed):
-        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    shutil.copytree(begun, tmp_path / "run")
     steps = []
     report = pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == list(range(13, 26)), "it loses the steps since the last checkpoint, at 12, and no others"
-    expected = weights(tmp_path / "whole")
+    expected = weights(finished)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
-    assert report["curve"] == whole["curve"]
-    logged = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "run")]
+    assert report["curve"] == json.loads((finished / "training.json").read_text())["curve"]
+    logged = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (finished, tmp_path / "run")]
     assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]
     assert logged[1][-1]["tokens_per_second"] > 0 and logged[1][-1]["tokens"] == 24 * 128
 
 
-def test_what_is_half_written_is_no_checkpoint(text, tmp_path):
-    with pytest.raises(Killed):
-        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+def test_what_is_half_written_is_no_checkpoint(text, tmp_path, begun):
+    shutil.copytree(begun, tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "checkpoint-12" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     (tmp_path / "run" / "tokens" / "tokens.json").unlink()
@@ -135,8 +155,8 @@ def test_what_is_half_written_is_no_checkpoint(text, tmp_path):
     assert steps[0] == 7, "from checkpoint 6"
 
 
-def test_a_finished_run_has_nothing_left_to_do(text, tmp_path):
-    pretrain(RECIPE, [text], tmp_path / "run")
+def test_a_finished_run_has_nothing_left_to_do(text, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
     steps = []
     pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == []
@@ -203,30 +223,23 @@ def test_the_best_checkpoint_and_the_last_one_are_kept(text, tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-22"}
 
 
-def test_another_recipe_is_not_mixed_in(text, tmp_path):
-    with pytest.raises(Killed):
-        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(7))
+def test_another_recipe_is_not_mixed_in(text, tmp_path, begun):
+    shutil.copytree(begun, tmp_path / "run")
     other = with_train(learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"is a run of another recipe \(other train.learning_rate\)"):
         pretrain(other, [text], tmp_path / "run")
 
 
-def test_a_run_goes_on_with_another_learning_rate(text, tmp_path):
+def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begun):
     """Once ``run.json`` says so: at the same place of the schedule, of all groups alike."""
-    with pytest.raises(Killed):
-        pretrain(RECIPE, [text], tmp_path / "run", advance=killed_at(15))
+    shutil.copytree(begun, tmp_path / "run")
     noted = json.loads((tmp_path / "run" / "run.json").read_text())
     noted["recipe"]["train"]["learning_rate"] = 5e-4
     (tmp_path / "run" / "run.json").write_text(json.dumps(noted))
     pretrain(with_train(learning_rate=5e-4), [text], tmp_path / "run")
-    pretrain(RECIPE, [text], tmp_path / "whole")
     lower, whole = (
-        {
-            row["step"]: row["learning_rate"]
-            for row in map(json.loads, (tmp_path / name / "log.jsonl").open())
-            if "loss" in row
-        }
-        for name in ("run", "whole")
+        {row["step"]: row["learning_rate"] for row in map(json.loads, (run / "log.jsonl").open()) if "loss" in row}
+        for run in (tmp_path / "run", finished)
     )
     for step, rate in lower.items():
         assert rate == pytest.approx(whole[step] / (10 if step > 12 else 1)), step
@@ -394,18 +407,17 @@ def test_shards_read_like_one_array(text, tmp_path, monkeypatch):
     assert np.array_equal(Tokens(tmp_path / "tokens", 300)[:], expected[:300])
 
 
-def test_another_runs_tokens_are_data(text, tmp_path):
-    pretrain(RECIPE, [text], tmp_path / "one")
+def test_another_runs_tokens_are_data(text, tmp_path, finished):
     recipe = copy.deepcopy(RECIPE)
     del recipe["tokenizer"]
-    pretrain(recipe, [tmp_path / "one" / "tokens"], tmp_path / "other")
-    expected = weights(tmp_path / "one")
+    pretrain(recipe, [finished / "tokens"], tmp_path / "other")
+    expected = weights(finished)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "other").items())
     with pytest.raises(ValueError, match=r"holds tokens of a vocabulary of 300, but recipe 'toy' wants 290"):
-        pretrain(RECIPE | {"tokenizer": {"vocab_size": 290}}, [tmp_path / "one" / "tokens"], tmp_path / "third")
+        pretrain(RECIPE | {"tokenizer": {"vocab_size": 290}}, [finished / "tokens"], tmp_path / "third")
     tokenizer = train_tokenizer([small.text(seed=5)], 280, 32)
     with pytest.raises(ValueError, match="holds the tokens of another run: other tokenizer"):
-        write_tokens(tmp_path / "one" / "tokens", [text], tokenizer, 3200)
+        write_tokens(finished / "tokens", [text], tokenizer, 3200)
 
 
 def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
@@ -474,12 +486,11 @@ def test_losses_are_means_over_the_tokens_of_a_step(text, tmp_path, model, objec
     np.testing.assert_allclose(told[2], told[1], rtol=1e-3 if model is EXPERTS else 1e-5)  # the load of half a batch
 
 
-def test_tokens_of_another_tokenizer(text, tmp_path):
-    pretrain(RECIPE, [text], tmp_path / "one")
+def test_tokens_of_another_tokenizer(tmp_path, finished):
     train_tokenizer([small.text(seed=5)], 280, 32).save_pretrained(tmp_path / "other")
     recipe = RECIPE | {"tokenizer": {"name": str(tmp_path / "other")}}
     with pytest.raises(ValueError, match="holds tokens of another tokenizer than"):
-        pretrain(recipe, [tmp_path / "one" / "tokens"], tmp_path / "two")
+        pretrain(recipe, [finished / "tokens"], tmp_path / "two")
 
 
 def test_a_recipe_without_a_model(tmp_path):
