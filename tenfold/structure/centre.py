@@ -38,13 +38,18 @@ def fit_centre(
         rights = [_right(tensor, left, centre) for tensor, left in zip(tensors, lefts, strict=True)]
         centre, lefts, rights = _centre(tensors, *_gauged(centre, lefts, rights))
         now = sum(
-            float((tensor - torch.einsum("lx,xmy,yr->lmr", left, centre, right)).square().sum())
+            float((tensor - _between(left, centre, right)).square().sum())
             for tensor, left, right in zip(tensors, lefts, rights, strict=True)
         )
         if before - now <= tolerance * scale:
             break
         before = now
     return centre, lefts, rights
+
+
+def _between(left: Tensor, centre: Tensor, right: Tensor) -> Tensor:
+    """``sum_xy left[l, x] centre[x, m, y] right[y, r]``; einsum would look for an order every time."""
+    return (left @ centre.flatten(1)).unflatten(1, centre.shape[1:]) @ right
 
 
 def _left(tensor: Tensor, centre: Tensor, right: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ def _gauged(centre: Tensor, lefts: list[Tensor], rights: list[Tensor]) -> tuple[
     b = torch.linalg.cholesky_ex(sum((r @ r.T for r in rights[1:]), rights[0] @ rights[0].T) / len(rights))
     if int(a.info) or int(b.info):
         return centre, lefts, rights
-    centre = torch.einsum("ax,amb,by->xmy", a.L, centre, b.L)
+    centre = _between(a.L.T, centre, b.L)
     lefts = [torch.linalg.solve_triangular(a.L, left.T, upper=False).T for left in lefts]
     return centre, lefts, [torch.linalg.solve_triangular(b.L, right, upper=False) for right in rights]
 
@@ -73,12 +78,10 @@ def _centre(tensors, centre: Tensor, lefts: list[Tensor], rights: list[Tensor]):
     grams = [(left.T @ left, right @ right.T) for left, right in zip(lefts, rights, strict=True)]
 
     def normal(value: Tensor) -> Tensor:
-        return sum((torch.einsum("ax,xmy,yb->amb", a, value, b) for a, b in grams), torch.zeros_like(value))
+        return sum((_between(a, value, b) for a, b in grams), torch.zeros_like(value))
 
     triples = zip(tensors, lefts, rights, strict=True)
-    rest = sum((torch.einsum("lx,lmr,yr->xmy", L, X, R) for X, L, R in triples), torch.zeros_like(centre)) - normal(
-        centre
-    )
+    rest = sum((_between(L.T, X, R.T) for X, L, R in triples), -normal(centre))
     way, size = rest, rest.square().sum()
     for _ in range(STEPS):
         turned = normal(way)
