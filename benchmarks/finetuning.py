@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 import tenfold
 
 TASKS = ("cola", "sst2", "mrpc", "rte", "stsb")
-RATES = {"full": 1e-4, "auxiliary": 1e-3}
+RATES = {"full": 1e-4, "auxiliary": 2e-4}
 RESULTS = Path("results/finetuning")
 SQUARE = {"outs": [4, 4, 4, 3, 2], "ins": [2, 3, 4, 4, 4]}  # of 384 x 384: small cores outside, the largest one inside
 WIDE, NARROW = [4, 4, 6, 4, 4], [2, 3, 4, 4, 4]  # of 1536 and 384
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the folder of results; the model's unless given")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--ways", nargs="+", default=list(RATES))
-    parser.add_argument("--rates", type=float, nargs="+", help="one for each of --ways; 1e-4 and 1e-3 unless given")
+    parser.add_argument("--rates", type=float, nargs="+", help="one for each of --ways; 1e-4 and 2e-4 unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--limit", type=int, default=10_000, help="training examples of a task at most")
