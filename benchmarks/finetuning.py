@@ -70,7 +70,11 @@ def main() -> None:
                         models[way], task, given.data, Path(scratch) / "tuned", train=way, seeds=[seed], learning_rate=rate,
                         epochs=given.epochs, limit=given.limit, dev_limit=given.dev_limit, length=128, overwrite=True,
                     )  # fmt: skip
-                    row |= {"model": folder.name, "data": given.data.name, "recipe": RECIPE if way == "auxiliary" else None}
+                    row |= {
+                        "model": folder.name,
+                        "data": given.data.name,
+                        "recipe": RECIPE if way == "auxiliary" else None,
+                    }
                     file.write_text(json.dumps(row, indent=1) + "\n")
                     share, seconds = row["parameters"]["share"], row["runs"][0]["seconds"]
                     print(
