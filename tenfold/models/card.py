@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.models.files import whole_folder
+from tenfold.structure.products import is_quantised
 
 CARD = """---
 library_name: tenfold
@@ -60,7 +61,10 @@ def save_folded(
 
     Raises:
         OSError: there is no room; ``folder`` is as it was.
+        ValueError: torchao has quantised a parameter.
     """
+    if quantised := next((name for name, value in model.named_parameters() if is_quantised(value)), None):
+        raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
     with whole_folder(folder) as new:
         model.save_pretrained(new, max_shard_size=max_shard_size)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)

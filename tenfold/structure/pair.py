@@ -163,9 +163,9 @@ def lies_of(equation: str, operands: list[str], size: dict[str, int], between: b
     def together(side: int, labels: str) -> bool:
         return labels in operands[side]
 
-    if (outer := pile(pair, size, together)) is not None:
-        return kept, prod(size[x] for x in outer + kept), _skinny(pair, size)
     skinny = _skinny(pair, size)
+    if (outer := pile(pair, size, together)) is not None:
+        return kept, prod(size[x] for x in outer + kept), skinny
     if found := spread(pair, size, together, between):
         side, some = found
         pair = pair.beside(side, some)

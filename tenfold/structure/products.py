@@ -153,8 +153,8 @@ def put(target: Tensor, value: Tensor) -> Tensor:
 
 def _in_runs(value: Tensor) -> bool:
     """Whether a copy in runs may pay, as far as this can be told from one tensor."""
-    plain = value.device.type == "cpu" and value.numel() >= LONG and value.dim() > 1 and 1 in value.stride()
-    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(value) is Tensor
+    long = value.device.type == "cpu" and value.numel() >= LONG and value.dim() > 1 and 1 in value.stride()
+    return long and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(value) is Tensor
 
 
 def _is_matrix(value: Tensor) -> bool:

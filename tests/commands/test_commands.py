@@ -37,6 +37,15 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_does_not_train_imports_no_trainer():
+    """Trainer, and peft with it, take a second or two."""
+    code = "import sys, tenfold; tenfold.plan, tenfold.inspect; sys.exit(bool({'transformers.trainer', 'peft'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "from tenfold import api; assert api.heal.__module__ == 'tenfold.train.heal'; api.nothing"
+    told = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "AttributeError: module 'tenfold.api' has no attribute 'nothing'" in told.stderr
+
+
 def test_inspect_prices_a_recipe(call):
     status, out, _ = call("inspect", "gpt2", "--recipe", "krony-81m", "--json")
     result = json.loads(out)

@@ -7,6 +7,7 @@ pytest.importorskip("torchao")
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
+from tenfold.models.card import save_folded
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn.kept import keep_matrices
 from tenfold.structure import CP, Dense, LowRank, products
@@ -76,6 +77,14 @@ def test_an_embedding_and_its_head():
         torch.testing.assert_close(model(ids), w[ids], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0](states, as_head=True), states @ w.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0].dense(), w)
+
+
+def test_a_quantised_model_is_not_saved(tmp_path):
+    model = made(STRUCTURES["low rank"])
+    quantize_(model, NAMES, filter_fn=None)
+    with pytest.raises(ValueError, match=r"0\.left is quantised by torchao, .* save the model before quantize_"):
+        save_folded(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_tensors_are_left_as_they_are():
