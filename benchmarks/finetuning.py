@@ -4,8 +4,9 @@
     python benchmarks/finetuning.py --table
 
 The dense model is trained as a whole; the folded one has the same function at first, because no bond is cut, and of it only the
-outer cores, biases, norms and the head are trained. A row is one task, one way and one seed, in a file of its own in
-results/finetuning/NAME/: a row whose file is there is not run again. --table writes the means to docs/finetuning.md.
+outer cores, biases, norms, the pooler and the head are trained. A row is one task, one way, one learning rate and one seed, in a
+file of its own in results/finetuning/NAME/: a row whose file is there is not run again. --table writes the means to
+docs/finetuning.md.
 
 Reference: arXiv 2106.02205 (MPOP, lightweight fine-tuning).
 """
@@ -21,14 +22,14 @@ from transformers import AutoModel, AutoTokenizer
 import tenfold
 
 TASKS = ("cola", "sst2", "mrpc", "rte", "stsb")
-RATES = {"full": 1e-4, "auxiliary": 2e-4}
+RATES = {"full": [1e-4, 3e-4], "auxiliary": [5e-4, 1e-3]}
 RESULTS = Path("results/finetuning")
-SQUARE = {"outs": [4, 4, 4, 3, 2], "ins": [2, 3, 4, 4, 4]}  # of 384 x 384: small cores outside, the largest one inside
-WIDE, NARROW = [4, 4, 6, 4, 4], [2, 3, 4, 4, 4]  # of 1536 and 384
+SQUARE = {"outs": [12, 4, 8], "ins": [12, 4, 8]}  # of 384 x 384: outer cores of 144 x 144 and 64 x 64
+TALL, WIDE = [16, 8, 12], [12, 4, 8]  # 1536 and 384
 SHAPES = {
-    ("attn.q", "attn.k", "attn.v", "attn.out", "pooler"): SQUARE,
-    ("mlp.in",): {"outs": WIDE, "ins": NARROW},
-    ("mlp.out",): {"outs": NARROW, "ins": WIDE},
+    ("attn.q", "attn.k", "attn.v", "attn.out"): SQUARE,
+    ("mlp.in",): {"outs": TALL, "ins": WIDE},
+    ("mlp.out",): {"outs": WIDE, "ins": TALL},
 }
 RECIPE = {
     "name": "mpo-384",
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the folder of results; the model's unless given")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--ways", nargs="+", default=list(RATES))
-    parser.add_argument("--rates", type=float, nargs="+", help="one for each of --ways; 1e-4 and 2e-4 unless given")
+    parser.add_argument("--rates", type=float, nargs="+", help="of every way; its own two unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--limit", type=int, default=10_000, help="training examples of a task at most")
@@ -55,15 +56,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         return write_table(Path("docs/finetuning.md"))
-    rates = dict(zip(given.ways, given.rates or [RATES[way] for way in given.ways], strict=True))
+    rows = [(way, rate) for way in given.ways for rate in given.rates or RATES[way]]
     folder = RESULTS / (given.name or Path(given.model).name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         models = {"full": given.model, "auxiliary": folded(given.model, Path(scratch) / "folded")}
         for task in given.tasks:
             for seed in given.seeds:
-                for way, rate in rates.items():
-                    file = folder / f"{task}-{way}-{seed}.json"
+                for way, rate in rows:
+                    file = folder / f"{task}-{way}-{rate:g}-{seed}.json"
                     if file.exists():
                         continue
                     row = tenfold.finetune(
@@ -97,7 +98,7 @@ HEAD = """# Fine-tuning: all parameters, or the auxiliary tensors only
 Dev scores of GLUE, times 100: the mean of the metrics of a task, the mean over the seeds and their standard deviation.
 Written by `python benchmarks/finetuning.py --table` from the files in `results/finetuning/`, which have all settings, curves and
 versions. `full` trains the dense model; `auxiliary` the same model with its matrices as matrix product operators, of which only
-the outer cores, biases, norms and the head are trained (arXiv 2106.02205).
+the outer cores, biases, norms, the pooler and the head are trained (arXiv 2106.02205).
 """
 
 
@@ -108,16 +109,16 @@ def write_table(target: Path) -> None:
         tasks = sorted({row["task"] for row in rows})
         parts += [
             f"## {folder.name}\n",
-            f"| trained | share | {' | '.join(tasks)} | mean |",
-            "|" + "---|" * (len(tasks) + 3),
+            f"| trained | share | rate | {' | '.join(tasks)} | mean |",
+            "|" + "---|" * (len(tasks) + 4),
         ]
-        for way in sorted({row["settings"]["train"] for row in rows}, reverse=True):
-            here = [row for row in rows if row["settings"]["train"] == way]
+        for way, rate in sorted({kind_of(row) for row in rows}, key=lambda kind: (kind[0] != "full", kind[1])):
+            here = [row for row in rows if kind_of(row) == (way, rate)]
             share = max(row["parameters"]["share"] for row in here)
             scores = {task: [100 * row["score"]["mean"] for row in here if row["task"] == task] for task in tasks}
             means = [statistics.mean(values) for values in scores.values() if values]
             whole = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else ""
-            parts.append(f"| {way} | {share:.1%} | {' | '.join(map(shown, scores.values()))} | {whole} |")
+            parts.append(f"| {way} | {share:.1%} | {rate:g} | {' | '.join(map(shown, scores.values()))} | {whole} |")
         about = {(row["task"], *row["examples"].values(), row["settings"]["epochs"]) for row in rows}
         parts += [
             "",
@@ -125,6 +126,10 @@ def write_table(target: Path) -> None:
             "",
         ]
     target.write_text("\n".join(parts))
+
+
+def kind_of(row: dict) -> tuple[str, float]:
+    return row["settings"]["train"], row["settings"]["learning_rate"]
 
 
 def shown(values: list[float]) -> str:

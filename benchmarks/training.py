@@ -22,14 +22,11 @@ from tenfold.models.sites import share_of
 from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.tokens import is_tokens, write_tokens
 
-SHAPE = {
-    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 6, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": True,
-    "attn_implementation": "eager",  # short windows on a CPU: faster
-}  # fmt: skip
+WINDOW = 256
 BLOCKS = ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]
 KEEP = {"keep": 0.6, "of": "blocks"}
+SHAPES = {"small": (1, 8_192_000), "tiny": (2, 2_048_000)}  # what all widths are divided by, and tokens
 
 
 def everywhere(**structure) -> dict:
@@ -42,12 +39,12 @@ def train_like(share: float) -> dict:
     return {"replace": [{"role": MLP, "structure": structure, "keep": share, "start": "balanced"}]}
 
 
-def shared(group: int, adapter: int | None = None, wide: int = 1024) -> dict:
+def shared(group: int, hidden: int, wide: int, adapter: int | None = None) -> dict:
     """Tensor trains of three cores, nothing cut, the middle one common to ``group`` neighbouring layers; beside it adapters."""
-    inner, wide = [4, 24, 4], [4, wide // 16, 4]
-    shapes = {("attn.q", "attn.k", "attn.v", "attn.out"): (inner, inner), ("mlp.in", "mlp.gate"): (wide, inner)}
+    inner, outer = [4, hidden // 16, 4], [4, wide // 16, 4]
+    shapes = {("attn.q", "attn.k", "attn.v", "attn.out"): (inner, inner), ("mlp.in", "mlp.gate"): (outer, inner)}
     rules = []
-    for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, wide)}).items():
+    for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, outer)}).items():
         structure = {"kind": "tensor_train", "outs": outs, "ins": ins, "rank": "full"}
         rule = {"role": list(roles), "structure": structure, "share": {"factors": ["core_1"], "group": group}}
         rules.append(rule | {"start": "balanced"} | ({"adapter": adapter} if adapter else {}))
@@ -66,62 +63,78 @@ def cola(attention: int, mlp: int) -> dict:
     return {"replace": [{"role": r, "structure": {"kind": "cola", "rank": k}, "start": "noise"} for r, k in rules]}
 
 
-ROWS = {
-    "dense": {},
-    "narrower": {
-        "model": {"hidden_size": 320, "intermediate_size": 672, "num_attention_heads": 5, "num_key_value_heads": 5}
-    },
-    "shallower": {"model": {"num_hidden_layers": 3, "intermediate_size": 712}},
-    "low rank": everywhere(kind="low_rank"),
-    "block train": everywhere(kind="block_train", blocks=4),
-    "block train, rates by fans": everywhere(kind="block_train", blocks=4)
-    | {"train": {"optimizer": "adamw", "rates": "fans"}},
-    "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
-    "low rank, guided": everywhere(kind="low_rank") | {"train": {"guide": 0.5}},
-    "low rank in the MLPs": {
-        "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
-        "budget": KEEP,
-    },
-    "CoLA": cola(115, 166),
-    "pairs of layers share": shared(2, 23),
-    "pairs of layers share, whole": shared_whole(2, 23),
-    "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016}}
-    | shared_whole(2, None),
-    "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 1008}} | shared(2, wide=1008),
-    "ttm-16": train_like(0.006),
-    "ttm-32": train_like(0.07),
-    "ttm-64": train_like(0.28),
-}
+def contenders(part: int) -> dict[str, dict]:
+    """The recipe of every row, all widths divided by ``part``."""
+    rank = -(-23 // part)
+    return {
+        "dense": {},
+        "narrower": {
+            "model": {
+                "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
+            }
+        },
+        "shallower": {"model": {"num_hidden_layers": 3, "intermediate_size": 712 // part}},
+        "low rank": everywhere(kind="low_rank"),
+        "block train": everywhere(kind="block_train", blocks=4),
+        "block train, rates by fans": everywhere(kind="block_train", blocks=4)
+        | {"train": {"optimizer": "adamw", "rates": "fans"}},
+        "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
+        "low rank, guided": everywhere(kind="low_rank") | {"train": {"guide": 0.5}},
+        "low rank in the MLPs": {
+            "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
+            "budget": KEEP,
+        },
+        "CoLA": cola(115 // part, 166 // part),
+        "pairs of layers share": shared(2, 384 // part, 1024 // part, rank),
+        "pairs of layers share, whole": shared_whole(2, rank),
+        "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
+        | shared_whole(2, None),
+        "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}
+        | shared(2, 384 // part, 992 // part),
+        "ttm-16": train_like(0.006),
+        "ttm-32": train_like(0.07),
+        "ttm-64": train_like(0.28),
+    }  # fmt: skip
 
 
 def recipe_of(row: str, rate: float, given) -> dict:
-    own = ROWS[row]
+    part, tokens = SHAPES[given.shape]
+    model = {
+        "model_type": "llama", "hidden_size": 384 // part, "intermediate_size": 1024 // part, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64 // part, "max_position_embeddings": WINDOW,
+        "tie_word_embeddings": True, "attn_implementation": "eager",  # short windows on a CPU: faster
+    }  # fmt: skip
+    own = contenders(part)[row]
     train = {
-        "tokens": given.tokens,
+        "tokens": given.tokens or tokens,
         "batch": 8,
         "accumulate": 2,
         "learning_rate": rate,
         "schedule": "linear",
         "compile": given.compile,
     }
-    made = {"name": row, "model": SHAPE | own.get("model", {}), "train": train | own.get("train", {})}
+    made = {"name": row, "model": model | own.get("model", {}), "train": train | own.get("train", {})}
     return made | {key: own[key] for key in ("replace", "budget") if key in own}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=list(contenders(1)))
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="small", help="7 or 1.8 million parameters in the blocks"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
-    parser.add_argument("--tokens", type=int, default=8_192_000)
+    parser.add_argument("--tokens", type=int, help="trained on; by the shape unless given")
     parser.add_argument("--scored", type=int, default=100_000, help="held-out tokens")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("training-work"), help="where runs live")
-    parser.add_argument("--output", type=Path, default=Path("results/training/small"))
+    parser.add_argument("--output", type=Path, help="results/training/SHAPE unless given")
     parser.add_argument(
         "--table", action="store_true", help="only write docs/training-results.md from the result files"
     )
     given = parser.parse_args()
+    given.output = given.output or Path("results/training") / given.shape
     if not given.table:
         given.output.mkdir(parents=True, exist_ok=True)
         for row in given.rows:
@@ -134,7 +147,7 @@ def run(row: str, rate: float, given) -> None:
     file = given.output / f"{row.replace(' ', '-').replace(',', '')}-{rate:g}.json"
     if file.exists():
         return
-    folder = given.work / file.stem
+    folder = given.work / f"{given.shape}-{file.stem}"
     report = api.pretrain(recipe_of(row, rate, given), [tokens_of(given)], folder, torch.float32)
     model, tokenizer = api.load(folder, dtype="float32")
     scores = api.evaluate(model, tokenizer, [given.data / "corpus" / "valid.jsonl.xz"], limit=given.scored, batch=16)
@@ -147,11 +160,12 @@ def run(row: str, rate: float, given) -> None:
 
 
 def tokens_of(given) -> Path:
-    """The same tokens for all runs."""
-    folder, files = given.work / "tokens", sorted((given.data / "corpus").glob("train-*.jsonl.xz"))
+    """The same tokens for all runs of a shape."""
+    wanted = given.tokens or SHAPES[given.shape][1]
+    folder, files = given.work / f"tokens-{wanted}", sorted((given.data / "corpus").glob("train-*.jsonl.xz"))
     if not is_tokens(folder):
-        tokenizer = train_tokenizer(islice(documents(files), 5000), 4096, SHAPE["max_position_embeddings"])
-        write_tokens(folder, files, tokenizer, given.tokens)
+        tokenizer = train_tokenizer(islice(documents(files), 5000), 4096, WINDOW)
+        write_tokens(folder, files, tokenizer, wanted)
     return folder
 
 
@@ -172,7 +186,7 @@ def write_table(results: Path, target: Path) -> None:
             "| row | blocks | parameters | FLOPs a token at 1,024 rows | tokens | rates tried | rate | perplexity | relative |"
         ]
         lines += ["|" + "---|" * 9]
-        for row in (name for name in ROWS if name in best):
+        for row in (name for name in contenders(1) if name in best):
             one, tried = best[row], sorted(found["rate"] for found in runs if found["row"] == row)
             score = one["scores"]["perplexity"]
             relative = f"{score / dense['scores']['perplexity']:.3f}" if dense else ""

@@ -228,9 +228,8 @@ class Structure(ABC):
                 ]
                 made.append(sum(parts[1:], parts[0]))
             return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
-        parts = [place.apply(factors, flat, matrix, between) for place in places]
-        y = sum(parts[1:], parts[0])
-        return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], out)
+        parts = [place.apply(factors, flat, bias if place is places[0] else None, matrix, between) for place in places]
+        return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
 
     def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`_apply` where ``matrices`` are known: their products and nothing around them."""

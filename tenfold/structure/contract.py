@@ -127,10 +127,7 @@ def apply(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
         bias = None if bias is None else bias.to(dtype)
-    # an axis of one number would keep products of matrices from being seen
-    if 1 in dict(diagram.sizes).values() and not torch.compiler.is_compiling():
-        diagram = _slim(diagram)
-        factors = [f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)]
+    diagram, factors = slim(diagram, factors)
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return products.linear(x, factors[0].reshape(diagram.shape), bias)
     if torch.compiler.is_compiling():
@@ -168,6 +165,16 @@ def _in_slices(
     return y
 
 
+def slim(diagram: Diagram, factors: list[Tensor]) -> tuple[Diagram, list[Tensor]]:
+    """Both without axes of one number, which would keep products of matrices from being seen."""
+    if 1 not in dict(diagram.sizes).values() or torch.compiler.is_compiling():
+        return diagram, factors
+    diagram = _slim(diagram)
+    return diagram, [
+        f.reshape(diagram.shape_of(labels)) for f, (_, labels) in zip(factors, diagram.factors, strict=True)
+    ]
+
+
 @lru_cache(maxsize=4096)
 def _slim(diagram: Diagram) -> Diagram:
     """``diagram`` without its labels of size one."""
@@ -179,6 +186,11 @@ def _slim(diagram: Diagram) -> Diagram:
     factors = tuple((name, slim(labels)) for name, labels in diagram.factors)
     sizes = tuple((label, size) for label, size in diagram.sizes if label not in ones)
     return Diagram(slim(diagram.outs), slim(diagram.ins), factors, sizes)
+
+
+def is_chain(diagram: Diagram, x: Tensor) -> bool:
+    """Whether nothing is made for all rows of ``x`` together, so that some can be multiplied after the others at no cost."""
+    return _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)[1] is None
 
 
 def bucket(rows: int) -> int:
@@ -282,13 +294,22 @@ class _Apply(torch.autograd.Function):
         factors, kept = saved[: len(rest)], saved[len(rest) :]
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
-            rows, worth = 2 ** max(0, x.shape[0] - 1).bit_length(), worth_of(x.device.type)
-            if not ctx.numbers and (kept or _through_dense(diagram, rows, worth)):
-                dx, *others = _back_dense(diagram, x, factors, dy, needs, *kept)
-            else:
+            if ctx.numbers:
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
                 dx, *others = _back_chain(diagram, x, factors, dy, needs, parts)
+            else:
+                dx, *others = gradients(diagram, x, factors, dy, needs, *kept)
         return None, None if dx is None else dx.reshape(x.shape), db, None, None, *others
+
+
+def gradients(
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], w: Tensor | None = None
+) -> list[Tensor | None]:
+    """Of ``x (n, in)`` and the factors, where ``needs`` says so; ``w`` is W where it was kept."""
+    rows = 2 ** max(0, x.shape[0] - 1).bit_length()
+    if w is not None or _through_dense(diagram, rows, worth_of(x.device.type)):
+        return _back_dense(diagram, x, factors, dy, needs, w)
+    return _back_chain(diagram, x, factors, dy, needs, [])
 
 
 def _back_chain(

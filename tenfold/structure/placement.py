@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract, products
+from tenfold.structure import contract, mapped, products
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.mapped import Maps
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,35 @@ class Placement:
         between: bool = False,
     ) -> Tensor:
         """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
-        return contract.apply(self.diagram, self.tensors(factors), self.picked(factors, x), bias, matrix, between)
+        tensors = self.tensors(factors)
+        if self.columns and self.columns_from is None:
+            maps = Maps(None, self.index(factors, "columns"), self.diagram.shape[0], x.shape[1])
+            if mapped.serves(self.diagram, x, maps):
+                return mapped.multiply(self.diagram, tensors, x, bias, maps, matrix)
+        return contract.apply(self.diagram, tensors, self.picked(factors, x), bias, matrix, between)
 
-    def apply(self, factors: dict[str, Tensor], x: Tensor, matrix: bool = False, between: bool = False) -> Tensor:
-        """``x (n, in) @ W.T -> (n, out)``"""
-        y = self.block(factors, x, None, matrix, between)
+    def apply(
+        self,
+        factors: dict[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None = None,
+        matrix: bool = False,
+        between: bool = False,
+    ) -> Tensor:
+        """``x (n, in) @ W.T + bias -> (n, out)``"""
         if self.rows_from is not None:  # no index needed
-            return torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
-        rows = self.index(factors, "rows")
-        return y if rows is None else spread(y, rows, self.shape[0])
+            y = self.block(factors, x, None, matrix, between)
+            y = torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
+        else:
+            maps = self.maps_of(factors)
+            if mapped.serves(self.diagram, x, maps):
+                return mapped.multiply(self.diagram, self.tensors(factors), x, bias, maps, matrix)
+            y = self.block(factors, x, None, matrix, between)
+            y = y if maps.rows is None else spread(y, maps.rows, self.shape[0])
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def maps_of(self, factors: dict[str, Tensor]) -> Maps:
+        return Maps(self.index(factors, "rows"), self.index(factors, "columns"), *self.shape)
 
     def product(self, factors: dict[str, Tensor], names: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
         """``x (..., in) @ W.T + bias``, where the matrices ``names`` have the diagram's matrix for their product."""
@@ -97,9 +118,15 @@ class Placement:
             y = y if bias is None else y + bias.to(y.dtype)
         return y
 
+    @property
+    def columns_from(self) -> int | None:
+        """The first of its columns, where they are a block and no index is needed."""
+        first = self.columns[0] if len(self.columns) == 1 else None
+        return first if isinstance(first, int) else None
+
     def picked(self, factors: dict[str, Tensor], x: Tensor) -> Tensor:
-        if len(self.columns) == 1 and isinstance(self.columns[0], int):  # a block of columns: no index needed
-            return x.narrow(-1, self.columns[0], self.diagram.shape[1])
+        if self.columns_from is not None:
+            return x.narrow(-1, self.columns_from, self.diagram.shape[1])
         columns = self.index(factors, "columns")
         return x if columns is None else x.index_select(-1, columns)
 
@@ -118,8 +145,10 @@ class Placement:
 
     def dense(self, factors: dict[str, Tensor]) -> Tensor:
         """``W (out, in)``"""
-        rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
-        w = contract.dense(self.diagram, self.tensors(factors))
+        maps, w = self.maps_of(factors), contract.dense(self.diagram, self.tensors(factors))
+        if not torch.is_grad_enabled():
+            return maps.placed(w)
+        rows, columns = maps.rows, maps.columns
         w = w if columns is None else spread(w, columns, self.shape[1])
         return w if rows is None else spread(w.T, rows, self.shape[0]).T
 

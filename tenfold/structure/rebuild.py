@@ -40,6 +40,12 @@ def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
     return w
 
 
+def back(diagram: Diagram, factors: list[Tensor], dw: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Gradients of the factors, those that are needed, from that of ``W (out, in)``."""
+    values = Values(rebuild(diagram), factors)
+    return values.back(dw.reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs)
+
+
 def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | None:
     """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients."""
     here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()

@@ -61,10 +61,11 @@ def full(model: PreTrainedModel, rank: int = 0) -> None:
 
 
 def auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
-    """Of every folded matrix all factors but the largest one, the central tensor; biases and norms.
+    """Of every folded matrix all factors but the largest one, the central tensor; biases, norms, and a pooler that is not folded.
 
     Central tensors, factors that a recipe freezes, embeddings and whatever else is dense stay as they are. A factor that
-    several layers share is central if it is the largest one of any of them.
+    several layers share is central if it is the largest one of any of them. A pooler is the first half of the classification
+    head, and often as new as the rest of it.
 
     Raises:
         ValueError: nothing of the model is folded.
@@ -89,6 +90,9 @@ def auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
     for layer in layers:
         for parameter in _parameters(layer).values():
             parameter.requires_grad_(id(parameter) not in kept)
+    for site in find_sites(model):
+        if site.role == "pooler" and not isinstance(module := module_at(model, site.path), FOLDED):
+            module.requires_grad_(True)
 
 
 def _folded(model: PreTrainedModel) -> list[nn.Module]:

@@ -119,6 +119,16 @@ def test_shared_central_tensors_stay(toys):
     assert free == {f"bert.encoder.layer.{k}.intermediate.dense.core_{j}" for k in (0, 1) for j in (0, 2)}
 
 
+@pytest.mark.parametrize("roles", [["mlp.in"], ["mlp.in", "pooler"]])
+def test_a_pooler_is_trained_as_a_whole_unless_it_is_folded(roles):
+    masked, _ = toy_tasks.bert()
+    model = AutoModelForSequenceClassification.from_config(masked.config)
+    tenfold.compress(model, {"replace": [{"role": roles, "structure": toy_tasks.TRAIN}]})
+    WAYS["auxiliary"].free(model, 8)
+    free = {name.split(".")[-1] for name, p in model.bert.pooler.dense.named_parameters() if p.requires_grad}
+    assert free == ({"core_0", "core_2", "bias"} if "pooler" in roles else {"weight", "bias"})
+
+
 def test_what_a_recipe_freezes_stays_in_auxiliary_but_not_in_full(toys):
     model, _ = toy_tasks.gpt2()
     rule = {"role": "mlp.in", "structure": toy_tasks.TRAIN, "freeze": ["core_0"]}

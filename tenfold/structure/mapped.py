@@ -1,0 +1,156 @@
+"""A diagram between two index maps, on a processor: the cheaper side is put into another order, in memory that is in use.
+
+``W[rows[i], columns[j]]`` is the diagram's entry ``(i, j)``. Permuted copies of a large ``x`` and ``y`` cost up to half of what a
+dense layer takes, and autograd would keep the copy of ``x``. Where ``W`` is made for the product, ``W`` is permuted instead; a
+chain of products takes some rows of ``x`` at a time, so that what is copied stays in the cache. Only ``x`` and the factors are
+kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.structure import contract, rebuild
+from tenfold.structure.diagram import Diagram
+
+PART = 512  # rows
+FEWEST = 1024  # rows below which nothing is gained
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Index maps of a matrix ``(out, in)``; None for the identity."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    out: int
+    inner: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether they only change the order."""
+        return all(
+            index is None or len(index) == size for index, size in ((self.rows, self.out), (self.columns, self.inner))
+        )
+
+    def placed(self, w: Tensor) -> Tensor:
+        """The matrix in which the entries of ``w`` lie at their places."""
+        if self.columns is not None:
+            some = w if self.rows is None or not self.whole else w.index_select(0, self.rows.argsort())
+            w = _spread(some, self.columns, w.new_empty(len(w), self.inner))
+            if self.rows is None or self.whole:
+                return w
+        if self.rows is None:
+            return w
+        return w.new_zeros(self.out, w.shape[1]).index_copy_(0, self.rows, w)
+
+    def picked(self, w: Tensor) -> Tensor:
+        """The entries of :meth:`placed`, back where they came from."""
+        w = w if self.rows is None else w.index_select(0, self.rows)
+        return w if self.columns is None else w.gather(1, self.columns.expand(len(w), -1))
+
+
+def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
+    """Whether :func:`multiply` is faster than copies of ``x`` and ``y``."""
+    here = x.device.type == "cpu" and x.shape[0] >= FEWEST and not torch.compiler.is_compiling()
+    return here and not torch.is_autocast_enabled("cpu") and (maps.whole or contract.is_chain(diagram, x))
+
+
+def multiply(
+    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, matrix: bool = False
+) -> Tensor:
+    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix``: keep ``W``, where it is made, for the way back."""
+    diagram, factors = contract.slim(diagram, factors)
+    if not torch.is_grad_enabled():
+        return _forward(diagram, factors, x, bias, maps)[0]
+    return _Mapped.apply(diagram, maps.out, matrix, x, bias, maps.rows, maps.columns, *factors)
+
+
+def _forward(
+    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, and ``W`` if it was made."""
+    if not contract.is_chain(diagram, x):
+        w = maps.placed(rebuild.dense(diagram, factors))
+        return torch.nn.functional.linear(x, w, bias), w
+    y, pick = x.new_empty(x.shape[0], maps.out), _Picker(maps.columns)
+    for some, made in zip(x.split(PART), y.split(PART), strict=True):
+        _spread(contract.apply(diagram, factors, pick(some)), maps.rows, made)
+        if bias is not None:
+            made += bias
+    return y, None
+
+
+class _Picker:
+    """``some[:, columns]`` in the same memory every time."""
+
+    def __init__(self, columns: Tensor | None):
+        self.columns, self.memory = columns, None
+
+    def __call__(self, some: Tensor) -> Tensor:
+        if self.columns is None:
+            return some
+        if self.memory is None:
+            self.memory = some.new_empty(len(some), len(self.columns))
+        return torch.gather(some, 1, self.columns.expand(len(some), -1), out=self.memory[: len(some)])
+
+
+def _spread(y: Tensor, index: Tensor | None, made: Tensor) -> Tensor:
+    """``made[:, index] = y``, zero elsewhere."""
+    if index is None:
+        return made.copy_(y)
+    if len(index) < made.shape[1]:
+        made.zero_()
+    return made.scatter_(1, index.expand(len(y), -1), y)
+
+
+class _Mapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, diagram, out, matrix, x, bias, rows, columns, *factors):
+        ctx.diagram, ctx.out = diagram, out
+        y, w = _forward(diagram, list(factors), x, bias, Maps(rows, columns, out, x.shape[1]))
+        ctx.save_for_backward(x, rows, columns, w if matrix else None, *factors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, rows, columns, w, *factors = ctx.saved_tensors
+        (*_, of_x, of_bias, _, _), of_factors = ctx.needs_input_grad[:7], list(ctx.needs_input_grad[7:])
+        maps = Maps(rows, columns, ctx.out, x.shape[1])
+        with torch.autocast("cpu", enabled=False):
+            back = _back_parts if contract.is_chain(ctx.diagram, x) else _back_whole
+            dx, *others = back(ctx.diagram, x, factors, dy, [of_x, *of_factors], maps, w)
+        return None, None, None, dx, dy.sum(0) if of_bias else None, None, None, *others
+
+
+def _back_whole(
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], maps: Maps, w: Tensor | None
+) -> list[Tensor | None]:
+    """Through ``W`` and its gradient."""
+    dx = None
+    if needs[0]:
+        dx = dy @ (maps.placed(rebuild.dense(diagram, factors)) if w is None else w)
+    if not any(needs[1:]):
+        return [dx, *(None for _ in factors)]
+    return [dx, *rebuild.back(diagram, factors, maps.picked(dy.T @ x), needs[1:])]
+
+
+def _back_parts(
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], maps: Maps, _: Tensor | None
+) -> list[Tensor | None]:
+    """Through the chain, some rows of ``x`` after the others."""
+    dx = torch.empty_like(x) if needs[0] else None
+    totals: list[Tensor | None] = [None for _ in factors]
+    pick, back = _Picker(maps.columns), _Picker(maps.rows)
+    for some, of, place in zip(x.split(PART), dy.split(PART), (x if dx is None else dx).split(PART), strict=True):
+        found, *others = contract.gradients(diagram, pick(some), factors, back(of), needs)
+        if found is not None:
+            _spread(found.reshape(len(some), -1), maps.columns, place)
+        totals = [
+            one if total is None or one is None else total.add_(one) for total, one in zip(totals, others, strict=True)
+        ]
+    return [dx, *totals]
