@@ -303,6 +303,24 @@ def test_the_compiler_sees_one_graph(name, mixed, loaded):
     torch._dynamo.reset()
 
 
+@pytest.mark.traced
+def test_a_static_cache_decodes_in_one_graph(loaded, monkeypatch):
+    """One more for the prompt; both without a break, and the tokens are those of code that is not compiled."""
+    graphs, ids = [], toys.inputs(loaded)["input_ids"]
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    expected = loaded.generate(**asked, max_new_tokens=6)
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(loaded, "forward", torch.compile(loaded.forward, backend=counting, fullgraph=True))
+    assert torch.equal(loaded.generate(**asked, max_new_tokens=6, cache_implementation="static"), expected)
+    torch._dynamo.reset()
+    assert len(graphs) == 2
+
+
 def test_it_is_exported_for_any_length(loaded):
     given = {"input_ids": toys.inputs(loaded)["input_ids"], "use_cache": False}
     dynamic = {"input_ids": {1: torch.export.Dim("length", min=2, max=60)}, "use_cache": None}
