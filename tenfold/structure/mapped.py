@@ -37,15 +37,16 @@ class Maps:
         )
 
     def placed(self, w: Tensor) -> Tensor:
-        """The matrix in which the entries of ``w`` lie at their places."""
-        if self.columns is not None:
-            some = w if self.rows is None or not self.whole else w.index_select(0, self.rows.argsort())
-            w = _spread(some, self.columns, w.new_empty(len(w), self.inner))
-            if self.rows is None or self.whole:
-                return w
-        if self.rows is None:
+        """The matrix in which the entries of ``w`` lie at their places; beside both a few rows at most are in memory."""
+        if self.columns is None and self.rows is None:
             return w
-        return w.new_zeros(self.out, w.shape[1]).index_copy_(0, self.rows, w)
+        made = w.new_zeros(self.out, self.inner)
+        if self.rows is None:
+            return _spread(w, self.columns, made)
+        few = w.new_empty(min(len(w), PART), self.inner)
+        for some, at in zip(w.split(PART), self.rows.split(PART), strict=True):
+            made.index_copy_(0, at, _spread(some, self.columns, few[: len(some)]))
+        return made
 
     def picked(self, w: Tensor) -> Tensor:
         """The entries of :meth:`placed`, back where they came from."""
@@ -122,8 +123,8 @@ class _Mapped(torch.autograd.Function):
         (*_, of_x, of_bias, _, _), of_factors = ctx.needs_input_grad[:7], list(ctx.needs_input_grad[7:])
         maps = Maps(rows, columns, ctx.out, x.shape[1])
         with torch.autocast("cpu", enabled=False):
-            back = _back_parts if contract.is_chain(ctx.diagram, x) else _back_whole
-            dx, *others = back(ctx.diagram, x, factors, dy, [of_x, *of_factors], maps, w)
+            given = (ctx.diagram, x, factors, dy, [of_x, *of_factors], maps)
+            dx, *others = _back_parts(*given) if contract.is_chain(ctx.diagram, x) else _back_whole(*given, w)
         return None, None, None, dx, dy.sum(0) if of_bias else None, None, None, *others
 
 
@@ -140,7 +141,7 @@ def _back_whole(
 
 
 def _back_parts(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], maps: Maps, _: Tensor | None
+    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], maps: Maps
 ) -> list[Tensor | None]:
     """Through the chain, some rows of ``x`` after the others."""
     dx = torch.empty_like(x) if needs[0] else None
