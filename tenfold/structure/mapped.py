@@ -54,10 +54,15 @@ class Maps:
         return w if self.columns is None else w.gather(1, self.columns.expand(len(w), -1))
 
 
-def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
-    """Whether :func:`multiply` is faster than copies of ``x`` and ``y``."""
+def many(x: Tensor) -> bool:
+    """Whether ``x`` is large enough, and on a device, for :func:`multiply` to be worth a look."""
     here = x.device.type == "cpu" and x.shape[0] >= FEWEST and not torch.compiler.is_compiling()
-    return here and not torch.is_autocast_enabled("cpu") and (maps.whole or contract.is_chain(diagram, x))
+    return here and not torch.is_autocast_enabled("cpu")
+
+
+def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
+    """Whether :func:`multiply` is faster than copies of :func:`many` rows ``x`` and ``y``."""
+    return maps.whole or contract.is_chain(diagram, x)
 
 
 def multiply(

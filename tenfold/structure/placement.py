@@ -78,7 +78,7 @@ class Placement:
     ) -> Tensor:
         """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
         tensors = self.tensors(factors)
-        if self.columns and self.columns_from is None:
+        if self.columns and self.columns_from is None and mapped.many(x):
             maps = Maps(None, self.index(factors, "columns"), self.diagram.shape[0], x.shape[1])
             if mapped.serves(self.diagram, x, maps):
                 return mapped.multiply(self.diagram, tensors, x, bias, maps, matrix)
@@ -97,11 +97,10 @@ class Placement:
             y = self.block(factors, x, None, matrix, between)
             y = torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
         else:
-            maps = self.maps_of(factors)
-            if mapped.serves(self.diagram, x, maps):
+            if mapped.many(x) and mapped.serves(self.diagram, x, maps := self.maps_of(factors)):
                 return mapped.multiply(self.diagram, self.tensors(factors), x, bias, maps, matrix)
-            y = self.block(factors, x, None, matrix, between)
-            y = y if maps.rows is None else spread(y, maps.rows, self.shape[0])
+            y, rows = self.block(factors, x, None, matrix, between), self.index(factors, "rows")
+            y = y if rows is None else spread(y, rows, self.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
 
     def maps_of(self, factors: dict[str, Tensor]) -> Maps:

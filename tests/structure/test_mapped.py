@@ -16,7 +16,7 @@ MAPPED = {name: structure for name, structure in COMBINED.items() if structure.i
 
 @pytest.fixture(autouse=True, params=["chain", "rebuilt"])
 def many(request, monkeypatch):
-    """Six rows are many, two of them a part; W is made, or never made."""
+    """Six rows are many, and go in parts of four; W is made, or never made."""
     monkeypatch.setattr(mapped, "FEWEST", 6)
     monkeypatch.setattr(mapped, "PART", 4)
     monkeypatch.setattr(contract, "_cheaper", lambda *given: request.param == "chain")
