@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: setup demo test lint types
 setup: $(VENV)/.ready
@@ -18,6 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.13,<2.14'; \
 	else $(PIP) torch==2.13.0+cpu 2>/dev/null || $(PIP) torch==2.13.0+cpu --index-url $(CPU_WHEELS); fi
 	@$(PIP) -c constraints.txt -e '.[test]' 2>&1 | grep -v '^WARNING' || true
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib tenfold tenfold_cli >/dev/null || true  # pip would do it on one core
 	@$(BIN)/python -c 'import tenfold_cli'
 	@touch $@
 

@@ -1,6 +1,6 @@
 """Layers against nn.Linear: what published recipes put into GPT-2 small, and every family at half the parameters.
 
-    python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...] [--mode auto]
+    python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...]
     python benchmarks/speed.py --table
 
 Forward at 1, 512 and 4,096 rows, forward and backward at 4,096; float32, medians of turns in one run, each beside the least

@@ -87,6 +87,7 @@ def contenders(part: int) -> dict[str, dict]:
         "CoLA": cola(115 // part, 166 // part),
         "pairs of layers share": shared(2, 384 // part, 1024 // part, rank),
         "pairs of layers share, whole": shared_whole(2, rank),
+        "6 layers, threes share whole": {"model": {"num_hidden_layers": 6}} | shared_whole(3, 16 // part),
         "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
         | shared_whole(2, None),
         "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -320,6 +321,8 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    for name in ("torchao", "torch.utils._pytree"):  # what torchao says of itself wherever transformers finds it
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

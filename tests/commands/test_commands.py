@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import small
@@ -39,11 +40,18 @@ def test_help_needs_no_torch():
 
 def test_what_does_not_train_imports_no_trainer():
     """Trainer, and peft with it, take a second or two."""
-    code = "import sys, tenfold; tenfold.plan, tenfold.inspect; sys.exit(bool({'transformers.trainer', 'peft'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "from tenfold import api; assert api.heal.__module__ == 'tenfold.train.heal'; api.nothing"
+    code = (
+        "import sys, tenfold; tenfold.plan, tenfold.inspect; assert not {'transformers.trainer', 'peft'} & {*sys.modules}; "
+        "from tenfold import api; assert api.heal.__module__ == 'tenfold.train.heal'; api.nothing"
+    )
     told = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "AttributeError: module 'tenfold.api' has no attribute 'nothing'" in told.stderr
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_nothing_is_said_of_a_library_that_is_there():
+    code = "import tenfold_cli; tenfold_cli._quiet(); import torchao"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr == ""
 
 
 def test_inspect_prices_a_recipe(call):
