@@ -43,7 +43,8 @@ def _documents(file: Path, tokenizer) -> Iterator[str]:
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
             if ".jsonl" not in file.suffixes:
-                yield stream.read()
+                if (text := stream.read()).strip():
+                    yield text
                 return
             for number, line in enumerate(stream, 1):
                 if line.strip():

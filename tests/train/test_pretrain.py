@@ -434,10 +434,11 @@ def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
     assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 24
 
 
-def test_no_documents(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"there are no documents in .*empty.jsonl; give text"):
-        pretrain(RECIPE, [tmp_path / "empty.jsonl"], tmp_path / "run")
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt"])
+def test_no_documents(tmp_path, name):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(ValueError, match=rf"there are no documents in .*{name}; give text"):
+        pretrain(RECIPE, [tmp_path / name], tmp_path / "run")
 
 
 def test_too_short_a_text(tmp_path):
