@@ -25,6 +25,7 @@ from tenfold.train.tokens import is_tokens, write_tokens
 WINDOW = 256
 BLOCKS = ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]
+ZERO = {"fit": "noise", "options": {"branch": "zero"}}  # what ends a branch beside the stream begins at zero
 KEEP = {"keep": 0.6, "of": "blocks"}
 SHAPES = {"small": (1, 8_192_000), "tiny": (2, 2_048_000)}  # what all widths are divided by, and tokens
 
@@ -51,9 +52,9 @@ def shared(group: int, hidden: int, wide: int, adapter: int | None = None) -> di
     return {"replace": rules}
 
 
-def shared_whole(group: int, adapter: int | None) -> dict:
+def shared_whole(group: int, adapter: int | None, start: dict | str = "noise") -> dict:
     """The whole matrix common to ``group`` neighbouring layers: an MPO of one core; beside it adapters."""
-    rule = {"role": BLOCKS, "structure": {"kind": "dense"}, "start": "noise"}
+    rule = {"role": BLOCKS, "structure": {"kind": "dense"}, "start": start}
     rule |= {"share": {"factors": ["matrix"], "group": group}} | ({"adapter": adapter} if adapter else {})
     return {"replace": [rule]}
 
@@ -68,6 +69,9 @@ def contenders(part: int) -> dict[str, dict]:
     rank = -(-23 // part)
     return {
         "dense": {},
+        "dense, branches from zero": {
+            "replace": [{"role": BLOCKS, "structure": {"kind": "dense"}, "start": ZERO}]
+        },
         "narrower": {
             "model": {
                 "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
@@ -87,9 +91,14 @@ def contenders(part: int) -> dict[str, dict]:
         "CoLA": cola(115 // part, 166 // part),
         "pairs of layers share": shared(2, 384 // part, 1024 // part, rank),
         "pairs of layers share, whole": shared_whole(2, rank),
+        "pairs of layers share, whole, branches from zero": shared_whole(2, rank, ZERO),
         "6 layers, threes share whole": {"model": {"num_hidden_layers": 6}} | shared_whole(3, 16 // part),
         "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
         | shared_whole(2, None),
+        "8 layers, pairs share whole, branches from zero": {
+            "model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}
+        }
+        | shared_whole(2, None, ZERO),
         "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}
         | shared(2, 384 // part, 992 // part),
         "ttm-16": train_like(0.006),

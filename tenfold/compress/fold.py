@@ -17,7 +17,7 @@ from tenfold.models.plan import Entry, fitting, plain
 from tenfold.models.ranks import mine, processes, together
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
-from tenfold.models.starts import QUICK, factors_from
+from tenfold.models.starts import QUICK, factors_from, of_fits
 from tenfold.structure import Factors, LowRank, Structure
 
 
@@ -86,7 +86,7 @@ class Fold:
 
     def _fitted(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
         metric = target.outputs if outputs else None
-        return structure.fit(target.weight, target.inputs, metric, **self.rule.start.options | more)
+        return structure.fit(target.weight, target.inputs, metric, **of_fits(self.rule.start.options) | more)
 
 
 @dataclass
@@ -199,7 +199,7 @@ class FoldExperts:
         targets = [block.target(site.path) for site in self.sites]
         rows = None if block.settings.outputs == "none" else [target.outputs for target in targets]
         weights, metrics = [target.weight for target in targets], [target.inputs for target in targets]
-        options = QUICK | self.rule.start.options
+        options = QUICK | of_fits(self.rule.start.options)
         joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.names), **options), []
         for k, site in enumerate(self.sites):
             made = {name: value if name in self.names else value[k] for name, value in joint.items()}

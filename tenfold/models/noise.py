@@ -6,7 +6,8 @@ Add a draw by writing a function with its name in ``@draw``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -70,10 +71,12 @@ def ended(structure: Structure, factors: Factors, branch: str, layers: int) -> F
     return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last()}
 
 
-def check_options(options: dict, known: Sequence[str], where: str) -> None:
-    """Raise ValueError for an option of a start that is not ``known``, or a ``branch`` that is none."""
-    for name in options:
+def check_options(options: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:
+    """Raise ValueError for an option of a start that is not ``known``, one of another type, or a ``branch`` that is none."""
+    for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{where} has no option {name!r}; there is {', '.join(known)}")
+            raise ValueError(f"{where} has no option {name!r}; there is {', '.join(known) or 'none'}")
+        if not isinstance(value, (int, float) if known[name] is float else known[name]) or isinstance(value, bool):
+            raise ValueError(f"{name} of {where} is {value!r}; give one of type {known[name].__name__}")
     if (branch := options.get("branch", "zero")) not in BRANCHES:
         raise ValueError(f"branch of {where} is {branch!r}; choose one of {', '.join(BRANCHES)}")

@@ -15,7 +15,7 @@ from tenfold.models.noise import DRAWS, check_options, ended
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.ranks import mine, processes, together
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
-from tenfold.models.starts import QUICK, beside_adapter, factors_from
+from tenfold.models.starts import QUICK, beside_adapter, factors_from, of_fits
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.nn.kept import keep_matrices
@@ -177,7 +177,7 @@ def _fit(model: PreTrainedModel, group: list[Entry]) -> list[tuple[Factors, floa
         if len(group) == 1:
             sets = [factors_from(structure, weights[0], first.start.fit, first.start.norm, first.start.options)]
         else:
-            joint = structure.fit(weights, shared=names, **QUICK | first.start.options)
+            joint = structure.fit(weights, shared=names, **QUICK | of_fits(first.start.options))
             sets = [{n: v if n in names else v[k] for n, v in joint.items()} for k in range(len(group))]
     except ValueError as reason:
         raise ValueError(f"{', '.join(entry.site.path for entry in group)}: {reason}") from None
@@ -212,7 +212,7 @@ def _noise(model: PreTrainedModel, groups: list[list[Entry]], progress) -> Itera
 def _drawn(model: PreTrainedModel, entry: Entry) -> Factors:
     """Random factors as the start says; ``branch: scaled`` or ``zero`` is for what ends a branch beside the stream."""
     structure, options = fitted_part(entry), entry.start.options
-    check_options(options, ["branch"], f"the start {entry.start.fit} of a new model")
+    check_options(options, {"branch": str}, f"the start {entry.start.fit} of a new model")
     weight, config = weight_of(model.get_submodule(entry.site.path)), model.config.get_text_config()
     usual, known = getattr(config, "initializer_range", 0.02), not weight.is_meta and bool(weight.any())
     branch = options.get("branch") if entry.site.role.endswith(".out") else None

@@ -5,7 +5,7 @@ Add a start by writing a function with its name in ``@start``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from tenfold.structure.permute import search
 
 QUICK = {"sweeps": 20, "tolerance": 1e-4}  # alternating fits of a whole model; a recipe may ask for more
 STARTS: dict[str, Callable[[Structure, Tensor, dict], Factors]] = {}
+OPTIONS: dict[str, Mapping[str, type]] = {}  # that a start has, and of which type they are
+FIT = {"sweeps": int, "tolerance": float, "starts": int, "seed": int}  # those of Structure.fit
 
 
-def start(*names: str):
+def start(*names: str, **options: type):
     def register(function):
         STARTS.update(dict.fromkeys(names, function))
+        OPTIONS.update(dict.fromkeys(names, options))
         return function
 
     return register
@@ -30,8 +33,15 @@ def start(*names: str):
 def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, options: dict) -> Factors:
     """The factors that the start ``fit`` makes for ``weight (out, in)``, the lost norm restored if asked."""
     check_name(fit, STARTS, "start")
+    check_options(options, OPTIONS[fit], f"the start {fit} in the place of a matrix")
     factors = STARTS[fit](structure, weight, options)
     return restored(structure, factors, weight) if norm == "restore" else factors
+
+
+def of_fits(options: dict) -> dict:
+    """``options`` of a start as settings of the alternating fit that it becomes where a metric is known or factors are shared."""
+    check_options(options, FIT, "the start of a fit to several matrices or to activations")
+    return options
 
 
 def beside_adapter(structure: Sum, factors: Factors) -> Factors:
@@ -58,7 +68,7 @@ def restored(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
     return factors | {name: factors[name] * alpha}
 
 
-@start("nearest")
+@start("nearest", **FIT)
 def nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """The closed form where there is one, else alternating least squares."""
     closed = structure.closed_form(weight)
@@ -74,13 +84,13 @@ def closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:
     return factors
 
 
-@start("alternating")
+@start("alternating", **FIT)
 def alternating(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """Alternating least squares from the closed form, or from noise."""
     return structure.fit(weight, **QUICK | options)
 
 
-@start("prune")
+@start("prune", rest=float)
 def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """Every ``b``-th row and ``d``-th column as ``outer``, ``inner = [1, 0.1, ..]`` (Krony-PT's pruning start)."""
     if not isinstance(structure, Kronecker) or len(structure.outs) != 2 or structure.terms != 1:
@@ -93,7 +103,7 @@ def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
     )
 
 
-@start("permute")
+@start("permute", rounds=int, method=str, starts=int, sweeps=int, seed=int)
 def permute(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """The permutation search of TQCompressor: fit and re-assign rows and columns in turn."""
     if not isinstance(structure, Placed):
@@ -105,11 +115,11 @@ def _drawn(fit: str):
     """Random factors; what is drawn by a standard deviation gets that of the weight's entries."""
 
     def function(structure: Structure, weight: Tensor, options: dict) -> Factors:
-        check_options(options, ["seed"], f"the start {fit} in the place of a matrix")
         generator = torch.Generator().manual_seed(options.get("seed", 0))
         return DRAWS[fit](structure, float(weight.float().std()), options, generator)
 
     return function
 
 
-STARTS.update({fit: _drawn(fit) for fit in DRAWS})
+for fit in DRAWS:
+    start(fit, seed=int)(_drawn(fit))

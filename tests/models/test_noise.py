@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import toys
 
+import tenfold
 from tenfold.models.noise import DRAWS
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import load_recipe
@@ -74,6 +75,30 @@ def test_what_ends_a_branch_is_scaled_by_fans_too():
 def test_unknown_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         drawn("llama", {"fit": "fans", "options": options})
+
+
+SHARED = {"role": "mlp.in", "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"}, "share": {"factors": ["core_1"]}}
+ALONE = {"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [2, 2], "terms": 2}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "start", "sentence"),
+    [
+        (ALONE, {"options": {"sweep": 3}}, "start nearest in the place of a matrix has no option 'sweep'; there is sweeps, tol"),
+        (ALONE, {"options": {"tolerance": "1e-5"}}, "tolerance of the start nearest .* is '1e-5'; give one of type float"),
+        (ALONE, {"options": {"sweeps": True}}, "sweeps of the start nearest .* is True; give one of type int"),
+        (ALONE, {"fit": "van-loan", "options": {"sweeps": 3}}, "van-loan .* has no option 'sweeps'; there is none"),
+        (ALONE, {"fit": "noise", "options": {"branch": "zero"}}, "noise .* has no option 'branch'; there is seed"),
+        (SHARED, {"options": {"sweep": 3}}, "a fit to several matrices or to activations has no option 'sweep'"),
+    ],
+)  # fmt: skip
+def test_unknown_options_in_the_place_of_a_matrix(rule, start, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tenfold.compress(toys.build("llama"), {"replace": [rule | {"start": start}]})
+
+
+def test_a_tolerance_may_be_whole():
+    tenfold.compress(toys.build("llama"), {"replace": [ALONE | {"start": {"options": {"tolerance": 1}}}]})
 
 
 @pytest.mark.parametrize("branch", ["scaled", "zero"])
