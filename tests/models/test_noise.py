@@ -77,7 +77,11 @@ def test_unknown_options(options, sentence):
         drawn("llama", {"fit": "fans", "options": options})
 
 
-SHARED = {"role": "mlp.in", "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"}, "share": {"factors": ["core_1"]}}
+SHARED = {
+    "role": "mlp.in",
+    "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"},
+    "share": {"factors": ["core_1"]},
+}
 ALONE = {"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [2, 2], "terms": 2}}
 
 
