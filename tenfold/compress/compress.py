@@ -22,9 +22,10 @@ from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import Plan, make_plan
 from tenfold.models.ranks import is_first
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
-from tenfold.models.replace import Change, replace, take_apart, untie
+from tenfold.models.replace import Change, finish, replace, take_apart, untie
 from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites
+from tenfold.models.symmetry_maps import fold_maps
 from tenfold.nn.kinds import check_matrix
 from tenfold.structure import Structure
 
@@ -82,6 +83,8 @@ def compress(
         changes = squeeze(model, recipe.squeeze, recipe.name)
     elif text is None:
         changes = replace(model, make_plan(model, recipe), source, progress)
+        if fold_maps(model):
+            finish(model, recipe.name)
     else:
         changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
     folded, errors = price(model), {change.path: change.error for change in changes}

@@ -44,6 +44,7 @@ from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
 from tenfold.models.sites import Site, find_sites
+from tenfold.models.symmetry_maps import fold_maps
 
 Progress = Callable[[Iterable], Iterable]
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
@@ -149,6 +150,7 @@ def _one_block(model, number: int, work: Work, streams: Streams, settings, weigh
         if settings.refine:
             here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
             refine(streams, number, here, original, matters.get(work.path), *how)
+        fold_maps(model, work.path)
         weights.keep(number, work.path)
     if not last:
         streams.advance(number, original)

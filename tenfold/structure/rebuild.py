@@ -56,7 +56,7 @@ def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | None:
 
 @lru_cache(maxsize=4096)
 def _cut(diagram: Diagram) -> tuple[int, int, int] | None:
-    """The factor whose slices make parts of the rows, the axis of it, and how many numbers of the axis a part has."""
+    """The factor whose slices make parts of the rows, its axis, and how many numbers of the axis a part has at most."""
     if not diagram.outs or len(diagram.factors) == 1:
         return None
     having = [k for k, (_, labels) in enumerate(diagram.factors) if diagram.outs[0] in labels]
@@ -66,7 +66,8 @@ def _cut(diagram: Diagram) -> tuple[int, int, int] | None:
         return None
     (first,) = having
     axis = diagram.factors[first][1].index(diagram.outs[0])
-    return first, axis, max(number for number in range(1, fitting + 1) if size % number == 0)
+    parts = -(-size // fitting)
+    return first, axis, -(-size // parts)
 
 
 class Parts:
@@ -79,9 +80,11 @@ class Parts:
         self.whole = Values(self.plan, [self.first, *self.others])
 
     def __iter__(self) -> Iterator[tuple[slice, Values]]:
-        each = self.diagram.shape[0] // self.first.shape[self.axis] * self.step
-        for number, some in enumerate(self.first.split(self.step, self.axis)):
-            yield slice(number * each, (number + 1) * each), Values(self.plan, [some, *self.others], self.whole)
+        each, begin = self.diagram.shape[0] // self.first.shape[self.axis], 0
+        for some in self.first.split(self.step, self.axis):
+            rows = slice(begin, begin + each * some.shape[self.axis])
+            yield rows, Values(self.plan, [some, *self.others], self.whole)
+            begin = rows.stop
 
     def write(self, values: Values, to: Tensor) -> None:
         """These rows of ``W`` to where they belong."""
@@ -89,17 +92,18 @@ class Parts:
 
     def folded(self, some: Tensor) -> Tensor:
         """Rows of ``W`` with an axis for every label."""
-        return some.view(self.step, *self.diagram.shape_of((*self.diagram.outs[1:], *self.diagram.ins)))
+        return some.view(-1, *self.diagram.shape_of((*self.diagram.outs[1:], *self.diagram.ins)))
 
     def memory(self) -> Tensor:
-        """For one part of ``W``."""
+        """For the largest part of ``W``."""
         rows = self.diagram.shape[0] * self.step // self.first.shape[self.axis]
         return self.first.new_empty(rows, self.diagram.shape[1])
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x (n, in) @ W.T + bias``."""
-        y, w = x.new_empty(x.shape[0], self.diagram.shape[0]), self.memory()
+        y, memory = x.new_empty(x.shape[0], self.diagram.shape[0]), self.memory()
         for rows, values in self:
+            w = memory[: rows.stop - rows.start]
             self.write(values, w)
             if bias is None:
                 torch.mm(x, w.T, out=y[:, rows])
@@ -110,11 +114,12 @@ class Parts:
     def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
         """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
         first, others = needs[self.place], [*needs[: self.place], *needs[self.place + 1 :]]
-        gathered, dw, w = Gathered(self.whole, [first, *others]), self.memory(), self.memory()
+        gathered, memory = Gathered(self.whole, [first, *others]), (self.memory(), self.memory())
         dx = dy.new_empty(dy.shape[0], self.diagram.shape[1] if of_x else 0)
         made = torch.empty_like(self.first) if first else None
         places = (self.first if made is None else made).split(self.step, self.axis)
         for (rows, values), place in zip(self, places, strict=True):
+            w, dw = (some[: rows.stop - rows.start] for some in memory)
             if of_x:
                 self.write(values, w)
                 torch.addmm(dx, dy[:, rows], w, beta=int(rows.start > 0), out=dx)

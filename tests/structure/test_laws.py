@@ -1,6 +1,7 @@
 """Laws of every structure: all ways to its matrix agree with the matrix of its definition, and so do the gradients."""
 
 from itertools import product
+from math import prod
 
 import numpy as np
 import oracle
@@ -8,7 +9,19 @@ import pytest
 import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
-from tenfold.structure import Structure, Sum, Transposed, contract, plan, products, rebuild
+from tenfold.structure import (
+    Kronecker,
+    LowRank,
+    Structure,
+    Sum,
+    TensorTrain,
+    Transposed,
+    Tucker,
+    contract,
+    plan,
+    products,
+    rebuild,
+)
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
@@ -178,8 +191,7 @@ def in_parts(monkeypatch):
         known.cache_clear()
 
 
-@each(ALL)
-def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
+def check_in_parts(structure):
     factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     for got, one in zip(gradients(structure.apply, x, factors), expected, strict=True):
@@ -189,6 +201,29 @@ def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
     torch.testing.assert_close(made, structure.dense(factors))
     bias = torch.randn(structure.shape[0], dtype=F64)
     torch.testing.assert_close(structure._apply(factors, x, bias), x @ made.T + bias)
+
+
+@each(ALL)
+def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
+    check_in_parts(structure)
+
+
+@each(
+    {
+        "low_rank": LowRank(out_features=5, in_features=6, rank=3),
+        "kronecker": Kronecker(outs=(5, 2), ins=(2, 3), terms=2),
+        "tensor_train": TensorTrain(outs=(5, 2, 2), ins=(2, 3, 2), ranks=(4, 3)),
+        "tucker": Tucker(outs=(5, 2), ins=(2, 3), ranks=(3, 2, 2, 3)),
+    }
+)
+def test_the_last_part_may_be_smaller(structure, in_parts, monkeypatch):
+    monkeypatch.setattr(rebuild, "PART", prod(structure.shape) * 2 // 5)
+    rebuild._cut.cache_clear()
+    with torch.no_grad():
+        parts = rebuild.in_parts(structure._placements[0].diagram, list(factors_of(structure).values()))
+        each = structure.shape[0] // 5
+        assert [some.stop - some.start for some, _ in parts] == [2 * each, 2 * each, each]
+    check_in_parts(structure)
 
 
 @pytest.mark.parametrize("wanted", WANTED)
