@@ -30,6 +30,10 @@ KEEP = {"keep": 0.6, "of": "blocks"}
 SHAPES = {"small": (1, 8_192_000), "tiny": (2, 2_048_000)}  # what all widths are divided by, and tokens
 
 
+BALANCED_ZERO = {"fit": "balanced", "options": {"branch": "zero"}}
+FROM_ZERO = {"replace": [{"role": BLOCKS, "structure": {"kind": "dense"}, "start": ZERO}]}
+
+
 def everywhere(**structure) -> dict:
     return {"replace": [{"role": BLOCKS, "structure": structure, "start": "noise"}], "budget": KEEP}
 
@@ -40,7 +44,7 @@ def train_like(share: float) -> dict:
     return {"replace": [{"role": MLP, "structure": structure, "keep": share, "start": "balanced"}]}
 
 
-def shared(group: int, hidden: int, wide: int, adapter: int | None = None) -> dict:
+def shared(group: int, hidden: int, wide: int, adapter: int | None = None, start: dict | str = "balanced") -> dict:
     """Tensor trains of three cores, nothing cut, the middle one common to ``group`` neighbouring layers; beside it adapters."""
     inner, outer = [4, hidden // 16, 4], [4, wide // 16, 4]
     shapes = {("attn.q", "attn.k", "attn.v", "attn.out"): (inner, inner), ("mlp.in", "mlp.gate"): (outer, inner)}
@@ -48,7 +52,7 @@ def shared(group: int, hidden: int, wide: int, adapter: int | None = None) -> di
     for roles, (outs, ins) in (shapes | {("mlp.out",): (inner, outer)}).items():
         structure = {"kind": "tensor_train", "outs": outs, "ins": ins, "rank": "full"}
         rule = {"role": list(roles), "structure": structure, "share": {"factors": ["core_1"], "group": group}}
-        rules.append(rule | {"start": "balanced"} | ({"adapter": adapter} if adapter else {}))
+        rules.append(rule | {"start": start} | ({"adapter": adapter} if adapter else {}))
     return {"replace": rules}
 
 
@@ -67,17 +71,17 @@ def cola(attention: int, mlp: int) -> dict:
 def contenders(part: int) -> dict[str, dict]:
     """The recipe of every row, all widths divided by ``part``."""
     rank = -(-23 // part)
+    narrower = {
+        "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
+    }  # fmt: skip
+    shallower = {"num_hidden_layers": 3, "intermediate_size": 712 // part}
     return {
         "dense": {},
-        "dense, branches from zero": {
-            "replace": [{"role": BLOCKS, "structure": {"kind": "dense"}, "start": ZERO}]
-        },
-        "narrower": {
-            "model": {
-                "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
-            }
-        },
-        "shallower": {"model": {"num_hidden_layers": 3, "intermediate_size": 712 // part}},
+        "dense, branches from zero": FROM_ZERO,
+        "narrower": {"model": narrower},
+        "narrower, branches from zero": {"model": narrower} | FROM_ZERO,
+        "shallower": {"model": shallower},
+        "shallower, branches from zero": {"model": shallower} | FROM_ZERO,
         "low rank": everywhere(kind="low_rank"),
         "block train": everywhere(kind="block_train", blocks=4),
         "block train, rates by fans": everywhere(kind="block_train", blocks=4)
@@ -101,6 +105,10 @@ def contenders(part: int) -> dict[str, dict]:
         | shared_whole(2, None, ZERO),
         "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}
         | shared(2, 384 // part, 992 // part),
+        "8 layers, pairs share, branches from zero": {
+            "model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}
+        }
+        | shared(2, 384 // part, 992 // part, None, BALANCED_ZERO),
         "ttm-16": train_like(0.006),
         "ttm-32": train_like(0.07),
         "ttm-64": train_like(0.28),

@@ -1,6 +1,7 @@
 """Deepening: what is copied, what is shared, what is made smaller, counted and computed by hand."""
 
 import copy
+import functools
 from math import prod
 
 import numpy as np
@@ -46,6 +47,14 @@ def matrix(layer) -> np.ndarray:
     return w.reshape(a * b * e, c * d * f)
 
 
+@functools.cache
+def deepened(name: str):
+    """Five layers that share; and what the two were. Not to be changed."""
+    model = toys.build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    return *deepen(model, 5, SHARED), before
+
+
 def inside(model):
     return [site.path for site in find_sites(model) if site.layer is not None]
 
@@ -61,7 +70,7 @@ def test_as_many_layers_with_full_bonds_and_nothing_shared_are_the_model(name):
 
 @several
 def test_added_layers_are_smaller_copies_beside_the_same_centres(name):
-    deep, report = deepen(toys.build(name), 5, SHARED)
+    deep, report, _ = deepened(name)
     assert report["scale"] == pytest.approx(10**-0.25)
     assert torch.isfinite(toys.logits(deep)).all()
     for path in inside(deep):
@@ -88,9 +97,7 @@ def test_a_branch_keeps_to_the_bound_of_the_paper():
 
 @several
 def test_everything_else_is_copied(name):
-    model = toys.build(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    deep, _ = deepen(model, 4, SHARED)
+    deep, _, before = deepened(name)
     folded = tuple(f"{path}." for path in inside(deep))
     blocks = 2 if name != "albert" else 1
     seen = 0
@@ -164,7 +171,7 @@ def test_groups_of_layers_keep_their_own_centres():
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "qwen3", "mixtral"])
 def test_it_is_an_ordinary_checkpoint_that_writes_and_trains(name, tmp_path):
-    deep, _ = deepen(toys.build(name), 5, SHARED)
+    deep, _, _ = deepened(name)
     deep.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert again.config.num_hidden_layers == 5
