@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def planning() -> dict:
 
 
 def models() -> dict:
-    found = {}
+    found, installed = {}, [name for name in OPTIONAL if find_spec(name)]
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(
             LARGE["model_type"], **{k: v for k, v in LARGE.items() if k != "model_type"}
@@ -116,7 +117,7 @@ def models() -> dict:
         }
         for name, command in commands.items():
             run = measured(*command)
-            found[name] = {"seconds": round(run["seconds"], 2), "mb": round(run["mb"])}
+            found[name] = {"seconds": round(run["seconds"], 2), "mb": round(run["mb"]), "installed": installed}
             if name == "inspect":
                 found[name]["parameters"] = json.loads(run["output"])["parameters"]
             print(name, found[name], flush=True)
@@ -143,6 +144,8 @@ def main() -> None:
                 file.write_text(json.dumps(result, indent=1) + "\n")
     write_table(given.output, Path("docs/speed-scale.md"))
 
+
+OPTIONAL = ("torchao", "scipy", "triton")  # transformers imports them where they are installed
 
 ABOUT = """Written by `python benchmarks/scale.py --table` from `results/bench/*/scale.json`. Layers at half the parameters
 (Kronecker: one term, half the FLOPs), forward, float32, through the factors: how many times as fast as `nn.Linear`, and the power
@@ -177,6 +180,7 @@ def write_table(results: Path, target: Path) -> None:
         for name, one in result.get("models", {}).items():
             lines.append(
                 f"- `{name}` of a 70-billion-parameter Llama, recipe `svd-50`: {one['seconds']} s, {one['mb']} MB"
+                + ("" if "installed" not in one else f", beside {', '.join(one['installed']) or 'no optional package'}")
             )
         lines.append("")
     target.write_text("\n".join(lines).rstrip() + "\n")

@@ -182,7 +182,7 @@ def summary_of(sets: list[dict]) -> list[str]:
             ratio = sum(cell["dense_seconds"] for cell in some) / sum(cell["seconds"] for cell in some)
             ratios.append(f"**{ratio:.2f}**" if ratio > GAIN else f"{ratio:.2f}")
         among = {"halves": ", half the FLOPs", "heads": ", head"}.get(one["group"], "")
-        lines.append(f"| {one['name']}{among} | {share:.0%} | {' | '.join(ratios)} |")
+        lines.append(f"| {one['name']}{among} | {share:.1%} | {' | '.join(ratios)} |")
     return [*lines, ""]
 
 
