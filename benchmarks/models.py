@@ -1,6 +1,6 @@
 """A GPT-2 small with random weights at 65 % of its parameters against the dense one: prompts, decoding, a step of training.
 
-    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8] [--folder recommended DIR]
+    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8] [--folder recommended DIR] [--int8]
     python benchmarks/models.py --table
 
 Matrices of the blocks are folded from noise (speed does not depend on the values), so that all parameters together, embedding
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from study import device_folder
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold import api
 from tenfold.models.plan import make_plan
 from tenfold.models.replace import replace
 
+WHAT, MATRICES = ("prefill", "decode", "training"), r"re:.*\.(left|right|matrix)"
 STRUCTURES = {
     "low_rank": {"kind": "low_rank"},
     "monarch": {"kind": "block_train", "blocks": 4},
@@ -46,6 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
     parser.add_argument("--folder", nargs=2, metavar=("NAME", "DIR"), help="instead of --structures")
+    parser.add_argument("--int8", action="store_true", help="factors that are matrices in eight bits, weight-only")
+    parser.add_argument("--no-training", action="store_true", help="no step of training, which takes longest")
     parser.add_argument("--keep", type=float, default=0.65)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
@@ -62,18 +66,22 @@ def measure(given) -> None:
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
     result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}
     done = {(row["structure"], row["keep"], row["batch"]) for row in result["rows"]}
-    for name in [given.folder[0]] if given.folder else given.structures:
+    training = not (given.int8 or given.no_training)
+    for plain in [given.folder[0]] if given.folder else given.structures:
+        name = f"{plain}, int8" if given.int8 else plain
         for batch in given.batch:
             if (name, given.keep, batch) in done:
                 continue
             folded = api.load(given.folder[1], "cpu", "float32")[0] if given.folder else None
-            model, dense = folded or model_of(STRUCTURES[name], given.keep), model_of(None, 1.0)
-            speed = api.bench(model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=True)
+            model, dense = folded or model_of(STRUCTURES[plain], given.keep), model_of(None, 1.0)
+            if given.int8:
+                quantize_(model, FqnToConfig({MATRICES: Int8WeightOnlyConfig(version=2)}), filter_fn=None)
+            speed = api.bench(model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=training)
             row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
             row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}
             result["rows"].append(row)
             file.write_text(json.dumps(result, indent=1) + "\n")
-            told = {what: round(speed[what]["ratio"], 2) for what in ("prefill", "decode", "training")}
+            told = {what: round(speed[what]["ratio"], 2) for what in WHAT if what in speed}
             print(f"{name}, batch {batch}: {told}", flush=True)
 
 
@@ -88,7 +96,7 @@ def write_table(results: Path, target: Path) -> None:
         ]
         for row in result["rows"]:
             share = row["parameters"]["ours"]["total"] / row["parameters"]["dense"]["total"]
-            for what in ("prefill", "decode", "training"):
+            for what in (what for what in WHAT if what in row["speed"]):
                 one = row["speed"][what]
                 lines.append(
                     f"| {row['structure']} | {share:.0%} | {row['batch']} | {what} | {one['tokens_per_second']:,.0f} | "
