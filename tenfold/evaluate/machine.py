@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LEAST = 0.005  # seconds that one timed turn takes at least: fewer calls are noise
 
@@ -63,6 +64,14 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @cache
+def stored(tensor: torch.Tensor) -> int:
+    """Its bytes; of one that is made of others, as torchao's quantised ones are, the bytes of these."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored(getattr(tensor, name)) for name in names)
+
+
 def bytes_per_second(device: torch.device) -> float:
     """The rate at which a large tensor is copied, bytes read and written."""
     source = torch.zeros(2**25 if device.type == "cpu" else 2**28, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tenfold.evaluate.machine import bytes_per_second, flops_per_second, peak, turns
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second, peak, stored, turns
 from tenfold.models.cost import site_flops
 from tenfold.models.reading import context_of
 from tenfold.models.replace import densify
@@ -91,16 +91,14 @@ def floor(model, rows: int) -> float:
     modules = [(site, module_at(model, site.path)) for site in find_sites(model)]
     flops = sum(site_flops(site, module, rows) for site, module in modules)
     read = [m for site, m in modules if m is not None and (site.role != "embed" or is_tied(model))]
-    numbers = sum({id(p): p.numel() for module in read for p in module.parameters()}.values())
-    return max(
-        flops / flops_per_second(like.device, like.dtype), numbers * like.element_size() / bytes_per_second(like.device)
-    )
+    held = sum({id(p): stored(p) for module in read for p in module.parameters()}.values())
+    return max(flops / flops_per_second(like.device, like.dtype), held / bytes_per_second(like.device))
 
 
 def _bytes(model) -> int:
     """Of the parameters, of what else is saved, and of kept matrices."""
     kept = [layer._kept.matrix for layer in model.modules() if getattr(layer, "_kept", None) is not None]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
+    return sum(map(stored, (*model.parameters(), *model.buffers(), *kept)))
 
 
 def _prefill(model, ids, new_tokens: int) -> None:

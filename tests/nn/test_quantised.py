@@ -7,6 +7,7 @@ pytest.importorskip("torchao")
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
+from tenfold.evaluate.machine import stored
 from tenfold.models.card import save_folded
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn.kept import keep_matrices
@@ -77,6 +78,14 @@ def test_an_embedding_and_its_head():
         torch.testing.assert_close(model(ids), w[ids], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0](states, as_head=True), states @ w.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0].dense(), w)
+
+
+def test_its_bytes_are_those_it_takes():
+    model = made(STRUCTURES["low rank"])
+    quantize_(model, NAMES, filter_fn=None)
+    for factor in (model[0].left, model[0].right):  # a byte a number, and a scale a row
+        assert factor.numel() + 4 * len(factor) <= stored(factor) <= factor.numel() + 8 * len(factor)
+    assert stored(model[0].bias) == 4 * 96
 
 
 def test_a_quantised_model_is_not_saved(tmp_path):
