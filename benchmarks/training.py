@@ -191,8 +191,8 @@ def write_table(results: Path, target: Path) -> None:
     lines = [
         "# Pre-training at equal tokens\n",
         "Written by `python benchmarks/training.py --table` from the files in `results/training/`. Every row is the best of its",
-        "learning rates; **relative** is its held-out perplexity over that of the dense model of the same shape. A row that was tried",
-        "at fewer rates than another is at a disadvantage: compare these at one rate, in the files.\n",
+        "learning rates; **relative** is its held-out perplexity over that of the dense model of the same shape. A row that",
+        "was tried at fewer rates than another is at a disadvantage: compare these at one rate, in the files.\n",
     ]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
