@@ -48,8 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
     parser.add_argument("--folder", nargs=2, metavar=("NAME", "DIR"), help="instead of --structures")
-    parser.add_argument("--int8", action="store_true", help="factors that are matrices in eight bits, weight-only")
-    parser.add_argument("--no-training", action="store_true", help="no step of training, which takes longest")
+    parser.add_argument("--int8", action="store_true", help="factors that are matrices in eight bits, without training")
     parser.add_argument("--keep", type=float, default=0.65)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
@@ -66,7 +65,6 @@ def measure(given) -> None:
     result = json.loads(file.read_text()) if file.exists() else {"rows": []}
     result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}
     done = {(row["structure"], row["keep"], row["batch"]) for row in result["rows"]}
-    training = not (given.int8 or given.no_training)
     for plain in [given.folder[0]] if given.folder else given.structures:
         name = f"{plain}, int8" if given.int8 else plain
         for batch in given.batch:
@@ -76,7 +74,9 @@ def measure(given) -> None:
             model, dense = folded or model_of(STRUCTURES[plain], given.keep), model_of(None, 1.0)
             if given.int8:
                 quantize_(model, FqnToConfig({MATRICES: Int8WeightOnlyConfig(version=2)}), filter_fn=None)
-            speed = api.bench(model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=training)
+            speed = api.bench(
+                model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=not given.int8
+            )
             row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
             row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}
             result["rows"].append(row)

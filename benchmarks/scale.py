@@ -4,8 +4,8 @@
     python benchmarks/scale.py --table
 
 Layers at half the parameters, forward, float32, through the factors, beside ``nn.Linear`` in turns. A power law is fitted to the
-upper half of every curve. Results go to results/bench/DEVICE/scale.json, curve by curve; what is there is not measured again.
-Let nothing else run.
+upper half of every curve. ``models`` is timed with what is installed beside the Python that runs this. Results go to
+results/bench/DEVICE/scale.json, curve by curve; what is there is not measured again. Let nothing else run.
 """
 
 import argparse

@@ -43,7 +43,6 @@ def test_the_same_logits_with_a_map_less(name, some):
     torch.testing.assert_close(toys.logits(model), before, rtol=1e-4, atol=1e-4)
     assert bool(gone) == mapped and len(maps(model)) == len(had) - len(gone)
     assert len(gone) == len({path.rpartition(".")[0] for path in gone})  # one of every MLP
-    assert fold_maps(model) == [] or set(some) > {IN}  # what is left may be put in order later, and that is all
 
 
 def test_equal_maps_go_together():
