@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import bucket
 
@@ -59,6 +60,7 @@ class _Factorized(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         for name, shape in structure.index_shapes().items():
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int32))
+        self._straight = Straight()
 
     def attach(self, container: SharedFactors) -> None:
         """Take the shared factors from ``container``."""
@@ -96,6 +98,16 @@ class _Factorized(nn.Module):
             if name not in self.shared:
                 getattr(self, name).copy_(factors[name])
 
+    def _few(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias`` of a few rows, without a gradient."""
+        names, biases = tuple(factors), () if bias is None else (bias,)
+
+        def multiply(x: Tensor, *rest: Tensor) -> Tensor:
+            given = dict(zip(names, rest, strict=False))
+            return self.structure._apply(given, x, rest[-1] if biases else None)
+
+        return self._straight(multiply, x, *factors.values(), *biases)
+
     def dense(self) -> Float[Tensor, "out inner"]:
         """``W (out, in)``"""
         return self.structure.dense(self.factors())
@@ -123,6 +135,9 @@ class _Factorized(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.structure)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_straight": Straight()}
 
 
 @dataclass
@@ -164,6 +179,8 @@ class FactorizedLinear(_Factorized):
         factors = self.factors() if quantised else factors
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return products.linear(x, w, self.bias)
+        if serves(x) and x.numel() <= FEW * self.in_features:
+            return self._few(factors, x, self.bias)
         if not self.keeps and not self.between:
             return self.structure._apply(factors, x, self.bias)
         return self.structure._apply(
@@ -198,7 +215,7 @@ class FactorizedLinear(_Factorized):
         return super()._apply(*arguments, **keywords)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}
+        return super().__getstate__() | {"_kept": None}
 
 
 class FactorizedEmbedding(_Factorized):
@@ -231,7 +248,9 @@ class FactorizedEmbedding(_Factorized):
         A tied head calls the module, too, so that hooks of offloading and of FSDP fire.
         """
         if as_head:
-            return self.structure._apply(self.factors(), x)
+            factors = self.factors()
+            few = serves(x) and x.numel() <= FEW * self.embedding_dim
+            return self._few(factors, x) if few else self.structure._apply(factors, x)
         rows = self.structure._rows(self.factors(), x)
         return rows if self.scale == 1.0 else rows * rows.new_full((), self.scale)  # rounded like a dense Gemma's
 

@@ -198,7 +198,7 @@ def bucket(rows: int) -> int:
     few, some, many, most = BUCKETS
     if torch.compiler.is_exporting():
         return most
-    if rows <= 128:
+    if rows <= 80:  # up to here the plan for 32 is as good as that for 512, or better
         return few if rows <= 4 else some
     return many if not torch.compiler.is_compiling() and rows <= 1024 else most
 

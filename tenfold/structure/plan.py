@@ -5,7 +5,9 @@ FLOPs follow opt_einsum: 2 for a multiply-add, 1 for a product that is not summe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from math import inf
@@ -23,6 +25,7 @@ from tenfold.structure.worth import Cost, Worth
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
 SMALL = 2**14  # numbers of the larger operand below which einsum begins sooner than it would take longer
 Product = tuple[bool, bool, bool]
+HURRY = ContextVar("hurry", default=True)  # whether the time counts that it takes to see how tensors lie
 CLEARLY = 0.8  # of the price of the order of the fewest FLOPs: what another one may cost, since prices are rough
 
 
@@ -159,6 +162,16 @@ def reversed_of(equation: str, which: int) -> tuple[str, Product | None, tuple[i
     return turned, product_of(turned), tuple(k for k, letter in enumerate(terms[which]) if letter not in known)
 
 
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """What is called inside is written down and repeated, so that only the calls of torch that it comes down to count."""
+    token = HURRY.set(False)
+    try:
+        yield
+    finally:
+        HURRY.reset(token)
+
+
 def contracted(
     equation: str,
     how: Product | None,
@@ -175,8 +188,9 @@ def contracted(
     """
     if how is not None:
         return product(*_turned(how, *operands), into, between)
-    small = torch.compiler.is_compiling() or len(operands) == 1 or max(map(torch.numel, operands)) < SMALL
-    pair = None if small else pair_of(equation)
+    simple = torch.compiler.is_compiling() or len(operands) == 1
+    simple = simple or (max(map(torch.numel, operands)) < SMALL and HURRY.get())
+    pair = None if simple else pair_of(equation)
     if pair is not None:
         one, other = operands
         return multiply(pair, one, other, copies, into, between)

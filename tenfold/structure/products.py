@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
     parts = max(2, torch.get_num_threads())
     if rows > 1 or out % parts or not weight.is_contiguous():
-        return _in_parts(x.reshape(rows, inner), weight.mT, bias, parts).view(*x.shape[:-1], out)
+        made = _in_parts(x.reshape(rows, inner), weight.mT, parts).contiguous()  # of this call alone
+        return (made if bias is None else made.add_(bias)).view(*x.shape[:-1], out)
     # a row turned, with the strides of one: three times as fast as a column with strides of its own
     column, blocks = x.reshape(1, inner).mT.expand(parts, inner, 1), weight.view(parts, -1, inner)
     made = torch.bmm(blocks, column) if bias is None else torch.baddbmm(bias.view(parts, -1, 1), blocks, column)
@@ -42,7 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
     """``one (n, k) @ other (k, columns) + bias``."""
     if parted(one, len(one), other):
-        return _in_parts(one, other, bias, max(2, torch.get_num_threads()))
+        made = _in_parts(one, other, max(2, torch.get_num_threads())).contiguous()  # of this call alone
+        return made if bias is None else made.add_(bias)
     return one @ other if bias is None else torch.addmm(bias, one, other)
 
 
@@ -67,7 +69,7 @@ def plain(value: Tensor) -> Tensor:
     return value.dequantize() if is_quantised(value) else value
 
 
-def _in_parts(one: Tensor, other: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+def _in_parts(one: Tensor, other: Tensor, parts: int) -> Tensor:
     (rows, _), (_, columns) = one.shape, other.shape
     even = columns - columns % parts
     blocks = other[:, :even].unflatten(1, (parts, -1)).movedim(1, 0)
@@ -77,8 +79,7 @@ def _in_parts(one: Tensor, other: Tensor, bias: Tensor | None, parts: int) -> Te
         made = torch.bmm(one.expand(parts, *one.shape), blocks).movedim(0, 1).reshape(rows, even)
     if even < columns:
         made = torch.cat((made, one @ other[:, even:]), 1)
-    made = made.contiguous()  # of this call alone
-    return made if bias is None else made.add_(bias)
+    return made
 
 
 def one_by_one(count: int, numbers: int) -> bool:
@@ -105,7 +106,7 @@ def fill(made: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if not add and parted(a[0], a.shape[1], b[0]):
         if single:
             for target, left, right in zip(made, a, b, strict=True):
-                target.copy_(product(left, right))
+                target.copy_(_in_parts(left, right, max(2, torch.get_num_threads())))
             return
         if b.stride(1) == 1:  # the matrices come first, so that none of them is turned
             made.copy_(torch.bmm(b.mT, a.mT).mT)

@@ -143,7 +143,8 @@ def test_a_checkpoint_holds_one_copy_and_training_goes_on_alike(name, tmp_path):
         stored = list(file.keys())
     assert sum("core_1" in key for key in stored) == len(layers(model)) // 2  # two layers in every toy
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert torch.equal(toys.logits(again), toys.logits(model))
+    # the last bit depends on where in memory a matrix begins
+    torch.testing.assert_close(toys.logits(again), toys.logits(model), rtol=0, atol=1e-13)
     for side in (model, again):
         optimizer = torch.optim.SGD(side.parameters(), lr=0.1)
         loss(side).backward()
