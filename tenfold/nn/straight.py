@@ -19,6 +19,10 @@ from tenfold.structure.products import PLAIN
 
 CALLS = 3  # from which one on a function is recorded: most numbers of rows come once, that of decoding stays
 PROGRAMS = 16  # that are kept
+WRITING = {
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")),
+}
 READING = {
     "item",
     "tolist",
@@ -58,7 +62,8 @@ class Straight:
                 return function(*operands)
             with Recorder(operands) as recorder:
                 made = function(*operands)
-        self._known[key] = recorder.program(made)
+        program = recorder.program(made)
+        self._known[key] = program if program is not None and torch.equal(program(*operands), made) else None
         return made
 
 
@@ -112,19 +117,20 @@ class Recorder(TorchFunctionMode):
 
     def _note(self, func, args, kwargs, made) -> None:
         name = getattr(func, "__name__", "")
-        if not isinstance(made, Tensor):
+        changes = name in WRITING or (name.endswith("_") and not name.endswith("__"))
+        changes = changes or kwargs.get("out") is not None or kwargs.get("inplace", False)
+        if not isinstance(made, Tensor) and not changes:
             several = isinstance(made, list | tuple) and any(isinstance(x, Tensor) for x in made)
             views = several and all(isinstance(x, Tensor) and _memory(x) in self._memories for x in made)
             self._sound &= views if several else name not in READING
             return
-        changes = kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__"))
         if not changes and _memory(made) in self._memories:  # a view: where it is used, it is taken from its memory
             return
         if name == "new_empty":  # asks for a type only
             args = (self._first[self._memories[_memory(args[0])]], *args[1:])
         call = ", ".join([*map(self._text, args), *(f"{key}={self._text(value)}" for key, value in kwargs.items())])
         line = f"{self._name(func)}({call})"
-        if _memory(made) not in self._memories:
+        if isinstance(made, Tensor) and _memory(made) not in self._memories:
             line = f"t{self._add(made)} = {line}"
         self._lines.append(line)
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn.straight import CALLS, PROGRAMS, Straight, serves
-from tenfold.structure import TensorTrain, Tucker
+from tenfold.structure import BlockTrain, Kronecker, TensorTrain
 
 sys.path.append(str(Path(__file__).parents[1] / "structure"))
 from cases import ALL, each, factors_of
 
-CORES = TensorTrain(outs=(4, 6), ins=(6, 5), ranks=(7,))
+CORES = TensorTrain(outs=(4, 6), ins=(6, 5), ranks=(7,))  # through W
+BLOCKS = BlockTrain(outs=(12, 5), ins=(5, 6), rank=1)  # a chain
 
 
 def layer(structure, dtype=torch.float64) -> FactorizedLinear:
@@ -46,26 +47,29 @@ def test_every_call_is_the_product_with_the_dense_matrix(structure, rows):
 
 @torch.no_grad()
 def test_all_calls_compute_the_same():
-    one = FactorizedLinear(Tucker(outs=(16, 12), ins=(12, 16), ranks=(7, 6, 6, 7))).eval()
-    one.set_factors(one.structure.init(0.1))
-    nn.init.normal_(one.bias)
-    x = torch.randn(1, 192)
+    one = layer(Kronecker(outs=(192, 4), ins=(192, 4), terms=7), torch.float32)
+    x = torch.randn(1, 768)
     first, *others = [one(x) for _ in range(CALLS + 1)]
     assert recorded(one._straight) == 1
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("structure", [CORES, BLOCKS], ids=["through W", "a chain"])
 @torch.no_grad()
-def test_operands_may_lie_elsewhere_and_differ():
-    one, storage = layer(CORES), torch.randn(40, 64, dtype=torch.float64)
+def test_operands_may_lie_elsewhere_and_differ(structure):
+    one, storage = layer(structure), torch.randn(40, 64, dtype=torch.float64)
     for start in range(8):
         x = storage[start : start + 2, start : start + 30]
         torch.testing.assert_close(one(x), x @ one.dense().T + one.bias)
     assert recorded(one._straight) == 1
+    for start in range(8):
+        x = storage.view(-1)[start : start + 30][None]
+        torch.testing.assert_close(one(x), x @ one.dense().T + one.bias)
+    assert recorded(one._straight) == 2
     turned = torch.randn(30, 2, dtype=torch.float64).T
     for _ in range(CALLS + 1):
         torch.testing.assert_close(one(turned), turned @ one.dense().T + one.bias)
-    assert recorded(one._straight) == 2
+    assert recorded(one._straight) == 3
 
 
 @torch.no_grad()
@@ -135,7 +139,7 @@ def test_numbers_of_rows_are_forgotten():
     assert len(one._straight._known) == PROGRAMS
 
 
-ELSEWHERE = torch.ones(3)
+ELSEWHERE = [torch.ones(3)]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ ELSEWHERE = torch.ones(3)
     [
         lambda x, y: x * y.sum().item(),
         lambda x, y: x + y if bool(y.sum() > 0) else x - y,
-        lambda x, y: x + y + ELSEWHERE,
+        lambda x, y: x + y + ELSEWHERE[0],
         lambda x, y: x + torch.cat(list((2 * y).split(1))),
     ],
     ids=["a number is read", "a branch", "a tensor from elsewhere", "several tensors at once"],
@@ -152,6 +156,7 @@ def test_what_is_not_the_same_for_all_operands_is_called(function):
     straight = Straight()
     for k in range(CALLS + 3):
         x, y = torch.randn(3), torch.randn(3) + (-1) ** k
+        ELSEWHERE[0] = torch.randn(3)
         torch.testing.assert_close(straight(function, x, y), function(x, y))
 
 
@@ -167,8 +172,9 @@ def test_changes_in_place_and_types_are_repeated():
         made = torch.empty_like(x)
         torch.mul(x, y, out=made)
         made[1:].add_(y[:-1])
-        wide = made.view(torch.int64).view(torch.float64)
-        return wide + made.clone().copy_(x)
+        made[::2] = x[1::2]
+        made[2:] *= torch.nn.functional.relu(made[:2] + 1, inplace=True)
+        return (made.view(torch.int64) >> 52).double() + made.clone().copy_(x)
 
     straight = Straight()
     for _ in range(CALLS + 2):
