@@ -1,12 +1,12 @@
 """Layers against nn.Linear: what published recipes put into GPT-2 small, and every family at half the parameters.
 
-    python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...]
+    python benchmarks/speed.py [--only recipes families halves heads] [--names ttm-64 ...] [--again 1]
     python benchmarks/speed.py --table
 
 Forward at 1, 512 and 4,096 rows, forward and backward at 4,096; float32, medians of turns in one run, each beside the least
 time that its FLOPs and bytes take on this machine. A row that runs on a kept matrix is a dense layer, and marked so. Results go
 to results/bench/DEVICE/layers.json, set by set; what is there is not measured again, unless it is marked as ``of`` an earlier
-version. Let nothing else run.
+version; ``--again`` measures cells with so many rows anew, and leaves the others. Let nothing else run.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def sets() -> dict[tuple[str, str], list[Structure]]:
     return found
 
 
-def cells_of(structure: Structure) -> list[dict]:
+def cells_of(structure: Structure, rows=ROWS) -> list[dict]:
     """Through the factors (mode ``memory``); and what mode ``speed`` changes: kept matrices, and training that keeps more."""
     layer = FactorizedLinear(structure)
     layer.set_factors(structure.init(0.02))
@@ -112,15 +112,26 @@ def cells_of(structure: Structure) -> list[dict]:
     repeats, found = 3 if max(structure.shape) > 10_000 else 7, []
     for mode in ("memory", "speed"):
         keep_matrices(layer, mode)
-        found += [{"mode": mode} | cell for cell in bench_layers(layer, ROWS, repeats)]
-    found = [cell for cell in found if cell["rows"] > 1 or cell["pass"] == "forward"]
+        for count in rows:
+            found += [{"mode": mode} | cell for cell in bench_layers(layer, [count], repeats, backward=count > 1)]
     return [cell for cell in found if cell["mode"] == "memory" or cell["kept"] or cell["pass"] != "forward"]
+
+
+def renewed(cells: list[dict], newer: list[dict]) -> list[dict]:
+    """``cells``, those of them replaced that are in ``newer``, too."""
+
+    def key(cell: dict) -> str:
+        return json.dumps([cell[name] for name in ("mode", "structure", "layers", "rows", "pass", "kept")])
+
+    by_key = {key(cell): cell for cell in newer}
+    return [by_key.get(key(cell), cell) for cell in cells]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--names", nargs="+")
+    parser.add_argument("--again", type=int, nargs="+", choices=ROWS)
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
     parser.add_argument("--table", action="store_true", help="only write docs/speed-layers.md from the result files")
     given = parser.parse_args()
@@ -138,11 +149,16 @@ def main() -> None:
     result["sets"] = [one for one in result["sets"] if "of" not in one or one["group"] not in given.only]
     done = {(one["group"], one["name"]) for one in result["sets"]}
     for (group, name), structures in sets().items():
-        if group not in given.only or (given.names and name not in given.names) or (group, name) in done:
+        known = (group, name) in done
+        if group not in given.only or (given.names and name not in given.names) or known != bool(given.again):
             continue
         torch.manual_seed(0)
-        cells = [cell for structure in structures for cell in cells_of(structure)]
-        result["sets"].append({"group": group, "name": name, "cells": cells})
+        cells = [cell for structure in structures for cell in cells_of(structure, given.again or ROWS)]
+        if known:
+            (one,) = (one for one in result["sets"] if (one["group"], one["name"]) == (group, name))
+            one["cells"] = renewed(one["cells"], cells)
+        else:
+            result["sets"].append({"group": group, "name": name, "cells": cells})
         file.write_text(json.dumps(result, indent=1) + "\n")
         for cell in cells:
             what = f"{cell['shape'][0]} x {cell['shape'][1]}, {cell['rows']} rows, {cell['pass']}, {cell['mode']}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from tenfold.nn import FactorizedLinear
 from tenfold.structure.contract import bucket
 
 ROWS = (1, 8, 64, 512, 4096)
+FEW = 64  # rows: with fewer, factors come from memory, not from caches
+CACHES = 2**27  # bytes that fit into no cache
+COPIES = 64  # of a layer at most: very small ones stay in the caches in a model, too
+WARM = 3  # calls before the first one that is timed
 
 
 def bench_layers(
@@ -21,15 +27,17 @@ def bench_layers(
     rows: Sequence[int] = ROWS,
     repeats: int = 9,
     progress: Callable[[Iterable], Iterable] = iter,
+    backward: bool = True,
 ) -> list[dict[str, Any]]:
-    """Forward, and forward with backward, of every structure in ``model``, each measured once, at every number of ``rows``.
+    """Forward, and (``backward``) forward with backward, of every structure in ``model``, each once, at every number of ``rows``.
 
     Returns:
         Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
         ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
         large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
         backward pass counts as twice the forward pass. ``kept`` is false where this goes through the factors; where the layer
-        keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth.
+        keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth. With few rows as
+        many copies of a layer are called by turns as no cache holds: in a model, too, a layer is read from memory each time.
     """
     layers: dict[tuple, list[FactorizedLinear]] = {}
     for layer in model.modules():
@@ -42,7 +50,7 @@ def bench_layers(
             cells += [
                 (some, count, False, False),
                 *([(some, count, False, True)] if kept else []),
-                (some, count, True, False),
+                *([(some, count, True, False)] if backward else []),
             ]
     return [_cell(*cell, repeats) for cell in progress(cells)]
 
@@ -55,7 +63,8 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
     upstream = torch.randn(rows, out, device=device).to(dtype)
     training = layer.training
     layer.train(not kept)  # a matrix is kept in evaluation only
-    pairs = turns(*(one_pass(module, x, upstream, backward) for module in (layer, twin)), device, repeats)
+    runs = [by_turns(copies(module, rows), x, upstream, backward) for module in (layer, twin)]
+    pairs = turns(*runs, device, repeats)
     layer.train(training).zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
@@ -69,6 +78,22 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
         "ratio": statistics.median(dense / ours for ours, dense in pairs),
         "floor": floor(layer, rows) * (3 if backward else 1),
     }
+
+
+def copies(module: nn.Module, rows: int) -> list[nn.Module]:
+    """``module``, and as many copies of it that no cache holds all of them, if ``rows`` are few."""
+    size = sum(value.nbytes for value in module.parameters())
+    return [module, *(deepcopy(module) for _ in range(min(COPIES, CACHES // size) if rows < FEW else 0))]
+
+
+def by_turns(modules: list[nn.Module], x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
+    """One of ``modules`` after the other, each of which was called before."""
+    passes = [one_pass(module, x, upstream, backward) for module in modules]
+    for run in passes:
+        for _ in range(WARM if len(passes) > 1 else 0):
+            run()
+    following = cycle(passes)
+    return lambda: next(following)()
 
 
 def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:

@@ -38,6 +38,7 @@ def test_kept_matrices_have_cells_of_their_own(monkeypatch):
     layer.set_factors(layer.structure.init(0.1))
     layer.keeps, made = frozenset({1}), []
     dense = LowRank.dense
+    monkeypatch.setattr(layers, "COPIES", 0)
     monkeypatch.setattr(LowRank, "dense", lambda self, factors: made.append(1) or dense(self, factors))
     found = bench_layers(torch.nn.ModuleDict({"a": layer}), rows=(1, 300), repeats=2)
     told = [(cell["rows"], cell["pass"], cell["kept"]) for cell in found]
@@ -54,6 +55,25 @@ def test_the_floor_is_flops_or_bytes(monkeypatch, rate, copies, expected):
     monkeypatch.setattr(layers, "bytes_per_second", lambda device: copies)
     layer = FactorizedLinear(LowRank(out_features=8, in_features=6, rank=2))
     assert layers.floor(layer, 5) == pytest.approx(expected)
+
+
+def test_few_rows_are_timed_with_factors_that_come_from_memory(monkeypatch):
+    monkeypatch.setattr(layers, "CACHES", 1000)
+    layer, x = torch.nn.Linear(5, 7), torch.randn(2, 5)
+    assert layers.copies(layer, layers.FEW) == [layer]
+    some, called = layers.copies(layer, 2), []
+    assert some[0] is layer and sum(m.weight.nbytes + m.bias.nbytes for m in some) >= 1000
+    assert len({m.weight.data_ptr() for m in some}) == len(some)
+    for k, one in enumerate(some):
+        one.register_forward_hook(lambda *given, k=k: called.append(k))
+    run = layers.by_turns(some, x, None, False)
+    assert called == sorted(called) and set(called) == set(range(len(some))), "each is called before"
+    called.clear()
+    for _ in range(2 * len(some)):
+        run()
+    assert called == [*range(len(some))] * 2
+    monkeypatch.setattr(layers, "CACHES", 2**40)
+    assert len(layers.copies(layer, 2)) == 1 + layers.COPIES
 
 
 def test_turns_take_turns():
