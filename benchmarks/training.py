@@ -88,6 +88,12 @@ def contenders(part: int) -> dict[str, dict]:
         | {"train": {"optimizer": "adamw", "rates": "fans"}},
         "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
         "low rank, guided": everywhere(kind="low_rank") | {"train": {"guide": 0.5}},
+        "folded midway": {
+            "replace": [{"narrow": "mlp"}, {"narrow": "attention"}],
+            "calibrate": {"samples": 192},
+            "budget": KEEP,
+            "train": {"fold": 0.5},
+        },
         "low rank in the MLPs": {
             "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
             "budget": KEEP,
@@ -132,7 +138,7 @@ def recipe_of(row: str, rate: float, given) -> dict:
         "compile": given.compile,
     }
     made = {"name": row, "model": model | own.get("model", {}), "train": train | own.get("train", {})}
-    return made | {key: own[key] for key in ("replace", "budget") if key in own}
+    return made | {key: own[key] for key in ("replace", "budget", "calibrate") if key in own}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, update_wrapper
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.compress.calibration import Calibration, calibration
+from tenfold.compress.calibration import Batch, Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.layers import bench_layers as bench_layers
@@ -45,7 +46,15 @@ def __getattr__(name: str):
     """What trains is imported when it is first asked for: Trainer and what comes with it take a second or two."""
     if name not in ("finetune", "heal", "pretrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"tenfold.train.{name}"), name)
+    found = getattr(import_module(f"tenfold.train.{name}"), name)
+    return found if name != "pretrain" else update_wrapper(partial(found, compress=_fold), found)
+
+
+def _fold(model, recipe: Recipe, batches: list[Batch]) -> dict[str, Any]:
+    """Fold ``model`` in place as ``recipe`` says, guided by ``batches`` where it goes by activations."""
+    about = {"samples": sum(len(batch["input_ids"]) for batch in batches), "window": batches[0]["input_ids"].shape[1]}
+    text = None if recipe.calibrate is None else Calibration(batches, {"files": ["the run's own"]} | about)
+    return compress(model, recipe, text=text)[1]
 
 
 def plan(model: PreTrainedModel, recipe):

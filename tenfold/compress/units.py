@@ -245,9 +245,10 @@ class NarrowHeads:
         reader, columns = block.target(self.out.path).weight.clone(), []
         for group in range(self.heads.groups):
             count = chosen[f"{self.out.path} v{group}"]
-            basis = _evened(
-                self.chooser.values(self, block, group), [reader[:, self.columns(h)] for h in self.members(group)]
-            )
+            readers = [reader[:, self.columns(head)] for head in self.members(group)]
+            basis = _evened(self.chooser.values(self, block, group), readers)
+            values = matrices[self.into["v"].path][self.rows("v", group)]
+            basis = _balanced(basis, [values], readers, torch.arange(count))
             self._turn(matrices, biases, "v", group, basis.there)
             kept["v"].append(self.rows("v", group)[:count])
             for head in self.members(group):
@@ -280,11 +281,14 @@ class NarrowHeads:
         inside = torch.arange(self.heads.size)
         if count is not None:
             found = self.chooser.queries(self, block, group)
-            if found.basis is not None:
-                for head in self.members(group):
-                    self._turn(matrices, biases, "q", head, found.basis.there)
-                self._turn(matrices, biases, "k", group, found.basis.back.T)
             inside = torch.tensor(sorted(i for unit in self._in_order(found)[:count] for i in unit))
+            if found.basis is not None:
+                queries = [matrices[self.into["q"].path][self.rows("q", head)] for head in self.members(group)]
+                keys = matrices[self.into["k"].path][self.rows("k", group)]
+                basis = _balanced(found.basis, queries, [keys.T], inside)
+                for head in self.members(group):
+                    self._turn(matrices, biases, "q", head, basis.there)
+                self._turn(matrices, biases, "k", group, basis.back.T)
         return [self.rows("q", head)[inside] for head in self.members(group)], self.rows("k", group)[inside]
 
     def _place(self, block: Block, matrices: dict, biases: dict, kept: dict[str, list[Tensor]]) -> None:
@@ -315,6 +319,17 @@ def _evened(basis: Basis, readers: list[Tensor]) -> Basis:
     lengths = torch.stack([(reader @ basis.back).square().sum(0) for reader in readers]).sum(0).sqrt()
     scale = (lengths / lengths.mean().clamp_min(1e-30)).clamp_min(1e-6)
     return Basis(scale[:, None] * basis.there, basis.back / scale, basis.losses)
+
+
+def _balanced(basis: Basis, written: list[Tensor], readers: list[Tensor], inside: Tensor) -> Basis:
+    """``basis`` scaled as a whole so that the rows ``inside``, which stay, weigh what the columns do which read them.
+
+    Nothing else sees the scale, but the steps of an optimizer are equally large in both.
+    """
+    rows = torch.stack([basis.there[inside] @ some for some in written]).square().mean(0).sum().sqrt()
+    columns = torch.stack([some @ basis.back[:, inside] for some in readers]).square().mean(0).sum().sqrt()
+    scale = (columns / rows).sqrt() if rows > 0 and columns > 0 else torch.ones_like(rows)
+    return Basis(scale * basis.there, basis.back / scale, basis.losses)
 
 
 def _whole(losses: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ class Rule(Strict):
         if self.narrow is not None:
             if self.role or self.path or self.structure:
                 raise ValueError("a rule that narrows names neither role, path nor structure")
-            given = self.model_fields_set - {"narrow", "method", "layers"}
+            given = self.model_dump(exclude_defaults=True).keys() - {"narrow", "method", "layers"}
             if given:
                 raise ValueError(
                     f"a rule that narrows takes no {', '.join(sorted(given))}; a budget says how much stays"
@@ -219,6 +219,17 @@ class Recipe(Strict):
                 raise ValueError(
                     f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
                 )
+        if self.train and self.train.fold:
+            if not self.replace:
+                raise ValueError(
+                    "train.fold folds by the rules under replace, and there are none; write one, or leave it out"
+                )
+            if self.calibrate is None and any(rule.narrow for rule in self.replace):
+                raise ValueError(
+                    "a rule that narrows goes by activations: write a calibrate section, {} for the usual one"
+                )
+            if self.train.guide:
+                raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
         for step in (self, *self.stages):
             if step.squeeze is not None and step.replace:
                 raise ValueError("squeeze and replace are two stages: fold in one, squeeze in the next")

@@ -76,6 +76,8 @@ class Train(Strict):
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
+        fold: for this part of the steps the model is dense, then it is folded by the recipe's rules, ``budget`` and
+            ``calibrate`` (by tokens that it was trained on), and trained on; 0: folded from noise.
         precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
             float32 elsewhere; the weights that are trained are in float32.
         compile, checkpointing: torch.compile, and activations computed again in the backward pass.
@@ -92,6 +94,7 @@ class Train(Strict):
     optimizer: Literal["muon", "adamw"] = "muon"
     rates: Literal["one", "fans"] = "one"
     guide: float = Field(0.0, ge=0, le=1)
+    fold: float = Field(0.0, ge=0, lt=1)
     learning_rate: float = Field(2.0e-3, gt=0)
     weight_decay: float = 0.1
     schedule: str = "linear"

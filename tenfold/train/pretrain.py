@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.models.settings import Train
 from tenfold.train.guide import Guided
+from tenfold.train.midway import Compress, fold_midway, go_on_with, is_folded
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_tokens, versions
@@ -59,6 +61,7 @@ def pretrain(
     advance: Callable[[int, int, float], None] | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    compress: Compress | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
@@ -75,6 +78,7 @@ def pretrain(
         advance: called as ``advance(step, steps, tokens_per_second)``.
         device: ``cpu`` keeps an accelerator out of it.
         overwrite: delete what another run has left in ``output``, and begin anew.
+        compress: folds the model midway, where the recipe wants that (``train.fold``); :func:`tenfold.pretrain` gives it.
 
     Returns:
         What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
@@ -99,14 +103,61 @@ def pretrain(
     train, rest = _split(tokens, length, settings.held_out)
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
-    batch, accumulate = shared_out(settings.batch, settings.accumulate)
     steps = _steps(windows, settings)
     torch.manual_seed(settings.seed)
-    model = new_model(recipe, tokenizer)
+
+    def trainer_of(model, checkpoints: Path) -> _Pretrainer:
+        return _trainer(model, checkpoints, recipe, windows, held, tokenizer, steps, device, folder, advance)
+
+    begun, stop = time.perf_counter(), round(settings.fold * steps)
+    with silent():
+        if stop:
+            model = _folded_midway(folder, stop, recipe, windows, tokenizer, trainer_of, compress)
+        else:
+            model = new_model(recipe, tokenizer)
     size = sum(p.numel() for p in model.parameters())
     guided = Guided(model, settings.guide) if settings.guide else None
+    trainer = trainer_of(model, folder / "checkpoints")
+    if guided is not None:
+        trainer.add_callback(guided)
+    with silent(), written(folder / "checkpoints"):
+        trainer.train(resume_from_checkpoint=_resumed(folder))
+    report = {
+        "recipe": recipe.model_dump(exclude_defaults=True),
+        "tokens": steps * settings.batch * settings.accumulate * length,
+        "parameters": size,
+        "precision": "bfloat16" if trainer.args.bf16 else "float32",
+        "seconds_of_last_run": round(time.perf_counter() - begun, 1),
+        "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
+        "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],
+        "versions": versions(),
+    }
+    _finish(trainer, folder, dtype, tokenizer, report, guided)
+    return report
+
+
+def _folded_midway(folder: Path, step: int, recipe: Recipe, windows, tokenizer, trainer_of, compress):
+    if compress is None:
+        raise ValueError("a recipe with train.fold is carried out by tenfold.pretrain, which knows how to fold a model")
+
+    def load(checkpoint: Path):
+        kind = KINDS[recipe.train.objective]
+        return kind.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation=recipe.model.get("attn_implementation")
+        )
+
+    model = partial(new_model, recipe.model_copy(update={"replace": []}), tokenizer)
+    if recipe.calibrate is None:  # what can't be folded is told before anything is trained
+        with torch.device("meta"):
+            make_plan(model(), recipe)
+    return fold_midway(folder, step, recipe, windows, model, trainer_of, load, compress)
+
+
+def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer, steps: int, device, folder, advance):
+    settings = recipe.train
+    batch, accumulate = shared_out(settings.batch, settings.accumulate)
     arguments = training_arguments(
-        folder / "checkpoints",
+        checkpoints,
         settings.learning_rate,
         batch,
         gradient_accumulation_steps=accumulate,
@@ -133,24 +184,8 @@ def pretrain(
         data_collator=default_data_collator,
         recipe=recipe,
     )
-    _watch(trainer, folder, settings.batch * settings.accumulate * length, advance)
-    if guided is not None:
-        trainer.add_callback(guided)
-    begun = time.perf_counter()
-    with silent(), written(folder / "checkpoints"):
-        trainer.train(resume_from_checkpoint=_resumed(folder))
-    report = {
-        "recipe": recipe.model_dump(exclude_defaults=True),
-        "tokens": steps * settings.batch * settings.accumulate * length,
-        "parameters": size,
-        "precision": "bfloat16" if arguments.bf16 else "float32",
-        "seconds_of_last_run": round(time.perf_counter() - begun, 1),
-        "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
-        "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],
-        "versions": versions(),
-    }
-    _finish(trainer, folder, dtype, tokenizer, report, guided)
-    return report
+    _watch(trainer, folder, settings.batch * settings.accumulate * windows.length, advance)
+    return trainer
 
 
 def _steps(windows: Windows, settings: Train) -> int:
@@ -185,11 +220,18 @@ class _Pretrainer(Watched):
             )
         return self.optimizer
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not is_folded(resume_from_checkpoint):  # else the model came from there
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The learning rate is the recipe's, not the checkpoint's, whose place on the schedule stays."""
         rates = [
             group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups
         ]  # not all schedules keep it
+        if checkpoint and is_folded(checkpoint):
+            go_on_with(self.lr_scheduler, checkpoint, rates)
+            return
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"], group["initial_lr"] = group["lr"] * (rate / group.get("initial_lr", rate)), rate

@@ -16,7 +16,7 @@ from tenfold.train.tokens import Tokens
 
 FILE = "run.json"
 FILES = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the note last
-FOLDERS = ("checkpoints", "tokens")
+FOLDERS = ("checkpoints", "dense", "tokens")
 
 
 def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:

@@ -37,9 +37,13 @@ class Windows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.tokens) // self.length
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def ids(self, index: int) -> torch.Tensor:
+        """The tokens of a window, none hidden."""
         place = int(self.order[index])
-        ids = torch.from_numpy(self.tokens[place * self.length : (place + 1) * self.length].astype(np.int64))
+        return torch.from_numpy(self.tokens[place * self.length : (place + 1) * self.length].astype(np.int64))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        place, ids = int(self.order[index]), self.ids(index)
         if not self.hide:
             return {"input_ids": ids, "labels": ids}
         self.hide.generator = torch.Generator().manual_seed(self.seed * len(self) + place)

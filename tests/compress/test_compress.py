@@ -232,3 +232,28 @@ def test_what_reads_the_values_of_a_head_has_columns_of_one_length(name):
             lengths = module.dense().norm(dim=0) if isinstance(module, FactorizedLinear) else module.weight.norm(dim=0)
             heads = lengths.detach().reshape(4, -1)
             assert all(head[head > 0].max() < 2 * head[head > 0].min() for head in heads)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_what_is_written_and_what_reads_it_weigh_the_same(name):
+    """Head by head: an optimizer behind it takes equally large steps in both."""
+    model, heads = toys.build(name), idle.HEADS[name]
+    roles = {"attn.v": 1e-3, "attn.out": 1e3} | ({"attn.q": 1e-2, "attn.k": 1e2} if name == "opt" else {})
+    with torch.no_grad():
+        for site in (site for site in find_sites(model) if site.layer is not None):
+            module = model.get_submodule(site.path)
+            module.weight.mul_(roles.get(site.role, 1))
+            if module.bias is not None and site.role != "attn.out":
+                module.bias.mul_(roles.get(site.role, 1))
+    after = compressed(model, [{"narrow": "attention"}], 0.7)
+    found = {}
+    for site in (site for site in find_sites(after) if site.layer is not None):
+        module = after.get_submodule(site.path)
+        found[site.layer, site.role] = module.dense() if isinstance(module, FactorizedLinear) else module.weight
+    for layer in {layer for layer, _ in found}:
+        q, k, v, out = (found[layer, f"attn.{which}"].detach() for which in ("q", "k", "v", "out"))
+        rows = v.unflatten(0, (heads[1], -1)).flatten(1).norm(dim=1)
+        columns = out.unflatten(1, (heads[1], -1)).movedim(1, 0).flatten(1).norm(dim=1) / (heads[0] / heads[1]) ** 0.5
+        assert ((rows / columns).log2().abs() < 1).all()
+        if name == "opt":
+            assert ((q.norm() / k.norm()).log2().abs() < 1).all()

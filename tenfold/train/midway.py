@@ -1,0 +1,114 @@
+"""Folded midway: trained dense for a part of the steps, then folded as the recipe says, and trained on.
+
+A matrix that is far from trained can lose much of itself at little cost, and what it loses is learnt again behind it; a
+structured model that starts from noise has to find everything by its factors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tenfold.models.files import write_json, written
+from tenfold.models.ranks import is_first, wait
+from tenfold.models.recipe import Recipe
+from tenfold.models.settings import Calibrate
+from tenfold.train.trainer import Windows, last_checkpoint, step_size
+
+AT_ONCE = 1024  # tokens in a batch of those that guide the fold
+# ``compress(model, recipe, batches)`` folds the model in place and returns a report
+Compress = Callable[[Any, Recipe, list[dict[str, Tensor]]], dict[str, Any]]
+FOLDED = "fold.json"  # what a checkpoint of a model that was just folded has, and no other one
+KEPT = ("scheduler.pt", "rng_state*.pth")  # of the dense part's last checkpoint; its optimizer knows other tensors
+
+
+class Until(TrainerCallback):
+    """Ends a training behind ``step``, with a checkpoint, on the schedule of the whole."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def fold_midway(folder: Path, step: int, recipe: Recipe, windows: Windows, model, trainer, load, compress: Compress):
+    """The model at ``step``, folded, whose training goes on with the checkpoint that is in ``folder / "checkpoints"`` then.
+
+    The dense part has its checkpoints in ``folder / "dense"``, and these go once the folded one is there.
+
+    Args:
+        windows: what the model is trained on; it is folded by those of the dense part, evenly spread over it.
+        model: makes the dense one.
+        trainer: makes ``trainer(model, folder of its checkpoints)``.
+        load: makes ``load(folder of a checkpoint)``, a model.
+    """
+    dense, target = folder / "dense", folder / "checkpoints" / f"checkpoint-{step}"
+    if last_checkpoint(target.parent) is None:
+        each = _train_dense(dense, step, model, trainer)
+        found = last_checkpoint(dense)
+        made = load(found)
+        batches = _batches(windows, step * each, recipe.calibrate or Calibrate())
+        report = compress(made, recipe, batches)
+        if is_first():
+            _write(made, found, target, report)
+        wait()
+    if is_first():
+        shutil.rmtree(dense, ignore_errors=True)
+    return load(last_checkpoint(target.parent))
+
+
+def _train_dense(folder: Path, step: int, model, trainer) -> int:
+    """Up to ``step``; the windows of a step."""
+    made, known = trainer(model(), folder), last_checkpoint(folder)
+    made.callback_handler.callbacks.insert(0, Until(step))  # before what looks at the loss of what is saved
+    if known is None or int(known.name.rpartition("-")[2]) < step:
+        with written(folder):
+            made.train(resume_from_checkpoint=None if known is None else str(known))
+    return step_size(made.args)
+
+
+def _batches(windows: Windows, seen: int, settings: Calibrate) -> list[dict[str, Tensor]]:
+    chosen = torch.linspace(0, seen - 1, min(settings.samples, seen)).round().long().tolist()
+    ids = torch.stack([windows.ids(k) for k in chosen])[:, : settings.window]
+    parts = ids.split(max(1, AT_ONCE // ids.shape[1]))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+
+
+def _write(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
+    """A checkpoint that Trainer goes on from: the folded model, and how far the dense one was."""
+    new = target.with_name("folded.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    with written(new):
+        model.save_pretrained(new)
+        for file in (file for pattern in KEPT for file in dense.glob(pattern)):
+            shutil.copy(file, new / file.name)
+        state = json.loads((dense / "trainer_state.json").read_text())
+        none = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+        write_json(new / FOLDED, report)
+        write_json(new / "trainer_state.json", state | none)
+    new.rename(target)
+
+
+def is_folded(checkpoint: str | Path) -> bool:
+    """Whether it is that of a model that was just folded: the weights are there, but no optimizer knows them."""
+    return (Path(checkpoint) / FOLDED).is_file()
+
+
+def go_on_with(scheduler, checkpoint: str | Path, rates: list[float]) -> None:
+    """Put a new optimizer of learning ``rates`` where the dense part's was on its schedule."""
+    state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+    part = state["_last_lr"][0] / state["base_lrs"][0]
+    scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = part * rate
+    scheduler._last_lr = [part * rate for rate in rates]

@@ -1,0 +1,150 @@
+"""Folded midway: one run on one schedule, dense first, whose killed parts go on where they were."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, starting, weights
+from transformers import AutoModelForCausalLM
+
+from tenfold.api import pretrain
+from tenfold.train import pretrain as alone
+from tenfold.train.trainer import last_checkpoint
+
+NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
+BLOCKS = {"replace": [FOLDED]}
+
+
+def halfway(rules: dict, **more) -> dict:
+    return RECIPE | {"model": STILL, "train": RECIPE["train"] | {"fold": 0.5} | more} | rules
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text(small.text())
+    return tmp_path / "text.txt"
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").open()]
+
+
+@pytest.mark.parametrize("rules", [NARROW, BLOCKS], ids=["by activations", "without data"])
+def test_it_is_one_run_and_ends_folded(text, tmp_path, rules):
+    plain = pretrain(halfway({}, fold=0.0), [text], tmp_path / "plain")
+    report = pretrain(halfway(rules), [text], tmp_path / "run")
+    assert [step for step, _ in report["curve"]] == [step for step, _ in plain["curve"]]
+    assert report["curve"][:6] == plain["curve"][:6], "dense to step 12 of 25"
+    assert report["curve"][6:] != plain["curve"][6:] and report["curve"][-1][1] < report["curve"][5][1]
+    rates = [[row["learning_rate"] for row in log(tmp_path / name)] for name in ("run", "plain")]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.transformer.h[0].mlp.c_fc.structure.kind == {"narrow": "dense"}.get(
+        next(iter(rules["replace"][0])), "block_train"
+    )
+    assert report["parameters"] == model.num_parameters() < plain["parameters"]
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path):
+    seen = []
+
+    def compress(model, recipe, batches):
+        seen.extend(row.tolist() for batch in batches for row in batch["input_ids"])
+        assert all(bool(batch["attention_mask"].all()) for batch in batches)
+        return {}
+
+    recipe = alone.load_recipe(halfway(NARROW, seed=3))
+    alone.pretrain(recipe, [text], tmp_path / "run", compress=compress)
+    tokens = alone.Tokens(tmp_path / "run" / "tokens")
+    windows = alone.Windows(tokens, 32, 3)
+    trained = [windows[k]["input_ids"].tolist() for k in range(12 * 4)]
+    assert len(seen) == 20 and all(row in trained for row in seen)
+    assert seen[0] == trained[0] and seen[-1] == trained[-1], "spread over all of it"
+
+
+@pytest.mark.parametrize("step", [9, 12, 13, 20])
+def test_a_killed_run_ends_as_one_that_was_not(text, tmp_path, step):
+    recipe = halfway(NARROW)
+    whole = pretrain(recipe, [text], tmp_path / "whole")
+    with pytest.raises(Killed):
+        pretrain(recipe, [text], tmp_path / "run", advance=killed_at(step))
+    steps = []
+    report = pretrain(recipe, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
+    assert steps[0] > step - 6 and steps == list(range(steps[0], 26)), "no step twice"
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert report["curve"] == whole["curve"]
+
+
+def test_a_run_that_is_killed_while_it_folds_folds_again(text, tmp_path, monkeypatch):
+    recipe = halfway(NARROW)
+    pretrain(recipe, [text], tmp_path / "whole")
+
+    def killed(*given, **more):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tenfold.api.compress", killed)
+        with pytest.raises(Killed):
+            pretrain(recipe, [text], tmp_path / "run")
+    kept = last_checkpoint(tmp_path / "run" / "dense")
+    assert kept.name == "checkpoint-12" and AutoModelForCausalLM.from_pretrained(kept)
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") is None
+    steps = []
+    pretrain(recipe, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
+    assert steps == list(range(13, 26))
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_overwriting_begins_anew(text, tmp_path):
+    with pytest.raises(Killed):
+        pretrain(halfway(NARROW), [text], tmp_path / "run", advance=killed_at(9))
+    steps = []
+    pretrain(halfway(BLOCKS), [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k), overwrite=True)
+    assert steps == list(range(1, 26))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (halfway({}), "train.fold folds by the rules under replace, and there are none"),
+        (halfway(BLOCKS, guide=0.5), "train.fold and train.guide are two ways to begin with dense matrices"),
+        (halfway({"replace": [{"narrow": "mlp"}]}), "a rule that narrows goes by activations: write a calibrate"),
+        (halfway({"replace": [{"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [5, 7]}}]}), "5"),
+    ],
+    ids=["no rule", "guided", "no activations", "does not fit"],
+)
+def test_what_can_not_be_folded_is_told_first(text, tmp_path, recipe, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(recipe, [text], tmp_path / "run", advance=lambda *given: pytest.fail("trained"))
+
+
+def test_without_compression_nothing_is_trained(text, tmp_path):
+    with pytest.raises(ValueError, match=r"is carried out by tenfold\.pretrain"):
+        alone.pretrain(halfway(NARROW), [text], tmp_path / "run", advance=lambda *given: pytest.fail("trained"))
+
+
+def test_two_processes_fold_as_one(text, tmp_path):
+    recipe = halfway(NARROW, precision="float32", accumulate=2, tokens=6400)
+    one = pretrain(recipe, [text], tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    run = starting(2, "pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two"))
+    told = run.communicate(timeout=300)
+    assert run.returncode == 0, told[1]
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert [step for step, _ in two["curve"]] == [step for step, _ in one["curve"]]
+    assert [loss for _, loss in two["curve"]] == pytest.approx([loss for _, loss in one["curve"]], rel=1e-5)
+
+
+def test_the_command_folds(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(halfway(NARROW)))
+    command = [sys.executable, "-m", "tenfold", "pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text)]
+    told = subprocess.run([*command, "-o", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0 and "3,200 tokens" in told.stdout, told.stderr
+    assert "Traceback" not in told.stderr
