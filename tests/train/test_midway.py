@@ -9,10 +9,11 @@ import pytest
 import small
 import torch
 from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, starting, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain
 from tenfold.train import pretrain as alone
+from tenfold.train.midway import go_on_with
 from tenfold.train.trainer import last_checkpoint
 
 NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
@@ -48,6 +49,26 @@ def test_it_is_one_run_and_ends_folded(text, tmp_path, rules):
     )
     assert report["parameters"] == model.num_parameters() < plain["parameters"]
     assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule(tmp_path):
+    def begun(*rates):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates]
+        optimizer = torch.optim.SGD(groups)
+        return optimizer, get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=20)
+
+    (old, before), (new, after) = begun(0.3, 0.6), begun(0.9)
+    for _ in range(8):
+        old.step()
+        before.step()
+    torch.save(before.state_dict(), tmp_path / "scheduler.pt")
+    go_on_with(after, tmp_path, [0.9])
+    for _ in range(12):
+        assert new.param_groups[0]["lr"] == pytest.approx(3 * old.param_groups[0]["lr"])
+        assert after.get_last_lr() == [new.param_groups[0]["lr"]]
+        for optimizer, scheduler in ((old, before), (new, after)):
+            optimizer.step()
+            scheduler.step()
 
 
 def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path):
