@@ -179,7 +179,7 @@ class FactorizedLinear(_Factorized):
         factors = self.factors() if quantised else factors
         if self.keeps and (w := self._matrix(x, factors)) is not None:
             return products.linear(x, w, self.bias)
-        if serves(x) and x.numel() <= FEW * self.in_features:
+        if serves(x) and 0 < x.numel() <= FEW * self.in_features:
             return self._few(factors, x, self.bias)
         if not self.keeps and not self.between:
             return self.structure._apply(factors, x, self.bias)
@@ -249,7 +249,7 @@ class FactorizedEmbedding(_Factorized):
         """
         if as_head:
             factors = self.factors()
-            few = serves(x) and x.numel() <= FEW * self.embedding_dim
+            few = serves(x) and 0 < x.numel() <= FEW * self.embedding_dim
             return self._few(factors, x) if few else self.structure._apply(factors, x)
         rows = self.structure._rows(self.factors(), x)
         return rows if self.scale == 1.0 else rows * rows.new_full((), self.scale)  # rounded like a dense Gemma's

@@ -11,7 +11,7 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor  # type: ignore[import]
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import]
 from torch.overrides import TorchFunctionMode
 
 from tenfold.structure.plan import unhurried
@@ -76,8 +76,8 @@ def serves(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
     ):
         return False
-    # under vmap a tensor has no memory of its own; a trace is for other sizes, too
-    return not is_functorch_wrapped_tensor(x) and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    # under vmap tensors have no memory of their own; a trace is for other sizes, too
+    return peek_interpreter_stack() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 class Recorder(TorchFunctionMode):

@@ -126,6 +126,11 @@ def test_nothing_is_repeated_where_more_is_asked_for_than_numbers():
     with torch.no_grad():
         for _ in range(CALLS + 1):
             torch.testing.assert_close(torch.vmap(one)(torch.stack((x, 2 * x)))[1], one(2 * x))
+        several = {name: torch.stack((value, 2 * value)) for name, value in one.named_parameters()}
+        for _ in range(CALLS + 1):
+            made = torch.vmap(lambda given: torch.func.functional_call(one, given, x))(several)
+            torch.testing.assert_close(made[0], one(x))
+        assert one(x[:0]).shape == (0, 24)
         assert not serves(x.to("meta"))
         with torch.autocast("cpu"):
             assert not serves(x)
