@@ -103,6 +103,8 @@ def contenders(part: int) -> dict[str, dict]:
         "pairs of layers share, whole": shared_whole(2, rank),
         "pairs of layers share, whole, branches from zero": shared_whole(2, rank, ZERO),
         "6 layers, threes share whole": {"model": {"num_hidden_layers": 6}} | shared_whole(3, 16 // part),
+        "6 layers, pairs share whole, branches from zero": {"model": shallower | {"num_hidden_layers": 6}}
+        | shared_whole(2, None, ZERO),
         "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
         | shared_whole(2, None),
         "8 layers, pairs share whole, branches from zero": {
