@@ -92,6 +92,7 @@ class Recorder(TorchFunctionMode):
         self._first: list[Tensor] = []  # of every memory, and held, else another one could come to lie there
         self._lines: list[str] = []
         self._names: dict[str, object] = {}
+        self._fresh: str | None = None  # what the line before has made and left empty: a product can make it itself
         self._sound = True
         for operand in operands:
             self._sound &= _memory(operand) not in self._memories
@@ -128,10 +129,16 @@ class Recorder(TorchFunctionMode):
             return
         if name == "new_empty":  # asks for a type only
             args = (self._first[self._memories[_memory(args[0])]], *args[1:])
+        fresh, self._fresh = self._fresh, None
+        if func is torch.baddbmm and kwargs.get("beta") == 0 and fresh == self._text(kwargs.get("out")):
+            self._lines[-1] = f"{fresh} = {self._name(torch.bmm)}({self._text(args[1])}, {self._text(args[2])})"
+            return
         call = ", ".join([*map(self._text, args), *(f"{key}={self._text(value)}" for key, value in kwargs.items())])
         line = f"{self._name(func)}({call})"
         if isinstance(made, Tensor) and _memory(made) not in self._memories:
-            line = f"t{self._add(made)} = {line}"
+            number = self._add(made)
+            line = f"t{number} = {line}"
+            self._fresh = f"t{number}" if name == "new_empty" else None
         self._lines.append(line)
 
     def _add(self, value: Tensor) -> int:
