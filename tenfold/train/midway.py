@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from tenfold.models.files import write_json, written
 from tenfold.models.ranks import is_first, wait
@@ -53,10 +53,10 @@ def fold_midway(folder: Path, step: int, recipe: Recipe, windows: Windows, model
     """
     dense, target = folder / "dense", folder / "checkpoints" / f"checkpoint-{step}"
     if last_checkpoint(target.parent) is None:
-        each = _train_dense(dense, step, model, trainer)
+        arguments = _train_dense(dense, step, model, trainer)
         found = last_checkpoint(dense)
-        made = load(found)
-        batches = _batches(windows, step * each, recipe.calibrate or Calibrate())
+        made = load(found).to(arguments.device)
+        batches = _batches(windows, step * step_size(arguments), recipe.calibrate or Calibrate())
         report = compress(made, recipe, batches)
         if is_first():
             _write(made, found, target, report)
@@ -66,14 +66,16 @@ def fold_midway(folder: Path, step: int, recipe: Recipe, windows: Windows, model
     return load(last_checkpoint(target.parent))
 
 
-def _train_dense(folder: Path, step: int, model, trainer) -> int:
-    """Up to ``step``; the windows of a step."""
+def _train_dense(folder: Path, step: int, model, trainer) -> TrainingArguments:
+    """Up to ``step``; with which arguments."""
     made, known = trainer(model(), folder), last_checkpoint(folder)
     made.callback_handler.callbacks.insert(0, Until(step))  # before what looks at the loss of what is saved
     if known is None or int(known.name.rpartition("-")[2]) < step:
         with written(folder):
             made.train(resume_from_checkpoint=None if known is None else str(known))
-    return step_size(made.args)
+    wait()  # until the checkpoint is whole
+    made.accelerator.free_memory()
+    return made.args
 
 
 def _batches(windows: Windows, seen: int, settings: Calibrate) -> list[dict[str, Tensor]]:
