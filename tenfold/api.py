@@ -53,8 +53,10 @@ def __getattr__(name: str):
 def _fold(model, recipe: Recipe, batches: list[Batch]) -> dict[str, Any]:
     """Fold ``model`` in place as ``recipe`` says, guided by ``batches`` where it goes by activations."""
     about = {"samples": sum(len(batch["input_ids"]) for batch in batches), "window": batches[0]["input_ids"].shape[1]}
-    text = None if recipe.calibrate is None else Calibration(batches, {"files": ["the run's own"]} | about)
-    return compress(model, recipe, text=text)[1]
+    text, report = Calibration(batches, {"files": ["the run's own"]} | about), {}
+    for step in recipe.steps():
+        report = compress(model, step, text=step.calibrate and text)[1]
+    return report
 
 
 def plan(model: PreTrainedModel, recipe):

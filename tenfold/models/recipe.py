@@ -171,6 +171,7 @@ class Stage(Strict):
         rounds: how often the stage is done.
     """
 
+    first: Literal["drop-layers", "slice", "rotate", "order"] | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
     rounds: int = Field(1, ge=1)
@@ -220,20 +221,27 @@ class Recipe(Strict):
                     f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
                 )
         if self.train and self.train.fold:
-            if not self.replace:
-                raise ValueError(
-                    "train.fold folds by the rules under replace, and there are none; write one, or leave it out"
-                )
-            if self.calibrate is None and any(rule.narrow for rule in self.replace):
-                raise ValueError(
-                    "a rule that narrows goes by activations: write a calibrate section, {} for the usual one"
-                )
-            if self.train.guide:
-                raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
+            self._check_fold(self.train)
         for step in (self, *self.stages):
             if step.squeeze is not None and step.replace:
                 raise ValueError("squeeze and replace are two stages: fold in one, squeeze in the next")
         return self
+
+    def _check_fold(self, train: Train) -> None:
+        steps = (self, *self.stages)
+        if not any(step.replace or step.first for step in steps):
+            raise ValueError(
+                "train.fold folds by the rules under replace, and there are none; write one, or leave it out"
+            )
+        if any(step.heal for step in steps):
+            raise ValueError("what train.fold folds is trained on behind it; leave heal out")
+        chosen = [step for step in steps if step.first or any(rule.narrow for rule in step.replace)]
+        if any(step.calibrate is None for step in chosen):
+            raise ValueError(
+                "rules that narrow, and first, go by activations: write a calibrate section, {} for the usual one"
+            )
+        if train.guide:
+            raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
 
     def steps(self) -> list[Recipe]:
         """The recipes of its stages, this one where there are none."""

@@ -56,7 +56,7 @@ def fold_midway(folder: Path, step: int, recipe: Recipe, windows: Windows, model
         arguments = _train_dense(dense, step, model, trainer)
         found = last_checkpoint(dense)
         made = load(found).to(arguments.device)
-        batches = _batches(windows, step * step_size(arguments), recipe.calibrate or Calibrate())
+        batches = _batches(windows, step * step_size(arguments), _settings(recipe))
         report = compress(made, recipe, batches)
         if is_first():
             _write(made, found, target, report)
@@ -76,6 +76,12 @@ def _train_dense(folder: Path, step: int, model, trainer) -> TrainingArguments:
     wait()  # until the checkpoint is whole
     made.accelerator.free_memory()
     return made.args
+
+
+def _settings(recipe: Recipe) -> Calibrate:
+    """Those of the step that reads the most."""
+    given = [step.calibrate for step in recipe.steps() if step.calibrate]
+    return max(given, key=lambda one: one.samples, default=Calibrate())
 
 
 def _batches(windows: Windows, seen: int, settings: Calibrate) -> list[dict[str, Tensor]]:

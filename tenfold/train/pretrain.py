@@ -146,8 +146,8 @@ def _folded_midway(folder: Path, step: int, recipe: Recipe, windows, tokenizer, 
             checkpoint, dtype=torch.float32, attn_implementation=recipe.model.get("attn_implementation")
         )
 
-    model = partial(new_model, recipe.model_copy(update={"replace": []}), tokenizer)
-    if recipe.calibrate is None:  # what can't be folded is told before anything is trained
+    model = partial(new_model, recipe.model_copy(update={"replace": [], "stages": []}), tokenizer)
+    if not recipe.stages and recipe.calibrate is None:  # what can't be folded is told before anything is trained
         with torch.device("meta"):
             make_plan(model(), recipe)
     return fold_midway(folder, step, recipe, windows, model, trainer_of, load, compress)

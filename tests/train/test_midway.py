@@ -88,6 +88,16 @@ def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path):
     assert seen[0] == trained[0] and seen[-1] == trained[-1], "spread over all of it"
 
 
+def test_it_is_folded_in_stages(text, tmp_path):
+    half = {"first": "drop-layers", "calibrate": {"samples": 7}, "budget": {"keep": 0.6, "of": "blocks"}}
+    two = {"model": STILL | {"n_layer": 2}}
+    plain = pretrain(halfway({}, fold=0.0) | two, [text], tmp_path / "plain")
+    report = pretrain(halfway({"stages": [half, NARROW]}) | two, [text], tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert len(model.transformer.h) == 1 and model.transformer.h[0].mlp.c_fc.out_features < 128
+    assert report["curve"][:6] == plain["curve"][:6] and report["curve"][-1][1] < report["curve"][5][1]
+
+
 @pytest.mark.parametrize("step", [9, 12, 13, 20])
 def test_a_killed_run_ends_as_one_that_was_not(text, tmp_path, step):
     recipe = halfway(NARROW)
@@ -135,11 +145,16 @@ def test_overwriting_begins_anew(text, tmp_path):
     ("recipe", "sentence"),
     [
         (halfway({}), "train.fold folds by the rules under replace, and there are none"),
+        (halfway({"stages": [BLOCKS | {"heal": {}}]}), "is trained on behind it; leave heal out"),
+        (halfway({"stages": [{"first": "drop-layers", "budget": {"keep": 0.5}}]}), "and first, go by activations"),
         (halfway(BLOCKS, guide=0.5), "train.fold and train.guide are two ways to begin with dense matrices"),
-        (halfway({"replace": [{"narrow": "mlp"}]}), "a rule that narrows goes by activations: write a calibrate"),
+        (
+            halfway({"replace": [{"narrow": "mlp"}]}),
+            "rules that narrow, and first, go by activations: write a calibrate",
+        ),
         (halfway({"replace": [{"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [5, 7]}}]}), "5"),
     ],
-    ids=["no rule", "guided", "no activations", "does not fit"],
+    ids=["no rule", "healed", "first", "guided", "no activations", "does not fit"],
 )
 def test_what_can_not_be_folded_is_told_first(text, tmp_path, recipe, sentence):
     with pytest.raises(ValueError, match=sentence):
