@@ -26,7 +26,7 @@ AT_ONCE = 1024  # tokens in a batch of those that guide the fold
 # ``compress(model, recipe, batches)`` folds the model in place and returns a report
 Compress = Callable[[Any, Recipe, list[dict[str, Tensor]]], dict[str, Any]]
 FOLDED = "fold.json"  # what a checkpoint of a model that was just folded has, and no other one
-KEPT = ("scheduler.pt", "rng_state*.pth")  # of the dense part's last checkpoint; its optimizer knows other tensors
+KEPT = "rng_state*.pth"  # of the dense part's last checkpoint; its optimizer knows other tensors
 
 
 class Until(TrainerCallback):
@@ -98,7 +98,7 @@ def _write(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
     new.mkdir(parents=True)
     with written(new):
         model.save_pretrained(new)
-        for file in (file for pattern in KEPT for file in dense.glob(pattern)):
+        for file in dense.glob(KEPT):
             shutil.copy(file, new / file.name)
         state = json.loads((dense / "trainer_state.json").read_text())
         none = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
@@ -112,11 +112,12 @@ def is_folded(checkpoint: str | Path) -> bool:
     return (Path(checkpoint) / FOLDED).is_file()
 
 
-def go_on_with(scheduler, checkpoint: str | Path, rates: list[float]) -> None:
-    """Put a new optimizer of learning ``rates`` where the dense part's was on its schedule."""
-    state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-    part = state["_last_lr"][0] / state["base_lrs"][0]
-    scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+def go_on_with(scheduler, step: int, rates: list[float]) -> None:
+    """Put a new optimizer of learning ``rates`` where its schedule is at ``step``."""
+    if not hasattr(scheduler, "lr_lambdas"):  # it goes by losses, not by steps
+        return
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    parts = [part(step) for part in scheduler.lr_lambdas]
+    for group, rate, part in zip(scheduler.optimizer.param_groups, rates, parts, strict=True):
         group["lr"] = part * rate
-    scheduler._last_lr = [part * rate for rate in rates]
+    scheduler._last_lr = [part * rate for rate, part in zip(rates, parts, strict=True)]

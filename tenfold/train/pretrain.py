@@ -230,7 +230,7 @@ class _Pretrainer(Watched):
             group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups
         ]  # not all schedules keep it
         if checkpoint and is_folded(checkpoint):
-            go_on_with(self.lr_scheduler, checkpoint, rates)
+            go_on_with(self.lr_scheduler, int(Path(checkpoint).name.rpartition("-")[2]), rates)
             return
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):

@@ -350,7 +350,7 @@ def test_the_stream_in_any_basis(name, tmp_path):
         close(model.get_input_embeddings().weight, (embedding.double() @ turn).float())
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(toys.logits(again), toys.logits(model))
+    torch.testing.assert_close(toys.logits(again), toys.logits(model))
     if FREE[name][1] == "untie":
         assert not is_tied(model)
     rotate_residual(model, rotation(32, FREE[name][0] == ONES))  # its gains are all one: no need to untie any more

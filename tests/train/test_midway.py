@@ -1,14 +1,12 @@
 """Folded midway: one run on one schedule, dense first, whose killed parts go on where they were."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import small
 import torch
-from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, starting, weights
+from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, weights
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain
@@ -28,6 +26,20 @@ def halfway(rules: dict, **more) -> dict:
 def text(tmp_path) -> Path:
     (tmp_path / "text.txt").write_text(small.text())
     return tmp_path / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nobody killed."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "text.txt").write_text(small.text())
+    pretrain(halfway(NARROW), [place / "text.txt"], place / "run")
+    return place / "run"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    expected, found = weights(one), weights(other)
+    return all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def log(run: Path) -> list[dict]:
@@ -51,7 +63,7 @@ def test_it_is_one_run_and_ends_folded(text, tmp_path, rules):
     assert not (tmp_path / "run" / "dense").exists()
 
 
-def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule(tmp_path):
+def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule():
     def begun(*rates):
         groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates]
         optimizer = torch.optim.SGD(groups)
@@ -61,8 +73,7 @@ def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule(tmp_path):
     for _ in range(8):
         old.step()
         before.step()
-    torch.save(before.state_dict(), tmp_path / "scheduler.pt")
-    go_on_with(after, tmp_path, [0.9])
+    go_on_with(after, 8, [0.9])
     for _ in range(12):
         assert new.param_groups[0]["lr"] == pytest.approx(3 * old.param_groups[0]["lr"])
         assert after.get_last_lr() == [new.param_groups[0]["lr"]]
@@ -99,22 +110,19 @@ def test_it_is_folded_in_stages(text, tmp_path):
 
 
 @pytest.mark.parametrize("step", [9, 12, 13, 20])
-def test_a_killed_run_ends_as_one_that_was_not(text, tmp_path, step):
+def test_a_killed_run_ends_as_one_that_was_not(text, tmp_path, whole, step):
     recipe = halfway(NARROW)
-    whole = pretrain(recipe, [text], tmp_path / "whole")
     with pytest.raises(Killed):
         pretrain(recipe, [text], tmp_path / "run", advance=killed_at(step))
     steps = []
     report = pretrain(recipe, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps[0] > step - 6 and steps == list(range(steps[0], 26)), "no step twice"
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    assert report["curve"] == whole["curve"]
+    assert same_weights(whole, tmp_path / "run")
+    assert report["curve"] == json.loads((whole / "training.json").read_text())["curve"]
 
 
-def test_a_run_that_is_killed_while_it_folds_folds_again(text, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_while_it_folds_folds_again(text, tmp_path, whole, monkeypatch):
     recipe = halfway(NARROW)
-    pretrain(recipe, [text], tmp_path / "whole")
 
     def killed(*given, **more):
         raise Killed
@@ -129,8 +137,7 @@ def test_a_run_that_is_killed_while_it_folds_folds_again(text, tmp_path, monkeyp
     steps = []
     pretrain(recipe, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == list(range(13, 26))
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert same_weights(whole, tmp_path / "run")
 
 
 def test_overwriting_begins_anew(text, tmp_path):
@@ -164,23 +171,3 @@ def test_what_can_not_be_folded_is_told_first(text, tmp_path, recipe, sentence):
 def test_without_compression_nothing_is_trained(text, tmp_path):
     with pytest.raises(ValueError, match=r"is carried out by tenfold\.pretrain"):
         alone.pretrain(halfway(NARROW), [text], tmp_path / "run", advance=lambda *given: pytest.fail("trained"))
-
-
-def test_two_processes_fold_as_one(text, tmp_path):
-    recipe = halfway(NARROW, precision="float32", accumulate=2, tokens=6400)
-    one = pretrain(recipe, [text], tmp_path / "one")
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    run = starting(2, "pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two"))
-    told = run.communicate(timeout=300)
-    assert run.returncode == 0, told[1]
-    two = json.loads((tmp_path / "two" / "training.json").read_text())
-    assert [step for step, _ in two["curve"]] == [step for step, _ in one["curve"]]
-    assert [loss for _, loss in two["curve"]] == pytest.approx([loss for _, loss in one["curve"]], rel=1e-5)
-
-
-def test_the_command_folds(text, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(json.dumps(halfway(NARROW)))
-    command = [sys.executable, "-m", "tenfold", "pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text)]
-    told = subprocess.run([*command, "-o", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
-    assert told.returncode == 0 and "3,200 tokens" in told.stdout, told.stderr
-    assert "Traceback" not in told.stderr

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from tenfold import api
 from tenfold.api import compress, evaluate
 from tenfold.nn import FactorizedLinear
 from tenfold.train.guide import Guided
@@ -529,9 +530,10 @@ def starting(processes: int, *command: str) -> subprocess.Popen:
 
 
 def test_two_processes_train_as_one(text, tmp_path):
-    """Also when one of them is killed in the middle, and when a single one goes on with what both have begun."""
-    recipe = with_train(precision="float32", accumulate=2, tokens=12800, save_steps=10) | {"model": STILL}
-    one = pretrain(recipe, [text], tmp_path / "one")
+    """Also when one of them is killed in the middle, behind a fold, and when a single one goes on with what both have begun."""
+    recipe = with_train(precision="float32", accumulate=2, tokens=12800, save_steps=10, fold=0.2) | {"model": STILL}
+    recipe |= {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
+    one = api.pretrain(recipe, [text], tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]
     first = starting(2, *command)
@@ -546,5 +548,5 @@ def test_two_processes_train_as_one(text, tmp_path):
     two = json.loads((tmp_path / "two" / "training.json").read_text())
     np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-5)
     (last_checkpoint(tmp_path / "two" / "checkpoints") / "trainer_state.json").unlink()
-    again = pretrain(recipe, [text], tmp_path / "two")
+    again = api.pretrain(recipe, [text], tmp_path / "two")
     np.testing.assert_allclose(again["curve"], one["curve"], rtol=1e-5)
