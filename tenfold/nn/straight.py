@@ -127,8 +127,8 @@ class Recorder(TorchFunctionMode):
             return
         if not changes and _memory(made) in self._memories:  # a view: where it is used, it is taken from its memory
             return
-        if name == "new_empty":  # asks for a type only
-            args = (self._first[self._memories[_memory(args[0])]], *args[1:])
+        if name == "new_empty" and (number := self._memories.get(_memory(args[0]))) is not None:  # asks for a type only
+            args = (self._first[number], *args[1:])
         fresh, self._fresh = self._fresh, None
         if func is torch.baddbmm and kwargs.get("beta") == 0 and fresh == self._text(kwargs.get("out")):
             self._lines[-1] = f"{fresh} = {self._name(torch.bmm)}({self._text(args[1])}, {self._text(args[2])})"

@@ -255,9 +255,8 @@ def _forward(
         if bias is None or y.is_contiguous():
             y = y.reshape(x.shape[0], diagram.shape[0])
             return y if bias is None else y.add_(bias)  # a product, nobody else's
-        return torch.add(bias.view(diagram.shape_of(diagram.outs)), y).reshape(
-            x.shape[0], diagram.shape[0]
-        )  # in one pass
+        bias = bias.to(y.dtype).view(diagram.shape_of(diagram.outs))
+        return torch.add(bias, y).reshape(x.shape[0], diagram.shape[0])  # in one pass
     if (parts := in_parts(diagram, factors)) is not None:
         return parts.multiply(x, bias)
     return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)

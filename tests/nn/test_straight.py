@@ -147,6 +147,12 @@ def test_numbers_of_rows_are_forgotten():
 ELSEWHERE = [torch.ones(3)]
 
 
+def unseen(x, y):
+    made = x + y
+    made.untyped_storage().fill_(0)
+    return made
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -154,8 +160,17 @@ ELSEWHERE = [torch.ones(3)]
         lambda x, y: x + y if bool(y.sum() > 0) else x - y,
         lambda x, y: x + y + ELSEWHERE[0],
         lambda x, y: x + torch.cat(list((2 * y).split(1))),
+        lambda x, y: ELSEWHERE[0].new_empty(3).copy_(x),
+        unseen,
     ],
-    ids=["a number is read", "a branch", "a tensor from elsewhere", "several tensors at once"],
+    ids=[
+        "a number is read",
+        "a branch",
+        "a tensor from elsewhere",
+        "several tensors at once",
+        "memory from elsewhere",
+        "a change that nothing tells",
+    ],
 )
 def test_what_is_not_the_same_for_all_operands_is_called(function):
     straight = Straight()
