@@ -63,6 +63,26 @@ def shared_whole(group: int, adapter: int | None, start: dict | str = "noise") -
     return {"replace": [rule]}
 
 
+def shared_mlp(layers: int, wide: int) -> dict:
+    """Attention of its own in every layer, one wide MLP for all of them (arXiv 2309.01826); branches from zero."""
+    own = {"role": BLOCKS[:4], "structure": {"kind": "dense"}, "start": ZERO}
+    rule = {
+        "role": MLP,
+        "structure": {"kind": "dense"},
+        "start": ZERO,
+        "share": {"factors": ["matrix"], "group": layers},
+    }
+    return {"model": {"num_hidden_layers": layers, "intermediate_size": wide}, "replace": [own, rule]}
+
+
+def shared_attention(layers: int, wide: int) -> dict:
+    """An MLP of its own in every layer, one attention for all of them; branches from zero."""
+    rule = {"role": BLOCKS[:4], "structure": {"kind": "dense"}, "start": ZERO}
+    rule |= {"share": {"factors": ["matrix"], "group": layers}}
+    own = {"role": MLP, "structure": {"kind": "dense"}, "start": ZERO}
+    return {"model": {"num_hidden_layers": layers, "intermediate_size": wide}, "replace": [rule, own]}
+
+
 def cola(attention: int, mlp: int) -> dict:
     rules = [(BLOCKS[:4], attention), (MLP, mlp)]
     return {"replace": [{"role": r, "structure": {"kind": "cola", "rank": k}, "start": "noise"} for r, k in rules]}
@@ -117,6 +137,8 @@ def contenders(part: int) -> dict[str, dict]:
             "model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}
         }
         | shared(2, 384 // part, 992 // part, None, BALANCED_ZERO),
+        "one MLP for all layers": shared_mlp(4, 1640 // part),
+        "one attention for all layers": shared_attention(4, 792 // part),
         "ttm-16": train_like(0.006),
         "ttm-32": train_like(0.07),
         "ttm-64": train_like(0.28),

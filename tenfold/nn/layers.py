@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from tenfold.nn.again import Again
 from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import bucket
@@ -169,6 +170,7 @@ class FactorizedLinear(_Factorized):
         self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
         self.between = False  # whether results between two products are kept for the way back
         self._kept: Kept | None = None
+        self._again = Again()
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
@@ -183,9 +185,9 @@ class FactorizedLinear(_Factorized):
             return self._few(factors, x, self.bias)
         if not self.keeps and not self.between:
             return self.structure._apply(factors, x, self.bias)
-        return self.structure._apply(
-            factors, x, self.bias, bucket(x.numel() // self.in_features) in self.keeps, self.between
-        )
+        keep = not torch.compiler.is_compiling() and bucket(x.numel() // self.in_features) in self.keeps
+        made = self._again.matrices(factors) if keep else None
+        return self.structure._apply(factors, x, self.bias, made, self.between)
 
     def _quick(self, x: Tensor, matrices: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
@@ -207,15 +209,18 @@ class FactorizedLinear(_Factorized):
 
     def train(self, mode: bool = True) -> FactorizedLinear:
         """As everywhere; a kept matrix is dropped."""
-        self._kept = None
+        self._drop()
         return super().train(mode)
 
+    def _drop(self) -> None:
+        self._kept, self._again = None, Again()
+
     def _apply(self, *arguments, **keywords):  # to another device or type
-        self._kept = None
+        self._drop()
         return super()._apply(*arguments, **keywords)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_kept": None}
+        return super().__getstate__() | {"_kept": None, "_again": Again()}
 
 
 class FactorizedEmbedding(_Factorized):

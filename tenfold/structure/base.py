@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure import contract, dims
+from tenfold.structure.contract import Keep
 from tenfold.structure.placement import Placement
 from tenfold.structure.worth import Cost, Worth
 
@@ -213,7 +214,7 @@ class Structure(ABC):
         return self._apply(factors, x)
 
     def _apply(
-        self, factors: Factors, x: Tensor, bias: Tensor | None = None, matrix: bool = False, between: bool = False
+        self, factors: Factors, x: Tensor, bias: Tensor | None = None, matrix: Keep = None, between: bool = False
     ) -> Tensor:
         """``matrix``, ``between``: what is kept for the way back, see :func:`tenfold.structure.contract.apply`."""
         out, inner = self.shape

@@ -30,6 +30,7 @@ CACHED = 2**20  # numbers between the steps that a part has, where that leaves i
 LEAST = 64
 SLICE = 512  # numbers of a rank that all factors share which are summed over at once, on a CPU
 NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
+Keep = dict[tuple, Tensor] | None  # by diagram and addresses of the factors
 BUCKETS = (1, 32, 512, 2048)  # layers plan for these numbers of rows only; compiled, three of them make three branches
 
 
@@ -114,13 +115,13 @@ def apply(
     factors: list[Tensor],
     x: Float[Tensor, "n inner"],
     bias: Float[Tensor, "out"] | None = None,
-    matrix: bool = False,
+    matrix: Keep = None,
     between: bool = False,
 ) -> Float[Tensor, "n out"]:
     """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows.
 
     Args:
-        matrix: keep ``W``, where the plan makes it, for the way back.
+        matrix: keep ``W``, where the plan makes it, for the way back, and in here; what is here of the same factors is used.
         between: keep what lies between two products for the way back, where it is no larger than ``x``.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -279,8 +280,9 @@ class _Apply(torch.autograd.Function):
     def forward(ctx, diagram, x, bias, matrix, between, *factors):
         first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
         ctx.diagram, parts, kept = diagram, [], []
-        if matrix and second is not None:
-            kept = [dense(diagram, list(factors))]
+        if matrix is not None and second is not None:
+            key = (diagram, *(factor.data_ptr() for factor in factors))
+            kept = [matrix[key] if key in matrix else matrix.setdefault(key, dense(diagram, list(factors)))]
             y = torch.nn.functional.linear(x, kept[0], bias)
         else:
             few = between and second is None and first.passing <= bucket(x.shape[0]) * x.shape[1]

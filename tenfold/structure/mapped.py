@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.structure import contract, rebuild
+from tenfold.structure.contract import Keep
 from tenfold.structure.diagram import Diagram
 
 PART = 512  # rows
@@ -66,9 +67,9 @@ def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
 
 
 def multiply(
-    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, matrix: bool = False
+    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, matrix: Keep
 ) -> Tensor:
-    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix``: keep ``W``, where it is made, for the way back."""
+    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix`` as in :func:`tenfold.structure.contract.apply`."""
     diagram, factors = contract.slim(diagram, factors)
     if not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias, maps)[0]
@@ -76,11 +77,11 @@ def multiply(
 
 
 def _forward(
-    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps
+    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, w: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``y``, and ``W`` if it was made."""
+    """``y``, and ``W`` if it was made or given."""
     if not contract.is_chain(diagram, x):
-        w = maps.placed(rebuild.dense(diagram, factors))
+        w = maps.placed(rebuild.dense(diagram, factors)) if w is None else w
         return torch.nn.functional.linear(x, w, bias), w
     y, pick = x.new_empty(x.shape[0], maps.out), _Picker(maps.columns)
     for some, made in zip(x.split(PART), y.split(PART), strict=True):
@@ -117,8 +118,12 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, diagram, out, matrix, x, bias, rows, columns, *factors):
         ctx.diagram, ctx.out = diagram, out
-        y, w = _forward(diagram, list(factors), x, bias, Maps(rows, columns, out, x.shape[1]))
-        ctx.save_for_backward(x, rows, columns, w if matrix else None, *factors)
+        key = (diagram, out, *(value if value is None else value.data_ptr() for value in (rows, columns, *factors)))
+        known = None if matrix is None else matrix.get(key)
+        y, w = _forward(diagram, list(factors), x, bias, Maps(rows, columns, out, x.shape[1]), known)
+        if matrix is not None and w is not None:
+            matrix[key] = w
+        ctx.save_for_backward(x, rows, columns, None if matrix is None else w, *factors)
         return y
 
     @staticmethod

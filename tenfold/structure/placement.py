@@ -73,7 +73,7 @@ class Placement:
         factors: dict[str, Tensor],
         x: Tensor,
         bias: Tensor | None = None,
-        matrix: bool = False,
+        matrix: contract.Keep = None,
         between: bool = False,
     ) -> Tensor:
         """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
@@ -89,7 +89,7 @@ class Placement:
         factors: dict[str, Tensor],
         x: Tensor,
         bias: Tensor | None = None,
-        matrix: bool = False,
+        matrix: contract.Keep = None,
         between: bool = False,
     ) -> Tensor:
         """``x (n, in) @ W.T + bias -> (n, out)``"""

@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.nn import FactorizedLinear
 from tenfold.nn.kept import keep_matrices
-from tenfold.structure import Dense, Kronecker, LowRank, TensorTrain
+from tenfold.structure import Dense, Kronecker, LowRank, TensorTrain, contract
 
 DEAR = TensorTrain(
     outs=(8, 8, 8), ins=(8, 8, 8), ranks=(48, 48)
@@ -179,3 +179,95 @@ def test_equal_layers_gain_equally():
     """A structure that needs fewer FLOPs than the dense matrix is left alone."""
     model = nn.ModuleDict({"kronecker": layer(Kronecker(outs=(512, 2), ins=(512, 2), terms=1))})
     assert keep_matrices(model, "speed")["layers"] == 0
+
+
+def rows_of(one, rows: int = 3000):
+    return torch.randn(rows, one.in_features, generator=torch.Generator().manual_seed(rows))
+
+
+def train_step(one, optimizer, batches: int, before=lambda number: None) -> list:
+    """The gradients of a step over some micro-batches, ``before`` called ahead of each."""
+    optimizer.zero_grad()
+    for number in range(batches):
+        before(number)
+        one(rows_of(one, 3000 + number)).square().mean().backward()
+    found = [p.grad.clone() for p in one.parameters()]
+    optimizer.step()
+    return found
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A layer in training that keeps its matrix, its optimizer, and the matrices that were made."""
+    torch.manual_seed(0)
+    one, found, dense = layer(DEAR).train(), [], contract.dense
+    keep_matrices(one, "speed")
+    monkeypatch.setattr(contract, "dense", lambda *given: found.append(dense(*given)) or found[-1])
+    return one, torch.optim.SGD(one.parameters(), lr=1e-3), found
+
+
+def test_a_matrix_is_used_again_by_the_next_micro_batch(trained):
+    one, optimizer, found = trained
+    counts = []
+    for _ in range(4):
+        before = len(found)
+        other = copy.deepcopy(one)
+        keep_matrices(other, "memory")
+        expected = train_step(other, torch.optim.SGD(other.parameters(), lr=1e-3), 3)
+        got = train_step(one, optimizer, 3)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+        counts.append(len(found) - before)
+        assert not one._again._made
+    assert counts == [3, 1, 1, 1], "the first step does not know that there are several"
+
+
+def test_who_sums_over_no_micro_batches_holds_no_matrix(trained):
+    one, optimizer, found = trained
+    for _ in range(3):
+        train_step(one, optimizer, 1)
+        assert not one._again._made
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("what", ["written", "replaced", "unseen", "mode", "moved"])
+def test_a_matrix_of_factors_that_changed_is_not_used_again(what, trained):
+    one, optimizer, _ = trained
+    name = next(iter(one.structure.factor_shapes()))
+
+    def change(number: int) -> None:
+        factor = getattr(one, name)
+        if number != 1:
+            return
+        if what == "written":
+            with torch.no_grad():
+                factor.mul_(2.0)
+        elif what == "replaced":
+            setattr(one, name, nn.Parameter(factor.detach() * 2.0))
+        elif what == "unseen":  # an optimizer that writes behind torch's back
+            factor.data.mul_(2.0)
+            torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+        elif what == "mode":
+            factor.data.mul_(2.0)
+            one.train()
+        else:
+            factor.data.mul_(2.0)
+            one.float()
+
+    train_step(one, optimizer, 2)
+    changed = []
+    one.register_forward_hook(lambda module, given, y: changed.append((given[0], y.detach(), module.dense().detach())))
+    train_step(one, optimizer, 2, change)
+    for x, y, w in changed:
+        torch.testing.assert_close(y, nn.functional.linear(x, w, one.bias), rtol=1e-3, atol=1e-2)
+
+
+def test_under_autocast_nothing_is_held_nor_is_it_copied(trained):
+    one, optimizer, _ = trained
+    train_step(one, optimizer, 2)
+    held = []
+    train_step(one, optimizer, 3, lambda number: held.append(len(one._again._made)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train_step(one, optimizer, 3, lambda number: held.append(len(one._again._made)))
+    assert held == [0, 1, 1, 0, 0, 0]
+    one._again._held.append(torch.ones(1))
+    assert not copy.deepcopy(one)._again._held and not pickle.loads(pickle.dumps(one))._again._held

@@ -215,7 +215,7 @@ def saved_by(structure, rows: int, matrix: bool, between: bool) -> list[tuple[in
     known = storages([x, *factors.values()])
     leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in factors.items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda v: shapes.append((v, v.shape)) or v, lambda v: v):
-        structure._apply(leaves, x.requires_grad_(), None, matrix, between)
+        structure._apply(leaves, x.requires_grad_(), None, {} if matrix else None, between)
     return [tuple(shape) for value, shape in shapes if value.untyped_storage().data_ptr() not in known]
 
 

@@ -126,7 +126,9 @@ def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part
     factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
     expected = gradients(structure.apply, x, factors)
     for matrix, between in ((True, False), (False, True)):
-        ours = gradients(lambda f, x, m=matrix, b=between: structure._apply(f, x, None, m, b), x, factors)
+        ours = gradients(
+            lambda f, x, m=matrix, b=between: structure._apply(f, x, None, {} if m else None, b), x, factors
+        )
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
 

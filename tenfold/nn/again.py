@@ -1,0 +1,61 @@
+"""Matrices that are made in training and used again by the next micro-batch, until an optimizer steps."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tenfold.structure import Factors
+
+_ALL: WeakSet[Again] = WeakSet()
+
+
+@lru_cache(maxsize=1)
+def _watch() -> None:
+    """Hear of every step of every optimizer of torch, also of one that writes to factors behind torch's back."""
+
+    def tell(*_) -> None:
+        for one in _ALL:
+            one.step()
+
+    register_optimizer_step_post_hook(tell)
+
+
+class Again:
+    """What one layer has made of its factors since the last step.
+
+    It is given again while gradients are being summed (a factor has one), if no factor was written to or moved and no optimizer
+    of torch has made a step. Who did not sum over micro-batches in the step before holds no matrix longer than from the way
+    forward to the way back.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, Tensor] = {}
+        self._of: list[tuple] = []
+        self._held: list[Tensor] = []  # else a new factor could lie at the address of one that is gone
+        self._summed = False  # in the last step that this layer took part in
+        self._summing: bool | None = None  # in this one; None: not called yet
+
+    def step(self) -> None:
+        """An optimizer has made a step: nothing is true any more."""
+        if self._summing is not None:  # else it is an optimizer of another model
+            self._summed, self._summing = self._summing, None
+        self._made, self._held = {}, []
+
+    def matrices(self, factors: Factors) -> dict[tuple, Tensor]:
+        """Those that may be used with ``factors``, and the place for those that are made now."""
+        _watch()
+        _ALL.add(self)
+        summing = any(value.is_leaf and value.grad is not None for value in factors.values())
+        self._summing = self._summing or summing
+        if not self._summed or torch.is_autocast_enabled(next(iter(factors.values())).device.type):
+            return {}  # autocast computes with copies of the factors
+        now = [(value.data_ptr(), value._version, value.dtype) for value in factors.values()]
+        if now != self._of or not summing:
+            self._made, self._of = {}, now
+            self._held = [value.detach() for value in factors.values()]
+        return self._made
