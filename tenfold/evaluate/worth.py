@@ -15,7 +15,7 @@ from tenfold.nn import FactorizedLinear
 from tenfold.nn.worth import keep_measured
 from tenfold.structure import BlockTrain, Kronecker, products
 from tenfold.structure.pair import KERNELS
-from tenfold.structure.worth import Worth
+from tenfold.structure.worth import SHIPPED, Worth
 
 TURNS = 15
 ROWS = 8192
@@ -30,11 +30,11 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Measure a device and store what was found in the user's cache folder.
 
     Returns:
-        ``worth`` (``moved``, ``copied``, ``call``: FLOPs in the same time), ``flops_per_second``, ``bytes_per_second``,
-        ``device``, ``threads``, ``kernels`` (how many times as fast layers of two factors are with
-        :mod:`tenfold.structure.kernel`, which is used from now on if that is more than one; None where there is none), ``rows``
-        (up to how many of them are multiplied by a matrix in parts, :mod:`tenfold.structure.products`; 0 where that is not
-        faster) and ``file``. In float32 on a CPU, in bfloat16 elsewhere.
+        ``worth`` (``moved``, ``copied``, ``call``: FLOPs in the same time; ``narrow`` is the shipped one),
+        ``flops_per_second``, ``bytes_per_second``, ``device``, ``threads``, ``kernels`` (how many times as fast layers of two
+        factors are with :mod:`tenfold.structure.kernel`, which is used from now on if that is more than one; None where there
+        is none), ``rows`` (up to how many of them are multiplied by a matrix in parts, :mod:`tenfold.structure.products`; 0
+        where that is not faster) and ``file``. In float32 on a CPU, in bfloat16 elsewhere.
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -55,6 +55,7 @@ def calibrate(device: torch.device | str = "cpu") -> dict[str, Any]:
         moved=rate * rows.element_size() / copies,
         copied=rate * max(turned - ordered, 0.0) / rows.numel(),
         call=rate * _median(lambda: torch.einsum("ab,bc->ca", few, few), device),
+        narrow=SHIPPED[device.type].narrow if device.type in SHIPPED else 0.0,
     )
     if (about["kernels"] or 0.0) > 1.0:
         worth = replace(worth, copied=0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tenfold.structure.pair import KERNELS
 from tenfold.structure.products import ROWS
-from tenfold.structure.worth import MEASURED, Worth
+from tenfold.structure.worth import MEASURED, SHIPPED, Worth
 
 
 def folder() -> Path:
@@ -26,7 +26,8 @@ def read_measured() -> None:
         kind = file.stem.removeprefix("worth-")
         try:
             found = json.loads(file.read_text())
-            _use(kind, Worth(**found["worth"]), found)
+            shipped = {"narrow": SHIPPED[kind].narrow} if kind in SHIPPED else {}  # not in files of earlier versions
+            _use(kind, Worth(**shipped | found["worth"]), found)
         except (OSError, ValueError, TypeError, KeyError):  # of another version
             continue
 

@@ -6,7 +6,7 @@ nothing was. Plans that are only counted (FLOPs of ``inspect``, of recipes) are 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,14 @@ class Worth:
         moved: of a number that is read or written in order.
         copied: of a number that is put into another order in memory, beside its being moved.
         call: of a contraction's beginning.
+        narrow: of a number that a product reads or writes, beside its being moved. A product is slower where a side is short:
+            of the FLOPs that sum over ``k`` numbers, or make ``k`` columns, this adds about the share ``narrow / 2 k``.
     """
 
     moved: float
     copied: float
     call: float
+    narrow: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,19 @@ class Cost:
     def price(self, worth: Worth) -> float:
         """What it is expected to take, in FLOPs."""
         return (
-            self.flops + worth.moved * self.moved + worth.copied * (self.copied + self.skinny) + worth.call * self.calls
+            self.flops
+            + (worth.moved + worth.narrow) * self.moved
+            + worth.copied * (self.copied + self.skinny)
+            + worth.call * self.calls
         )
 
 
 CPU = Worth(20.0, 120.0, 5e5)  # two cores, float32
-SHIPPED = {"cpu": CPU, "cuda": Worth(500.0, 1500.0, 4e9)}  # bfloat16: 800 TFLOP/s, 3.3 TB/s, 5 microseconds
+NARROW = 40.0  # on a CPU: batches of 24 to 96 products with sides of 16 to 64, in turns with large ones
+SHIPPED = {
+    "cpu": replace(CPU, narrow=NARROW),
+    "cuda": Worth(500.0, 1500.0, 4e9),
+}  # bfloat16: 800 TFLOP/s, 3.3 TB/s, 5 microseconds
 
 
 MEASURED: dict[str, Worth] = {}

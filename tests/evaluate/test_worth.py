@@ -31,7 +31,7 @@ def forget():
 
 
 def test_what_is_measured_is_stored_and_used():
-    assert worth_of("cpu") == CPU
+    assert worth_of("cpu") == SHIPPED["cpu"]
     found = calibrate("cpu")
     assert worth_of("cpu") == Worth(**found["worth"]) and str(folder() / "worth-cpu.json") == found["file"]
     MEASURED.clear()
@@ -48,7 +48,14 @@ def test_a_file_that_says_nothing_is_left_aside(text):
     folder().mkdir(parents=True)
     (folder() / "worth-cpu.json").write_text(text)
     read_measured()
-    assert worth_of("cpu") == CPU
+    assert worth_of("cpu") == SHIPPED["cpu"]
+
+
+def test_a_file_of_an_earlier_version_has_what_was_not_measured_then_from_here():
+    folder().mkdir(parents=True)
+    (folder() / "worth-cpu.json").write_text('{"worth": {"moved": 1, "copied": 2, "call": 3}}')
+    read_measured()
+    assert worth_of("cpu") == Worth(1, 2, 3, SHIPPED["cpu"].narrow) and worth_of("cpu").narrow > 0
 
 
 def test_a_kernel_is_used_where_it_was_faster():

@@ -22,7 +22,7 @@ from tenfold.structure import (
     pair,
     plan,
 )
-from tenfold.structure.worth import CPU, Worth
+from tenfold.structure.worth import CPU, Worth, worth_of
 
 F64 = torch.float64
 
@@ -144,6 +144,15 @@ def test_the_price_decides_between_the_kinds_of_plans():
     many = Blast(outs=(4, 192), ins=(4, 768), rank=600).normal_form()[0].diagram
     assert not contract._through_dense(few, 32, CPU)
     assert contract._through_dense(many, 2048, CPU)
+
+
+def test_products_with_short_sides_are_dearer_where_they_are_carried_out():
+    """Sixteen numbers are summed over at a time: fewer FLOPs than with ``W``, and slower."""
+    short, long = BlockTrain(outs=(48, 16), ins=(48, 16), rank=4), BlockTrain(outs=(192, 4), ins=(4, 192), rank=48)
+    for structure, chain in ((short, False), (long, True)):
+        diagram = structure.normal_form()[0].diagram
+        assert (contract.forward_plans(diagram, 2048, worth_of("cpu"))[1] is None) == chain
+        assert contract.flops(diagram, 2048) < 2 * 2048 * 768 * 768, "what is counted does not depend on it"
 
 
 def test_the_order_is_that_of_the_lowest_price():
