@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tenfold.structure import contract, dims
 from tenfold.structure.contract import Keep
-from tenfold.structure.placement import Placement
+from tenfold.structure.placement import Placement, summed
 from tenfold.structure.worth import Cost, Worth
 
 Factors = dict[str, Tensor]
@@ -221,13 +221,9 @@ class Structure(ABC):
         flat, places = x.reshape(-1, inner), self._placements
         if (blocks := self._blocks) is not None:
             made = []
-            for start, size, (first, *rest) in blocks:
-                some = bias if bias is None or size == out else bias.narrow(0, start, size)
-                parts = [
-                    place.block(factors, flat, some if place is first else None, matrix, between)
-                    for place in (first, *rest)
-                ]
-                made.append(sum(parts[1:], parts[0]))
+            for start, size, some in blocks:
+                own = bias if bias is None or size == out else bias.narrow(0, start, size)
+                made.append(summed(some, factors, flat, own, matrix, between))
             return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
         parts = [place.apply(factors, flat, bias if place is places[0] else None, matrix, between) for place in places]
         return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)

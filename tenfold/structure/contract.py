@@ -55,7 +55,7 @@ def forward_plans(diagram: Diagram, rows: int, worth: Worth = CPU, counted: bool
     chain = _chain(diagram, rows, None if counted else worth)
     w, sizes = (*diagram.outs, *diagram.ins), (*diagram.sizes, (ROWS, rows))
     make, multiply = rebuild(diagram), plan_of(((ROWS, *diagram.ins), w), (ROWS, *diagram.outs), sizes)
-    return (chain, None) if _cheaper(chain.cost, make.cost + multiply.cost, worth) else (make, multiply)
+    return (chain, None) if cheaper(chain.cost, make.cost + multiply.cost, worth) else (make, multiply)
 
 
 def _chain(diagram: Diagram, rows: int, worth: Worth | None) -> Plan:
@@ -65,7 +65,7 @@ def _chain(diagram: Diagram, rows: int, worth: Worth | None) -> Plan:
     return plan_of(operands, output, sizes) if worth is None else cheapest_plan(operands, output, sizes, worth)
 
 
-def _cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
+def cheaper(one: Cost, other: Cost, worth: Worth) -> bool:
     """Whether ``one`` is cheaper by more than is left out of account."""
     return one.price(worth) - other.price(worth) < (NEARLY - 1) * replace(other, calls=0).price(worth)
 
@@ -270,7 +270,7 @@ def _through_dense(diagram: Diagram, rows: int, worth: Worth) -> bool:
     first, second = forward_plans(diagram.transposed(), rows, worth)
     back = first.cost if second is None else second.cost + make.costs[-1]
     through = cost_of_product(rows, *diagram.shape) + make.cost_back + back
-    return not _cheaper(chain.cost_back, through, worth)
+    return not cheaper(chain.cost_back, through, worth)
 
 
 class _Apply(torch.autograd.Function):

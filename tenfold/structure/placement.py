@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract, mapped, products
+from tenfold.structure import contract, joint, mapped, products
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.mapped import Maps
 
@@ -150,6 +150,24 @@ class Placement:
         rows, columns = maps.rows, maps.columns
         w = w if columns is None else spread(w, columns, self.shape[1])
         return w if rows is None else spread(w.T, rows, self.shape[0]).T
+
+
+def summed(
+    places: list[Placement],
+    factors: dict[str, Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    matrix: contract.Keep,
+    between: bool,
+) -> Tensor:
+    """``x (n, in) @ W.T + bias -> (n, k)`` of the sum of ``places``, which have the same rows."""
+    if len(places) > 1 and not any(place.columns for place in places):
+        given = [contract.slim(place.diagram, place.tensors(factors)) for place in places]
+        diagrams = tuple(diagram for diagram, _ in given)
+        if joint.serves(diagrams, x):
+            return joint.multiply(diagrams, [some for _, some in given], x, bias, matrix)
+    parts = [place.block(factors, x, bias if place is places[0] else None, matrix, between) for place in places]
+    return sum(parts[1:], parts[0])
 
 
 def spread(y: Tensor, index: Tensor, size: int) -> Tensor:

@@ -184,7 +184,7 @@ def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
 def in_parts(monkeypatch):
     """Every matrix is made, a few rows at a time, multiplied and forgotten."""
     monkeypatch.setattr(contract, "_through_dense", lambda *given: True)
-    monkeypatch.setattr(contract, "_cheaper", lambda *given: False)
+    monkeypatch.setattr(contract, "cheaper", lambda *given: False)
     monkeypatch.setattr(rebuild, "PART", 1)
     for known in (contract.forward_plans, rebuild._cut):
         known.cache_clear()

@@ -1,0 +1,88 @@
+"""Diagrams of one shape that are added: their matrices are, before one product, where that is cheaper than a product of each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tenfold.structure import contract, rebuild
+from tenfold.structure.contract import Keep
+from tenfold.structure.diagram import Diagram
+from tenfold.structure.plan import cost_of_product
+from tenfold.structure.worth import Cost, Worth, worth_of
+
+
+def serves(diagrams: tuple[Diagram, ...], x: Tensor) -> bool:
+    """Whether it is cheaper for ``x (n, in)``."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return _pays(diagrams, contract.bucket(x.shape[0]), worth_of(x.device.type))
+
+
+@lru_cache(maxsize=4096)
+def _pays(diagrams: tuple[Diagram, ...], rows: int, worth: Worth) -> bool:
+    (out, inner), more = diagrams[0].shape, len(diagrams) - 1
+
+    def added(numbers: int) -> Cost:
+        return Cost(more * numbers, 3 * more * numbers, 0, more)
+
+    each = sum((contract.cost_of(diagram, rows, worth) for diagram in diagrams), added(rows * out))
+    made = sum((rebuild.rebuild(diagram).cost for diagram in diagrams), added(out * inner))
+    return contract.cheaper(made + cost_of_product(rows, out, inner), each, worth)
+
+
+def multiply(
+    diagrams: tuple[Diagram, ...], factors: list[list[Tensor]], x: Tensor, bias: Tensor | None, matrix: Keep
+) -> Tensor:
+    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix`` as in :func:`tenfold.structure.contract.apply`."""
+    if not torch.is_grad_enabled():
+        return torch.nn.functional.linear(x, _dense(diagrams, factors), bias)
+    return _Joint.apply(diagrams, matrix, x, bias, *(factor for some in factors for factor in some))
+
+
+def _dense(diagrams: tuple[Diagram, ...], factors: list[list[Tensor]]) -> Tensor:
+    w, *others = (rebuild.dense(diagram, some) for diagram, some in zip(diagrams, factors, strict=True))
+    return sum(others, w)
+
+
+def _shared_out(diagrams: tuple[Diagram, ...], values) -> list[list]:
+    """``values`` of all factors, those of each diagram by themselves."""
+    rest = iter(values)
+    return [[next(rest) for _ in diagram.factors] for diagram in diagrams]
+
+
+class _Joint(torch.autograd.Function):
+    """Keeps ``x`` and the factors."""
+
+    @staticmethod
+    def forward(ctx, diagrams, matrix, x, bias, *factors):
+        key = (diagrams, *(factor.data_ptr() for factor in factors))
+        w = None
+        w = _dense(diagrams, _shared_out(diagrams, factors)) if w is None else w
+        if matrix is not None:
+            matrix[key] = w
+        ctx.diagrams = diagrams
+        ctx.save_for_backward(x, None if matrix is None else w, *factors)
+        return torch.nn.functional.linear(x, w, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w, *factors = ctx.saved_tensors
+        (_, _, of_x, of_bias, *needs), diagrams = ctx.needs_input_grad, ctx.diagrams
+        some, wanted = _shared_out(diagrams, factors), _shared_out(diagrams, needs)
+        dx, found = None, [None for _ in factors]
+        with torch.autocast(dy.device.type, enabled=False):
+            if of_x:
+                dx = dy @ (_dense(diagrams, some) if w is None else w)
+            if any(needs):
+                dw = dy.T @ x
+                each = zip(diagrams, some, wanted, strict=True)
+                found = [one for given in each for one in _back(*given, dw)]
+        return None, None, dx, dy.sum(0) if of_bias else None, *found
+
+
+def _back(diagram: Diagram, factors: list[Tensor], needs: list[bool], dw: Tensor) -> list[Tensor | None]:
+    return rebuild.back(diagram, factors, dw, needs) if any(needs) else [None for _ in factors]
