@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from tenfold.nn.again import Again
 from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
-from tenfold.structure.contract import bucket
+from tenfold.structure.contract import BUCKETS, bucket, forward_plans
+from tenfold.structure.worth import worth_of
 
 FEW = 128  # rows of a call
+
+
+@torch.compiler.assume_constant_result
+def _chained(structure: Structure, kind: str) -> bool:
+    """Whether the product of the matrices of ``structure`` is wanted for no number of rows, for code that is compiled."""
+    (place,) = structure.normal_form()
+    return all(forward_plans(place.diagram, rows, worth_of(kind))[1] is None for rows in BUCKETS)
 
 
 class SharedFactors(nn.Module):
@@ -191,8 +199,10 @@ class FactorizedLinear(_Factorized):
 
     def _quick(self, x: Tensor, matrices: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
+        if matrices == 1 or torch.compiler.is_compiling():
+            return matrices == 1 or _chained(self.structure, x.device.type)  # whatever the number of rows: one graph
         rows = x.numel() // self.in_features
-        return matrices == 1 or (rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps)
+        return rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""

@@ -293,19 +293,28 @@ class _Apply(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (_, of_x, of_bias, _, _, *rest), diagram = ctx.needs_input_grad, ctx.diagram
         x, *saved = ctx.saved_tensors
         factors, kept = saved[: len(rest)], saved[len(rest) :]
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
-            if ctx.numbers:
+            if torch.is_grad_enabled():
+                dx, *others = differentiable(dense(diagram, factors), x, factors, dy, needs)
+            elif ctx.numbers:
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
                 dx, *others = _back_chain(diagram, x, factors, dy, needs, parts)
             else:
                 dx, *others = gradients(diagram, x, factors, dy, needs, *kept)
         return None, None if dx is None else dx.reshape(x.shape), db, None, None, *others
+
+
+def differentiable(w: Tensor, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients where they are to be differentiated again (``create_graph``): by torch, through ``W`` made of the factors."""
+    dx = dy @ w if needs[0] else None
+    wanted = [factor for factor, need in zip(factors, needs[1:], strict=True) if need]
+    found = iter(torch.autograd.grad(w, wanted, dy.T @ x, create_graph=True) if wanted else ())
+    return [dx, *(next(found) if need else None for need in needs[1:])]
 
 
 def gradients(

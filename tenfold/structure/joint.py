@@ -68,13 +68,15 @@ class _Joint(torch.autograd.Function):
         return torch.nn.functional.linear(x, w, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, w, *factors = ctx.saved_tensors
         (_, _, of_x, of_bias, *needs), diagrams = ctx.needs_input_grad, ctx.diagrams
         some, wanted = _shared_out(diagrams, factors), _shared_out(diagrams, needs)
         dx, found = None, [None for _ in factors]
         with torch.autocast(dy.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                dx, *found = contract.differentiable(_dense(diagrams, some), x, factors, dy, [of_x, *needs])
+                return None, None, dx, dy.sum(0) if of_bias else None, *found
             if of_x:
                 dx = dy @ (_dense(diagrams, some) if w is None else w)
             if any(needs):

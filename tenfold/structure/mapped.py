@@ -37,6 +37,12 @@ class Maps:
             index is None or len(index) == size for index, size in ((self.rows, self.out), (self.columns, self.inner))
         )
 
+    def spread_out(self, w: Tensor) -> Tensor:
+        """The matrix in which the entries of ``w`` lie at their places, as torch can differentiate it."""
+        if self.columns is not None:
+            w = w.new_zeros(len(w), self.inner).index_copy(1, self.columns, w)
+        return w if self.rows is None else w.new_zeros(self.out, self.inner).index_copy(0, self.rows, w)
+
     def placed(self, w: Tensor) -> Tensor:
         """The matrix in which the entries of ``w`` lie at their places; beside both a few rows at most are in memory."""
         if self.columns is None and self.rows is None:
@@ -57,8 +63,9 @@ class Maps:
 
 def many(x: Tensor) -> bool:
     """Whether ``x`` is large enough, and on a device, for :func:`multiply` to be worth a look."""
-    here = x.device.type == "cpu" and x.shape[0] >= FEWEST and not torch.compiler.is_compiling()
-    return here and not torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.shape[0] >= FEWEST
 
 
 def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
@@ -127,14 +134,19 @@ class _Mapped(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, rows, columns, w, *factors = ctx.saved_tensors
         (*_, of_x, of_bias, _, _), of_factors = ctx.needs_input_grad[:7], list(ctx.needs_input_grad[7:])
         maps = Maps(rows, columns, ctx.out, x.shape[1])
         with torch.autocast("cpu", enabled=False):
             given = (ctx.diagram, x, factors, dy, [of_x, *of_factors], maps)
-            dx, *others = _back_parts(*given) if contract.is_chain(ctx.diagram, x) else _back_whole(*given, w)
+            if torch.is_grad_enabled():
+                w = maps.spread_out(rebuild.dense(ctx.diagram, factors))
+                dx, *others = contract.differentiable(w, x, factors, dy, [of_x, *of_factors])
+            elif contract.is_chain(ctx.diagram, x):
+                dx, *others = _back_parts(*given)
+            else:
+                dx, *others = _back_whole(*given, w)
         return None, None, None, dx, dy.sum(0) if of_bias else None, None, None, *others
 
 

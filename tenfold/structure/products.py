@@ -53,10 +53,11 @@ def parted(one: Tensor, rows: int, other: Tensor) -> bool:
     device = one.device.type
     if type(other) not in PLAIN:  # quantised, or shared out over devices: it knows by itself how it is multiplied
         return False
-    few = 0 < rows <= min(ROWS.get(device, 0), one.shape[-1] // 4)  # else the result is no smaller than the matrix
-    if not few or other.numel() < PARTED or one.dtype != torch.float32:
+    # first what asks for no number of rows: code that is traced would have a branch for it
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
         return False
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device))
+    few = 0 < rows <= min(ROWS.get(device, 0), one.shape[-1] // 4)  # else the result is no smaller than the matrix
+    return few and other.numel() >= PARTED and one.dtype == torch.float32
 
 
 def is_quantised(value: Tensor) -> bool:

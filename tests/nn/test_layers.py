@@ -181,6 +181,38 @@ def test_a_layer_is_compiled_as_one_graph(structure):
     torch._dynamo.reset()
 
 
+LONG, FAR = (2, 4, 5, 80, 81, 128, 129, 2000), 9000  # numbers of rows
+
+
+@pytest.mark.traced
+@each
+@torch.no_grad()
+def test_all_numbers_of_rows_take_three_graphs_at_most(structure):
+    layer, graphs = linear(structure), []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        layer, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=True
+    )
+    for rows in LONG:
+        compiled(torch.randn(rows, IN))
+    torch._dynamo.reset()
+    assert len(graphs) <= 3
+
+
+@pytest.mark.traced
+@each
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_a_layer_is_exported_for_any_number_of_rows(structure, strict):
+    layer = linear(structure)
+    shapes = ({0: torch.export.Dim("rows", min=2, max=FAR)},)
+    program = torch.export.export(layer, (torch.randn(7, IN),), dynamic_shapes=shapes, strict=strict).module()
+    for rows in LONG:
+        x = torch.randn(rows, IN)
+        torch.testing.assert_close(program(x), layer(x))
+    torch._dynamo.reset()
+
+
 def test_frozen_factors_are_not_trained_and_are_frozen_again_after_a_load():
     layer = linear(TRAIN, frozen=("core_0", "bias"))
     assert all(p.requires_grad for p in layer.parameters())  # until freeze is called

@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 from cases import ALL, each, factors_of
-from test_laws import gradients, parameters
+from test_laws import gradients, parameters, second
 
 from tenfold.structure import BlockTrain, LowRank, Sum, contract, joint
 from tenfold.structure.worth import worth_of
@@ -40,6 +40,15 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(structure, always)
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
     assert len(always) == 2 + 2 + 1, "a kept one is there on the way back"
+
+
+@each(WHOLE)
+def test_gradients_have_gradients(structure, always):
+    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=torch.float64)
+    expected = second(lambda f, x: x @ structure.dense(f).T, x, factors)
+    for got, one in zip(second(structure.apply, x, factors), expected, strict=True):
+        torch.testing.assert_close(got, one)
+    assert always
 
 
 @each(WHOLE)

@@ -41,6 +41,15 @@ def gradients(function, x, factors):
     return torch.autograd.grad((y * weight).sum(), [x, *leaves.values()])
 
 
+def second(function, x, factors):
+    """What a penalty on the gradients of a cubic functional of ``function(factors, x)`` gives ``x`` and every factor."""
+    x = x.clone().requires_grad_()
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters(factors).items()}
+    of = [x, *leaves.values()]
+    once = torch.autograd.grad(function(factors | leaves, x).pow(3).sum(), of, create_graph=True)
+    return torch.autograd.grad(sum(value.square().sum() for value in once), of)
+
+
 # the matrix -------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +140,15 @@ def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part
         )
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
+
+
+@each(ALL)
+@pytest.mark.parametrize("rows", [2, 300])
+def test_gradients_have_gradients(structure, rows):
+    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
+    expected = second(lambda f, x: x @ structure.dense(f).T, x, factors)
+    for got, one in zip(second(structure.apply, x, factors), expected, strict=True):
+        torch.testing.assert_close(got, one)
 
 
 @each(ALL)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from cases import COMBINED, each, factors_of
-from test_laws import gradients, parameters
+from test_laws import gradients, parameters, second
 
 from tenfold.structure import contract, mapped
 
@@ -47,6 +47,14 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(structure, seed):
         ours = gradients(lambda f, x, keeps=keeps: structure._apply(f, x, None, keeps), x, factors)
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
+
+
+@each(MAPPED)
+def test_gradients_have_gradients(structure):
+    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=torch.float64)
+    expected = second(lambda f, x: x @ structure.dense(f).T, x, factors)
+    for got, one in zip(second(structure._apply, x, factors), expected, strict=True):
+        torch.testing.assert_close(got, one)
 
 
 @pytest.mark.parametrize("name", ["placed-permutation", "placed-columns"])
