@@ -364,6 +364,7 @@ def _back_dense(
     values = Values(rebuild(diagram), factors)
     if made:
         dx = dy @ values.result().reshape(diagram.shape)
+        values.drop()  # W: its gradient takes as much
     if any(needs[1:]):
         others = values.back((dy.T @ x).reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs[1:])
     return [dx, *others]

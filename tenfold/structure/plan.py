@@ -242,6 +242,10 @@ class Values:
         """What the plan makes."""
         return self.of(self.count + len(self.made) - 1, into)
 
+    def drop(self) -> None:
+        """Forget what the plan makes."""
+        self.values.pop(self.count + len(self.made) - 1)
+
     def fixed(self) -> dict[int, Tensor]:
         """What is made without the first operand, by number."""
         numbers = range(self.count, len(self.moving))

@@ -8,6 +8,7 @@ the gradients of the factors come from parts of ``dW = dy^T x`` likewise.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -46,28 +47,35 @@ def back(diagram: Diagram, factors: list[Tensor], dw: Tensor, needs: list[bool])
     return values.back(dw.reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs)
 
 
-def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | None:
+def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | Slices | None:
     """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients."""
     here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if not here or (cut := _cut(diagram)) is None:
         return None
-    return Parts(diagram, factors, *cut)
+    first, axis, step = cut
+    return Slices(diagram, factors, step) if first is None else Parts(diagram, factors, first, axis, step)
 
 
 @lru_cache(maxsize=4096)
-def _cut(diagram: Diagram) -> tuple[int, int, int] | None:
-    """The factor whose slices make parts of the rows, its axis, and how many numbers of the axis a part has at most."""
+def _cut(diagram: Diagram) -> tuple[int | None, int, int] | None:
+    """The factor whose slices make parts of the rows, its axis, and how many numbers of the axis a part has at most.
+
+    No factor where those of all do: every row has its own.
+    """
     if not diagram.outs or len(diagram.factors) == 1:
         return None
     having = [k for k, (_, labels) in enumerate(diagram.factors) if diagram.outs[0] in labels]
     size, numbers = diagram.size(diagram.outs[:1]), prod(diagram.shape)
     fitting = max(1, size * PART // numbers)
-    if len(having) != 1 or fitting >= size:
+    if fitting >= size:
+        return None
+    step = -(-size // -(-size // fitting))
+    if len(diagram.outs) == 1 and len(having) == len(diagram.factors):
+        return None, 0, step
+    if len(having) != 1:
         return None
     (first,) = having
-    axis = diagram.factors[first][1].index(diagram.outs[0])
-    parts = -(-size // fitting)
-    return first, axis, -(-size // parts)
+    return first, diagram.factors[first][1].index(diagram.outs[0]), step
 
 
 class Parts:
@@ -127,3 +135,54 @@ class Parts:
                 gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=dw)), place)
         found = gathered.rest() if any(needs) else [None for _ in others]
         return [dx if of_x else None, *found[: self.place], made, *found[self.place :]]
+
+
+class Slices:
+    """``W`` by parts of its rows, where every row has factors of its own (a tensor train per row): parts share nothing."""
+
+    def __init__(self, diagram: Diagram, factors: list[Tensor], step: int):
+        self.diagram, self.factors, self.step = diagram, factors, step
+        self.axes = [labels.index(diagram.outs[0]) for _, labels in diagram.factors]
+
+    def __iter__(self) -> Iterator[tuple[slice, Values]]:
+        each = zip(
+            *(factor.split(self.step, axis) for factor, axis in zip(self.factors, self.axes, strict=True)), strict=True
+        )
+        begin, (label,) = 0, self.diagram.outs
+        for some in each:
+            size = some[0].shape[self.axes[0]]
+            sizes = tuple((name, size if name == label else number) for name, number in self.diagram.sizes)
+            yield slice(begin, begin + size), Values(rebuild(replace(self.diagram, sizes=sizes)), list(some))
+            begin += size
+
+    def write(self, values: Values, to: Tensor) -> None:
+        """These rows of ``W`` to where they belong."""
+        to.copy_(self._made(values))
+
+    def _made(self, values: Values) -> Tensor:
+        return values.result().reshape(-1, self.diagram.shape[1])
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x (n, in) @ W.T + bias``."""
+        y = x.new_empty(x.shape[0], self.diagram.shape[0])
+        for rows, values in self:
+            w = self._made(values).T
+            if bias is None:
+                torch.mm(x, w, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, w, out=y[:, rows])
+        return y
+
+    def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
+        """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
+        dx = dy.new_zeros(dy.shape[0], self.diagram.shape[1]) if of_x else None
+        found = [torch.empty_like(factor) if need else None for factor, need in zip(self.factors, needs, strict=True)]
+        for rows, values in self:
+            if dx is not None:
+                dx.addmm_(dy[:, rows], self._made(values))
+            if any(needs):
+                dw = (dy[:, rows].T @ x).view(-1, *self.diagram.shape_of(self.diagram.ins))
+                for whole, axis, some in zip(found, self.axes, values.back(dw, needs), strict=True):
+                    if whole is not None and some is not None:
+                        whole.narrow(axis, rows.start, rows.stop - rows.start).copy_(some)
+        return [dx, *found]

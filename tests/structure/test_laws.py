@@ -12,6 +12,7 @@ from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 from tenfold.structure import (
     Kronecker,
     LowRank,
+    RowTrain,
     Structure,
     Sum,
     TensorTrain,
@@ -180,6 +181,7 @@ WANTED = list(product([False, True], repeat=3))[1:]
 
 
 def check_only_wanted(structure, wanted):
+    wanted = [*wanted, *wanted][: 1 + len(structure.factor_shapes())]
     factors, x = factors_of(structure), torch.randn(3, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     inputs = [value.clone().requires_grad_(need) for value, need in zip((x, *factors.values()), wanted, strict=True)]
@@ -234,6 +236,7 @@ def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
         "kronecker": Kronecker(outs=(5, 2), ins=(2, 3), terms=2),
         "tensor_train": TensorTrain(outs=(5, 2, 2), ins=(2, 3, 2), ranks=(4, 3)),
         "tucker": Tucker(outs=(5, 2), ins=(2, 3), ranks=(3, 2, 2, 3)),
+        "row_train": RowTrain(out_features=5, ins=(2, 3, 2), ranks=(2, 2)),
     }
 )
 def test_the_last_part_may_be_smaller(structure, in_parts, monkeypatch):
@@ -247,7 +250,7 @@ def test_the_last_part_may_be_smaller(structure, in_parts, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", WANTED)
-@pytest.mark.parametrize("name", ["low_rank", "tensor_train"])
+@pytest.mark.parametrize("name", ["low_rank", "tensor_train", "row_train"])
 def test_of_parts_only_gradients_asked_for_are_made(name, wanted, in_parts):
     structure = FAMILIES[name]
     with torch.no_grad():
