@@ -203,6 +203,28 @@ def summary_of(sets: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+DEFAULT = """What users have unless they say otherwise, mode **auto**: the layers of a row in {blocks} blocks, called one after the other
+(`python benchmarks/auto.py`). As many keep their matrix in evaluation as fit into the bytes of the dense layers; in brackets the share of
+them that does: these run as dense layers do, and gain nothing over them.
+"""
+
+
+def default_of(file: Path) -> list[str]:
+    """The table of mode ``auto``."""
+    if not file.exists():
+        return []
+    result = json.loads(file.read_text())
+    shown = [f"{'training' if name != 'forward' else name}, {rows:,}" for name, rows in PASSES]
+    lines = [DEFAULT.format(blocks=result["blocks"]), f"| | {' | '.join(shown)} |", "|" + "---|" * (1 + len(PASSES))]
+    for one in sorted(result["sets"], key=lambda one: GROUPS.index(one["group"])):
+        by = {(cell["pass"], cell["rows"]): cell for cell in one["cells"]}
+        cells = [by[which] for which in PASSES]
+        ratios = [f"**{cell['ratio']:.2f}**" if cell["ratio"] > GAIN else f"{cell['ratio']:.2f}" for cell in cells]
+        kept = [f" ({cell['kept'] / cell['layers']:.0%})" if cell["kept"] else "" for cell in cells]
+        lines.append(f"| {one['name']} | {' | '.join(map(''.join, zip(ratios, kept, strict=True)))} |")
+    return [*lines, ""]
+
+
 def write_table(results: Path, target: Path) -> None:
     lines = ["# Layers against dense ones\n", ABOUT]
     for file in sorted(results.glob("*/layers.json")):
@@ -213,6 +235,7 @@ def write_table(results: Path, target: Path) -> None:
             f"torch {machine['torch']}; {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s and "
             f"{machine['bytes_per_second'] / 1e9:,.0f} GB/s at the last set.\n",
             *summary_of(result["sets"]),
+            *default_of(file.with_name("auto.json")),
             f"| set | shape | mode | {' | '.join(f'{name}, {rows:,}' for name, rows in PASSES)} |",
             "|" + "---|" * (3 + len(PASSES)),
         ]

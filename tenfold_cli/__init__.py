@@ -238,6 +238,9 @@ def bench(
     train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
     mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(help="MiB of factors and kept matrices in mode auto; the dense layers'.")
+    ] = None,
     calibrate: Annotated[bool, typer.Option(help="Measure this machine first; plans use it from now on.")] = False,
     as_json: Json = False,
     device: Device = None,
@@ -255,11 +258,24 @@ def bench(
         print(f"FLOPs in the time of a number or a product: {told}; stored in {found['file']}", file=sys.stderr)
     if model is None:
         return show_json(found) if as_json else None
+    given = {
+        "--against": against,
+        "--length": length,
+        "--train": train or None,
+        "--batch": None if batch == [1] else batch,
+    }
+    if layers and (unused := [name for name, value in given.items() if value is not None]):
+        raise ValueError(f"--layers times layers by themselves, with 1 to 4,096 rows; leave {', '.join(unused)} out")
     loaded, _ = api.load(model, device, dtype)
     other = None if against is None else api.load(against, device, dtype)[0]
-    kept = tenfold.keep_matrices(loaded, mode)
+    size = None if limit is None else limit * 2**20
+    kept = tenfold.keep_matrices(loaded, mode, size)
+    if other is not None:
+        tenfold.keep_matrices(other, mode, size)
     if layers:
         cells = api.bench_layers(loaded, repeats=repeats, progress=tracked("measuring"))
+        if not cells:
+            raise ValueError(f"no layer of {model} is structured; fold it first (tenfold compress)")
         return show_json(cells) if as_json else show_cells(cells)
     turns = tracked("measuring")(batch)
     results = [api.bench(loaded, one, length, new_tokens, repeats, other, train) for one in turns]

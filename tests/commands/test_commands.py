@@ -86,6 +86,14 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
     assert status == 2 and "--calibrate" in err
     status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
     assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
+    status, _, err = call("bench", folded, "--layers", "--against", dense, "--batch", 2)
+    assert status == 2 and "leave --against, --batch out" in err
+    status, _, err = call("bench", dense, "--layers")
+    assert status == 2 and "fold it first" in err
+    status, out, _ = call(
+        "bench", folded, "--mode", "auto", "--limit", 1, "--repeats", "1", "--new-tokens", "2", "--json"
+    )
+    assert status == 0 and json.loads(out)
     status, _, _ = call("densify", folded, "-o", plain)
     ids = torch.arange(12)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]
