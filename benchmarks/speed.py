@@ -203,8 +203,8 @@ def summary_of(sets: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
-DEFAULT = """What users have unless they say otherwise, mode **auto**: the layers of a row in {blocks} blocks, called one after the
-other (`python benchmarks/auto.py`). As many keep their matrix in evaluation as fit into the bytes of the dense layers; in
+DEFAULT = """What users have unless they say otherwise, mode **auto**: the layers of a row in {blocks} blocks, called one after
+the other (`python benchmarks/auto.py`). As many keep their matrix in evaluation as fit into the bytes of the dense layers; in
 brackets the share of them that does: these run as dense layers do, and gain nothing over them.
 """
 
