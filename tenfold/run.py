@@ -32,6 +32,7 @@ from tenfold.models.lazy import INDEX, Lazy, open_lazy
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
+from tenfold.train.record import differences
 
 TOGETHER = 2**30  # bytes: a compressed model of at most this size is written as one file, others block by block
 
@@ -220,7 +221,7 @@ def heal_checkpoint(
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
     same = {"model": str(name), "teacher": str(teacher), "heal": settings.model_dump(mode="json"), "text": stated}
     same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
-    folder = _partial(output, same, overwrite)
+    folder = _partial(output, same, overwrite, "checkpoints/checkpoint-*")
     report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
     if is_first():
         known = Path(name) / "tenfold.json"
@@ -252,16 +253,21 @@ def _fingerprint(lazy: Lazy, recipe: Recipe, text: Calibration) -> dict[str, Any
     }
 
 
-def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Path:
-    """The folder of an unfinished run: this very one's, or a new one, which the first process makes."""
+def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: str = "*") -> Path:
+    """The folder of an unfinished run: this very one's, or a new one, which the first process makes.
+
+    ``begun``: what is there once something is finished; of a run that was refused before, nothing is kept.
+    """
     folder = output.with_name(f"{output.name}.partial")
     known = folder / "unfinished" / "run.json"
     if is_first():
-        if folder.exists() and not (known.is_file() and json.loads(known.read_text()) == fingerprint):
-            if not overwrite:
+        before = json.loads(known.read_text()) if known.is_file() else {}
+        if folder.exists() and before != json.loads(json.dumps(fingerprint)):
+            if not overwrite and any(folder.glob(begun)):
+                other = ", ".join(sorted(differences(before, fingerprint))) if before else "nothing is noted of it"
                 raise FileExistsError(
-                    f"{folder} holds what another run (other model, recipe or text) has finished; repeat that one's command, "
-                    "delete the folder, or add --overwrite"
+                    f"{folder} holds what another run (other {other}) has finished; repeat that one's command, delete the "
+                    "folder, or add --overwrite"
                 )
             shutil.rmtree(folder)
         known.parent.mkdir(parents=True, exist_ok=True)

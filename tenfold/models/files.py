@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ def written(where: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as reason:
-        if isinstance(reason, SafetensorError) or any(words in str(reason) for words in FULL):
+        if isinstance(reason, SafetensorError) and "deserializing" in str(reason):
+            raise ValueError(f"{where} has a file that is cut off ({reason}); delete what it belongs to") from None
+        full = isinstance(reason, OSError) and reason.errno == ENOSPC
+        if full or isinstance(reason, SafetensorError) or any(words in str(reason) for words in FULL):
             raise OSError(f"{where} can't be written ({reason}); make room, and repeat the command") from None
         raise
 

@@ -24,6 +24,7 @@ from tenfold.train.distil import Distillation
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
 from tenfold.train.precision import in_bfloat16
+from tenfold.train.record import versions
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
 from tenfold.train.trainer import (
@@ -70,7 +71,7 @@ def heal(
         checkpoints: a folder to keep some in, and ``log.jsonl``; the same call goes on behind the last whole one.
 
     Returns:
-        ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights) and ``curve`` (step, loss).
+        ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights), ``seed``, ``versions`` and ``curve`` (step, loss).
 
     Raises:
         ValueError: teacher and student don't fit together, the store was made from something else, the text is too short,
@@ -132,6 +133,7 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool,
         bf16=in_bfloat16(settings.precision),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
+        activation_checkpointing=settings.checkpointing,
         adam_beta2=0.95,
         save_strategy="steps" if keep else "no",
         save_steps=settings.save_steps,
@@ -223,6 +225,8 @@ def _train(
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(time.perf_counter() - begun, 1),
         "losses": dict(settings.losses),
+        "seed": arguments.seed,
+        "versions": versions(),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
     }
 

@@ -29,7 +29,7 @@ def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> Non
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
         before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
-        if other := sorted(_differences(before, now["recipe"])):
+        if other := sorted(differences(before, now["recipe"])):
             raise ValueError(
                 f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
             )
@@ -48,7 +48,7 @@ def same_tokens(folder: Path, tokens: Tokens) -> None:
     now = {key: value for key, value in tokens.about.items() if key != "shards"}
     if "tokens" not in noted:
         write_json(folder / FILE, noted | {"tokens": now})
-    elif other := sorted(_differences(noted["tokens"], now)):
+    elif other := sorted(differences(noted["tokens"], now)):
         raise ValueError(
             f"{folder} is a run on other data (other {', '.join(other)}); repeat it with that, or give another folder"
         )
@@ -71,11 +71,12 @@ def forget(folder: Path, data: Sequence[str | Path]) -> None:
         file.unlink()
 
 
-def _differences(one: Any, other: Any, where: str = "") -> list[str]:
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """The keys, with dots, under which two nested dictionaries have something else."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = one.keys() | other.keys()
         return [
-            path for key in keys for path in _differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
+            path for key in keys for path in differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
         ]
     return [] if one == other else [where]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.evaluate.text import documents, token_parts
-from tenfold.models.files import write_json
+from tenfold.models.files import write_json, written
 
 SHARD = 2**26  # tokens in one file
 
@@ -58,15 +58,16 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
             )
         return Tokens(folder)
     names, total, digest = [], 0, hashlib.sha256()
-    for shard in _shards(token_parts(documents(data, tokenizer), tokenizer), limit):
-        names.append(f"tokens-{len(names):05d}.npy")
-        shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
-        np.save(folder / names[-1], shard)
-        total += len(shard)
-        digest.update(shard)
-    if not total:
-        raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
-    tokenizer.save_pretrained(folder)
+    with written(folder):
+        for shard in _shards(token_parts(documents(data, tokenizer), tokenizer), limit):
+            names.append(f"tokens-{len(names):05d}.npy")
+            shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+            np.save(folder / names[-1], shard)
+            total += len(shard)
+            digest.update(shard)
+        if not total:
+            raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
+        tokenizer.save_pretrained(folder)
     write_json(folder / "tokens.json", wanted | {"tokens": total, "digest": digest.hexdigest(), "shards": names})
     return Tokens(folder)
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 class Windows(torch.utils.data.Dataset):
@@ -62,6 +63,15 @@ class Watched(Trainer):
         self.losses: list[torch.Tensor] = []
         self.recent: list[float] = []
         self.best = math.inf
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As Trainer's; what is finished is loaded, and not trained on by one more step, as Trainer would."""
+        file = resume_from_checkpoint and Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        if file and (state := TrainerState.load_from_json(str(file))).global_step >= state.max_steps:
+            self.state = state
+            self._load_from_checkpoint(resume_from_checkpoint)
+            return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

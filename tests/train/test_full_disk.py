@@ -20,6 +20,7 @@ REASONS = [
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
     RuntimeError("basic_ios::clear: iostream error"),
     Exception("No space left on device (os error 28)"),
+    OSError(28, "No space left on device"),
 ]
 SENTENCE = r"can't be written \(.*\); make room, and repeat the command"
 
@@ -48,6 +49,9 @@ def test_what_libraries_say_is_one_sentence(tmp_path, reason):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
     with pytest.raises(RuntimeError, match="something else"), written("there"):
         raise RuntimeError("something else")
+    cut = SafetensorError("Error while deserializing header: invalid header length")
+    with pytest.raises(ValueError, match="there has a file that is cut off"), written("there"):
+        raise cut
 
 
 def test_pretraining_goes_on_once_there_is_room(tmp_path, monkeypatch):
@@ -57,6 +61,10 @@ def test_pretraining_goes_on_once_there_is_room(tmp_path, monkeypatch):
         "train": {"tokens": 640, "batch": 4, "save_steps": 5},
     }
     (tmp_path / "text.txt").write_text(small.text(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", raises(REASONS[3]))
+        with pytest.raises(OSError, match=f"tokens {SENTENCE}"):
+            pretrain(recipe, [tmp_path / "text.txt"], tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", raises(REASONS[1]))
         with pytest.raises(OSError, match=f"checkpoints {SENTENCE}"):

@@ -439,7 +439,9 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     with pytest.raises(Killed):
         call("run", advance=stop)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(FileExistsError, match=r"run.partial holds what another run"):
+    with pytest.raises(
+        FileExistsError, match=r"run.partial holds what another run \(other heal.batch, heal.learning_rate, heal"
+    ):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
     report = call("run", advance=lambda step, *rest: seen.append(step))
     assert (
@@ -447,9 +449,44 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
         and report["curve"] == whole["curve"]
         and report["tokens"] == whole["tokens"] == 9 * 128
     )
-    assert not (tmp_path / "run.partial").exists()
+    assert not (tmp_path / "run.partial").exists() and report["seed"] == 0 and report["versions"]["torch"]
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "run"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_finished_healing_is_not_trained_on(tmp_path):
+    folder = small.folder(tmp_path)
+    given = [folder / "text.txt"], Heal(epochs=1, tokens_per_step=128, batch=2, schedule="constant", learning_rate=5e-3)
+    seen, states = [], []
+    for _ in range(2):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        compress(model, LOW)
+        told = {"advance": lambda step, *rest: seen.append(step), "checkpoints": tmp_path / "kept"}
+        report = heal(model, folder, tokenizer, *given, **told)
+        states.append(model.state_dict())
+    assert seen == list(range(1, report["steps"] + 1))
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+
+
+def test_what_was_refused_before_it_began_stands_in_nobodys_way(tmp_path):
+    folder, settings = small.folder(tmp_path / "dense"), Heal(steps=2, tokens_per_step=64)
+    for teacher in (tmp_path / "none", folder / "text.txt"):
+        with pytest.raises((OSError, ValueError)):
+            heal_checkpoint(folder, teacher, tmp_path / "out", [folder / "text.txt"], settings)
+    assert heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings)["steps"] == 2
+
+
+def test_activations_may_be_computed_again(tmp_path):
+    folder, curves = small.folder(tmp_path), []
+    for again in (False, True):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        settings = Heal(steps=3, tokens_per_step=64, losses={"cross_entropy": 1.0}, checkpointing=again)
+        calls = []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
+        curves.append((heal(model.eval(), None, tokenizer, [folder / "text.txt"], settings)["curve"], len(calls)))
+    (plain, once), (computed, twice) = curves
+    torch.testing.assert_close(plain, computed, rtol=1e-4, atol=1e-4)
+    assert twice == once + 3, "once more in every step"
 
 
 def test_batches_add_up_to_a_step(tmp_path):

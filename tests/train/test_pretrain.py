@@ -163,6 +163,19 @@ def test_a_finished_run_has_nothing_left_to_do(text, tmp_path, finished):
     assert steps == []
 
 
+def test_a_finished_run_is_not_trained_on_by_the_windows_that_fill_no_step(text, tmp_path):
+    recipe, steps = with_train(tokens=326, schedule="constant"), []
+    first = pretrain(recipe, [text], tmp_path / "run")
+    before = weights(tmp_path / "run")
+    again = pretrain(recipe, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
+    assert (
+        steps == []
+        and again["curve"] == first["curve"]
+        and last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-2"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+
+
 def test_checkpoints_are_models(text, tmp_path):
     pretrain(RECIPE | {"replace": [FOLDED]}, [text], tmp_path / "run")
     place = tmp_path / "run" / "checkpoints" / "checkpoint-24"
