@@ -225,6 +225,25 @@ def default_of(file: Path) -> list[str]:
     return [*lines, ""]
 
 
+PEAK = """Memory of a training step in mode **memory** (`python benchmarks/peak.py`), MiB, parameters included: that of the layer
+with so many rows, and in brackets that of a dense one and one `W`.
+"""
+
+
+def peaks_of(file: Path) -> list[str]:
+    """The table of the memory of training steps."""
+    if not file.exists():
+        return []
+    lines = [PEAK]
+    for number, one in enumerate(json.loads(file.read_text())["sets"]):
+        if number == 0:
+            shown = [f"{' x '.join(map(str, cell['shape']))}, {cell['rows']:,}" for cell in one["cells"]]
+            lines += [f"| | {' | '.join(shown)} |", "|" + "---|" * (1 + len(shown))]
+        most = [(cell["bytes"], cell["dense_bytes"] + cell["w_bytes"]) for cell in one["cells"]]
+        lines.append(f"| {one['name']} | {' | '.join(f'{a / 2**20:.1f} ({b / 2**20:.1f})' for a, b in most)} |")
+    return [*lines, ""]
+
+
 def write_table(results: Path, target: Path) -> None:
     lines = ["# Layers against dense ones\n", ABOUT]
     for file in sorted(results.glob("*/layers.json")):
@@ -236,6 +255,7 @@ def write_table(results: Path, target: Path) -> None:
             f"{machine['bytes_per_second'] / 1e9:,.0f} GB/s at the last set.\n",
             *summary_of(result["sets"]),
             *default_of(file.with_name("auto.json")),
+            *peaks_of(file.with_name("peak.json")),
             f"| set | shape | mode | {' | '.join(f'{name}, {rows:,}' for name, rows in PASSES)} |",
             "|" + "---|" * (3 + len(PASSES)),
         ]

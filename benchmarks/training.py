@@ -3,6 +3,7 @@
     python benchmarks/training.py --data DIR [--rows dense narrower ...] [--rates 2e-3 4e-3 8e-3]
     python benchmarks/training.py --table
 
+Rows that are ``taught`` learn from the dense row's run, too: they are shown the same tokens, and cost its training beside theirs.
 Every contender is trained from scratch on the same tokens in the same order, once for every learning rate; the best one counts.
 A run is a resumable ``tenfold pretrain``; it writes results/training/SHAPE/ROW-RATE.json, and what is there is not run again.
 ``narrower`` and ``shallower`` are dense and keep as many parameters as the structured rows; rows that are contracted through
@@ -91,6 +92,8 @@ def cola(attention: int, mlp: int) -> dict:
 def contenders(part: int) -> dict[str, dict]:
     """The recipe of every row, all widths divided by ``part``."""
     rank = -(-23 // part)
+    taught = {"train": {"teacher": "dense"}}  # the dense row's run, at its best rate
+    pairs = {"model": {"num_hidden_layers": 6, "intermediate_size": 712 // part}} | shared_whole(2, None, ZERO)
     narrower = {
         "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
     }  # fmt: skip
@@ -123,8 +126,12 @@ def contenders(part: int) -> dict[str, dict]:
         "pairs of layers share, whole": shared_whole(2, rank),
         "pairs of layers share, whole, branches from zero": shared_whole(2, rank, ZERO),
         "6 layers, threes share whole": {"model": {"num_hidden_layers": 6}} | shared_whole(3, 16 // part),
-        "6 layers, pairs share whole, branches from zero": {"model": shallower | {"num_hidden_layers": 6}}
-        | shared_whole(2, None, ZERO),
+        "6 layers, pairs share whole, branches from zero": pairs,
+        "6 layers, pairs share whole, branches from zero, taught": pairs | taught,
+        "shallower, taught": {"model": shallower} | taught,
+        "narrower, taught": {"model": narrower} | taught,
+        "dense, taught": taught,
+        "low rank, taught": everywhere(kind="low_rank") | taught,
         "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
         | shared_whole(2, None),
         "8 layers, pairs share whole, branches from zero": {
@@ -161,8 +168,19 @@ def recipe_of(row: str, rate: float, given) -> dict:
         "schedule": "linear",
         "compile": given.compile,
     }
-    made = {"name": row, "model": model | own.get("model", {}), "train": train | own.get("train", {})}
+    if own.get("train", {}).get("teacher"):
+        train["teacher"] = str(given.work / f"{given.shape}-dense-{best_rate(given.output):g}")
+    made = {"name": row, "model": model | own.get("model", {}), "train": own.get("train", {}) | train}
     return made | {key: own[key] for key in ("replace", "budget", "calibrate") if key in own}
+
+
+def best_rate(output: Path) -> float:
+    """Of the dense row."""
+    runs = [json.loads(file.read_text()) for file in output.glob("dense-*.json")]
+    runs = [run for run in runs if run["row"] == "dense"]
+    if not runs:
+        raise SystemExit("a row with a teacher needs the dense row first: --rows dense")
+    return min(runs, key=lambda run: run["scores"]["perplexity"])["rate"]
 
 
 def main() -> None:

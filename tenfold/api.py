@@ -158,6 +158,15 @@ def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float
     return tokenizer.decode(written[0], skip_special_tokens=True)
 
 
+def with_teacher(recipe, teacher: str | None) -> Recipe:
+    """``recipe`` (a name, a file or a mapping) that learns from ``teacher``, if one is given."""
+    loaded = load_recipe(recipe)
+    if teacher is None or loaded.train is None:
+        return loaded
+    train = loaded.train.model_dump(exclude_unset=True) | {"teacher": teacher}
+    return loaded.model_copy(update={"train": parse_recipe({"train": train}, loaded.name).train})
+
+
 def texts(files: Sequence[str | Path]) -> list[str | Path]:
     """``files``, all of which exist, or are data sets of a hub."""
     found = [file if str(file).startswith(HUB) else Path(file) for file in files]
@@ -170,5 +179,5 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 __all__ = [
     "bench", "bench_layers", "calibrate", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune",
     "generate", "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts",
-    "with_keep",
+    "with_keep", "with_teacher",
 ]  # fmt: skip

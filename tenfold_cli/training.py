@@ -76,6 +76,9 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
     data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
     output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(help="A trained model with the same tokenizer, to learn from, too.")
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
@@ -91,8 +94,9 @@ def pretrain(
     api.checked_device(device)
     if first() and not (output / "run.json").is_file():  # a run that is there goes on
         api.check_output(output, overwrite)
+    wanted = api.with_teacher(recipe, teacher)
     with counted("training") as advance:
-        report = api.pretrain(recipe, api.texts(data), output, api.checked_dtype(dtype), advance, device, overwrite)
+        report = api.pretrain(wanted, api.texts(data), output, api.checked_dtype(dtype), advance, device, overwrite)
     if not first():
         return
     loss = report["curve"][-1][1]

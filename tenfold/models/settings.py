@@ -78,6 +78,10 @@ class Train(Strict):
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
         fold: for this part of the steps the model is dense, then it is folded by the recipe's rules, ``budget`` and
             ``calibrate`` (by tokens that it was trained on), and trained on; 0: folded from noise.
+        teacher: the folder or the name of a trained model with the same tokenizer, whose predictions are learnt, too.
+        losses: the weights of ``cross_entropy``, that of the text, and of divergences from the teacher's distributions (``kl``,
+            ``reverse_kl``, ``jensen_shannon``), see :mod:`tenfold.train.losses`; half and half with ``kl`` unless given.
+        temperature: of these distributions.
         precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
             float32 elsewhere; the weights that are trained are in float32.
         compile, checkpointing: torch.compile, and activations computed again in the backward pass.
@@ -95,6 +99,11 @@ class Train(Strict):
     rates: Literal["one", "fans"] = "one"
     guide: float = Field(0.0, ge=0, le=1)
     fold: float = Field(0.0, ge=0, lt=1)
+    teacher: str | None = None
+    losses: dict[Literal["cross_entropy", "kl", "reverse_kl", "jensen_shannon"], float] | None = Field(
+        None, min_length=1
+    )
+    temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(2.0e-3, gt=0)
     weight_decay: float = 0.1
     schedule: str = "linear"
@@ -104,3 +113,15 @@ class Train(Strict):
     checkpointing: bool = False
     save_steps: int = Field(200, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _taught(self):
+        if self.teacher is not None:
+            for what, is_so in (
+                ("objective masked", self.objective == "masked"),
+                ("fold", self.fold),
+                ("compile", self.compile),
+            ):
+                if is_so:
+                    raise ValueError(f"train.teacher goes with everything but {what}; leave one of them out")
+        return self

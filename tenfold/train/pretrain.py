@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     default_data_collator,
 )
 from transformers.trainer_callback import PrinterCallback
@@ -36,6 +35,8 @@ from tenfold.train.midway import Compress, fold_midway, go_on_with, is_folded
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_tokens, versions
+from tenfold.train.taught import Taught, teacher_of
+from tenfold.train.tokenizer import END, train_tokenizer
 from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
 from tenfold.train.trainer import (
     Log,
@@ -49,7 +50,7 @@ from tenfold.train.trainer import (
     unwrapped,
 )
 
-END, MASK = "<|endoftext|>", "<|mask|>"
+MASK = "<|mask|>"
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
@@ -103,10 +104,12 @@ def pretrain(
     train, rest = _split(tokens, length, settings.held_out)
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
-    steps = _steps(windows, settings)
+    steps, teacher = _steps(windows, settings), teacher_of(recipe, tokenizer)
     torch.manual_seed(settings.seed)
 
     def trainer_of(model, checkpoints: Path) -> _Pretrainer:
+        if teacher is not None:
+            model.forward = Taught(model, teacher, settings)  # hides the method of the class
         return _trainer(model, checkpoints, recipe, windows, held, tokenizer, steps, device, folder, advance)
 
     begun, stop = time.perf_counter(), round(settings.fold * steps)
@@ -315,29 +318,6 @@ def new_model(recipe: Recipe, tokenizer):
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")
     return model
-
-
-def train_tokenizer(texts, vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``vocab_size`` entries, the end-of-text token first, that of hidden words last."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        model_max_length=length,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def _length(recipe: Recipe) -> int:

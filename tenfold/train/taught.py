@@ -1,0 +1,56 @@
+"""Pre-training with a teacher: what another model of the same vocabulary expects at every position, beside the text itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from tenfold.models.healing import Heal
+from tenfold.models.recipe import Recipe
+from tenfold.models.settings import Train
+from tenfold.train.distil import Distillation
+from tenfold.train.teacher import check_teacher, check_vocabulary, load_teacher
+
+LOSSES = {"cross_entropy": 0.5, "kl": 0.5}
+
+
+def teacher_of(recipe: Recipe, tokenizer) -> PreTrainedModel | None:
+    """The model that ``train.teacher`` names, None where the recipe has none.
+
+    Raises:
+        ValueError: the recipe has losses that need one and names none, or its tokens are not those of the run.
+    """
+    settings = recipe.train
+    if settings is None or settings.teacher is None:
+        if settings is not None and settings.losses is not None:
+            raise ValueError(
+                f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
+                "or teacher in the train section)"
+            )
+        return None
+    teacher = load_teacher(settings.teacher, torch.device("cpu")).requires_grad_(False)
+    check_vocabulary(teacher, settings.teacher, tokenizer)
+    if len(tokenizer) != teacher.config.get_text_config().vocab_size:
+        raise ValueError(
+            f"teacher {settings.teacher} predicts {teacher.config.get_text_config().vocab_size:,} tokens and the tokenizer has "
+            f"{len(tokenizer):,}; train on the teacher's own tokens (--data DIR/tokens)"
+        )
+    return teacher
+
+
+class Taught(Distillation):
+    """The losses of ``settings`` in training, and in evaluation the text's own."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, settings: Train):
+        check_teacher(student, teacher, ())
+        super().__init__(student, teacher, Heal(losses=settings.losses or LOSSES, temperature=settings.temperature))
+
+    def __call__(self, input_ids: Tensor, labels: Tensor, **rest) -> dict[str, Tensor] | ModelOutput:
+        """``{"loss": ..}`` of a batch ``(batch, length)``."""
+        student = self.student.model
+        if not student.training:
+            return type(student).forward(student, input_ids=input_ids, labels=labels)
+        self.teacher.model.to(input_ids.device)
+        return super().__call__(input_ids, labels)

@@ -1,0 +1,110 @@
+"""Pre-training with a teacher: the loss is what it says, what is held out is the text's own, and a run goes on where it was."""
+
+import json
+
+import pytest
+import small
+import torch
+from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, weights
+from transformers import AutoModelForCausalLM
+
+import tenfold
+import tenfold_cli
+from tenfold import api
+from tenfold.models.recipe import load_recipe
+from tenfold.train.taught import Taught
+
+DENSE = RECIPE | {"model": STILL, "train": RECIPE["train"] | {"tokens": 1600}}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A trained model, and its tokens."""
+    place = tmp_path_factory.mktemp("dense")
+    (place / "text.txt").write_text(small.text(3000))
+    tenfold.pretrain(DENSE, [place / "text.txt"], place / "run", torch.float32)
+    return place / "run"
+
+
+def taught(dense, **train) -> dict:
+    rest = {key: value for key, value in DENSE.items() if key != "tokenizer"}
+    return rest | {"replace": [FOLDED], "train": DENSE["train"] | {"teacher": str(dense)} | train}
+
+
+def log_probabilities(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
+
+
+@pytest.mark.parametrize("losses", [None, {"kl": 1.0}, {"cross_entropy": 0.25, "reverse_kl": 2.0}])
+def test_the_loss_is_that_of_the_text_and_of_the_teacher(dense, losses):
+    teacher = AutoModelForCausalLM.from_pretrained(dense)
+    student = AutoModelForCausalLM.from_config(teacher.config)
+    ids = torch.arange(64).view(2, 32) % 300
+    q, p = log_probabilities(student.eval(), ids), log_probabilities(teacher, ids)
+    text = -q.gather(-1, ids[:, 1:, None]).mean()
+    of = {
+        "cross_entropy": text,
+        "kl": (p.exp() * (p - q)).sum(-1).mean(),
+        "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
+    }
+    settings = load_recipe(taught(dense, losses=losses)).train
+    student.forward = Taught(student, teacher, settings)
+    expected = sum(weight * of[name] for name, weight in (losses or {"cross_entropy": 0.5, "kl": 0.5}).items())
+    assert float(student.train()(input_ids=ids, labels=ids)["loss"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(student.eval()(input_ids=ids, labels=ids)["loss"]) == pytest.approx(float(text), rel=1e-4)
+
+
+def test_it_learns_what_the_teacher_knows(dense, tmp_path):
+    text = [dense / "tokens"]
+    report = tenfold.pretrain(taught(dense, losses={"kl": 1.0}, held_out=320), text, tmp_path / "run", torch.float32)
+    first, last = report["curve"][0][1], report["curve"][-1][1]
+    assert last < 0.8 * first and report["held_out"][-1][1] > last, "what is held out is the loss of the text"
+    model, _ = api.load(tmp_path / "run", dtype="float32")
+    plain = tenfold.pretrain(
+        taught(dense, losses={"kl": 1.0}) | {"replace": []}, text, tmp_path / "dense", torch.float32
+    )
+    assert plain["curve"] != report["curve"] and "forward" not in model.__dict__
+
+
+def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
+    recipe, text = taught(dense), [dense / "tokens"]
+    tenfold.pretrain(recipe, text, tmp_path / "whole", torch.float32)
+    with pytest.raises(Killed):
+        tenfold.pretrain(recipe, text, tmp_path / "run", torch.float32, advance=killed_at(9))
+    tenfold.pretrain(recipe, text, tmp_path / "run", torch.float32)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"objective": "masked"}, "objective masked"),
+        ({"fold": 0.5}, "fold"),
+        ({"compile": True}, "compile"),
+        ({"losses": {"hidden": 1.0}}, "hidden"),
+    ],
+)
+def test_what_does_not_go_with_a_teacher_is_refused(dense, tmp_path, train, words):
+    with pytest.raises(ValueError, match=words):
+        tenfold.pretrain(taught(dense, **train), [dense / "tokens"], tmp_path / "run")
+
+
+def test_a_teacher_has_to_be_named_and_to_read_the_same_tokens(dense, tmp_path, capsys, monkeypatch):
+    text = dense.parent / "text.txt"
+    without = taught(dense, losses={"kl": 1.0})
+    without["train"].pop("teacher")
+    with pytest.raises(ValueError, match=r"learns from a teacher.*--teacher DIR"):
+        tenfold.pretrain(without, [dense / "tokens"], tmp_path / "run")
+    other = taught(dense) | {"tokenizer": {"vocab_size": 280}}
+    with pytest.raises(ValueError, match=r"number|predicts"):
+        tenfold.pretrain(other, [text], tmp_path / "other")
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        tenfold.pretrain(taught("nowhere/at/all"), [dense / "tokens"], tmp_path / "none")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(without))
+    given = ["--data", dense / "tokens", "--teacher", dense, "-o", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in ("tenfold", "pretrain", tmp_path / "recipe.yaml", *given)])
+    with pytest.raises(SystemExit) as ended:
+        tenfold_cli.main()
+    assert not ended.value.code and (tmp_path / "run" / "training.json").is_file(), capsys.readouterr().err
