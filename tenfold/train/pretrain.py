@@ -35,7 +35,7 @@ from tenfold.train.midway import Compress, fold_midway, go_on_with, is_folded
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_tokens, versions
-from tenfold.train.taught import Taught, teacher_of
+from tenfold.train.taught import Taught, check_named, teacher_of
 from tenfold.train.tokenizer import END, train_tokenizer
 from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
 from tenfold.train.trainer import (
@@ -92,6 +92,7 @@ def pretrain(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
+    check_named(recipe)
     folder, settings, length = Path(output), recipe.train, _length(recipe)
     with state().main_process_first():
         if overwrite and state().is_main_process:
@@ -104,7 +105,7 @@ def pretrain(
     train, rest = _split(tokens, length, settings.held_out)
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
-    steps, teacher = _steps(windows, settings), teacher_of(recipe, tokenizer)
+    steps, teacher = _steps(windows, settings), teacher_of(settings, tokenizer)
     torch.manual_seed(settings.seed)
 
     def trainer_of(model, checkpoints: Path) -> _Pretrainer:

@@ -16,26 +16,34 @@ from tenfold.train.teacher import check_teacher, check_vocabulary, load_teacher
 LOSSES = {"cross_entropy": 0.5, "kl": 0.5}
 
 
-def teacher_of(recipe: Recipe, tokenizer) -> PreTrainedModel | None:
-    """The model that ``train.teacher`` names, None where the recipe has none.
+def check_named(recipe: Recipe) -> None:
+    """Refuse a recipe that learns from a teacher and names none.
 
     Raises:
-        ValueError: the recipe has losses that need one and names none, or its tokens are not those of the run.
+        ValueError: it is so.
     """
-    settings = recipe.train
-    if settings is None or settings.teacher is None:
-        if settings is not None and settings.losses is not None:
-            raise ValueError(
-                f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
-                "or teacher in the train section)"
-            )
+    if recipe.train is not None and recipe.train.losses is not None and recipe.train.teacher is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
+            "or teacher in the train section)"
+        )
+
+
+def teacher_of(settings: Train, tokenizer) -> PreTrainedModel | None:
+    """The model that ``settings`` name, None where they name none.
+
+    Raises:
+        ValueError: its tokens are not those of the run.
+    """
+    if settings.teacher is None:
         return None
     teacher = load_teacher(settings.teacher, torch.device("cpu")).requires_grad_(False)
     check_vocabulary(teacher, settings.teacher, tokenizer)
-    if len(tokenizer) != teacher.config.get_text_config().vocab_size:
+    size = teacher.config.get_text_config().vocab_size
+    if len(tokenizer) != size:
         raise ValueError(
-            f"teacher {settings.teacher} predicts {teacher.config.get_text_config().vocab_size:,} tokens and the tokenizer has "
-            f"{len(tokenizer):,}; train on the teacher's own tokens (--data DIR/tokens)"
+            f"teacher {settings.teacher} predicts {size:,} tokens and the tokenizer has {len(tokenizer):,}; train on the "
+            "teacher's own tokens (--data DIR/tokens)"
         )
     return teacher
 

@@ -51,8 +51,8 @@ def test_the_loss_is_that_of_the_text_and_of_the_teacher(dense, losses):
     settings = load_recipe(taught(dense, losses=losses)).train
     student.forward = Taught(student, teacher, settings)
     expected = sum(weight * of[name] for name, weight in (losses or {"cross_entropy": 0.5, "kl": 0.5}).items())
-    assert float(student.train()(input_ids=ids, labels=ids)["loss"]) == pytest.approx(float(expected), rel=1e-4)
-    assert float(student.eval()(input_ids=ids, labels=ids)["loss"]) == pytest.approx(float(text), rel=1e-4)
+    assert student.train()(input_ids=ids, labels=ids)["loss"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert student.eval()(input_ids=ids, labels=ids)["loss"].item() == pytest.approx(float(text), rel=1e-4)
 
 
 def test_it_learns_what_the_teacher_knows(dense, tmp_path):
