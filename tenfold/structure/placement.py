@@ -166,8 +166,11 @@ def summed(
         diagrams = tuple(diagram for diagram, _ in given)
         if joint.serves(diagrams, x):
             return joint.multiply(diagrams, [some for _, some in given], x, bias, matrix)
-    parts = [place.block(factors, x, bias if place is places[0] else None, matrix, between) for place in places]
-    return sum(parts[1:], parts[0])
+    first, *rest = places
+    y = first.block(factors, x, bias, matrix, between)
+    for place in rest:
+        y = y.add_(place.block(factors, x, None, matrix, between))  # nobody else's
+    return y
 
 
 def spread(y: Tensor, index: Tensor, size: int) -> Tensor:
