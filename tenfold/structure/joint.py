@@ -59,7 +59,7 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, diagrams, matrix, x, bias, *factors):
         key = (diagrams, *(factor.data_ptr() for factor in factors))
-        w = None
+        w = None if matrix is None else matrix.get(key)
         w = _dense(diagrams, _shared_out(diagrams, factors)) if w is None else w
         if matrix is not None:
             matrix[key] = w
