@@ -169,7 +169,7 @@ def summed(
     first, *rest = places
     y = first.block(factors, x, bias, matrix, between)
     for place in rest:
-        y = y.add_(place.block(factors, x, None, matrix, between))  # nobody else's
+        y = y + place.block(factors, x, None, matrix, between)
     return y
 
 
