@@ -35,4 +35,4 @@ types: setup
 # the shapes that signatures promise are checked at run time, but where torch.compile traces
 test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
-	$(BIN)/python -m pytest -m traced
+	$(BIN)/python -m pytest -n logical -m traced
