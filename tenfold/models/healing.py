@@ -23,6 +23,7 @@ class Heal(Strict):
         layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; those of one relative
             depth unless given.
         positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
+        compile: torch.compile, of student and teacher in front of their heads.
         checkpointing: activations between the blocks are computed again in the backward pass.
         chunk: positions whose logits are held at once.
         precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
@@ -42,6 +43,7 @@ class Heal(Strict):
     temperature: float = Field(1.0, gt=0)
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
     positions: Literal["all", "masked"] = "all"
+    compile: bool = False
     checkpointing: bool = False
     chunk: int = Field(1024, ge=1)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -120,7 +120,6 @@ class Train(Strict):
             for what, is_so in (
                 ("objective masked", self.objective == "masked"),
                 ("fold", self.fold),
-                ("compile", self.compile),
             ):
                 if is_so:
                     raise ValueError(f"train.teacher goes with everything but {what}; leave one of them out")

@@ -77,6 +77,8 @@ class Distillation:
             for model in (self.student, self.teacher):
                 if model is not None:
                     model.check(input_ids, self.settings.chunk)
+                    if self.settings.compile:
+                        model.trace()
             self.checked = True
 
     def _rows(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, labels: Tensor, there: Tensor) -> Tensor:

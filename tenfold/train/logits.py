@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,14 @@ class Predictor:
         self.model, self.base = model, base_model(model)
         self.whole = self.base is model
         self.form: Any = None
+        self.traced: Callable[..., Any] | None = None
 
     def run(self, **inputs) -> tuple[Tensor, Any]:
         """States ``(batch, length, width)`` and all of the output; keywords as for the model."""
         if self.whole:
-            out = self._forward(**inputs, use_cache=False)
+            out = (self._forward if self.traced is None else self.traced)(**inputs, use_cache=False)
             return out.logits, out
-        out = self.base(**inputs, use_cache=False)
+        out = (self.base if self.traced is None else self.traced)(**inputs, use_cache=False)
         self.form = type(out)
         return out.last_hidden_state, out
 
@@ -44,6 +45,10 @@ class Predictor:
         nothing = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         with answering(self.base, self.form(last_hidden_state=states[None])):
             return self._forward(input_ids=nothing, use_cache=False).logits[0]
+
+    def trace(self) -> None:
+        """From now on what makes the states is compiled; the head, which sees numbers of positions that change, is not."""
+        self.traced = torch.compile(self._forward if self.whole else self.base)
 
     @torch.no_grad()
     def check(self, ids: Tensor, most: int) -> None:

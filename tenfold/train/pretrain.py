@@ -168,7 +168,7 @@ def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
         bf16=in_bfloat16(settings.precision, device),
-        torch_compile=settings.compile,
+        torch_compile=settings.compile and settings.teacher is None,  # else Taught sees to it
         activation_checkpointing=settings.checkpointing,
         max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),

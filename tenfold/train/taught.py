@@ -53,7 +53,8 @@ class Taught(Distillation):
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, settings: Train):
         check_teacher(student, teacher, ())
-        super().__init__(student, teacher, Heal(losses=settings.losses or LOSSES, temperature=settings.temperature))
+        losses, heat = settings.losses or LOSSES, settings.temperature
+        super().__init__(student, teacher, Heal(losses=losses, temperature=heat, compile=settings.compile))
 
     def __call__(self, input_ids: Tensor, labels: Tensor, **rest) -> dict[str, Tensor] | ModelOutput:
         """``{"loss": ..}`` of a batch ``(batch, length)``."""

@@ -19,6 +19,7 @@ from tenfold.models.healing import Heal
 from tenfold.run import heal_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.heal import heal
+from tenfold.train.logits import Predictor
 from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
 from tenfold.train.trainer import Watched, Windows
@@ -487,6 +488,31 @@ def test_activations_may_be_computed_again(tmp_path):
     (plain, once), (computed, twice) = curves
     torch.testing.assert_close(plain, computed, rtol=1e-4, atol=1e-4)
     assert twice == once + 3, "once more in every step"
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("whole", [False, True])
+def test_student_and_teacher_may_be_compiled(tmp_path, monkeypatch, whole):
+    """In front of their heads, or as wholes where the head can't be asked by itself (inductor takes a minute)."""
+    folder, curves, calls, compile = small.folder(tmp_path), [], [], torch.compile
+
+    def counted(model):
+        traced = compile(model, backend="eager")
+        return lambda **inputs: calls.append(1) or traced(**inputs)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    if whole:
+        monkeypatch.setattr(Predictor, "_agrees", lambda *_: False)
+    losses = {"kl": 1.0, "cross_entropy": 0.1, "hidden": 0.1}
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        compress(model, LOW)
+        settings = Heal(steps=3, tokens_per_step=64, losses=losses, precision="float32", compile=wanted)
+        text = [folder / "text.txt"]
+        curves.append(heal(model.eval(), folder, AutoTokenizer.from_pretrained(folder), text, settings)["curve"])
+        assert len(calls) == (6 if wanted else 0), "of both, in every step"
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-5, atol=0)
 
 
 def test_batches_add_up_to_a_step(tmp_path):

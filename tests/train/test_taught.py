@@ -67,6 +67,18 @@ def test_it_learns_what_the_teacher_knows(dense, tmp_path):
     assert plain["curve"] != report["curve"] and "forward" not in model.__dict__
 
 
+@pytest.mark.traced
+def test_both_may_be_compiled(dense, tmp_path, monkeypatch):
+    traced, compile, curves = [], torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: traced.append(model) or compile(model, backend="eager"))
+    for wanted in (False, True):
+        recipe = taught(dense, compile=wanted, precision="float32", held_out=320)
+        report = tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / str(wanted), torch.float32)
+        curves.append([*report["curve"], *report["held_out"]])
+        assert len(traced) == (2 if wanted else 0), "student and teacher, and not the model around them once more"
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=0)
+
+
 def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
     recipe, text = taught(dense), [dense / "tokens"]
     tenfold.pretrain(recipe, text, tmp_path / "whole", torch.float32)
@@ -82,7 +94,6 @@ def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
     [
         ({"objective": "masked"}, "objective masked"),
         ({"fold": 0.5}, "fold"),
-        ({"compile": True}, "compile"),
         ({"losses": {"hidden": 1.0}}, "hidden"),
     ],
 )
