@@ -26,17 +26,18 @@ def finetune(
     limit: Annotated[int | None, typer.Option(help="Train on the first examples only.")] = None,
     dev_limit: Annotated[int | None, typer.Option(help="Score the first dev examples only.")] = None,
     rank: Annotated[int, typer.Option(help="Of --train lora.")] = 8,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile: worth it for many steps.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that holds something already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float32",
 ) -> None:
-    """Fine-tune a model on a task, once for every seed; the best one is saved. Repeated, it goes on behind the last seed."""
+    """Fine-tune a model on a task, once for every seed; the best one is saved. Repeated, it goes on."""
     from tenfold import api
 
     api.checked_device(device)
     given = {"train": train, "epochs": epochs, "learning_rate": learning_rate, "batch": batch, "length": length}
-    given |= {"limit": limit, "dev_limit": dev_limit, "rank": rank}
+    given |= {"limit": limit, "dev_limit": dev_limit, "rank": rank, "compile": compile}
     with counted("fine-tuning") as advance:
         report = api.finetune(
             model, task, data, output, seeds=seed or [0], device=device, dtype=api.checked_dtype(dtype), advance=advance,

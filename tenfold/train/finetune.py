@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +21,19 @@ from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
 from tenfold.models.files import whole_folder, write_json, written
-from tenfold.models.hub import check_folder, check_output, silent
+from tenfold.models.hub import check_folder, silent
 from tenfold.models.ranks import is_first, wait
-from tenfold.train.trainer import Log, Progress, Watch, Watched, step_size, training_arguments, unwrapped
+from tenfold.train.seeds import begin, finish, finished, kept, partial
+from tenfold.train.trainer import (
+    Log,
+    Progress,
+    Watch,
+    Watched,
+    last_checkpoint,
+    step_size,
+    training_arguments,
+    unwrapped,
+)
 from tenfold.train.ways import free_head, way_named
 
 LIBRARIES = ("tenfold", "torch", "transformers", "scikit-learn", "scipy", "rouge-score", "peft")
@@ -37,13 +45,14 @@ class Settings:
 
     Args:
         train: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.ways`.
-        epochs: passes over the training examples; after each the dev examples are scored.
+        epochs: passes over the training examples; after each the dev examples are scored, and a checkpoint is written.
         learning_rate: the peak of a linear schedule; that of ``train`` unless given.
         batch: examples a step.
         warmup: the share of the steps in which the rate rises.
         length: tokens of an example at most; the model's context, 512 at most, unless given.
         limit, dev_limit: only the first examples.
         rank: of ``lora``.
+        compile: torch.compile.
     """
 
     train: str = "full"
@@ -56,6 +65,7 @@ class Settings:
     limit: int | None = None
     dev_limit: int | None = None
     rank: int = 8
+    compile: bool = False
 
     def __post_init__(self):
         for name in ("epochs", "batch", "rank"):
@@ -81,8 +91,9 @@ def finetune(
     """Fine-tune ``model`` on ``task`` once for every seed; the best one is written to ``output``.
 
     The folder is an ordinary Hugging Face checkpoint, of the epoch with the best dev score. ``finetune.json`` in it has the runs,
-    ``log-SEED.jsonl`` a line every few steps. The same call goes on behind the last finished seed, and with other seeds adds
-    them. Several processes (``torchrun``) share every batch, and the first one writes.
+    ``log-SEED.jsonl`` a line every few steps. The same call goes on behind the last epoch, whose checkpoint is in
+    ``seed-SEED.partial`` until the seed is finished, and with other seeds adds them. Several processes (``torchrun``) share
+    every batch, and the first one writes.
 
     Args:
         model: a folder or a name on a hub, dense or folded.
@@ -131,13 +142,16 @@ def finetune(
     }
     folder = Path(output)
     if not overwrite:
-        report |= _finished(folder, report)
+        report |= finished(folder, report)
     left = [seed for seed in seeds if seed not in {run["seed"] for run in report["runs"]}]
+    for seed in left:
+        begin(partial(folder, seed), report, overwrite)
+    wait()
     for number, seed in enumerate(left):
         told = advance and (
             lambda step, steps, *speed, done=number: advance(done * steps + step, len(left) * steps, *speed)
         )
-        trained, tokenizer, run, parameters = _run(model, chosen, examples, given, seed, device, told, folder)
+        trained, tokenizer, run, parameters = _run(model, chosen, examples, given, seed, device, told, folder, report)
         best = max((old["score"] for old in report["runs"]), default=-float("inf"))
         report["runs"].append(run)
         report |= {"parameters": parameters} | _summary(report["runs"])
@@ -148,6 +162,8 @@ def finetune(
                 write_json(new / "finetune.json", report)
         elif is_first():
             write_json(folder / "finetune.json", report)
+        if is_first():
+            finish(partial(folder, seed), folder)
         wait()
     return report
 
@@ -161,27 +177,6 @@ def _shared_out(batch: int) -> int:
     return batch // processes
 
 
-def _finished(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """What a run of the same settings has finished in ``folder``."""
-    file = folder / "finetune.json"
-    if not file.is_file():
-        inside = folder.glob("*") if folder.is_dir() else [folder]
-        if not all(path.match("log-*.jsonl") for path in inside):
-            check_output(folder, False)
-        return {}
-    before = json.loads(file.read_text())
-    now, then = (
-        {key: one.get(key) for key in ("model", "task", "data", "examples", "dtype")} | one.get("settings", {})
-        for one in (report, before)
-    )
-    if other := sorted(key for key, value in now.items() if then.get(key) != value):
-        raise ValueError(
-            f"{folder} holds a fine-tuning with other settings ({', '.join(other)}); repeat that one, give another folder, or "
-            "add --overwrite"
-        )
-    return {key: before[key] for key in ("runs", "parameters", "score", "best_seed")}
-
-
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [run["score"] for run in runs]
     std = statistics.stdev(scores) if len(scores) > 1 else None
@@ -191,7 +186,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _run(name, task: Task, examples, given: Settings, seed: int, device, advance, folder: Path):
+def _run(name, task: Task, examples, given: Settings, seed: int, device, advance, folder: Path, report):
     """One seed: the trained model, the tokenizer, what it scored, and the counts of its parameters."""
     set_seed(seed)
     way, (train, dev) = way_named(given.train), examples
@@ -206,47 +201,56 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     free_head(model, new)
     parameters = counted(model)
     read = [task.encode(tokenizer, example, length) for example in train]
-    with tempfile.TemporaryDirectory() as temporary:
-        arguments = training_arguments(
-            Path(temporary),
-            given.learning_rate or way.learning_rate,
-            _shared_out(given.batch),
-            num_train_epochs=given.epochs,
-            warmup_steps=given.warmup,
-            weight_decay=given.weight_decay,
-            lr_scheduler_type="linear",
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_strategy="epoch",
-            remove_unused_columns=False,
-            seed=seed,
-            **_place(device),
-        )
-        best = Best()
-        trainer = Scored(
-            model=model,
-            args=arguments,
-            train_dataset=read,
-            eval_dataset=dev,
-            data_collator=task.collator(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[best, Often()],
-            scored=lambda model: task.score(
-                task.predict(model, tokenizer, dev, length, 2 * given.batch, progress=iter), dev
-            ),
-        )
-        tokens = step_size(arguments) * sum(len(example["input_ids"]) for example in read) / max(1, len(read))
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Watch(trainer))
-        trainer.add_callback(Log(folder / f"log-{seed}.jsonl", tokens))
-        if advance:
-            trainer.add_callback(Progress(advance, tokens))
-        begun = time.perf_counter()
-        with written(temporary):
-            trainer.train()
-    model = best.restored(unwrapped(trainer)).eval()
+    arguments = training_arguments(
+        partial(folder, seed),
+        given.learning_rate or way.learning_rate,
+        _shared_out(given.batch),
+        num_train_epochs=given.epochs,
+        warmup_steps=given.warmup,
+        weight_decay=given.weight_decay,
+        lr_scheduler_type="linear",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,  # the best one and the last one; of one only, Trainer deletes the last at the end
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        logging_strategy="epoch",
+        remove_unused_columns=False,
+        torch_compile=given.compile,
+        seed=seed,
+        **_place(device),
+    )
+    trainer = Scored(
+        model=model,
+        args=arguments,
+        train_dataset=read,
+        eval_dataset=dev,
+        data_collator=task.collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[Often()],
+        scored=lambda model: task.score(
+            task.predict(model, tokenizer, dev, length, 2 * given.batch, progress=iter), dev
+        ),
+    )
+    tokens = step_size(arguments) * sum(len(example["input_ids"]) for example in read) / max(1, len(read))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch(trainer))
+    trainer.add_callback(Log(folder / f"log-{seed}.jsonl", tokens))
+    if advance:
+        trainer.add_callback(Progress(advance, tokens))
+    clock = time.perf_counter()
+    with silent(), written(folder), kept(partial(folder, seed), report) as last:
+        trainer.train(resume_from_checkpoint=last)
+    model = unwrapped(trainer).eval()
     way.finish(model)
-    run = {"seed": seed, **best.scores, "best_epoch": best.epoch, "seconds": round(time.perf_counter() - begun, 1)}
+    best = next(
+        row
+        for row in trainer.state.log_history
+        if row["step"] == trainer.state.best_global_step and "eval_score" in row
+    )
+    run = {"seed": seed} | {name.removeprefix("eval_"): best[name] for name in best if name.startswith("eval_")}
+    run |= {"best_epoch": best["epoch"], "seconds": round(time.perf_counter() - clock, 1)}
     run |= {"steps": trainer.state.global_step, "new": sorted(new), "curve": _curve(trainer.state.log_history)}
     return model, tokenizer, run, parameters
 
@@ -320,14 +324,20 @@ class Scored(Watched):
         if not all(bool(value.isfinite().all()) for value in (loss, *self.model.parameters())):
             step = self.state.global_step
             raise ValueError(
-                f"loss or weights are not finite after step {step} ({self._where(step)}); {self._good()}; lower the learning rate"
+                f"loss or weights are not finite after step {step} ({self._where(step - 1)}); {self._good()}; lower the "
+                "learning rate"
             )
 
     def _where(self, step: int) -> str:
-        return f"learning rate {self.args.learning_rate:g}, seed {self.args.seed}"
+        each, size = step_size(self.args), len(self.train_dataset)
+        done, step = divmod(step, -(-size // each))
+        return (
+            f"examples {step * each} to {min(size, (step + 1) * each)} of epoch {done + 1}, in the order of seed "
+            f"{self.args.seed}; learning rate {self.args.learning_rate:g}"
+        )
 
     def _good(self) -> str:
-        return "nothing of this seed is saved"
+        return super()._good() if last_checkpoint(Path(self.args.output_dir)) else "nothing of this seed is saved"
 
 
 class Often(TrainerCallback):
@@ -336,24 +346,3 @@ class Often(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % max(1, min(50, state.max_steps // 10)) == 0:
             control.should_log = True
-
-
-class Best(TrainerCallback):
-    """Keeps what is trained of the epoch with the best score, the first one of equals."""
-
-    def __init__(self):
-        self.scores, self.epoch, self.values = {"score": -float("inf")}, None, {}
-
-    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        if metrics["eval_score"] > self.scores["score"]:
-            self.scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "epoch"}
-            self.epoch = state.epoch
-            self.values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def restored(self, model: PreTrainedModel) -> PreTrainedModel:
-        """``model`` as it was after that epoch."""
-        for name, parameter in model.named_parameters():
-            if name in self.values:
-                parameter.copy_(self.values[name])
-        return model

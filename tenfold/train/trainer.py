@@ -70,6 +70,8 @@ class Watched(Trainer):
         if file and (state := TrainerState.load_from_json(str(file))).global_step >= state.max_steps:
             self.state = state
             self._load_from_checkpoint(resume_from_checkpoint)
+            if self.args.load_best_model_at_end:
+                self._load_best_model()
             return None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import toy_tasks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tenfold
 from tenfold.api import evaluate_task, load
 from tenfold.evaluate.tasks import TASKS
 from tenfold.nn import FactorizedLinear
-from tenfold.train.finetune import Best, counted
+from tenfold.train.finetune import Scored, counted
 from tenfold.train.ways import WAYS, free_head
 
 RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
@@ -183,15 +183,31 @@ def test_a_seed_draws_its_own_head(toys, tmp_path):
     assert report["runs"][0]["score"] != report["runs"][1]["score"]
 
 
-def test_the_best_epoch_is_kept_the_first_of_equals():
-    model, best = torch.nn.Linear(2, 2, bias=True), Best()
-    model.bias.requires_grad_(False)
-    for epoch, score in enumerate([0.2, 0.9, 0.4, 0.9], 1):
-        model.weight.data.fill_(epoch)
-        metrics = {"eval_score": score, "eval_f1": score / 2, "epoch": epoch}
-        best.on_evaluate(None, TrainerState(epoch=epoch), None, metrics, model)
-    assert (best.restored(model).weight == 2).all() and best.epoch == 2
-    assert best.scores == {"score": 0.9, "f1": 0.45} and list(best.values) == ["weight"]
+def judge(monkeypatch, scores, look=lambda model: None):
+    """Epochs are judged so, instead of by the dev examples."""
+    left = iter(scores)
+
+    class Judged(Scored):
+        def __init__(self, *args, scored, **kwargs):
+            super().__init__(*args, scored=self.judged, **kwargs)
+
+        def judged(self, model):
+            look(model)
+            score = next(left)
+            return {"score": score, "half": score / 2}
+
+    monkeypatch.setattr("tenfold.train.finetune.Scored", Judged)
+
+
+@pytest.mark.parametrize(("folded", "train"), [(True, "auxiliary"), (True, "lora"), (False, "lora")])
+def test_the_best_epoch_is_kept_the_first_of_equals(toys, tmp_path, monkeypatch, folded, train):
+    seen, ids = [], torch.arange(1, 13).view(2, 6)
+    judge(monkeypatch, [0.2, 0.9, 0.4, 0.9], lambda model: seen.append(model(ids).logits.detach()))
+    run = trained(toys, tmp_path / "out", "bert", folded, train, limit=32, dev_limit=8)["runs"][0]
+    assert (run["score"], run["half"], run["best_epoch"]) == (0.9, 0.45, 2.0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(model(ids).logits, seen[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen[1], seen[3], atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "folded", "train"), [("llama", True, "full"), ("gpt2", False, "lora")])
@@ -229,7 +245,8 @@ def test_no_number_is_told_and_nothing_is_written_over(toys, tmp_path, rate):
     trained(toys, tmp_path / "out", "gpt2", False, "full", **SHORT)
     before = contents(tmp_path / "out")
     what = r"(loss is (nan|inf) at|loss or weights are not finite after) step \d"
-    where = rf"{what} \(learning rate {re.escape(f'{rate:g}')}, seed 5\); nothing of this seed is saved; lower the lea"
+    place = rf"examples \d+ to \d+ of epoch 1, in the order of seed 5; learning rate {re.escape(f'{rate:g}')}"
+    where = rf"{what} \({place}\); nothing of this seed is saved; lower the learning rate"
     with pytest.raises(ValueError, match=where):
         trained(toys, tmp_path / "out", "gpt2", False, "full", learning_rate=rate, seeds=[5], overwrite=True, **SHORT)
     after = contents(tmp_path / "out")
@@ -245,7 +262,8 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
             toy("gpt2", False), "sst2", place, output, batch=32, device="cpu", warmup=0.0, **SHORT, **given
         )
 
-    with pytest.raises(ValueError, match=r"weights are not finite after step 1 \(learning rate 1e\+39, seed 0\)"):
+    where = r"weights are not finite after step 1 \(examples 0 to 32 of epoch 1, in the order of seed 0; learning rate 1e\+39\)"
+    with pytest.raises(ValueError, match=where):
         call(tmp_path / "out", learning_rate=1e39)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log-0.jsonl"]
     call(tmp_path / "out", learning_rate=1e-3)  # nothing but a log was there
@@ -293,6 +311,63 @@ def test_a_killed_call_goes_on_behind_the_last_seed(toys, tmp_path):
     before = contents(out)
     assert trained(toys, out, "gpt2", False, "full", seeds=[2], **given) == report and contents(out) == before
     assert len(trained(toys, out, "gpt2", False, "full", seeds=[9], overwrite=True, **given)["runs"]) == 1
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_killed_call_goes_on_behind_the_last_epoch(toys, tmp_path, train):
+    """To the same weights; the best epoch may lie in the part before."""
+    given, out = {"limit": 32, "dev_limit": 20, "seeds": [1], "epochs": 4}, tmp_path / "out"
+    whole = trained(toys, tmp_path / "whole", "bert", False, train, **given)
+    for last in (5, 8):  # in the third epoch, and behind the last one
+
+        def stop(step, steps, *speed, last=last):
+            if step == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            trained(toys, out, "bert", False, train, advance=stop, **given)
+        kept = out / "seed-1.partial" / f"checkpoint-{(last - 1) // 2 * 2}"
+        assert kept.is_dir() and not (out / "finetune.json").exists()
+    with pytest.raises(ValueError, match=r"seed-1.partial holds a fine-tuning with other settings \(epochs\)"):
+        trained(toys, out, "bert", False, train, **given | {"epochs": 3})
+    seen = []
+    report = trained(toys, out, "bert", False, train, advance=lambda *now: seen.append(now[0]), **given)
+    assert seen == [7, 8] and not (out / "seed-1.partial").exists()
+    assert all(report["runs"][0][key] == whole["runs"][0][key] for key in ("score", "best_epoch", "steps", "curve"))
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    steps = [json.loads(line)["step"] for line in (out / "log-1.jsonl").open()]
+    assert steps == sorted(steps) and set(steps) == set(range(1, 9))
+
+
+def test_what_is_finished_but_not_written_yet_is_not_trained_again(toys, tmp_path, monkeypatch):
+    given, out, scores = {"limit": 32, "dev_limit": 20, "epochs": 3}, tmp_path / "out", [0.2, 0.9, 0.4]
+    judge(monkeypatch, scores)
+    whole = trained(toys, tmp_path / "whole", "bert", False, "full", **given)
+    judge(monkeypatch, scores)
+    with monkeypatch.context() as patch:
+        patch.setattr("tenfold.train.finetune.unwrapped", lambda trainer: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            trained(toys, out, "bert", False, "full", **given)
+    seen = []
+    report = trained(toys, out, "bert", False, "full", advance=lambda *now: seen.append(now), **given)
+    assert not seen and report["runs"][0]["curve"] == whole["runs"][0]["curve"]
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.traced
+def test_a_model_may_be_compiled(toys, tmp_path, monkeypatch):
+    compiled, compile, curves = [], torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or compile(model, backend="eager"))
+    for wanted in (False, True):
+        report = trained(toys, tmp_path / str(wanted), "bert", True, "auxiliary", compile=wanted, **SHORT)
+        curves.append([row["loss"] for row in report["runs"][0]["curve"]])
+        assert bool(compiled) == wanted
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / str(wanted))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
+    assert one.keys() == two.keys()
 
 
 def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):

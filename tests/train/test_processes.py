@@ -18,9 +18,13 @@ from tenfold.api import compress, save
 from tenfold.models.healing import Heal
 from tenfold.train.heal import heal
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no")  # with --cpu it wants MPI  # fmt: skip
 
-def two(*command: str) -> subprocess.CompletedProcess:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+def two(*command: str, launcher=TORCHRUN) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", *launcher]
     tests = str(Path(__file__).parents[1])
     paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
@@ -56,11 +60,13 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
     one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    done = two("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
+    call = ("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
+    done = two(*call, launcher=ACCELERATE)
     report = json.loads((tmp_path / "two" / "finetune.json").read_text())
     curves = [[[row["loss"], row["score"]] for row in run["runs"][0]["curve"]] for run in (one, report)]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
-    assert done.stdout.count("saved in") == 1
+    assert done.stdout.count("saved in") == 1 and not list((tmp_path / "two").glob("*.partial"))
+    assert report["runs"][0]["steps"] == 8
     model, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
     ids = torch.arange(3, 30)[None]
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
