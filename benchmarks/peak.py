@@ -16,22 +16,10 @@ from speed import sets
 from study import device_folder
 from torch import nn
 
-from tenfold.evaluate.machine import peak
+from tenfold.evaluate.layers import held
 from tenfold.nn.kept import keep_matrices
 
 ROWS = (512, 4096)
-
-
-def held(module: nn.Module, rows: int, inner: int, out: int) -> int:
-    x, upstream = torch.randn(rows, inner, requires_grad=True), torch.randn(rows, out)
-
-    def step() -> None:
-        module(x).backward(upstream)
-
-    step()
-    module.zero_grad(set_to_none=True)
-    x.grad = None
-    return peak(step, torch.device("cpu")) + sum(value.nbytes for value in module.parameters())
 
 
 def main() -> None:
@@ -50,7 +38,8 @@ def main() -> None:
             layer, (out, inner) = layer_of(structure), structure.shape
             keep_matrices(layer, "memory")
             for rows in ROWS:
-                ours, dense = held(layer, rows, inner, out), held(nn.Linear(inner, out), rows, inner, out)
+                given_pass = torch.randn(rows, inner, requires_grad=True), torch.randn(rows, out), True
+                ours, dense = held(layer, *given_pass), held(nn.Linear(inner, out), *given_pass)
                 cells.append(
                     {
                         "shape": [out, inner],

@@ -48,6 +48,8 @@ def show_cells(cells: list[dict]) -> None:
             f"{1e3 * cell['dense_seconds']:.3f}",
             f"{cell['ratio']:.2f}",
             f"{cell['floor'] / cell['seconds']:.0%}",
+            f"{cell['bytes'] / 2**20:,.1f}",
+            f"{cell['dense_bytes'] / 2**20:,.1f}",
             "dense" if cell["kept"] else "",
         ]
         for cell in cells
@@ -62,6 +64,8 @@ def show_cells(cells: list[dict]) -> None:
         "dense ms",
         "dense / ours",
         "of the floor",
+        "MiB",
+        "dense MiB",
         "kept",
     ]
     show_table(columns, rows)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.evaluate.machine import bytes_per_second, flops_per_second, turns
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second, footprint, peak, turns
 from tenfold.nn import FactorizedLinear
 from tenfold.structure.contract import bucket
 
@@ -35,7 +35,8 @@ def bench_layers(
         Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
         ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
         large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
-        backward pass counts as twice the forward pass. ``kept`` is false where this goes through the factors; where the layer
+        backward pass counts as twice the forward pass. ``bytes`` and ``dense_bytes``: the most that a pass holds at once, with
+        parameters and a kept matrix, without its input. ``kept`` is false where this goes through the factors; where the layer
         keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth. With few rows as
         many copies of a layer are called by turns as no cache holds: in a model, too, a layer is read from memory each time.
     """
@@ -65,6 +66,7 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
     layer.train(not kept)  # a matrix is kept in evaluation only
     runs = [by_turns(copies(module, rows), x, upstream, backward) for module in (layer, twin)]
     pairs = turns(*runs, device, repeats)
+    most = [held(module, x, upstream, backward) for module in (layer, twin)]
     layer.train(training).zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
@@ -77,6 +79,8 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool,
         "dense_seconds": statistics.median(dense for _, dense in pairs),
         "ratio": statistics.median(dense / ours for ours, dense in pairs),
         "floor": floor(layer, rows) * (3 if backward else 1),
+        "bytes": most[0],
+        "dense_bytes": most[1],
     }
 
 
@@ -109,6 +113,15 @@ def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backwar
         module(x).backward(upstream)
 
     return run
+
+
+def held(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> int:
+    """Bytes that a pass holds at most, with parameters and a kept matrix, without ``x`` and ``upstream``."""
+    run = one_pass(module, x, upstream, backward)
+    run()  # whatever is made once
+    for value in (x, *module.parameters()):
+        value.grad = None  # else it would be freed within the pass
+    return peak(run, x.device) + footprint(module)
 
 
 def floor(layer: FactorizedLinear, rows: int) -> float:

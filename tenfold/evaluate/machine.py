@@ -9,6 +9,7 @@ from functools import cache
 from itertools import accumulate
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -63,7 +64,12 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(seconds(lambda: one @ other, device) for _ in range(7))
 
 
-@cache
+def footprint(module: nn.Module) -> int:
+    """Bytes of its parameters, of what else is saved, and of kept matrices."""
+    kept = [layer._kept.matrix for layer in module.modules() if getattr(layer, "_kept", None) is not None]
+    return sum(map(stored, (*module.parameters(), *module.buffers(), *kept)))
+
+
 def stored(tensor: torch.Tensor) -> int:
     """Its bytes; of one that is made of others, as torchao's quantised ones are, the bytes of these."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -72,6 +78,7 @@ def stored(tensor: torch.Tensor) -> int:
     return sum(stored(getattr(tensor, name)) for name in names)
 
 
+@cache
 def bytes_per_second(device: torch.device) -> float:
     """The rate at which a large tensor is copied, bytes read and written."""
     source = torch.zeros(2**25 if device.type == "cpu" else 2**28, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tenfold.evaluate.machine import bytes_per_second, flops_per_second, peak, stored, turns
+from tenfold.evaluate.machine import bytes_per_second, flops_per_second, footprint, peak, stored, turns
 from tenfold.models.cost import site_flops
 from tenfold.models.reading import context_of
 from tenfold.models.replace import densify
@@ -74,7 +74,7 @@ def _measured(calls: list[Callable], models, rows: int, tokens: int, repeats: in
     device = next(models[0].parameters()).device
     pairs = turns(*calls, device, repeats)
     least = floor(models[0], rows) * (3 if models[0].training else 1)
-    held = [peak(call, device) + _bytes(one) for call, one in zip(calls, models, strict=True)]
+    held = [peak(call, device) + footprint(one) for call, one in zip(calls, models, strict=True)]
     return {
         "tokens_per_second": tokens / statistics.median(ours for ours, _ in pairs),
         "dense_tokens_per_second": tokens / statistics.median(dense for _, dense in pairs),
@@ -93,12 +93,6 @@ def floor(model, rows: int) -> float:
     read = [m for site, m in modules if m is not None and (site.role != "embed" or is_tied(model))]
     held = sum({id(p): stored(p) for module in read for p in module.parameters()}.values())
     return max(flops / flops_per_second(like.device, like.dtype), held / bytes_per_second(like.device))
-
-
-def _bytes(model) -> int:
-    """Of the parameters, of what else is saved, and of kept matrices."""
-    kept = [layer._kept.matrix for layer in model.modules() if getattr(layer, "_kept", None) is not None]
-    return sum(map(stored, (*model.parameters(), *model.buffers(), *kept)))
 
 
 def _prefill(model, ids, new_tokens: int) -> None:

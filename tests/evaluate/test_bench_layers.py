@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import small
@@ -55,6 +56,32 @@ def test_the_floor_is_flops_or_bytes(monkeypatch, rate, copies, expected):
     monkeypatch.setattr(layers, "bytes_per_second", lambda device: copies)
     layer = FactorizedLinear(LowRank(out_features=8, in_features=6, rank=2))
     assert layers.floor(layer, 5) == pytest.approx(expected)
+
+
+def test_the_memory_of_a_pass_is_counted():
+    """Of nn.Linear by hand; a structured layer holds no matrix but a kept one."""
+    layer, x, upstream = torch.nn.Linear(64, 96), torch.randn(32, 64, requires_grad=True), torch.randn(32, 96)
+    matrix, output = 4 * 64 * 96, 4 * 32 * 96
+    own = matrix + 4 * 96
+    assert layers.held(layer, x, upstream, False) == own + output
+    assert layers.held(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, "gradients of all that has one"
+    assert layers.held(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, "whatever was there before"
+    folded = FactorizedLinear(LowRank(out_features=96, in_features=64, rank=4)).eval()
+    folded.set_factors(folded.structure.init(0.1))
+    factors = 4 * (4 * (96 + 64) + 96)
+    assert factors + output < layers.held(folded, x, upstream, False) < matrix + output
+    folded.keeps = frozenset({32, 80})
+    assert layers.held(folded, x, upstream, False) >= matrix + factors + output
+    cell = bench_layers(torch.nn.ModuleDict({"a": folded}), rows=(32,), repeats=1)[0]
+    assert cell["dense_bytes"] == own + output and factors + output < cell["bytes"] < matrix + output
+
+
+def test_nothing_that_was_measured_is_held():
+    value = torch.zeros(3)
+    gone = weakref.ref(value)
+    assert machine.stored(value) == 12
+    del value
+    assert gone() is None
 
 
 def test_few_rows_are_timed_with_factors_that_come_from_memory(monkeypatch):
