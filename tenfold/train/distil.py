@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tenfold.models.healing import Heal
+from tenfold.train.chunks import summed
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import IGNORED, LOGITS, STATES, WITHOUT_TEACHER, Rows, log_probabilities, wide
 from tenfold.train.teacher import layer_map
@@ -18,8 +16,8 @@ from tenfold.train.teacher import layer_map
 class Distillation:
     """``sum_k weight_k loss_k``, every loss a mean over positions; see :mod:`tenfold.train.losses`.
 
-    Logits are computed ``settings.chunk`` positions at a time, of student and teacher, and again in backward: whatever the
-    batch, no more of them are ever held.
+    Logits are computed ``settings.chunk`` positions at a time, of student and teacher: whatever the batch, no more of them are
+    ever held.
 
     Args:
         student: is trained.
@@ -82,39 +80,31 @@ class Distillation:
             self.checked = True
 
     def _rows(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, labels: Tensor, there: Tensor) -> Tensor:
-        """The losses of positions, chunk by chunk: sums of each, then their means."""
+        """The losses of positions, chunk by chunk, each a mean over them."""
         if self.causal:
             labels, there = labels[:, 1:], there[:, 1:]
             states, wanted, ids = (None if value is None else value[:, :-1] for value in (states, wanted, ids))
         labelled = (labels != IGNORED) & there
         kept = labelled if self.causal or self.settings.positions == "masked" else there
-        rows = [None if value is None else value[kept] for value in (states, wanted, ids)]
+        states, wanted, ids = (None if value is None else value[kept] for value in (states, wanted, ids))
         targets = torch.where(labelled, labels, IGNORED)[kept]
-        size, sums = self.settings.chunk, 0.0
-        for begin in range(0, max(1, len(targets)), size):
-            parts = [None if value is None else value[begin : begin + size] for value in (*rows, targets)]
-            sums = sums + checkpoint(self._chunk, *parts, use_reentrant=False)
-        counts = {"cross_entropy": labelled.sum()}
-        means = [
-            weight * value / counts.get(name, kept.sum()).clamp(min=1)
-            for (name, weight), value in zip(self.of_rows.items(), sums, strict=True)
-        ]
-        return torch.stack(means).sum()
+        counts = torch.stack([(labelled if name == "cross_entropy" else kept).sum() for name in self.of_rows])
+
+        def run(states: Tensor, rows: slice) -> Tensor:
+            rest = (None if value is None else value[rows] for value in (wanted, ids, targets))
+            sums = self._chunk(states, *rest)
+            return (sums * sums.new_tensor(list(self.of_rows.values())) / counts.clamp(min=1)).sum()
+
+        return summed(run, states, list(self.student.model.parameters()), self.settings.chunk)
 
     def _chunk(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, targets: Tensor) -> Tensor:
         """The sum of every loss ``(losses,)`` over the positions of a chunk."""
         heat, student, teacher = self.settings.temperature, None, None
         logits = self.student.logits(states)
         if self.diverging:
-            ids = None if ids is None else ids.long()
-            student = log_probabilities(logits, heat, ids)
-            teacher = self._answers(wanted)
+            student = log_probabilities(logits, heat, None if ids is None else ids.long())
+            with torch.no_grad():  # stored answers are rounded, and add up to one again
+                made = None if self.teacher is None else self.teacher.logits(wanted)
+                teacher = torch.log_softmax(wide(wanted), -1) if made is None else log_probabilities(made, heat)
         rows = Rows(logits, targets, student, teacher, heat)
         return torch.stack([LOGITS[name](rows).sum() for name in self.of_rows])
-
-    @torch.no_grad()
-    def _answers(self, wanted: Any) -> Tensor:
-        """``log p`` of the teacher's states; stored ones are rounded, and add up to one again."""
-        if self.teacher is None:
-            return torch.log_softmax(wide(wanted), -1)
-        return log_probabilities(self.teacher.logits(wanted), self.settings.temperature)

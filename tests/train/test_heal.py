@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import small
@@ -97,13 +98,13 @@ def test_chunks_change_neither_loss_nor_gradients(name):
     wanted = gradients(student)
     distillation = Distillation(student, teacher, settings, causal)
     loss = distillation(**batch)["loss"]
-    loss.backward()
+    (2 * loss).backward()  # a power of two: norms of some round to single precision
     assert not distillation.student.whole and not distillation.teacher.whole
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     got = gradients(student)
     assert got.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert torch.allclose(got[key], value, rtol=1e-10, atol=1e-10), key
+        assert torch.allclose(got[key], 2 * value, rtol=1e-10, atol=1e-10), key
 
 
 def test_a_head_that_can_not_be_asked_for_some_positions_is_asked_for_all():
@@ -143,11 +144,13 @@ def test_no_more_logits_than_a_chunk_are_ever_held(name, stored):
     for chunk, most in ((4, 4), (1000, 22)):
         distillation, held = Distillation(student, teacher, Heal(losses=ALL, chunk=chunk), name != "bert"), []
         with Widest(97, {32, 7}) as widest:
-            with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
+            pack = lambda x, held=held: held.append(weakref.ref(x)) or x  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 loss = distillation(**batch)["loss"]
+            left = [x for x in (one() for one in held) if x is not None]
             loss.backward()
         assert widest.rows <= most
-        assert held and not [x for x in held if x.shape[-1:] == (97,) and x.shape[0] not in (32, 7)], (
+        assert left and not [x for x in left if x.shape[-1:] == (97,) and x.shape[0] not in (32, 7)], (
             "kept for backward"
         )
     assert widest.rows > 4, "one chunk holds all"
