@@ -1,6 +1,7 @@
 """A GPT-2 small with random weights at 65 % of its parameters against the dense one: prompts, decoding, a step of training.
 
-    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8] [--folder recommended DIR] [--int8]
+    python benchmarks/models.py [--structures low_rank ...] [--keep 0.65] [--batch 1 8] [--int8] [--compile]
+    python benchmarks/models.py --folder recommended DIR [...]
     python benchmarks/models.py --table
 
 Matrices of the blocks are folded from noise (speed does not depend on the values), so that all parameters together, embedding
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
     parser.add_argument("--folder", nargs=2, metavar=("NAME", "DIR"), help="instead of --structures")
     parser.add_argument("--int8", action="store_true", help="factors that are matrices in eight bits, without training")
+    parser.add_argument("--compile", action="store_true", help="both models, with a static cache")
     parser.add_argument("--keep", type=float, default=0.65)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
@@ -66,7 +68,7 @@ def measure(given) -> None:
     result["machine"] = {"threads": torch.get_num_threads(), "torch": version("torch")}
     done = {(row["structure"], row["keep"], row["batch"]) for row in result["rows"]}
     for plain in [given.folder[0]] if given.folder else given.structures:
-        name = f"{plain}, int8" if given.int8 else plain
+        name = plain + ", int8" * given.int8 + ", compiled" * given.compile
         for batch in given.batch:
             if (name, given.keep, batch) in done:
                 continue
@@ -74,9 +76,8 @@ def measure(given) -> None:
             model, dense = folded or model_of(STRUCTURES[plain], given.keep), model_of(None, 1.0)
             if given.int8:
                 quantize_(model, FqnToConfig({MATRICES: Int8WeightOnlyConfig(version=2)}), filter_fn=None)
-            speed = api.bench(
-                model, batch, length=128, new_tokens=32, repeats=5, against=dense, training=not given.int8
-            )
+            how = {"length": 128, "new_tokens": 32, "repeats": 5, "training": not given.int8}
+            speed = api.bench(model, batch, against=dense, compiled=given.compile, **how)
             row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
             row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}
             result["rows"].append(row)

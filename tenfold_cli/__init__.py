@@ -236,6 +236,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
     repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
     train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, with a static cache.")] = False,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
     mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
     limit: Annotated[
@@ -262,6 +263,7 @@ def bench(
         "--against": against,
         "--length": length,
         "--train": train or None,
+        "--compile": compile or None,
         "--batch": None if batch == [1] else batch,
     }
     if layers and (unused := [name for name, value in given.items() if value is not None]):
@@ -278,11 +280,11 @@ def bench(
             raise ValueError(f"no layer of {model} is structured; fold it first (tenfold compress)")
         return show_json(cells) if as_json else show_cells(cells)
     turns = tracked("measuring")(batch)
-    results = [api.bench(loaded, one, length, new_tokens, repeats, other, train) for one in turns]
+    results = [api.bench(loaded, one, length, new_tokens, repeats, other, train, compile) for one in turns]
     if as_json:
         return show_json(results if len(results) > 1 else results[0])
     show_speeds(results, "dense" if against is None else "other")
-    if kept["layers"]:
+    if kept["layers"] and not compile:
         print(
             f"{kept['layers']} layers multiply by a kept matrix, {kept['bytes'] / 2**20:,.0f} MiB in all, as dense ones"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def bench(
     repeats: int = 5,
     against=None,
     training: bool = False,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Reading a prompt, writing tokens and, if asked for, a step of training, for ``model`` and another one, turn by turn.
 
@@ -34,6 +36,7 @@ def bench(
         repeats: counted turns; one more warms up.
         against: the other model; the dense twin unless given.
         training: also forward, backward and AdamW on the prompts, of copies.
+        compiled: both under torch.compile, decoding with a static cache; layers keep no matrix then.
 
     Returns:
         For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``,
@@ -54,20 +57,34 @@ def bench(
         "rows": {"prefill": batch * length, "decode": batch},
         "device": str(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "kept": sum(bool(getattr(layer, "keeps", None)) for layer in model.modules()),
+        "kept": 0 if compiled else sum(bool(getattr(layer, "keeps", None)) for layer in model.modules()),
+        "compiled": compiled,
     }
-    with torch.no_grad():
-        for name, run in (("prefill", _prefill), ("decode", _decode)):
+    with torch.no_grad(), traced((model, twin) if compiled else ()):
+        for name, run in (("prefill", _prefill), ("decode", _static if compiled else _decode)):
             calls = [lambda one=one, run=run: run(one, ids, new_tokens) for one in (model, twin)]
             tokens = batch * (length if name == "prefill" else new_tokens)
             result[name] = _measured(calls, (model, twin), result["rows"][name], tokens, repeats)
     if training:
         copies = [copy.deepcopy(one).train() for one in (model, twin)]
         result["rows"]["training"] = batch * length
-        result["training"] = _measured(
-            [_step(one, ids) for one in copies], copies, batch * length, batch * length, repeats
-        )
+        tokens = batch * length
+        with traced(copies if compiled else ()):
+            result["training"] = _measured([_step(one, ids) for one in copies], copies, tokens, tokens, repeats)
     return result
+
+
+@contextmanager
+def traced(models: Sequence[Any]) -> Iterator[None]:
+    """``models`` under torch.compile meanwhile."""
+    for one in models:
+        one.forward = torch.compile(one.forward)  # hides the method of the class
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # of all models together: they share their code
+            yield
+    finally:
+        for one in models:
+            del one.forward
 
 
 def _measured(calls: list[Callable], models, rows: int, tokens: int, repeats: int) -> dict[str, float]:
@@ -99,12 +116,16 @@ def _prefill(model, ids, new_tokens: int) -> None:
     model(input_ids=ids, use_cache=False)
 
 
-def _decode(model, ids, new_tokens: int) -> None:
+def _decode(model, ids, new_tokens: int, **more: Any) -> None:
     prompt = ids[:, :8]
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=0,
+        pad_token_id=0, **more,
     )  # fmt: skip
+
+
+def _static(model, ids, new_tokens: int) -> None:
+    _decode(model, ids, new_tokens, cache_implementation="static")
 
 
 def _step(model, ids) -> Callable[[], None]:

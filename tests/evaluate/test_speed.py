@@ -5,6 +5,7 @@ import copy
 import pytest
 import small
 import torch
+from transformers import GPT2LMHeadModel
 
 from tenfold.api import bench, compress
 from tenfold.evaluate import speed
@@ -32,6 +33,27 @@ def test_a_step_of_training_is_measured_on_copies():
     assert result["training"]["bytes"] > 2 * parameters, "the gradients are held beside the parameters"
     assert result["training"]["most_tokens_per_second"] < result["prefill"]["most_tokens_per_second"]
     assert not model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.traced
+def test_both_may_be_compiled(monkeypatch):
+    calls, compile, generate = [], torch.compile, GPT2LMHeadModel.generate
+
+    def counted(forward):
+        traced = compile(forward, backend="eager")
+        return lambda *args, **kwargs: calls.append(forward.__self__) or traced(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    caches = []
+    monkeypatch.setattr(
+        GPT2LMHeadModel,
+        "generate",
+        lambda *args, **how: caches.append(how.get("cache_implementation")) or generate(*args, **how),
+    )
+    model, other = small.model(), small.model()
+    found = bench(model, new_tokens=2, repeats=1, against=other, training=True, compiled=True)
+    assert found["compiled"] and {id(one) for one in calls} > {id(model), id(other)} and set(caches) == {"static"}
+    assert not any("forward" in one.__dict__ for one in (model, other))
 
 
 def test_another_model_may_be_the_rival():
