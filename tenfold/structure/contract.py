@@ -358,7 +358,8 @@ def _back_dense(
     elif needs[0]:
         made = _known_forward_plans(diagram.transposed(), bucket(dy.shape[0]), dy.device.type)[1] is not None
         dx = None if made else _forward(diagram.transposed(), factors, dy)
-    if (parts := in_parts(diagram, factors)) is not None:
+    # where no W may be kept memory counts: beside dW there are its copy and, of a tensor train, what is between two cores
+    if (parts := in_parts(diagram, factors, 2 if w is None else 1)) is not None:
         found, *others = parts.back(x, dy, made, needs[1:])
         return [found if made else dx, *others]
     values = Values(rebuild(diagram), factors)

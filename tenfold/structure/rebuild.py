@@ -47,17 +47,20 @@ def back(diagram: Diagram, factors: list[Tensor], dw: Tensor, needs: list[bool])
     return values.back(dw.reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs)
 
 
-def in_parts(diagram: Diagram, factors: list[Tensor]) -> Parts | Slices | None:
-    """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients."""
+def in_parts(diagram: Diagram, factors: list[Tensor], smaller: int = 1) -> Parts | Slices | None:
+    """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients.
+
+    ``smaller``: parts are so many times smaller than they are fast.
+    """
     here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if not here or (cut := _cut(diagram)) is None:
+    if not here or (cut := _cut(diagram, PART // smaller)) is None:
         return None
     first, axis, step = cut
     return Slices(diagram, factors, step) if first is None else Parts(diagram, factors, first, axis, step)
 
 
 @lru_cache(maxsize=4096)
-def _cut(diagram: Diagram) -> tuple[int | None, int, int] | None:
+def _cut(diagram: Diagram, part: int) -> tuple[int | None, int, int] | None:
     """The factor whose slices make parts of the rows, its axis, and how many numbers of the axis a part has at most.
 
     No factor where those of all do: every row has its own.
@@ -66,7 +69,7 @@ def _cut(diagram: Diagram) -> tuple[int | None, int, int] | None:
         return None
     having = [k for k, (_, labels) in enumerate(diagram.factors) if diagram.outs[0] in labels]
     size, numbers = diagram.size(diagram.outs[:1]), prod(diagram.shape)
-    fitting = max(1, size * PART // numbers)
+    fitting = max(1, size * part // numbers)
     if fitting >= size:
         return None
     step = -(-size // -(-size // fitting))
@@ -122,17 +125,17 @@ class Parts:
     def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
         """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
         first, others = needs[self.place], [*needs[: self.place], *needs[self.place + 1 :]]
-        gathered, memory = Gathered(self.whole, [first, *others]), (self.memory(), self.memory())
+        gathered, memory = Gathered(self.whole, [first, *others]), self.memory()
         dx = dy.new_empty(dy.shape[0], self.diagram.shape[1] if of_x else 0)
         made = torch.empty_like(self.first) if first else None
         places = (self.first if made is None else made).split(self.step, self.axis)
         for (rows, values), place in zip(self, places, strict=True):
-            w, dw = (some[: rows.stop - rows.start] for some in memory)
+            some = memory[: rows.stop - rows.start]
             if of_x:
-                self.write(values, w)
-                torch.addmm(dx, dy[:, rows], w, beta=int(rows.start > 0), out=dx)
-            if any(needs):
-                gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=dw)), place)
+                self.write(values, some)
+                torch.addmm(dx, dy[:, rows], some, beta=int(rows.start > 0), out=dx)
+            if any(needs):  # dW takes the place of W
+                gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=some)), place)
         found = gathered.rest() if any(needs) else [None for _ in others]
         return [dx if of_x else None, *found[: self.place], made, *found[self.place :]]
 

@@ -12,7 +12,7 @@ from tenfold.api import bench_layers, compress
 from tenfold.evaluate import layers, machine
 from tenfold.nn import FactorizedLinear
 from tenfold.nn.kept import keep_matrices
-from tenfold.structure import LowRank
+from tenfold.structure import LowRank, TensorTrain
 
 RULES = [
     {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}},
@@ -74,6 +74,18 @@ def test_the_memory_of_a_pass_is_counted():
     assert layers.held(folded, x, upstream, False) >= matrix + factors + output
     cell = bench_layers(torch.nn.ModuleDict({"a": folded}), rows=(32,), repeats=1)[0]
     assert cell["dense_bytes"] == own + output and factors + output < cell["bytes"] < matrix + output
+
+
+@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072)])
+@pytest.mark.parametrize("cores", [3, 4])
+def test_a_step_of_training_in_mode_memory_holds_no_more_than_a_dense_layer_and_its_matrix(shape, cores):
+    structure = TensorTrain.within(*shape, {"kind": "tensor_train", "parts": cores}, shape[0] * shape[1] / 2)
+    layer = FactorizedLinear(structure)
+    layer.set_factors(structure.init(0.1))
+    keep_matrices(layer, "memory")
+    given = torch.randn(256, shape[1], requires_grad=True), torch.randn(256, shape[0]), True
+    dense = layers.held(torch.nn.Linear(shape[1], shape[0]), *given)
+    assert layers.held(layer, *given) <= dense + 4 * shape[0] * shape[1]
 
 
 def test_nothing_that_was_measured_is_held():
