@@ -19,7 +19,7 @@ def summed(run: Callable[[Tensor, slice], Tensor], states: Tensor, parameters: S
         run: the loss of a slice of rows, a number; it may use ``parameters``, and nothing else that needs a gradient.
     """
     free = [p for p in parameters if p.requires_grad]
-    if torch.is_grad_enabled() and (free or states.requires_grad):
+    if torch.is_grad_enabled():
         return _Summed.apply(run, size, states, *free)
     return torch.stack([run(states[one], one) for one in _slices(len(states), size)]).sum()
 

@@ -23,8 +23,8 @@ def test_the_sum_and_its_gradients(size):
     found = summed(run, states, parameters, size)
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad(2 * found, [states, *parameters], allow_unused=True)
-    for value, other in zip(got, wanted, strict=True):
-        assert (value is None) == (other is None) and (value is None or torch.allclose(value, other))
+    for value, known in zip(got, wanted, strict=True):
+        assert (value is None) == (known is None) and (value is None or torch.allclose(value, known))
     with torch.no_grad():
         torch.testing.assert_close(summed(run, states, parameters, size), expected)
 

@@ -237,7 +237,7 @@ SHORT = {"epochs": 1, "limit": 32, "dev_limit": 8}
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e38])
