@@ -21,6 +21,7 @@ from tenfold.train.optimizer import optimizer_for
 RULE = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "tensor_train", "parts": 3, "rank": 6}}
 RULE |= {"share": {"factors": ["core_1"]}}
 TOLERANCE = {"adamw": 1e-5, "muon": 1e-2, "healed": 1e-5}
+OPTIMIZER = {"adamw": "adamw", "muon": "muon", "healed": "adamw"}
 LOSSES = Heal(losses={"kl": 1.0, "cross_entropy": 0.5}, chunk=5)
 
 
@@ -33,7 +34,7 @@ def losses(kind: str, shard: bool, rank: int = 0, ranks: int = 1) -> list[float]
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer, found = optimizer_for(model, "muon" if kind == "muon" else "adamw", "one", 1e-2, 0.1), []
+    optimizer, found = optimizer_for(model, OPTIMIZER[kind], "one", 1e-2, 0.1), []
     if kind == "healed":
         model.forward = Distillation(model, toys.build("llama", 1).double(), LOSSES)
     for step in range(4):
@@ -56,7 +57,7 @@ def saved_and_loaded(model, optimizer, kind: str):
     """Another optimizer that goes on where this one is, as accelerate's checkpoints of sharded models have it."""
     folder = Path(sys.argv[1]).with_suffix(f".{kind}")
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
-    other = optimizer_for(model, "muon" if kind == "muon" else "adamw", "one", 9.9, 0.9)
+    other = optimizer_for(model, OPTIMIZER[kind], "one", 9.9, 0.9)
     state = {"optimizer": get_optimizer_state_dict(model, other)}
     dcp.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, other, optim_state_dict=state["optimizer"])
