@@ -64,6 +64,12 @@ def shared_whole(group: int, adapter: int | None, start: dict | str = "noise") -
     return {"replace": [rule]}
 
 
+def shared_among(*groups: list[int]) -> dict:
+    """The whole matrix common to the layers of a group, which need not be neighbours (arXiv 2104.06022); branches from zero."""
+    share, structure = {"share": {"factors": ["matrix"]}}, {"kind": "dense"}
+    return {"replace": [{"role": BLOCKS, "layers": g, "structure": structure, "start": ZERO} | share for g in groups]}
+
+
 def shared_mlp(layers: int, wide: int) -> dict:
     """Attention of its own in every layer, one wide MLP for all of them (arXiv 2309.01826); branches from zero."""
     own = {"role": BLOCKS[:4], "structure": {"kind": "dense"}, "start": ZERO}
@@ -128,6 +134,8 @@ def contenders(part: int) -> dict[str, dict]:
         "6 layers, threes share whole": {"model": {"num_hidden_layers": 6}} | shared_whole(3, 16 // part),
         "6 layers, pairs share whole, branches from zero": pairs,
         "6 layers, pairs share whole, branches from zero, taught": pairs | taught,
+        "6 layers, a cycle of three, branches from zero": pairs | shared_among([0, 3], [1, 4], [2, 5]),
+        "6 layers, mirrored, branches from zero": pairs | shared_among([0, 5], [1, 4], [2, 3]),
         "shallower, taught": {"model": shallower} | taught,
         "narrower, taught": {"model": narrower} | taught,
         "dense, taught": taught,
@@ -138,6 +146,10 @@ def contenders(part: int) -> dict[str, dict]:
             "model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}
         }
         | shared_whole(2, None, ZERO),
+        "8 layers, a cycle of four, branches from zero": {
+            "model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}
+        }
+        | shared_among([0, 4], [1, 5], [2, 6], [3, 7]),
         "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}
         | shared(2, 384 // part, 992 // part),
         "8 layers, pairs share, branches from zero": {
