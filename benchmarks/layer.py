@@ -42,7 +42,7 @@ class Plain(nn.Module):
     def forward(self, x):
         factors, (place,) = self.layer.factors(), self.layer.structure.normal_form()
         flat = x.reshape(-1, x.shape[-1])
-        return contract._forward(place.diagram, place.tensors(factors), flat).reshape(*x.shape[:-1], -1)
+        return contract.forward(place.diagram, place.tensors(factors), flat).reshape(*x.shape[:-1], -1)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tenfold.nn.layers import FactorizedLinear
 from tenfold.structure import Factors
+from tenfold.structure.hold import NOTHING, Hold
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -127,7 +128,11 @@ class Cola:
                 raise ValueError(f"factor {name!r} of {self} has to be given with shape {shape}")
 
     def _apply(
-        self, factors: Factors, x: Float[Tensor, "*rows inner"], bias: Float[Tensor, "out"] | None = None, *_: bool
+        self,
+        factors: Factors,
+        x: Float[Tensor, "*rows inner"],
+        bias: Float[Tensor, "out"] | None = None,
+        hold: Hold = NOTHING,
     ) -> Float[Tensor, "*rows out"]:
         hidden = ACTIVATIONS[self.activation](functional.linear(x, factors["down"]))
         return functional.linear(hidden, factors["up"], bias)

@@ -16,6 +16,7 @@ from tenfold.nn.layers import FactorizedLinear
 from tenfold.nn.worth import read_measured
 from tenfold.structure import Structure
 from tenfold.structure.contract import BUCKETS
+from tenfold.structure.hold import Hold
 from tenfold.structure.plan import cost_of_product
 from tenfold.structure.worth import worth_of
 
@@ -42,9 +43,9 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
     """Say which layers of ``model`` keep their matrix in evaluation, and at which numbers of rows it is used.
 
     Args:
-        mode: ``memory``: none. ``speed``: all that gain by it; in training, layers keep also what lies between two products,
-            where it is no larger than their input. ``auto``: those that gain the most for their bytes, while factors and kept
-            matrices together take no more than ``limit``.
+        mode: ``memory``: none, and what is made on the way is kept small. ``speed``: all that gain by it; in training, layers
+            keep also what lies between two products, where it is no larger than their input. ``auto``: those that gain the most
+            for their bytes, while factors and kept matrices together take no more than ``limit``.
         limit: bytes; what the dense layers took unless given.
 
     Returns:
@@ -63,7 +64,7 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
     limit, taken, count = sum(dense) if limit is None else limit, 0, 0
     offers = {id(layer): offer(layer) for layer in layers}
     for layer in layers:
-        layer.keeps, layer.between = frozenset(), mode == "speed"
+        layer.keeps, layer.hold = frozenset(), Hold(between=mode == "speed", little=mode == "memory")
     for one in sorted(offers.values(), key=lambda one: -one.gain / one.bytes):
         fits = mode == "speed" or sum(factors.values()) + taken + one.bytes <= limit
         if mode != "memory" and one.rows and fits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -13,6 +13,7 @@ from tenfold.nn.again import Again
 from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import BUCKETS, bucket, forward_plans
+from tenfold.structure.hold import NOTHING
 from tenfold.structure.worth import worth_of
 
 FEW = 128  # rows of a call
@@ -176,7 +177,7 @@ class FactorizedLinear(_Factorized):
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
-        self.between = False  # whether results between two products are kept for the way back
+        self.hold = NOTHING  # what is kept for the way back: tenfold.nn.kept
         self._kept: Kept | None = None
         self._again = Again()
 
@@ -191,11 +192,10 @@ class FactorizedLinear(_Factorized):
             return products.linear(x, w, self.bias)
         if serves(x) and 0 < x.numel() <= FEW * self.in_features:
             return self._few(factors, x, self.bias)
-        if not self.keeps and not self.between:
-            return self.structure._apply(factors, x, self.bias)
-        keep = not torch.compiler.is_compiling() and bucket(x.numel() // self.in_features) in self.keeps
-        made = self._again.matrices(factors) if keep else None
-        return self.structure._apply(factors, x, self.bias, made, self.between)
+        hold = self.hold
+        if self.keeps and not torch.compiler.is_compiling() and bucket(x.numel() // self.in_features) in self.keeps:
+            hold = replace(hold, matrices=self._again.matrices(factors))
+        return self.structure._apply(factors, x, self.bias, hold)
 
     def _quick(self, x: Tensor, matrices: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure import contract, dims
-from tenfold.structure.contract import Keep
+from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.placement import Placement, summed
 from tenfold.structure.worth import Cost, Worth
 
@@ -213,19 +213,16 @@ class Structure(ABC):
             raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {self.shape[1]}")
         return self._apply(factors, x)
 
-    def _apply(
-        self, factors: Factors, x: Tensor, bias: Tensor | None = None, matrix: Keep = None, between: bool = False
-    ) -> Tensor:
-        """``matrix``, ``between``: what is kept for the way back, see :func:`tenfold.structure.contract.apply`."""
+    def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
         out, inner = self.shape
         flat, places = x.reshape(-1, inner), self._placements
         if (blocks := self._blocks) is not None:
             made = []
             for start, size, some in blocks:
                 own = bias if bias is None or size == out else bias.narrow(0, start, size)
-                made.append(summed(some, factors, flat, own, matrix, between))
+                made.append(summed(some, factors, flat, own, hold))
             return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
-        parts = [place.apply(factors, flat, bias if place is places[0] else None, matrix, between) for place in places]
+        parts = [place.apply(factors, flat, bias if place is places[0] else None, hold) for place in places]
         return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
 
     def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:

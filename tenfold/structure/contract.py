@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count
+from math import prod
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tenfold.structure import products
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.pair import Target, has_kernels
 from tenfold.structure.plan import ROWS, Gathered, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
 from tenfold.structure.rebuild import dense, in_parts, rebuild
@@ -28,9 +29,7 @@ from tenfold.structure.worth import CPU, Cost, Worth, worth_of
 PART = 512  # rows that go through a chain at once on a CPU, at most, where it holds more than products of matrices
 CACHED = 2**20  # numbers between the steps that a part has, where that leaves it LEAST rows
 LEAST = 64
-SLICE = 512  # numbers of a rank that all factors share which are summed over at once, on a CPU
 NEARLY = 0.95  # a chain has to gain something: it moves more than is counted
-Keep = dict[tuple, Tensor] | None  # by diagram and addresses of the factors
 BUCKETS = (1, 32, 512, 2048)  # layers plan for these numbers of rows only; compiled, three of them make three branches
 
 
@@ -115,15 +114,9 @@ def apply(
     factors: list[Tensor],
     x: Float[Tensor, "n inner"],
     bias: Float[Tensor, "out"] | None = None,
-    matrix: Keep = None,
-    between: bool = False,
+    hold: Hold = NOTHING,
 ) -> Float[Tensor, "n out"]:
-    """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows.
-
-    Args:
-        matrix: keep ``W``, where the plan makes it, for the way back, and in here; what is here of the same factors is used.
-        between: keep what lies between two products for the way back, where it is no larger than ``x``.
-    """
+    """``x (n, in) @ W.T + bias -> (n, out)``, by the plan that is cheapest for this many rows."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
@@ -131,39 +124,9 @@ def apply(
     diagram, factors = slim(diagram, factors)
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return products.linear(x, factors[0].reshape(diagram.shape), bias)
-    if torch.compiler.is_compiling():
-        return _forward(diagram, factors, x, bias)
-    if x.device.type == "cpu" and (label := _sliced(diagram, bucket(x.shape[0]), worth_of("cpu"))) is not None:
-        return _in_slices(diagram, factors, x, bias, label, between)
-    if not torch.is_grad_enabled():
-        return _forward(diagram, factors, x, bias)
-    return _Apply.apply(diagram, x, bias, matrix, between, *factors)
-
-
-@lru_cache(maxsize=4096)
-def _sliced(diagram: Diagram, rows: int, worth: Worth) -> str | None:
-    """A label of all factors, as the rank of CP is, if their products alone would not stay in the cache."""
-    common = set.intersection(*(set(labels) for _, labels in diagram.factors)) - {*diagram.outs, *diagram.ins}
-    long = [label for label in common if diagram.size([label]) >= 2 * SLICE]
-    chain, second = forward_plans(diagram, rows, worth)
-    if not long or second is not None:
-        return None
-    first = len(diagram.factors) + 1
-    made = [number for k, number in enumerate(chain.numbers) if not chain.moving[first + k]]
-    return long[0] if max(made, default=0) > CACHED else None
-
-
-def _in_slices(
-    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, label: str, between: bool
-) -> Tensor:
-    """The sum over slices of all factors along ``label``."""
-    axes, y = [labels.index(label) for _, labels in diagram.factors], None
-    for number, *some in zip(count(), *(f.split(SLICE, axis) for f, axis in zip(factors, axes, strict=True))):
-        sizes = tuple((name, some[0].shape[axes[0]] if name == label else size) for name, size in diagram.sizes)
-        part = apply(replace(diagram, sizes=sizes), some, x, bias if number == 0 else None, between=between)
-        y = part if y is None else y + part
-    assert y is not None
-    return y
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return forward(diagram, factors, x, bias)
+    return _Apply.apply(diagram, x, bias, hold, *factors)
 
 
 def slim(diagram: Diagram, factors: list[Tensor]) -> tuple[Diagram, list[Tensor]]:
@@ -204,39 +167,50 @@ def bucket(rows: int) -> int:
     return many if not torch.compiler.is_compiling() and rows <= 1024 else most
 
 
-def _part(plan: Plan, x: Tensor) -> int | None:
-    """How many rows go through ``plan`` at a time, so that what is copied between two products stays in the cache; None: all."""
-    here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if not here or not plan.cost.copied:
+def _part(plan: Plan, diagram: Diagram, x: Tensor, little: bool) -> int | None:
+    """How many rows go through ``plan`` at a time, so that what is copied between two products stays in the cache; None: all.
+
+    ``little``: so that what lies between, and its gradients, take no more than half of ``W``.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    fitting = CACHED * bucket(x.shape[0]) // max(1, plan.passing)
-    part = min(PART, max(LEAST, fitting))
+    if not plan.cost.copied and not little:
+        return None
+    each = max(1, plan.passing // bucket(x.shape[0]))
+    part = min(PART, CACHED // each) if plan.cost.copied else x.shape[0]
+    part = max(LEAST, min(part, prod(diagram.shape) // (4 * each)) if little else part)
     if x.shape[0] < 2 * part:
         return None
     even = -(-x.shape[0] // -(-x.shape[0] // part))
     return even | 1  # an odd number: what lies a power of two of numbers apart has the same few places in a cache
 
 
-def _forward(
+def forward(
     diagram: Diagram,
     factors: list[Tensor],
     x: Tensor,
     bias: Tensor | None = None,
     between: list[dict[int, Tensor]] | None = None,
+    onto: Tensor | None = None,
+    little: bool = False,
 ) -> Tensor:
-    """``between`` gets what lies between the steps, by number, for each part."""
+    """As :func:`apply`, without gradients.
+
+    Args:
+        between: gets what lies between the steps, by number, for each part.
+        onto: ``(n, out)``, what the result is added to.
+        little: as in :class:`tenfold.structure.hold.Hold`.
+    """
     first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
     folded = x.reshape(x.shape[0], *diagram.shape_of(diagram.ins))
-    part = _part(first, x) if second is None else None
-    if second is None and between is not None and part is None:
-        values = Values(first, [folded, *factors])
-        y = values.result().reshape(x.shape[0], diagram.shape[0])
-        between.append(values.passing())
-        return y if bias is None else y.add_(bias)
+    part = _part(first, diagram, x, little) if second is None else None
+    if second is None and part is None and (between is not None or onto is not None):
+        part = PART if onto is not None else x.shape[0]
     if part is not None:
-        y, whole = x.new_empty(x.shape[0], diagram.shape[0]), Values(first, [folded, *factors])
+        y = x.new_empty(x.shape[0], diagram.shape[0]) if onto is None else onto
+        whole = Values(first, [folded, *factors])
         for some, made in zip(folded.split(part), y.split(part), strict=True):
-            target = Target(made.view(some.shape[0], *diagram.shape_of(diagram.outs)))
+            target = Target(made.view(some.shape[0], *diagram.shape_of(diagram.outs)), add=onto is not None)
             values = Values(first, [some, *factors], whole)
             values.result(target)
             if between is not None:
@@ -259,17 +233,20 @@ def _forward(
         bias = bias.to(y.dtype).view(diagram.shape_of(diagram.outs))
         return torch.add(bias, y).reshape(x.shape[0], diagram.shape[0])  # in one pass
     if (parts := in_parts(diagram, factors)) is not None:
-        return parts.multiply(x, bias)
-    return torch.nn.functional.linear(x, run(first, factors).reshape(diagram.shape), bias)
+        return parts.multiply(x, bias, onto)
+    w = run(first, factors).reshape(diagram.shape)
+    return torch.nn.functional.linear(x, w, bias) if onto is None else onto.addmm_(x, w.T)
 
 
 @lru_cache(maxsize=4096)
-def _through_dense(diagram: Diagram, rows: int, worth: Worth) -> bool:
-    """Whether backward is cheaper through ``dW`` than through the chain."""
+def _through_dense(diagram: Diagram, rows: int, worth: Worth, little: bool) -> bool:
+    """Whether backward is cheaper through ``dW`` than through the chain; ``little``: by a quarter."""
     chain, make = _chain(diagram, rows, worth), rebuild(diagram)
     first, second = forward_plans(diagram.transposed(), rows, worth)
     back = first.cost if second is None else second.cost + make.costs[-1]
     through = cost_of_product(rows, *diagram.shape) + make.cost_back + back
+    if little and chain.passing and chain.cost_back.price(worth) < 1.25 * through.price(worth):  # it makes no W
+        return False
     return not cheaper(chain.cost_back, through, worth)
 
 
@@ -277,16 +254,18 @@ class _Apply(torch.autograd.Function):
     """Keeps ``x`` and the factors; what is in between survives the forward pass only where that is asked for."""
 
     @staticmethod
-    def forward(ctx, diagram, x, bias, matrix, between, *factors):
+    def forward(ctx, diagram, x, bias, hold, *factors):
         first, second = _known_forward_plans(diagram, bucket(x.shape[0]), x.device.type)
-        ctx.diagram, parts, kept = diagram, [], []
-        if matrix is not None and second is not None:
+        ctx.diagram, ctx.little, parts, kept = diagram, hold.little, [], []
+        if hold.matrices is not None and second is not None:
             key = (diagram, *(factor.data_ptr() for factor in factors))
-            kept = [matrix[key] if key in matrix else matrix.setdefault(key, dense(diagram, list(factors)))]
+            if key not in hold.matrices:
+                hold.matrices[key] = dense(diagram, list(factors))
+            kept = [hold.matrices[key]]
             y = torch.nn.functional.linear(x, kept[0], bias)
         else:
-            few = between and second is None and first.passing <= bucket(x.shape[0]) * x.shape[1]
-            y = _forward(diagram, list(factors), x, bias, parts if few else None)
+            few = hold.between and second is None and first.passing <= bucket(x.shape[0]) * x.shape[1]
+            y = forward(diagram, list(factors), x, bias, parts if few else None, None, hold.little)
             kept = [value for part in parts for value in part.values()]
         ctx.numbers = [list(part) for part in parts]
         ctx.save_for_backward(x, *factors, *kept)
@@ -294,7 +273,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (_, of_x, of_bias, _, _, *rest), diagram = ctx.needs_input_grad, ctx.diagram
+        (_, of_x, of_bias, _, *rest), diagram = ctx.needs_input_grad, ctx.diagram
         x, *saved = ctx.saved_tensors
         factors, kept = saved[: len(rest)], saved[len(rest) :]
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
@@ -305,8 +284,9 @@ class _Apply(torch.autograd.Function):
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
                 dx, *others = _back_chain(diagram, x, factors, dy, needs, parts)
             else:
-                dx, *others = gradients(diagram, x, factors, dy, needs, *kept)
-        return None, None if dx is None else dx.reshape(x.shape), db, None, None, *others
+                w = kept[0] if kept else None
+                dx, *others = gradients(diagram, x, factors, dy, needs, w, None, ctx.little)
+        return None, None if dx is None else dx.reshape(x.shape), db, None, *others
 
 
 def differentiable(w: Tensor, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -318,28 +298,46 @@ def differentiable(w: Tensor, x: Tensor, factors: list[Tensor], dy: Tensor, need
 
 
 def gradients(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], w: Tensor | None = None
+    diagram: Diagram,
+    x: Tensor,
+    factors: list[Tensor],
+    dy: Tensor,
+    needs: list[bool],
+    w: Tensor | None = None,
+    onto: Tensor | None = None,
+    little: bool = False,
 ) -> list[Tensor | None]:
-    """Of ``x (n, in)`` and the factors, where ``needs`` says so; ``w`` is W where it was kept."""
+    """Of ``x (n, in)`` and the factors, where ``needs`` says so; ``w`` is W where it was kept.
+
+    That of ``x`` is added to ``onto``, if it is given; ``little`` as in :class:`tenfold.structure.hold.Hold`.
+    """
     rows = 2 ** max(0, x.shape[0] - 1).bit_length()
-    if w is not None or _through_dense(diagram, rows, worth_of(x.device.type)):
-        return _back_dense(diagram, x, factors, dy, needs, w)
-    return _back_chain(diagram, x, factors, dy, needs, [])
+    if w is not None or _through_dense(diagram, rows, worth_of(x.device.type), little):
+        return _back_dense(diagram, x, factors, dy, needs, w, onto, little)
+    return _back_chain(diagram, x, factors, dy, needs, [], onto, little)
 
 
 def _back_chain(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], parts: list[dict[int, Tensor]]
+    diagram: Diagram,
+    x: Tensor,
+    factors: list[Tensor],
+    dy: Tensor,
+    needs: list[bool],
+    parts: list[dict[int, Tensor]],
+    onto: Tensor | None = None,
+    little: bool = False,
 ) -> list[Tensor | None]:
     """Back through the steps of the chain; what they made is made again, unless it was kept in ``parts``."""
     plan = _chain(diagram, bucket(x.shape[0]), worth_of(x.device.type))
     x, dy = x.reshape(-1, *diagram.shape_of(diagram.ins)), dy.reshape(-1, *diagram.shape_of(diagram.outs))
-    part = _part(plan, x)
+    part = _part(plan, diagram, x, little) or (None if onto is None else PART)
     if part is None:
         values = Values(plan, [x, *factors])
         values.values.update(*parts)
         return values.back(dy, needs)
     whole = Values(plan, [x, *factors])
-    gathered, made = Gathered(whole, needs), torch.empty_like(x) if needs[0] else None
+    gathered, made = Gathered(whole, needs, onto is not None), None if onto is None else onto.view(x.shape)
+    made = torch.empty_like(x) if made is None and needs[0] else made
     places = (x if made is None else made).split(part)
     for number, (some, of, place) in enumerate(zip(x.split(part), dy.split(part), places, strict=True)):
         values = Values(plan, [some, *factors], whole)
@@ -349,23 +347,34 @@ def _back_chain(
 
 
 def _back_dense(
-    diagram: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool], w: Tensor | None = None
+    diagram: Diagram,
+    x: Tensor,
+    factors: list[Tensor],
+    dy: Tensor,
+    needs: list[bool],
+    w: Tensor | None = None,
+    onto: Tensor | None = None,
+    little: bool = False,
 ) -> list[Tensor | None]:
     """Through ``dW``; where ``dx`` needs a ``W`` that is not known, it is made of what the gradients need anyway."""
     made, dx, others = False, None, [None for _ in factors]  # made: dx comes from a W that is made for it
     if needs[0] and w is not None:
-        dx = dy @ w
+        dx = _added(onto, dy, w)
     elif needs[0]:
         made = _known_forward_plans(diagram.transposed(), bucket(dy.shape[0]), dy.device.type)[1] is not None
-        dx = None if made else _forward(diagram.transposed(), factors, dy)
-    # where no W may be kept memory counts: beside dW there are its copy and, of a tensor train, what is between two cores
-    if (parts := in_parts(diagram, factors, 2 if w is None else 1)) is not None:
-        found, *others = parts.back(x, dy, made, needs[1:])
+        dx = None if made else forward(diagram.transposed(), factors, dy, onto=onto, little=little)
+    if (parts := in_parts(diagram, factors, little)) is not None:
+        found, *others = parts.back(x, dy, made, needs[1:], onto)
         return [found if made else dx, *others]
     values = Values(rebuild(diagram), factors)
     if made:
-        dx = dy @ values.result().reshape(diagram.shape)
+        dx = _added(onto, dy, values.result().reshape(diagram.shape))
         values.drop()  # W: its gradient takes as much
     if any(needs[1:]):
         others = values.back((dy.T @ x).reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs[1:])
     return [dx, *others]
+
+
+def _added(onto: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
+    """Their product, on top of ``onto``, if there is one."""
+    return one @ other if onto is None else onto.addmm_(one, other)

@@ -1,4 +1,7 @@
-"""Diagrams of one shape that are added: their matrices are, before one product, where that is cheaper than a product of each."""
+"""Diagrams of one shape that are added: their matrices are, before one product, where that is cheaper than a product of each.
+
+One diagram is added of slices, where its factors have a long rank in common.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract, rebuild
-from tenfold.structure.contract import Keep
+from tenfold.structure import added, contract, rebuild
+from tenfold.structure.added import Term, dense, shared_out
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.plan import cost_of_product
 from tenfold.structure.worth import Cost, Worth, worth_of
 
@@ -33,24 +37,17 @@ def _pays(diagrams: tuple[Diagram, ...], rows: int, worth: Worth) -> bool:
     return contract.cheaper(made + cost_of_product(rows, out, inner), each, worth)
 
 
-def multiply(
-    diagrams: tuple[Diagram, ...], factors: list[list[Tensor]], x: Tensor, bias: Tensor | None, matrix: Keep
-) -> Tensor:
-    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix`` as in :func:`tenfold.structure.contract.apply`."""
+def multiply(terms: list[Term], x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
+    """``x (n, in) @ W.T + bias -> (n, out)``, ``W`` the sum of the matrices of ``terms``."""
+    terms = [part for term in terms for part in added.slices(*term, x, hold.little)]
+    if len(terms) == 1:
+        return contract.apply(*terms[0], x, bias, hold)
+    diagrams, factors = tuple(diagram for diagram, _ in terms), [some for _, some in terms]
+    if not serves(diagrams, x):
+        return added.multiply(terms, x, bias, hold)
     if not torch.is_grad_enabled():
-        return torch.nn.functional.linear(x, _dense(diagrams, factors), bias)
-    return _Joint.apply(diagrams, matrix, x, bias, *(factor for some in factors for factor in some))
-
-
-def _dense(diagrams: tuple[Diagram, ...], factors: list[list[Tensor]]) -> Tensor:
-    w, *others = (rebuild.dense(diagram, some) for diagram, some in zip(diagrams, factors, strict=True))
-    return sum(others, w)
-
-
-def _shared_out(diagrams: tuple[Diagram, ...], values) -> list[list]:
-    """``values`` of all factors, those of each diagram by themselves."""
-    rest = iter(values)
-    return [[next(rest) for _ in diagram.factors] for diagram in diagrams]
+        return torch.nn.functional.linear(x, dense(diagrams, factors), bias)
+    return _Joint.apply(diagrams, hold.matrices, x, bias, *(factor for some in factors for factor in some))
 
 
 class _Joint(torch.autograd.Function):
@@ -60,7 +57,7 @@ class _Joint(torch.autograd.Function):
     def forward(ctx, diagrams, matrix, x, bias, *factors):
         key = (diagrams, *(factor.data_ptr() for factor in factors))
         w = None if matrix is None else matrix.get(key)
-        w = _dense(diagrams, _shared_out(diagrams, factors)) if w is None else w
+        w = dense(diagrams, shared_out(diagrams, factors)) if w is None else w
         if matrix is not None:
             matrix[key] = w
         ctx.diagrams = diagrams
@@ -71,14 +68,14 @@ class _Joint(torch.autograd.Function):
     def backward(ctx, dy):
         x, w, *factors = ctx.saved_tensors
         (_, _, of_x, of_bias, *needs), diagrams = ctx.needs_input_grad, ctx.diagrams
-        some, wanted = _shared_out(diagrams, factors), _shared_out(diagrams, needs)
+        some, wanted = shared_out(diagrams, factors), shared_out(diagrams, needs)
         dx, found = None, [None for _ in factors]
         with torch.autocast(dy.device.type, enabled=False):
             if torch.is_grad_enabled():
-                dx, *found = contract.differentiable(_dense(diagrams, some), x, factors, dy, [of_x, *needs])
+                dx, *found = contract.differentiable(dense(diagrams, some), x, factors, dy, [of_x, *needs])
                 return None, None, dx, dy.sum(0) if of_bias else None, *found
             if of_x:
-                dx = dy @ (_dense(diagrams, some) if w is None else w)
+                dx = dy @ (dense(diagrams, some) if w is None else w)
             if any(needs):
                 dw = dy.T @ x
                 each = zip(diagrams, some, wanted, strict=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract, rebuild
-from tenfold.structure.contract import Keep
+from tenfold.structure import contract, joint, rebuild
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.hold import Hold
 
 PART = 512  # rows
 FEWEST = 1024  # rows below which nothing is gained
@@ -73,14 +73,12 @@ def serves(diagram: Diagram, x: Tensor, maps: Maps) -> bool:
     return maps.whole or contract.is_chain(diagram, x)
 
 
-def multiply(
-    diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, matrix: Keep
-) -> Tensor:
-    """``x (n, in) @ W.T + bias -> (n, out)``; ``matrix`` as in :func:`tenfold.structure.contract.apply`."""
+def multiply(diagram: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None, maps: Maps, hold: Hold) -> Tensor:
+    """``x (n, in) @ W.T + bias -> (n, out)``; ``hold.matrices`` as everywhere."""
     diagram, factors = contract.slim(diagram, factors)
     if not torch.is_grad_enabled():
         return _forward(diagram, factors, x, bias, maps)[0]
-    return _Mapped.apply(diagram, maps.out, matrix, x, bias, maps.rows, maps.columns, *factors)
+    return _Mapped.apply(diagram, maps.out, hold.matrices, x, bias, maps.rows, maps.columns, *factors)
 
 
 def _forward(
@@ -92,7 +90,7 @@ def _forward(
         return torch.nn.functional.linear(x, w, bias), w
     y, pick = x.new_empty(x.shape[0], maps.out), _Picker(maps.columns)
     for some, made in zip(x.split(PART), y.split(PART), strict=True):
-        _spread(contract.apply(diagram, factors, pick(some)), maps.rows, made)
+        _spread(joint.multiply([(diagram, factors)], pick(some)), maps.rows, made)
         if bias is not None:
             made += bias
     return y, None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import contract, joint, mapped, products
+from tenfold.structure import added, contract, joint, mapped, products
 from tenfold.structure.diagram import Diagram
+from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.mapped import Maps
 
 
@@ -68,38 +69,24 @@ class Placement:
         starts = [step for step in self.rows if isinstance(step, int)]
         return sum(starts) if len(starts) == len(self.rows) else None
 
-    def block(
-        self,
-        factors: dict[str, Tensor],
-        x: Tensor,
-        bias: Tensor | None = None,
-        matrix: contract.Keep = None,
-        between: bool = False,
-    ) -> Tensor:
+    def block(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
         """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
         tensors = self.tensors(factors)
         if self.columns and self.columns_from is None and mapped.many(x):
             maps = Maps(None, self.index(factors, "columns"), self.diagram.shape[0], x.shape[1])
             if mapped.serves(self.diagram, x, maps):
-                return mapped.multiply(self.diagram, tensors, x, bias, maps, matrix)
-        return contract.apply(self.diagram, tensors, self.picked(factors, x), bias, matrix, between)
+                return mapped.multiply(self.diagram, tensors, x, bias, maps, hold)
+        return joint.multiply([contract.slim(self.diagram, tensors)], self.picked(factors, x), bias, hold)
 
-    def apply(
-        self,
-        factors: dict[str, Tensor],
-        x: Tensor,
-        bias: Tensor | None = None,
-        matrix: contract.Keep = None,
-        between: bool = False,
-    ) -> Tensor:
+    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
         """``x (n, in) @ W.T + bias -> (n, out)``"""
         if self.rows_from is not None:  # no index needed
-            y = self.block(factors, x, None, matrix, between)
+            y = self.block(factors, x, None, hold)
             y = torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
         else:
             if mapped.many(x) and mapped.serves(self.diagram, x, maps := self.maps_of(factors)):
-                return mapped.multiply(self.diagram, self.tensors(factors), x, bias, maps, matrix)
-            y, rows = self.block(factors, x, None, matrix, between), self.index(factors, "rows")
+                return mapped.multiply(self.diagram, self.tensors(factors), x, bias, maps, hold)
+            y, rows = self.block(factors, x, None, hold), self.index(factors, "rows")
             y = y if rows is None else spread(y, rows, self.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -152,26 +139,14 @@ class Placement:
         return w if rows is None else spread(w.T, rows, self.shape[0]).T
 
 
-def summed(
-    places: list[Placement],
-    factors: dict[str, Tensor],
-    x: Tensor,
-    bias: Tensor | None,
-    matrix: contract.Keep,
-    between: bool,
-) -> Tensor:
+def summed(places: list[Placement], factors: dict[str, Tensor], x: Tensor, bias: Tensor | None, hold: Hold) -> Tensor:
     """``x (n, in) @ W.T + bias -> (n, k)`` of the sum of ``places``, which have the same rows."""
-    if len(places) > 1 and not any(place.columns for place in places):
-        given = [contract.slim(place.diagram, place.tensors(factors)) for place in places]
-        diagrams = tuple(diagram for diagram, _ in given)
-        if joint.serves(diagrams, x):
-            return joint.multiply(diagrams, [some for _, some in given], x, bias, matrix)
+    if not any(place.columns for place in places):
+        return joint.multiply([contract.slim(place.diagram, place.tensors(factors)) for place in places], x, bias, hold)
     first, *rest = places
-    y = first.block(factors, x, bias, matrix, between)
+    y = first.block(factors, x, bias, hold)
     for place in rest:
-        part = place.block(factors, x, None, matrix, between)
-        ours = not torch.compiler.is_compiling() and y is not x and y.dtype == part.dtype and not y._is_view()
-        y = y.add_(part) if ours else y + part  # in place: a third result of thousands of rows costs memory, and time
+        y = added.plus(y, place.block(factors, x, None, hold), x)
     return y
 
 

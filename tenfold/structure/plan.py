@@ -309,14 +309,15 @@ class Gathered:
 
     Args:
         whole: the values of all parts together: of it those are taken that are made without the first operand.
+        onto: the gradient of a part is added to what is at its place.
     """
 
-    def __init__(self, whole: Values, needs: list[bool]):
-        self.whole, self.needs, self.found = whole, needs, {}
+    def __init__(self, whole: Values, needs: list[bool], onto: bool = False):
+        self.whole, self.needs, self.onto, self.found = whole, needs, onto, {}
 
     def add(self, values: Values, gradient: Tensor, place: Tensor) -> None:
         """Those of a part; that of the part itself goes to ``place``."""
-        into = {k: Target(value, add=True) for k, value in self.found.items()} | {0: Target(place)}
+        into = {k: Target(value, add=True) for k, value in self.found.items()} | {0: Target(place, self.onto)}
         found = values.back_moving(gradient, self.needs, into)
         # a sum that is the same everywhere can't be added to
         self.found = {k: value.contiguous() if 0 in value.stride() else value for k, value in found.items() if k}

@@ -30,8 +30,12 @@ def rebuild(diagram: Diagram, first: int = 0) -> Plan:
     return plan_of(tuple(labels), (*diagram.outs, *diagram.ins), diagram.sizes)
 
 
-def dense(diagram: Diagram, factors: list[Tensor]) -> Tensor:
-    """``W (out, in)``."""
+def dense(diagram: Diagram, factors: list[Tensor], onto: Tensor | None = None) -> Tensor:
+    """``W (out, in)``; added to ``onto``, if it is given."""
+    if onto is not None:
+        place = onto.view(diagram.shape_of((*diagram.outs, *diagram.ins)))
+        Values(rebuild(diagram), factors).result(Target(place, add=True))
+        return onto
     parts = in_parts(diagram, factors)
     if parts is None:
         return run(rebuild(diagram), factors).reshape(diagram.shape)
@@ -47,13 +51,15 @@ def back(diagram: Diagram, factors: list[Tensor], dw: Tensor, needs: list[bool])
     return values.back(dw.reshape(diagram.shape_of((*diagram.outs, *diagram.ins))), needs)
 
 
-def in_parts(diagram: Diagram, factors: list[Tensor], smaller: int = 1) -> Parts | Slices | None:
+def in_parts(diagram: Diagram, factors: list[Tensor], little: bool = False) -> Parts | Slices | None:
     """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients.
 
-    ``smaller``: parts are so many times smaller than they are fast.
+    ``little``: beside the gradient of a part there are its copy and, of a tensor train, what is between two cores; parts are so
+    small that all of this is no more than ``W``, which takes longer.
     """
     here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if not here or (cut := _cut(diagram, PART // smaller)) is None:
+    part = min(PART // 2, prod(diagram.shape) // 3) if little else PART
+    if not here or (cut := _cut(diagram, part)) is None:
         return None
     first, axis, step = cut
     return Slices(diagram, factors, step) if first is None else Parts(diagram, factors, first, axis, step)
@@ -110,30 +116,29 @@ class Parts:
         rows = self.diagram.shape[0] * self.step // self.first.shape[self.axis]
         return self.first.new_empty(rows, self.diagram.shape[1])
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x (n, in) @ W.T + bias``."""
-        y, memory = x.new_empty(x.shape[0], self.diagram.shape[0]), self.memory()
+    def multiply(self, x: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        """``x (n, in) @ W.T + bias``; without a bias it may be added to ``onto``."""
+        y, memory = x.new_empty(x.shape[0], self.diagram.shape[0]) if onto is None else onto, self.memory()
         for rows, values in self:
             w = memory[: rows.stop - rows.start]
             self.write(values, w)
-            if bias is None:
-                torch.mm(x, w.T, out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, w.T, out=y[:, rows])
+            _multiply(x, w.T, y[:, rows], None if bias is None else bias[rows], onto is not None)
         return y
 
-    def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
-        """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
+    def back(
+        self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool], onto: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """``dy @ W``, if it is wanted (added to ``onto``, if it is given), and the gradients of the factors that are needed."""
         first, others = needs[self.place], [*needs[: self.place], *needs[self.place + 1 :]]
         gathered, memory = Gathered(self.whole, [first, *others]), self.memory()
-        dx = dy.new_empty(dy.shape[0], self.diagram.shape[1] if of_x else 0)
+        dx = dy.new_empty(dy.shape[0], self.diagram.shape[1] if of_x else 0) if onto is None else onto
         made = torch.empty_like(self.first) if first else None
         places = (self.first if made is None else made).split(self.step, self.axis)
         for (rows, values), place in zip(self, places, strict=True):
             some = memory[: rows.stop - rows.start]
             if of_x:
                 self.write(values, some)
-                torch.addmm(dx, dy[:, rows], some, beta=int(rows.start > 0), out=dx)
+                torch.addmm(dx, dy[:, rows], some, beta=int(rows.start > 0 or onto is not None), out=dx)
             if any(needs):  # dW takes the place of W
                 gathered.add(values, self.folded(torch.mm(dy[:, rows].T, x, out=some)), place)
         found = gathered.rest() if any(needs) else [None for _ in others]
@@ -165,23 +170,21 @@ class Slices:
     def _made(self, values: Values) -> Tensor:
         return values.result().reshape(-1, self.diagram.shape[1])
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x (n, in) @ W.T + bias``."""
-        y = x.new_empty(x.shape[0], self.diagram.shape[0])
+    def multiply(self, x: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        """``x (n, in) @ W.T + bias``; without a bias it may be added to ``onto``."""
+        y = x.new_empty(x.shape[0], self.diagram.shape[0]) if onto is None else onto
         for rows, values in self:
-            w = self._made(values).T
-            if bias is None:
-                torch.mm(x, w, out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, w, out=y[:, rows])
+            _multiply(x, self._made(values).T, y[:, rows], None if bias is None else bias[rows], onto is not None)
         return y
 
-    def back(self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool]) -> list[Tensor | None]:
-        """``dy @ W``, if it is wanted, and the gradients of the factors that are needed."""
-        dx = dy.new_zeros(dy.shape[0], self.diagram.shape[1]) if of_x else None
+    def back(
+        self, x: Tensor, dy: Tensor, of_x: bool, needs: list[bool], onto: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """``dy @ W``, if it is wanted (added to ``onto``, if it is given), and the gradients of the factors that are needed."""
+        dx = onto if onto is not None or not of_x else dy.new_zeros(dy.shape[0], self.diagram.shape[1])
         found = [torch.empty_like(factor) if need else None for factor, need in zip(self.factors, needs, strict=True)]
         for rows, values in self:
-            if dx is not None:
+            if dx is not None and of_x:
                 dx.addmm_(dy[:, rows], self._made(values))
             if any(needs):
                 dw = (dy[:, rows].T @ x).view(-1, *self.diagram.shape_of(self.diagram.ins))
@@ -189,3 +192,12 @@ class Slices:
                     if whole is not None and some is not None:
                         whole.narrow(axis, rows.start, rows.stop - rows.start).copy_(some)
         return [dx, *found]
+
+
+def _multiply(x: Tensor, w: Tensor, into: Tensor, bias: Tensor | None, add: bool) -> None:
+    """``x @ w + bias`` to where ``into`` lies, or, without a bias, on top of what is there."""
+    start = into if add else bias
+    if start is None:
+        torch.mm(x, w, out=into)
+    else:
+        torch.addmm(start, x, w, out=into)

@@ -12,7 +12,7 @@ from tenfold.api import bench_layers, compress
 from tenfold.evaluate import layers, machine
 from tenfold.nn import FactorizedLinear
 from tenfold.nn.kept import keep_matrices
-from tenfold.structure import LowRank, TensorTrain
+from tenfold.structure import LowRank, Structure
 
 RULES = [
     {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}},
@@ -76,14 +76,27 @@ def test_the_memory_of_a_pass_is_counted():
     assert cell["dense_bytes"] == own + output and factors + output < cell["bytes"] < matrix + output
 
 
-@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072)])
-@pytest.mark.parametrize("cores", [3, 4])
-def test_a_step_of_training_in_mode_memory_holds_no_more_than_a_dense_layer_and_its_matrix(shape, cores):
-    structure = TensorTrain.within(*shape, {"kind": "tensor_train", "parts": cores}, shape[0] * shape[1] / 2)
+@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (768, 768)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "tensor_train", "parts": 3},
+        {"kind": "tensor_train", "parts": 4},
+        {"kind": "kronecker", "inner": [4, 4]},
+        {"kind": "block_train"},
+        {"kind": "blast", "blocks": 4},
+        {"kind": "tucker", "parts": 2},
+        {"kind": "cp", "parts": 2},
+        {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]},
+    ],
+    ids=lambda fields: fields["kind"],
+)
+def test_a_step_of_training_in_mode_memory_holds_no_more_than_a_dense_layer_and_its_matrix(shape, fields):
+    structure = Structure.within(*shape, fields, shape[0] * shape[1] / 2)
     layer = FactorizedLinear(structure)
     layer.set_factors(structure.init(0.1))
     keep_matrices(layer, "memory")
-    given = torch.randn(256, shape[1], requires_grad=True), torch.randn(256, shape[0]), True
+    given = torch.randn(512, shape[1], requires_grad=True), torch.randn(512, shape[0]), True
     dense = layers.held(torch.nn.Linear(shape[1], shape[0]), *given)
     assert layers.held(layer, *given) <= dense + 4 * shape[0] * shape[1]
 

@@ -22,6 +22,7 @@ from tenfold.structure import (
     pair,
     plan,
 )
+from tenfold.structure.hold import Hold
 from tenfold.structure.worth import CPU, Worth, worth_of
 
 F64 = torch.float64
@@ -114,9 +115,9 @@ def test_parts_of_rows_leave_what_is_between_in_the_cache():
         for diagram, expected in ((blocks, range(256, 513)), (dear, range(64, 129))):
             plan_, multiply = contract.forward_plans(diagram, 2048)
             assert multiply is None
-            part = contract._part(plan_, torch.empty(5000, diagram.shape[1]))
+            part = contract._part(plan_, diagram, torch.empty(5000, diagram.shape[1]), False)
             assert part in expected
-            assert contract._part(plan_, torch.empty(100, diagram.shape[1])) is None
+            assert contract._part(plan_, diagram, torch.empty(100, diagram.shape[1]), False) is None
 
 
 def test_flops_of_a_placed_matrix_are_those_of_its_base():
@@ -142,8 +143,8 @@ def test_the_price_decides_between_the_kinds_of_plans():
     assert kinds == {True, False}  # else the laws would say nothing about one of the kinds
     few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].diagram
     many = Blast(outs=(4, 192), ins=(4, 768), rank=600).normal_form()[0].diagram
-    assert not contract._through_dense(few, 32, CPU)
-    assert contract._through_dense(many, 2048, CPU)
+    assert not contract._through_dense(few, 32, CPU, False)
+    assert contract._through_dense(many, 2048, CPU, False)
 
 
 def test_products_with_short_sides_are_dearer_where_they_are_carried_out():
@@ -224,7 +225,7 @@ def saved_by(structure, rows: int, matrix: bool, between: bool) -> list[tuple[in
     known = storages([x, *factors.values()])
     leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in factors.items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda v: shapes.append((v, v.shape)) or v, lambda v: v):
-        structure._apply(leaves, x.requires_grad_(), None, {} if matrix else None, between)
+        structure._apply(leaves, x.requires_grad_(), None, Hold({} if matrix else None, between))
     return [tuple(shape) for value, shape in shapes if value.untyped_storage().data_ptr() not in known]
 
 

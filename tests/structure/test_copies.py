@@ -102,6 +102,6 @@ def test_parts_are_of_nearly_equal_odd_numbers_of_rows(rows):
     (place,) = BlockTrain(outs=(64, 48), ins=(32, 24), rank=8).normal_form()
     plan, _ = contract.forward_plans(place.diagram, contract.bucket(rows))
     with torch.no_grad():
-        part = contract._part(plan, torch.empty(rows, 768))
+        part = contract._part(plan, place.diagram, torch.empty(rows, 768), False)
     last = rows % part or part
     assert part % 2 == 1 and part - last <= 2 * -(-rows // part)

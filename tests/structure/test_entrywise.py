@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenfold.structure import CP, contract, entrywise, pair
+from tenfold.structure import CP, added, contract, entrywise, pair
 
 SIZE = {"a": 100, "b": 3, "s": 4, "t": 5, "r": 6, "u": 2, "w": 70}
 CASES = {
@@ -94,9 +94,9 @@ def test_gradients_of_cp_copy_no_factor():
 @pytest.mark.parametrize("rows", [1, 40, 300, 1100])
 def test_a_long_rank_is_summed_in_slices(rows, monkeypatch):
     """By whatever way: the numbers are those of ``W``, for autograd, too, and x and the factors are all that is kept."""
-    monkeypatch.setattr(contract, "SLICE", 30)
+    monkeypatch.setattr(added, "SLICE", 30)
     monkeypatch.setattr(contract, "CACHED", 100)
-    contract._sliced.cache_clear()
+    added._sliced.cache_clear()
     structure = CP(outs=(20, 10), ins=(16, 10), rank=70, weighted=True)
     factors = {k: v.double().requires_grad_() for k, v in structure.init(0.5).items()}
     x, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rows, 160), (200,)))
@@ -113,5 +113,5 @@ def test_a_long_rank_is_summed_in_slices(rows, monkeypatch):
     known = {value.untyped_storage().data_ptr() for value in leaves}
     assert {value.untyped_storage().data_ptr() for value in kept} <= known
     (place,) = structure.normal_form()
-    assert contract._sliced(contract._slim(place.diagram), 512, contract.worth_of("cpu")) is not None
-    contract._sliced.cache_clear()
+    assert added._sliced(contract._slim(place.diagram), 512, contract.worth_of("cpu"), False) is not None
+    added._sliced.cache_clear()

@@ -7,6 +7,7 @@ from cases import ALL, each, factors_of
 from test_laws import gradients, parameters, second
 
 from tenfold.structure import BlockTrain, LowRank, Sum, contract, joint
+from tenfold.structure.hold import Hold
 from tenfold.structure.worth import worth_of
 
 BLOCKS = {name: [some for *_, some in one._blocks or ()] for name, one in ALL.items()}
@@ -20,9 +21,9 @@ WHOLE = {
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """How often a sum went this way."""
-    calls, dense = [], joint._dense
+    calls, dense = [], joint.dense
     monkeypatch.setattr(joint, "_pays", lambda *given: True)
-    monkeypatch.setattr(joint, "_dense", lambda *given: calls.append(given) or dense(*given))
+    monkeypatch.setattr(joint, "dense", lambda *given: calls.append(given) or dense(*given))
     return calls
 
 
@@ -36,7 +37,7 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(structure, always)
     assert len(always) == 2
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     for kept in (None, {}):
-        ours = gradients(lambda f, x, kept=kept: structure._apply(f, x, None, kept), x, factors)
+        ours = gradients(lambda f, x, kept=kept: structure._apply(f, x, None, Hold(kept)), x, factors)
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
     assert len(always) == 2 + 2 + 1, "a kept one is there on the way back"
@@ -58,7 +59,7 @@ def test_only_what_is_asked_for_is_kept(structure, always):
     x, known = torch.randn(6, structure.shape[1], dtype=torch.float64), []
     for kept, more in ((None, 0), ({}, 1)):
         with torch.autograd.graph.saved_tensors_hooks(lambda v: known.append(v) or v, lambda v: v):
-            one, other = (structure._apply(factors | leaves, x, None, kept).detach() for _ in range(2))
+            one, other = (structure._apply(factors | leaves, x, None, Hold(kept)).detach() for _ in range(2))
         torch.testing.assert_close(one, other)
         own = {value.untyped_storage().data_ptr() for value in (x, *factors.values())}
         others = [value for value in known if value.untyped_storage().data_ptr() not in own]

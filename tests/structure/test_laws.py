@@ -23,6 +23,7 @@ from tenfold.structure import (
     products,
     rebuild,
 )
+from tenfold.structure.hold import Hold
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
@@ -135,9 +136,11 @@ def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part
     monkeypatch.setattr(contract, "LEAST", 1)
     factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
     expected = gradients(structure.apply, x, factors)
-    for matrix, between in ((True, False), (False, True)):
+    for matrix, between, little in ((True, False, False), (False, True, False), (False, False, True)):
         ours = gradients(
-            lambda f, x, m=matrix, b=between: structure._apply(f, x, None, {} if m else None, b), x, factors
+            lambda f, x, m=matrix, b=between, k=little: structure._apply(f, x, None, Hold({} if m else None, b, k)),
+            x,
+            factors,
         )
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
@@ -157,7 +160,7 @@ def test_both_ways_back_agree(structure, monkeypatch):
     factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
     ways = []
     for through_dense in (False, True):
-        monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth, way=through_dense: way)
+        monkeypatch.setattr(contract, "_through_dense", lambda *given, way=through_dense: way)
         ways.append(gradients(structure.apply, x, factors))
     for chain, dense in zip(*ways, strict=True):
         torch.testing.assert_close(chain, dense)
@@ -166,7 +169,7 @@ def test_both_ways_back_agree(structure, monkeypatch):
 @pytest.mark.parametrize("through_dense", [False, True])
 @pytest.mark.parametrize("name", ["kronecker-scaled", "tensor_train-three", "placed-nested", "stacked", "diagram-0"])
 def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
+    monkeypatch.setattr(contract, "_through_dense", lambda *given: through_dense)
     structure, factors = ALL[name], factors_of(ALL[name])
     learned = parameters(factors)
 
@@ -196,7 +199,7 @@ def check_only_wanted(structure, wanted):
 @pytest.mark.parametrize("through_dense", [False, True])
 @pytest.mark.parametrize("wanted", WANTED)
 def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda diagram, rows, worth: through_dense)
+    monkeypatch.setattr(contract, "_through_dense", lambda *given: through_dense)
     check_only_wanted(FAMILIES["low_rank"], wanted)
 
 

@@ -10,6 +10,7 @@ from cases import COMBINED, each, factors_of
 from test_laws import gradients, parameters, second
 
 from tenfold.structure import contract, mapped
+from tenfold.structure.hold import Hold
 
 MAPPED = {name: structure for name, structure in COMBINED.items() if structure.index_shapes()}
 
@@ -44,7 +45,7 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(structure, seed):
     torch.testing.assert_close(structure._apply(factors, x, bias), x @ matrix.T + bias)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     for keeps in (None, {}):
-        ours = gradients(lambda f, x, keeps=keeps: structure._apply(f, x, None, keeps), x, factors)
+        ours = gradients(lambda f, x, keeps=keeps: structure._apply(f, x, None, Hold(keeps)), x, factors)
         for got, one in zip(ours, expected, strict=True):
             torch.testing.assert_close(got, one)
 
