@@ -23,7 +23,7 @@ from tenfold.structure.diagram import Diagram
 from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.pair import Target, has_kernels
 from tenfold.structure.plan import ROWS, Gathered, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
-from tenfold.structure.rebuild import dense, in_parts, rebuild
+from tenfold.structure.rebuild import dense, in_parts, rebuild, traced
 from tenfold.structure.worth import CPU, Cost, Worth, worth_of
 
 PART = 512  # rows that go through a chain at once on a CPU, at most, where it holds more than products of matrices
@@ -232,6 +232,8 @@ def forward(
             return y if bias is None else y.add_(bias)  # a product, nobody else's
         bias = bias.to(y.dtype).view(diagram.shape_of(diagram.outs))
         return torch.add(bias, y).reshape(x.shape[0], diagram.shape[0])  # in one pass
+    if torch.compiler.is_compiling():
+        return traced(diagram, first, factors, x, bias)
     if (parts := in_parts(diagram, factors)) is not None:
         return parts.multiply(x, bias, onto)
     w = run(first, factors).reshape(diagram.shape)

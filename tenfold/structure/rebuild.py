@@ -2,7 +2,8 @@
 
 On a processor memory that is new costs more time than what is written there: a page is cleared before it can be used. So a
 large ``W`` that is multiplied once is never whole: its rows are made, multiplied and forgotten in parts, in the same memory, and
-the gradients of the factors come from parts of ``dW = dy^T x`` likewise.
+the gradients of the factors come from parts of ``dW = dy^T x`` likewise. Elsewhere, and in compiled code, this is done to tables
+only: the matrices of heads and embeddings can be larger than the rest of a model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tenfold.structure.pair import Target
 from tenfold.structure.plan import Gathered, Plan, Values, plan_of, run
 
 PART = 2**21  # numbers of a part at most; of a smaller W there are no parts
+TABLE = 2**25  # on other devices and in compiled code, where only memory counts; a larger W has SOME parts at most
+SOME = 16
 
 
 @lru_cache(maxsize=4096)
@@ -52,14 +55,15 @@ def back(diagram: Diagram, factors: list[Tensor], dw: Tensor, needs: list[bool])
 
 
 def in_parts(diagram: Diagram, factors: list[Tensor], little: bool = False) -> Parts | Slices | None:
-    """None where ``W`` is made as a whole: it is small, or not on a CPU, or somebody else looks for the gradients.
+    """None where ``W`` is made as a whole: it is small, or somebody else looks for the gradients.
 
     ``little``: beside the gradient of a part there are its copy and, of a tensor train, what is between two cores; parts are so
     small that all of this is no more than ``W``, which takes longer.
     """
-    here = factors[0].device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
     part = min(PART // 2, prod(diagram.shape) // 3) if little else PART
-    if not here or (cut := _cut(diagram, part)) is None:
+    if (cut := _cut(diagram, part) if factors[0].device.type == "cpu" else cut_of_table(diagram)) is None:
         return None
     first, axis, step = cut
     return Slices(diagram, factors, step) if first is None else Parts(diagram, factors, first, axis, step)
@@ -85,6 +89,30 @@ def _cut(diagram: Diagram, part: int) -> tuple[int | None, int, int] | None:
         return None
     (first,) = having
     return first, diagram.factors[first][1].index(diagram.outs[0]), step
+
+
+@torch.compiler.assume_constant_result
+def cut_of_table(diagram: Diagram) -> tuple[int | None, int, int] | None:
+    """As :func:`_cut`, so that a table is never whole: the matrix of a head or an embedding."""
+    return _cut(diagram, max(TABLE, prod(diagram.shape) // SOME))
+
+
+def traced(diagram: Diagram, plan: Plan, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (n, in) @ W.T + bias`` for code that is compiled, ``W`` made by ``plan``, a table in parts of its rows."""
+    cut = cut_of_table(diagram)
+    if cut is None:
+        return torch.nn.functional.linear(x, run(plan, factors).reshape(diagram.shape), bias)
+    which, _, step = cut
+    axes = [labels.index(diagram.outs[0]) if diagram.outs[0] in labels else None for _, labels in diagram.factors]
+    if which is not None:
+        axes = [axis if k == which else None for k, axis in enumerate(axes)]
+    size, made = diagram.size(diagram.outs[:1]), []
+    for begin in range(0, size, step):
+        length = min(step, size - begin)
+        some = [f if axis is None else f.narrow(axis, begin, length) for f, axis in zip(factors, axes, strict=True)]
+        made.append(x @ run(plan, some).reshape(-1, diagram.shape[1]).T)
+    y = torch.cat(made, 1)
+    return y if bias is None else y + bias
 
 
 class Parts:
