@@ -91,7 +91,9 @@ def test_another_device_makes_it_in_parts_and_its_gradient(structure, table, mon
     assert all(value.grad.shape == value.shape for value in (x, *factors.values()))
 
 
-@pytest.mark.parametrize(("outs", "inner", "parts"), [((786, 64), 768, 2), ((1024, 250), 8192, 16), ((32, 32), 1024, 1)])
+@pytest.mark.parametrize(
+    ("outs", "inner", "parts"), [((786, 64), 768, 2), ((1024, 250), 8192, 16), ((32, 32), 1024, 1)]
+)
 def test_a_table_has_sixteen_parts_at_most(outs, inner, parts):
     """GPT-2's; one of 256,000 entries; a matrix of a layer has none."""
     (place,) = Kronecker(outs=outs, ins=(inner // 32, 32), terms=2).normal_form()
