@@ -40,7 +40,8 @@ def model_of(layers: int, recipe: str | None) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_layer=layers, bos_token_id=0, eos_token_id=0))
     if recipe is not None:
         loaded = load_recipe(recipe)
-        rules = [rule for rule in loaded.replace if any(rule.matches(site) for site in find_sites(model))]
+        inside = [site for site in find_sites(model) if site.layer is not None]
+        rules = [rule for rule in loaded.replace if any(rule.matches(site) for site in inside)]
         replace(model, make_plan(model, loaded.model_copy(update={"replace": rules, "untie": False})), "noise")
     return model.train()
 
