@@ -2,8 +2,8 @@
 
 On a processor memory that is new costs more time than what is written there: a page is cleared before it can be used. So a
 large ``W`` that is multiplied once is never whole: its rows are made, multiplied and forgotten in parts, in the same memory, and
-the gradients of the factors come from parts of ``dW = dy^T x`` likewise. Elsewhere, and in compiled code, this is done to tables
-only: the matrices of heads and embeddings can be larger than the rest of a model.
+the gradients of the factors come from parts of ``dW = dy^T x`` likewise. Elsewhere, and in compiled code, this is done to the
+largest only: the matrices of heads and embeddings can be larger than the rest of a model.
 """
 
 from __future__ import annotations
