@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
-def summed(run: Callable[[Tensor, slice], Tensor], states: Tensor, parameters: Sequence[Tensor], size: int) -> Tensor:
+def summed(
+    run: Callable[[Tensor, slice], Tensor], states: Tensor, parameters: Sequence[Tensor], size: int, again: bool = False
+) -> Tensor:
     """``sum_i run(states[slice_i], slice_i)`` over slices of ``size`` rows of ``states (n, ...)``.
 
     The gradients of a slice are computed as soon as its part of the loss is, so that no graph of more than one slice is ever
@@ -17,11 +20,15 @@ def summed(run: Callable[[Tensor, slice], Tensor], states: Tensor, parameters: S
 
     Args:
         run: the loss of a slice of rows, a number; it may use ``parameters``, and nothing else that needs a gradient.
+        again: compute a slice once more on the way back instead: what lies in parts on several processes (FSDP2) is put
+            together by hooks that know of one way back only.
     """
-    free = [p for p in parameters if p.requires_grad]
-    if torch.is_grad_enabled():
-        return _Summed.apply(run, size, states, *free)
-    return torch.stack([run(states[one], one) for one in _slices(len(states), size)]).sum()
+    free, slices = [p for p in parameters if p.requires_grad], _slices(len(states), size)
+    if not torch.is_grad_enabled():
+        return torch.stack([run(states[one], one) for one in slices]).sum()
+    if again:
+        return torch.stack([checkpoint(run, states[one], one, use_reentrant=False) for one in slices]).sum()
+    return _Summed.apply(run, size, states, *free)
 
 
 def _slices(rows: int, size: int) -> list[slice]:

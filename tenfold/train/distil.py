@@ -10,6 +10,7 @@ from tenfold.models.healing import Heal
 from tenfold.train.chunks import summed
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import IGNORED, LOGITS, STATES, WITHOUT_TEACHER, Rows, log_probabilities, wide
+from tenfold.train.shards import is_sharded
 from tenfold.train.teacher import layer_map
 
 
@@ -95,7 +96,8 @@ class Distillation:
             sums = self._chunk(states, *rest)
             return (sums * sums.new_tensor(list(self.of_rows.values())) / counts.clamp(min=1)).sum()
 
-        return summed(run, states, list(self.student.model.parameters()), self.settings.chunk)
+        model = self.student.model
+        return summed(run, states, list(model.parameters()), self.settings.chunk, again=is_sharded(model))
 
     def _chunk(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, targets: Tensor) -> Tensor:
         """The sum of every loss ``(losses,)`` over the positions of a chunk."""

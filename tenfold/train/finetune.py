@@ -24,6 +24,7 @@ from tenfold.models.files import whole_folder, write_json, written
 from tenfold.models.hub import check_folder, silent
 from tenfold.models.ranks import is_first, wait
 from tenfold.train.seeds import begin, finish, finished, kept, partial
+from tenfold.train.shards import Hollow
 from tenfold.train.trainer import (
     Log,
     Progress,
@@ -239,9 +240,11 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     trainer.add_callback(Log(folder / f"log-{seed}.jsonl", tokens))
     if advance:
         trainer.add_callback(Progress(advance, tokens))
-    clock = time.perf_counter()
+    whole, clock = Hollow(model) if trainer.is_fsdp_enabled else None, time.perf_counter()
     with silent(), written(folder), kept(partial(folder, seed), report) as last:
         trainer.train(resume_from_checkpoint=last)
+    if whole is not None:
+        whole.fill()
     model = unwrapped(trainer).eval()
     way.finish(model)
     best = next(

@@ -25,6 +25,7 @@ from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
 from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import versions
+from tenfold.train.shards import Hollow
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
 from tenfold.train.trainer import (
@@ -213,9 +214,12 @@ def _train(
         trainer.add_callback(Progress(advance, tokens))
     if kept is not None:
         trainer.add_callback(Log(kept / "log.jsonl", tokens))
+    whole = Hollow(model) if trainer.is_fsdp_enabled else None
     begun, last = time.perf_counter(), kept and last_checkpoint(kept)
     with silent(), written(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last and str(last))
+    if whole is not None:
+        whole.fill()
     model = unwrapped(trainer).eval()
     steps = trainer.state.global_step
     if not all(bool(value.isfinite().all()) for value in model.parameters()):

@@ -35,6 +35,7 @@ from tenfold.train.midway import Compress, fold_midway, go_on_with, is_folded
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_tokens, versions
+from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
 from tenfold.train.tokenizer import END, train_tokenizer
 from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
@@ -282,12 +283,11 @@ def _split(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
 
 def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any], guided) -> None:
     trainer.accelerator.wait_for_everyone()
-    state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes together
+    state = whole_state(trainer)
     if not trainer.is_world_process_zero():
         return
     model = unwrapped(trainer)
-    prefix = "_orig_mod."
-    state = {key.removeprefix(prefix): _as(value, dtype) for key, value in state.items()}
+    state = {key: _as(value, dtype) for key, value in state.items()}
     if guided is not None:
         guided.remove()
         state = {key: value for key, value in state.items() if key in model.state_dict()}

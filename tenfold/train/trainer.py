@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from tenfold.train.shards import check_parts, losses_as_they_are, whole_state
+
 
 class Windows(torch.utils.data.Dataset):
     """A token stream cut into windows of ``length`` that do not overlap; the last, shorter one is left out.
@@ -60,12 +62,20 @@ class Watched(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            losses_as_they_are(self.accelerator.state.fsdp_plugin)
         self.losses: list[torch.Tensor] = []
         self.recent: list[float] = []
         self.best = math.inf
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """As Trainer's; what is finished is loaded, and not trained on by one more step, as Trainer would."""
+        """As Trainer's; what is finished is loaded, and not trained on by one more step, as Trainer would.
+
+        Raises:
+            ValueError: parameters are shared out among processes, and were not when the checkpoint was written, or the reverse.
+        """
+        if resume_from_checkpoint:
+            check_parts(Path(resume_from_checkpoint), self.is_fsdp_enabled)
         file = resume_from_checkpoint and Path(resume_from_checkpoint) / TRAINER_STATE_NAME
         if file and (state := TrainerState.load_from_json(str(file))).global_step >= state.max_steps:
             self.state = state
@@ -79,6 +89,13 @@ class Watched(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.losses.append(loss.detach())  # of a micro-batch: its share of the step's loss
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; parameters that lie in parts are written as one model folder, too, beside the parts."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=whole_state(self))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def check(self) -> None:
         """Look at the losses since the last time, in all processes at those of all, so that they stop together.

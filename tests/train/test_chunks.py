@@ -6,8 +6,9 @@ import torch
 from tenfold.train.chunks import summed
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_the_sum_and_its_gradients(size):
+def test_the_sum_and_its_gradients(size, again):
     torch.manual_seed(0)
     states, kept = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64)
     one, other, third = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -20,7 +21,7 @@ def test_the_sum_and_its_gradients(size):
     parameters = [one, other, third, unused]
     expected = sum(run(states[k : k + size], slice(k, k + size)) for k in range(0, 7, size))
     wanted = torch.autograd.grad(2 * expected, [states, *parameters], allow_unused=True)
-    found = summed(run, states, parameters, size)
+    found = summed(run, states, parameters, size, again)
     torch.testing.assert_close(found, expected)
     got = torch.autograd.grad(2 * found, [states, *parameters], allow_unused=True)
     for value, known in zip(got, wanted, strict=True):

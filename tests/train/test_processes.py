@@ -20,6 +20,7 @@ from tenfold.models.healing import Heal
 from tenfold.train.heal import heal
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ONE = (*TORCHRUN[:2], "--nproc-per-node=1")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
               "--dynamo_backend=no")  # with --cpu it wants MPI  # fmt: skip
 
@@ -29,7 +30,10 @@ def two(*command: str, launcher=TORCHRUN) -> subprocess.CompletedProcess:
     tests = str(Path(__file__).parents[1])
     paths = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*run, *map(str, command)], capture_output=True, text=True, env=environment)
+    given = [*run, *map(str, command)]
+    done = subprocess.run(
+        given, capture_output=True, text=True, env=environment, timeout=300
+    )  # processes may wait for good
     assert done.returncode == 0, done.stderr
     return done
 
