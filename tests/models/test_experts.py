@@ -95,9 +95,14 @@ def test_sharing_all_of_alike_experts_loses_nothing():
     torch.testing.assert_close(toys.logits(model), before, atol=1e-4, rtol=0)
 
 
-def test_gradients_reach_every_expert_that_was_asked():
-    model = toys.build("mixtral")
-    fold(model, [MLP])
-    model(**toys.inputs(model)).logits.square().mean().backward()
-    found = [layer.left.grad is not None for layer in model.modules() if isinstance(layer, FactorizedLinear)]
-    assert sum(found) >= len(found) / 2
+@pytest.mark.parametrize("structure", [LOW_RANK, {"kind": "tensor_train", "parts": 3, "rank": 4}])
+def test_gradients_reach_every_expert_and_are_zero_where_none_asked(structure):
+    """Sums of gradients over processes (FSDP2) need all of them in every process."""
+    model = toys.build("mixtral").train()
+    fold(model, [MLP | {"structure": structure}])
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    states, index = torch.randn(5, 32, requires_grad=True), torch.tensor([[0, 2]] * 5)
+    experts(states, index, torch.full((5, 2), 0.5)).square().sum().backward()
+    for number, expert in enumerate(experts.each):
+        zero = [not p.grad.any() for p in expert.parameters()]
+        assert all(zero) if number in (1, 3) else not any(zero)
