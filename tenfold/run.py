@@ -26,9 +26,9 @@ from tenfold.compress.journal import Journal, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
-from tenfold.models.files import opened, write_json
+from tenfold.models.files import is_weights, opened, stamps, write_json
 from tenfold.models.healing import Heal
-from tenfold.models.lazy import INDEX, Lazy, open_lazy
+from tenfold.models.lazy import INDEX, Lazy, open_lazy, weight_files
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
@@ -161,6 +161,7 @@ def compress_in_stages(
             raise ValueError(f"stage {number} of recipe {loaded.name} goes by activations: give --calibrate FILE")
     stated = [[str(file), Path(file).stat().st_size] for file in (*files, *healing) if Path(file).is_file()]
     same = {"tenfold": version("tenfold"), "model": str(name), "recipe": loaded.model_dump(mode="json"), "text": stated}
+    same |= {"weights": _stamps(name)}
     folder = _partial(output, same | {"samples": samples, "dtype": dtype}, overwrite)
     teacher, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
@@ -221,6 +222,7 @@ def heal_checkpoint(
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
     same = {"model": str(name), "teacher": str(teacher), "heal": settings.model_dump(mode="json"), "text": stated}
     same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
+    same |= {"weights": _stamps(name), "taught by": _stamps(teacher)}
     folder = _partial(output, same, overwrite, "checkpoints/checkpoint-*")
     report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
     if is_first():
@@ -246,11 +248,16 @@ def _fingerprint(lazy: Lazy, recipe: Recipe, text: Calibration) -> dict[str, Any
     stored = sorted({file for file, _ in lazy.files.values()})
     return {
         "tenfold": version("tenfold"),
-        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in stored],
+        "weights": stamps(stored),
         "recipe": recipe.model_dump(mode="json"),
         "text": digest.hexdigest(),
         "dtype": str(lazy.dtype),
     }
+
+
+def _stamps(name: str | Path | None) -> list[list[Any]]:
+    """Of the weights in a folder, which may become others under the same name."""
+    return stamps(weight_files(name)) if name is not None and Path(name).is_dir() else []
 
 
 def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: str = "*") -> Path:
@@ -263,7 +270,8 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: 
     if is_first():
         before = json.loads(known.read_text()) if known.is_file() else {}
         if folder.exists() and before != json.loads(json.dumps(fingerprint)):
-            if not overwrite and any(folder.glob(begun)):
+            foreign = not known.is_file() and any(folder.iterdir())
+            if not overwrite and (foreign or any(folder.glob(begun))):
                 other = ", ".join(sorted(differences(before, fingerprint))) if before else "nothing is noted of it"
                 raise FileExistsError(
                     f"{folder} holds what another run (other {other}) has finished; repeat that one's command, delete the "
@@ -303,10 +311,13 @@ def _assemble(journal: Journal, outer: dict[str, Tensor], max_shard_size: str) -
 
 
 def _move(made: Path, folder: Path, output: Path) -> None:
-    """The finished checkpoint takes its name, and the rest of ``folder`` goes."""
+    """The finished checkpoint takes its name, and the rest of ``folder`` goes; what else is in ``output`` stays there."""
     if made == folder:
         shutil.rmtree(folder / "unfinished")
     if output.exists():
+        for file in output.iterdir():
+            if not is_weights(file) and not (made / file.name).exists():
+                file.rename(made / file.name)
         shutil.rmtree(output)
     made.rename(output)
     shutil.rmtree(folder, ignore_errors=True)

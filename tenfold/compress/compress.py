@@ -19,14 +19,13 @@ from tenfold.compress.squeeze import squeeze
 from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
 from tenfold.models.hub import from_pretrained
-from tenfold.models.plan import Plan, make_plan
+from tenfold.models.plan import Plan, check_rules, make_plan
 from tenfold.models.ranks import is_first
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.replace import Change, finish, replace, take_apart, untie
 from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites
 from tenfold.models.symmetry_maps import fold_maps
-from tenfold.nn.kinds import check_matrix
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
@@ -74,9 +73,7 @@ def compress(
     if text is None and recipe.calibrate is not None:
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     if source == "weights" or text is not None:
-        for rule in recipe.replace:
-            for spec in rule.structures:
-                check_matrix(spec["kind"], f"the rule for role {rule.role or rule.path}")
+        check_rules(recipe)
     take_apart(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
     if recipe.squeeze is not None:

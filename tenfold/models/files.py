@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
@@ -20,6 +20,8 @@ def write_json(path: Path, value: Any) -> None:
     new.replace(path)
 
 
+# what says that a run is finished: the last of its files
+REPORTS = ("finetune.json", "training.json")
 # what torch.save, by the size of the file, and tokenizers say where there is no room
 FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
 
@@ -38,6 +40,15 @@ def written(where: str | Path) -> Iterator[None]:
         raise
 
 
+def is_weights(file: Path) -> bool:
+    return file.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, bytes and time of files: others have others."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder whose files go to ``folder`` once all are written; weights that were there go.
@@ -46,16 +57,16 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         OSError: there is no room, or no right to write there; ``folder`` is as it was.
     """
     target = Path(folder).absolute()
-    new = target.with_name(f"{target.name}.new")
+    new = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         with written(folder):
             yield new
         target.mkdir(exist_ok=True)
-        for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
+        for old in filter(is_weights, list(target.iterdir())):
             old.unlink()
-        for file in new.iterdir():
+        for file in sorted(new.iterdir(), key=lambda file: (file.name in REPORTS, is_weights(file))):
             file.replace(target / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)

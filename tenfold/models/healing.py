@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tenfold.models.names import check_name
-from tenfold.models.settings import Strict
+from tenfold.models.settings import Schedule, Strict
 
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
 
@@ -30,15 +30,15 @@ class Heal(Strict):
             float32 elsewhere; the weights that are trained are in float32.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
     tokens_per_step: int = Field(4096, ge=1)
     batch: int | None = Field(None, ge=1)
     save_steps: int = Field(200, ge=1)
-    learning_rate: float = 6.0e-5
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
+    learning_rate: float = Field(6.0e-5, gt=0)
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     losses: dict[str, float] = Field({"kl": 1.0}, min_length=1)
     temperature: float = Field(1.0, gt=0)
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
@@ -58,3 +58,9 @@ class Heal(Strict):
                     f"the weight of {name} is {weight}, but must be above 0; leave out a loss that does not count"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"a healing has steps ({self.steps}) or epochs ({self.epochs:g}); leave one of them out")
+        return self

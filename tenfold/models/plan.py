@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
 from tenfold.models.sites import Site, find_sites, is_tied, share_of
-from tenfold.nn.kinds import LAYERS, family
+from tenfold.nn.kinds import LAYERS, check_matrix, family
 from tenfold.structure import LowRank, Stacked, Structure, Sum
 
 
@@ -39,6 +39,13 @@ class Plan:
     entries: dict[str, Entry]
     untie: bool = False
     recipe: str = ""
+
+
+def check_rules(recipe: Recipe) -> None:
+    """Raise ValueError for a rule whose layers no trained matrix can be folded into."""
+    for rule in (rule for step in recipe.steps() for rule in step.replace):
+        for spec in rule.structures:
+            check_matrix(spec["kind"], f"the rule for role {rule.role or rule.path}")
 
 
 def make_plan(model, recipe: Recipe) -> Plan:

@@ -216,7 +216,7 @@ class Recipe(Strict):
     def _one_way(self):
         if self.stages:
             keys = ("replace", "first", "squeeze", "budget", "untie", "calibrate", "heal")
-            if given := sorted(self.model_fields_set & set(keys)):
+            if given := sorted(self.model_dump(include=set(keys), exclude_defaults=True)):
                 raise ValueError(
                     f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
                 )
@@ -318,7 +318,7 @@ _KEYS = {
 
 
 def _complaint(error) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place = ".".join(str(part) for part in error["loc"]) or "it"
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
         return f"unknown key {place!r}" + (

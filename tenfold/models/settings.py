@@ -6,6 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# of the learning rate: those of transformers that need to be told nothing more
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -105,9 +110,9 @@ class Train(Strict):
     )
     temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(2.0e-3, gt=0)
-    weight_decay: float = 0.1
-    schedule: str = "linear"
-    warmup: float = 0.03
+    weight_decay: float = Field(0.1, ge=0)
+    schedule: Schedule = "linear"
+    warmup: float = Field(0.03, ge=0)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     checkpointing: bool = False

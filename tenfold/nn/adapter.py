@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tenfold.nn.layers import FactorizedLinear
-from tenfold.structure import Dense, LowRank, Sum
+from tenfold.structure import Dense, LowRank, Structure, Sum
 
 
 class Adapter(FactorizedLinear):
@@ -45,6 +45,11 @@ def _held(layer: nn.Module):
     if isinstance(layer, FactorizedLinear):
         if layer.shared:
             raise ValueError(f"the layer shares {sorted(layer.shared)}; add the adapter in the recipe (adapter: rank)")
+        if not isinstance(layer.structure, Structure):
+            raise ValueError(
+                f"an adapter goes beside a matrix, and a layer of kind {layer.structure.kind} has none (there is a non-linearity "
+                "between its factors); train all of it"
+            )
         return layer.structure, layer.factors()
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"an adapter goes beside nn.Linear or FactorizedLinear, not {type(layer).__name__}; fold it")

@@ -67,6 +67,8 @@ class Distillation:
         loss = states.new_zeros((), dtype=wide(states[..., :0]).dtype)
         if self.of_rows:
             loss = loss + self._rows(states, wanted, ids, labels, there)
+        if (balance := self.student.balance(states, out, attention_mask)) is not None:
+            loss = loss + balance
         for name, weight in self.of_states.items():
             loss = loss + weight * STATES[name](out, seen, self.layers, there)
         return {"loss": loss}

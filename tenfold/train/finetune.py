@@ -23,20 +23,23 @@ from tenfold.models.cost import read_config
 from tenfold.models.files import whole_folder, write_json, written
 from tenfold.models.hub import check_folder, silent
 from tenfold.models.ranks import is_first, wait
+from tenfold.train.checkpoints import last_checkpoint
+from tenfold.train.precision import check_saved_dtype
 from tenfold.train.seeds import begin, finish, finished, kept, partial
 from tenfold.train.shards import Hollow
+from tenfold.train.teacher import weights_digest
 from tenfold.train.trainer import (
     Log,
     Progress,
     Watch,
     Watched,
-    last_checkpoint,
     step_size,
     training_arguments,
     unwrapped,
 )
 from tenfold.train.ways import free_head, way_named
 
+HEADS = ("classifier.", "score.")
 LIBRARIES = ("tenfold", "torch", "transformers", "scikit-learn", "scipy", "rouge-score", "peft")
 
 
@@ -120,6 +123,7 @@ def finetune(
         FileNotFoundError: the model or a file of the task is missing.
         ImportError: a library of the extra ``tasks`` is missing.
     """
+    check_saved_dtype(dtype or torch.float32)
     chosen, given = task_named(task), Settings(**settings)
     way = way_named(given.train)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -132,6 +136,7 @@ def finetune(
     examples = chosen.read(data, "train", given.limit), chosen.read(data, "dev", given.dev_limit)
     report = {
         "model": str(model),
+        "weights": weights_digest(model) if Path(model).is_dir() else None,
         "task": chosen.name,
         "data": str(data),
         "metrics": list(chosen.metrics),
@@ -194,10 +199,11 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     tokenizer = AutoTokenizer.from_pretrained(name)
     kind, told = task.loading()
     with silent(reports=False):  # the head is new, which the run reports
-        model, loaded = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **told)
+        told |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # a head of another task's
+        model, loaded = kind.from_pretrained(name, dtype=torch.float32, **told)
     task.check_model(model)
     prepare(model, tokenizer)
-    length, new = longest(model, given.length), set(loaded["missing_keys"])
+    length, new = longest(model, given.length), set(loaded["missing_keys"]) | _resized(loaded, name)
     way.free(model, given.rank)
     free_head(model, new)
     parameters = counted(model)
@@ -256,6 +262,18 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     run |= {"best_epoch": best["epoch"], "seconds": round(time.perf_counter() - clock, 1)}
     run |= {"steps": trainer.state.global_step, "new": sorted(new), "curve": _curve(trainer.state.log_history)}
     return model, tokenizer, run, parameters
+
+
+def _resized(loaded: dict[str, Any], name) -> set[str]:
+    """The tensors of a head for other labels, which is drawn anew.
+
+    Raises:
+        ValueError: others have another size, too.
+    """
+    resized = {key for key, *_ in loaded["mismatched_keys"]}
+    if other := sorted(key for key in resized if not key.startswith(HEADS)):
+        raise ValueError(f"{name} has tensors of another size than its config.json says: {', '.join(other[:4])}")
+    return resized
 
 
 def _place(device: str | None) -> dict[str, bool]:

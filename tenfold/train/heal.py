@@ -20,6 +20,7 @@ from tenfold.models.files import written
 from tenfold.models.healing import Heal
 from tenfold.models.hub import silent
 from tenfold.models.reading import context_of, reads_streams
+from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
@@ -34,7 +35,6 @@ from tenfold.train.trainer import (
     Watch,
     Watched,
     Windows,
-    last_checkpoint,
     shared_out,
     step_size,
     training_arguments,

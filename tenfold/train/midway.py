@@ -20,12 +20,12 @@ from tenfold.models.files import write_json, written
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.settings import Calibrate
-from tenfold.train.trainer import Windows, last_checkpoint, step_size
+from tenfold.train.checkpoints import FOLDED, STATE, last_checkpoint
+from tenfold.train.trainer import Windows, step_size
 
 AT_ONCE = 1024  # tokens in a batch of those that guide the fold
 # ``compress(model, recipe, batches)`` folds the model in place and returns a report
 Compress = Callable[[Any, Recipe, list[dict[str, Tensor]]], dict[str, Any]]
-FOLDED = "fold.json"  # what a checkpoint of a model that was just folded has, and no other one
 KEPT = "rng_state*.pth"  # of the dense part's last checkpoint; its optimizer knows other tensors
 
 
@@ -100,16 +100,11 @@ def _write(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
         model.save_pretrained(new)
         for file in dense.glob(KEPT):
             shutil.copy(file, new / file.name)
-        state = json.loads((dense / "trainer_state.json").read_text())
+        state = json.loads((dense / STATE).read_text())
         none = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
         write_json(new / FOLDED, report)
-        write_json(new / "trainer_state.json", state | none)
+        write_json(new / STATE, state | none)
     new.rename(target)
-
-
-def is_folded(checkpoint: str | Path) -> bool:
-    """Whether it is that of a model that was just folded: the weights are there, but no optimizer knows them."""
-    return (Path(checkpoint) / FOLDED).is_file()
 
 
 def go_on_with(scheduler, step: int, rates: list[float]) -> None:

@@ -28,3 +28,11 @@ def in_bfloat16(precision: str, device: str | None = None) -> bool:
     accelerator = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
     kind = "cpu" if accelerator is None else accelerator.type
     return precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(kind))
+
+
+def check_saved_dtype(dtype: torch.dtype | str) -> None:
+    """Raise ValueError for ``auto``: what is trained anew has no type of its own."""
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"dtype {dtype} is for models that are read; this one is trained: write float32, bfloat16 or float16"
+        )

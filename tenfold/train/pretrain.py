@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,17 +25,18 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.evaluate.text import documents
 from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
-from tenfold.models.plan import make_plan
+from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.ranks import state
 from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import replace
 from tenfold.models.settings import Train
+from tenfold.train.checkpoints import is_folded, last_checkpoint
 from tenfold.train.guide import Guided
-from tenfold.train.midway import Compress, fold_midway, go_on_with, is_folded
+from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.precision import in_bfloat16
-from tenfold.train.record import forget, same_recipe, same_tokens, versions
+from tenfold.train.precision import check_saved_dtype, in_bfloat16
+from tenfold.train.record import forget, same_recipe, same_sources, versions
 from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
 from tenfold.train.tokenizer import END, train_tokenizer
@@ -45,7 +47,6 @@ from tenfold.train.trainer import (
     Watch,
     Watched,
     Windows,
-    last_checkpoint,
     shared_out,
     training_arguments,
     unwrapped,
@@ -94,13 +95,14 @@ def pretrain(
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     check_named(recipe)
+    check_saved_dtype(dtype)
     folder, settings, length = Path(output), recipe.train, _length(recipe)
     with state().main_process_first():
         if overwrite and state().is_main_process:
             forget(folder, data)
         same_recipe(folder, recipe, data)
         tokens = _tokens(folder, data, recipe)
-        same_tokens(folder, tokens)
+        same_sources(folder, tokens, recipe.train.teacher)
     tokenizer = AutoTokenizer.from_pretrained(tokens.folder)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
     train, rest = _split(tokens, length, settings.held_out)
@@ -115,6 +117,8 @@ def pretrain(
         return _trainer(model, checkpoints, recipe, windows, held, tokenizer, steps, device, folder, advance)
 
     begun, stop = time.perf_counter(), round(settings.fold * steps)
+    if settings.fold and not stop:
+        raise ValueError(f"train.fold {settings.fold:g} of {steps} steps is none; give more of them, or a larger share")
     with silent():
         if stop:
             model = _folded_midway(folder, stop, recipe, windows, tokenizer, trainer_of, compress)
@@ -151,6 +155,7 @@ def _folded_midway(folder: Path, step: int, recipe: Recipe, windows, tokenizer, 
             checkpoint, dtype=torch.float32, attn_implementation=recipe.model.get("attn_implementation")
         )
 
+    check_rules(recipe)
     model = partial(new_model, recipe.model_copy(update={"replace": [], "stages": []}), tokenizer)
     if not recipe.stages and recipe.calibrate is None:  # what can't be folded is told before anything is trained
         with torch.device("meta"):
@@ -241,6 +246,7 @@ class _Pretrainer(Watched):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"], group["initial_lr"] = group["lr"] * (rate / group.get("initial_lr", rate)), rate
         self.lr_scheduler.base_lrs = rates
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
 
 def _hidden_tokens(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
@@ -308,17 +314,20 @@ def _resumed(folder: Path) -> str | None:
 
 def new_model(recipe: Recipe, tokenizer):
     """The recipe's model with random weights, folded from noise where the recipe says so."""
-    config = AutoConfig.for_model(
-        **recipe.model,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    config = _configuration(recipe, vocab_size=len(tokenizer), **ends)
     model = KINDS[recipe.train.objective].from_config(config)
     if recipe.replace:
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")
     return model
+
+
+def _configuration(recipe: Recipe, **more):
+    try:
+        return AutoConfig.for_model(**recipe.model, **more)
+    except StrictDataclassError as reason:  # of numbers that are none, or don't fit together
+        raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
 
 
 def _length(recipe: Recipe) -> int:
@@ -327,7 +336,7 @@ def _length(recipe: Recipe) -> int:
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
     with torch.device("meta"):
-        positions = positions_of(AutoModel.from_config(AutoConfig.for_model(**model)))
+        positions = positions_of(AutoModel.from_config(_configuration(recipe)))
     if positions is not None and length > positions:
         raise ValueError(
             f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "

@@ -12,15 +12,18 @@ from typing import Any
 
 from tenfold.models.files import write_json
 from tenfold.models.recipe import Recipe, parse_recipe
+from tenfold.train.checkpoints import last_checkpoint
+from tenfold.train.teacher import weights_digest
 from tenfold.train.tokens import Tokens
 
 FILE = "run.json"
 FILES = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the note last
+OF_TOKENS = ("tokenizer", "model", "train.tokens", "train.objective", "train.window")  # other ones have other tokens
 FOLDERS = ("checkpoints", "dense", "tokens")
 
 
 def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
-    """Note what is run, or see that it is what was begun.
+    """Note what is run, or see that it is what was begun; of a run without any checkpoint another can take the place.
 
     Raises:
         ValueError: it is not; the keys that differ are named.
@@ -29,23 +32,38 @@ def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> Non
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
         before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
-        if other := sorted(differences(before, now["recipe"])):
+        other = sorted(differences(before, now["recipe"]))
+        if not other:
+            return
+        if _begun(folder):
             raise ValueError(
                 f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
             )
-        return
+        if any(key.startswith(OF_TOKENS) for key in other):
+            forget(folder, data)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, now)
 
 
-def same_tokens(folder: Path, tokens: Tokens) -> None:
+def _begun(folder: Path) -> bool:
+    """Whether anything is there that was trained."""
+    checkpoints = (last_checkpoint(folder / name) for name in ("checkpoints", "dense"))
+    return (folder / "training.json").is_file() or any(checkpoints)
+
+
+def same_sources(folder: Path, tokens: Tokens, teacher: str | None) -> None:
     """Note what the run is trained on, or see that it is what it was begun on, wherever that is now.
+
+    Args:
+        teacher: the folder of one, or a name.
 
     Raises:
         ValueError: it is not; what differs is named.
     """
     noted = json.loads((folder / FILE).read_text())
     now = {key: value for key, value in tokens.about.items() if key != "shards"}
+    if teacher is not None:
+        now["teacher"] = weights_digest(teacher)
     if "tokens" not in noted:
         write_json(folder / FILE, noted | {"tokens": now})
     elif other := sorted(differences(noted["tokens"], now)):

@@ -12,10 +12,10 @@ from typing import Any
 from tenfold.models.files import write_json
 from tenfold.models.hub import check_output
 from tenfold.models.ranks import is_first
-from tenfold.train.trainer import last_checkpoint
+from tenfold.train.checkpoints import last_checkpoint
 
 REPORT = "finetune.json"
-SAME = ("model", "task", "data", "examples", "dtype")
+SAME = ("model", "weights", "task", "data", "examples", "dtype")
 FREE = {"compile"}  # what may be another when a call is repeated
 
 

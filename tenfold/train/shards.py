@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +28,6 @@ def losses_as_they_are(plugin) -> None:
     """Of accelerate: it would round what a model returns to bfloat16, the loss, too, which then has three digits."""
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-
-
-def check_parts(checkpoint: Path, sharded: bool) -> None:
-    """Whether a run goes on from ``checkpoint`` as it was: the optimizer's state lies in parts, or as a whole.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if any(checkpoint.glob("optimizer_*")) and not sharded:
-        raise ValueError(
-            f"{checkpoint} is of a run whose parameters lie in parts on several processes; go on with accelerate launch "
-            "--use_fsdp --fsdp_version 2, with any number of them"
-        )
-    if (checkpoint / "optimizer.pt").is_file() and sharded:
-        raise ValueError(
-            f"{checkpoint} is of a run whose parameters were whole in every process; go on without --use_fsdp"
-        )
 
 
 class Hollow:

@@ -26,6 +26,7 @@ from tenfold.train.tokens import fingerprint
 
 STORE, PROGRESS = "store.json", "progress.json"
 ARRAYS = ("ids", "log_probabilities")
+AWAY = "give another folder, or delete it"
 LOWEST = -60000.0  # nearly the least number of half precision
 
 
@@ -62,11 +63,16 @@ def is_finished(folder: Path, made_from: dict[str, Any]) -> bool:
     if not (folder / STORE).is_file():
         raise FileExistsError(f"{folder} is there and is no store of a teacher's answers; give another folder")
     there = json.loads((folder / STORE).read_text())
-    keys = [*made_from, *(key for key in there if key not in made_from)]
-    if apart := [key for key in keys if there.get(key) != made_from.get(key)]:
-        told = "; ".join(f"{key} is {there.get(key)} there and {made_from.get(key)} here" for key in apart)
-        raise ValueError(f"the store {folder} was made from something else: {told}; give another folder, or delete it")
+    if there != made_from:
+        raise ValueError(f"the store {folder} was made from something else: {told(there, made_from)}; {AWAY}")
     return True
+
+
+def told(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs."""
+    keys = [*here, *(key for key in there if key not in here)]
+    apart = [key for key in keys if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in apart)
 
 
 class Store:
@@ -142,10 +148,17 @@ def _open(partial: Path, made_from: dict[str, Any], windows: int) -> tuple[list[
     if state.is_file():
         there = json.loads(state.read_text())
         done = there.pop("windows")
-        if there == made_from:
+        if there == made_from and done:
             return [open_memmap(partial / f"{name}.npy", mode="r+") for name in ARRAYS], done
+        if there != made_from:
+            raise FileExistsError(
+                f"{partial} is an unfinished store of something else ({told(there, made_from)}); {AWAY}"
+            )
+    elif partial.exists() and any(partial.iterdir()):
+        raise FileExistsError(f"{partial} is there and is no unfinished store; {AWAY}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    write_json(state, made_from | {"windows": 0})
     k, vocabulary = made_from["top_k"], made_from["vocabulary"]
     kinds = {"ids": np.uint16 if vocabulary <= 2**16 else np.int32, "log_probabilities": np.float16}
     shape = {"ids": k, "log_probabilities": k + (k < vocabulary)}

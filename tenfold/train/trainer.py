@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from tenfold.train.shards import check_parts, losses_as_they_are, whole_state
+from tenfold.train.checkpoints import STATE, check_checkpoint, last_checkpoint
+from tenfold.train.shards import losses_as_they_are, whole_state
 
 
 class Windows(torch.utils.data.Dataset):
@@ -72,11 +72,12 @@ class Watched(Trainer):
         """As Trainer's; what is finished is loaded, and not trained on by one more step, as Trainer would.
 
         Raises:
-            ValueError: parameters are shared out among processes, and were not when the checkpoint was written, or the reverse.
+            ValueError: the checkpoint is damaged; or parameters are shared out among processes, and were not when it was written,
+                or the reverse.
         """
         if resume_from_checkpoint:
-            check_parts(Path(resume_from_checkpoint), self.is_fsdp_enabled)
-        file = resume_from_checkpoint and Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+            check_checkpoint(Path(resume_from_checkpoint), self.is_fsdp_enabled)
+        file = resume_from_checkpoint and Path(resume_from_checkpoint) / STATE
         if file and (state := TrainerState.load_from_json(str(file))).global_step >= state.max_steps:
             self.state = state
             self._load_from_checkpoint(resume_from_checkpoint)
@@ -217,17 +218,6 @@ def _step(line: str) -> float:
         return math.inf  # half a line
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``: Trainer writes ``trainer_state.json`` last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
 def shared_out(batch: int, accumulate: int, processes: int | None = None) -> tuple[int, int]:
     """``(batch, accumulate)`` of each of several processes, so that all of them together see the same windows a step.
 
@@ -257,6 +247,7 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "learning_rate": learning_rate,
         "per_device_train_batch_size": batch,
         "max_grad_norm": 1.0,
+        "ddp_find_unused_parameters": True,  # guides that are gone, layers above the last one that a loss looks at
         "save_total_limit": 1,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
         "disable_tqdm": True,

@@ -368,7 +368,8 @@ def test_settings_of_a_recipe(tmp_path):
     }
     assert heal_settings((), recipe, steps=None) == Heal(**section)
     assert heal_settings((), recipe, schedule="linear") == Heal(**section | {"schedule": "linear"})
-    assert heal_settings(["kl=0.5"], recipe, steps=3) == Heal(**section | {"losses": {"kl": 0.5}, "steps": 3})
+    other = {key: value for key, value in section.items() if key != "epochs"} | {"losses": {"kl": 0.5}, "steps": 3}
+    assert heal_settings(["kl=0.5"], recipe, steps=3) == Heal(**other)  # steps in the place of epochs
     recipe.write_text("replace: []\n")
     with pytest.raises(ValueError, match="has no heal section"):
         heal_settings((), recipe)

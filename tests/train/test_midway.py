@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain
 from tenfold.train import pretrain as alone
+from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.midway import go_on_with
-from tenfold.train.trainer import last_checkpoint
 
 NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
 BLOCKS = {"replace": [FOLDED]}

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from tenfold import api
 from tenfold.api import compress, evaluate
 from tenfold.nn import FactorizedLinear
+from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import Watched, Windows, last_checkpoint, shared_out, training_arguments
+from tenfold.train.trainer import Watched, Windows, shared_out, training_arguments
 
 RECIPE = {
     "name": "toy",

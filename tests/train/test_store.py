@@ -96,8 +96,16 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
     with pytest.raises(Interrupted):
         stored_in(tmp_path / "third", teacher, windows, 5, progress=interrupted)
     seen.clear()
-    stored_in(tmp_path / "third", teacher, windows, 6, progress=counting)
-    assert seen == [0, 2, 4, 6], "begun with another k: anew"
+    with pytest.raises(
+        FileExistsError, match="is an unfinished store of something else \\(top_k is 5 there and 6 here\\); give"
+    ):
+        stored_in(tmp_path / "third", teacher, windows, 6, progress=counting)
+    stored_in(tmp_path / "third", teacher, windows, 5, progress=counting)
+    assert seen == [4, 6]
+    (tmp_path / "fourth.partial").mkdir()
+    (tmp_path / "fourth.partial" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="is there and is no unfinished store; give another folder"):
+        stored_in(tmp_path / "fourth", teacher, windows, 5)
 
 
 def test_a_store_without_room_is_refused(tmp_path, monkeypatch):
