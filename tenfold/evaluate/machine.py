@@ -66,7 +66,8 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 def footprint(module: nn.Module) -> int:
     """Bytes of its parameters, of what else is saved, and of kept matrices."""
-    kept = [layer._kept.matrix for layer in module.modules() if getattr(layer, "_kept", None) is not None]
+    found = [layer._again.kept for layer in module.modules() if hasattr(layer, "_again")]
+    kept = [one.matrix for one in found if one is not None]
     return sum(map(stored, (*module.parameters(), *module.buffers(), *kept)))
 
 

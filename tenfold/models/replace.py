@@ -227,7 +227,7 @@ def _install(model: PreTrainedModel, entry: Entry, container: SharedFactors | No
     like = old.like if isinstance(old, FOLDED) else old.weight
     given = {"shared": entry.shared, "frozen": entry.frozen, "device": like.device, "dtype": like.dtype}
     if isinstance(old, nn.Embedding | FactorizedEmbedding):
-        scale = getattr(old, "scalar_embed_scale", getattr(old, "scale", 1.0))
+        scale = getattr(old, "scalar_embed_scale", getattr(old, "multiplier", 1.0))
         new = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
         new = layer_of(entry.structure)(entry.structure, entry.bias, **given)
@@ -360,7 +360,7 @@ def _plain(like: nn.Module, module: FactorizedLinear | FactorizedEmbedding) -> n
     """The layer that the architecture itself has at this place, holding ``W``; where that is narrower, zeros around it."""
     weight = _padded(module.dense().to(module.dtype), shape_of(like))
     if isinstance(module, FactorizedEmbedding):
-        scale = (module.scale,) if hasattr(like, "scalar_embed_scale") else ()
+        scale = (module.multiplier,) if hasattr(like, "scalar_embed_scale") else ()
         new = type(like)(*module.structure.shape, module.padding_idx, *scale)
     elif isinstance(like, Conv1D):
         new, weight = Conv1D(*weight.shape), weight.T.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakSet
 
@@ -25,8 +26,20 @@ def _watch() -> None:
     register_optimizer_step_post_hook(tell)
 
 
+@dataclass
+class Kept:
+    """A matrix, and the address, version and type of every factor that it was made of.
+
+    The factors are held, too: else a new one could lie at the address of one that is gone.
+    """
+
+    matrix: Tensor
+    made_of: list[tuple]
+    held: list[Tensor]
+
+
 class Again:
-    """What one layer has made of its factors since the last step.
+    """What one layer has made of its factors since the last step: :attr:`kept` for evaluation, and what follows in training.
 
     It is given again while gradients are being summed (a factor has one), if no factor was written to or moved and no optimizer
     of torch has made a step. Who did not sum over micro-batches in the step before holds no matrix longer than from the way
@@ -34,6 +47,7 @@ class Again:
     """
 
     def __init__(self) -> None:
+        self.kept: Kept | None = None
         self._made: dict[tuple, Tensor] = {}
         self._of: list[tuple] = []
         self._held: list[Tensor] = []  # else a new factor could lie at the address of one that is gone
@@ -44,7 +58,14 @@ class Again:
         """An optimizer has made a step: nothing is true any more."""
         if self._summing is not None:  # else it is an optimizer of another model
             self._summed, self._summing = self._summing, None
-        self._made, self._held = {}, []
+        self._made, self._of, self._held, self.kept = {}, [], [], None
+
+    def keep(self, made: Kept) -> Kept:
+        """For evaluation, until a step or a change of a factor."""
+        _watch()
+        _ALL.add(self)
+        self.kept = made
+        return made
 
     def matrices(self, factors: Factors) -> dict[tuple, Tensor]:
         """Those that may be used with ``factors``, and the place for those that are made now."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from tenfold.nn.again import Again
+from tenfold.nn.again import Again, Kept
 from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import BUCKETS, bucket, forward_plans
@@ -150,18 +150,6 @@ class _Factorized(nn.Module):
         return self.__dict__ | {"_straight": Straight()}
 
 
-@dataclass
-class Kept:
-    """A matrix, and the address, version and type of every factor that it was made of.
-
-    The factors are held, too: else a new one could lie at the address of one that is gone.
-    """
-
-    matrix: Tensor
-    made_of: list[tuple]
-    held: list[Tensor]
-
-
 class FactorizedLinear(_Factorized):
     """``y = x @ W.T + bias`` with ``W (out, in)`` in a structure.
 
@@ -178,7 +166,6 @@ class FactorizedLinear(_Factorized):
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
         self.hold = NOTHING  # what is kept for the way back: tenfold.nn.kept
-        self._kept: Kept | None = None
         self._again = Again()
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
@@ -213,9 +200,11 @@ class FactorizedLinear(_Factorized):
         if passing or torch.is_autocast_enabled(x.device.type) or bucket(rows) not in self.keeps:
             return None
         now = [(value.data_ptr(), value._version, value.dtype) for value in factors.values()]
-        if self._kept is None or self._kept.made_of != now:
-            self._kept = Kept(self.structure.dense(factors), now, [value.detach() for value in factors.values()])
-        return self._kept.matrix
+        kept = self._again.kept
+        if kept is None or kept.made_of != now:
+            held = [value.detach() for value in factors.values()]
+            kept = self._again.keep(Kept(self.structure.dense(factors), now, held))
+        return kept.matrix
 
     def train(self, mode: bool = True) -> FactorizedLinear:
         """As everywhere; a kept matrix is dropped."""
@@ -223,14 +212,14 @@ class FactorizedLinear(_Factorized):
         return super().train(mode)
 
     def _drop(self) -> None:
-        self._kept, self._again = None, Again()
+        self._again = Again()
 
     def _apply(self, *arguments, **keywords):  # to another device or type
         self._drop()
         return super()._apply(*arguments, **keywords)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_kept": None, "_again": Again()}
+        return super().__getstate__() | {"_again": Again()}
 
 
 class FactorizedEmbedding(_Factorized):
@@ -255,7 +244,7 @@ class FactorizedEmbedding(_Factorized):
     ):
         super().__init__(structure, shared, frozen, device, dtype)
         self.num_embeddings, self.embedding_dim = structure.shape
-        self.padding_idx, self.scale = padding_idx, scale
+        self.padding_idx, self.multiplier = padding_idx, scale
 
     def forward(self, x: Num[Tensor, "*rows"], as_head: bool = False) -> Float[Tensor, "..."]:
         """The rows of the ids ``x (...)``; ``as_head``: ``x @ W.T``, the logits of states ``x (..., width)``.
@@ -266,8 +255,11 @@ class FactorizedEmbedding(_Factorized):
             factors = self.factors()
             few = serves(x) and 0 < x.numel() <= FEW * self.embedding_dim
             return self._few(factors, x) if few else self.structure._apply(factors, x)
-        rows = self.structure._rows(self.factors(), x)
-        return rows if self.scale == 1.0 else rows * rows.new_full((), self.scale)  # rounded like a dense Gemma's
+        with torch.autocast(x.device.type, enabled=False):  # as nn.Embedding
+            rows = self.structure._rows(self.factors(), x)
+        return (
+            rows if self.multiplier == 1.0 else rows * rows.new_full((), self.multiplier)
+        )  # rounded like a dense Gemma's
 
 
 class _Tied(nn.Module):

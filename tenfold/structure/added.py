@@ -7,7 +7,7 @@ memory, and the time to add it.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -86,6 +86,11 @@ def dense(diagrams: tuple[Diagram, ...], factors: list[list[Tensor]]) -> Tensor:
     return w
 
 
+def whole(diagrams: tuple[Diagram, ...], factors: list[Tensor]) -> Tensor:
+    """Likewise of all factors one after another."""
+    return dense(diagrams, shared_out(diagrams, factors))
+
+
 class _Added(torch.autograd.Function):
     """Keeps ``x`` and the factors."""
 
@@ -107,7 +112,7 @@ class _Added(torch.autograd.Function):
         db, dx, found = dy.sum(0) if of_bias else None, None, []
         with torch.autocast(dy.device.type, enabled=False):
             if torch.is_grad_enabled():
-                dx, *found = contract.differentiable(dense(diagrams, some), x, factors, dy, [of_x, *needs])
+                dx, *found = contract.differentiable(partial(whole, diagrams), x, factors, dy, [of_x, *needs])
                 return None, None, dx, db, *found
             for diagram, given, these in zip(diagrams, some, wanted, strict=True):
                 dx, *others = contract.gradients(diagram, x, given, dy, [of_x, *these], None, dx, ctx.little)

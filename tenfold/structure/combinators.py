@@ -109,9 +109,9 @@ class Stacked(Structure, kind="stacked"):
     def normal_form(self) -> tuple[Placement, ...]:
         outer = (self.starts[-1], self.parts[0].shape[1])
         return tuple(
-            replace(place.renamed(_prefix(f"part_{k}_")), rows=(*place.rows, self.starts[k]), outer=outer)
+            replace(place, rows=(*place.rows, self.starts[k]), outer=outer)
             for k, part in enumerate(self.parts)
-            for place in part.normal_form()
+            for place in (one.renamed(_prefix(f"part_{k}_")) for one in part.normal_form())
         )
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:

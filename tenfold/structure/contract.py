@@ -10,8 +10,9 @@ gradient ``dW = dy^T x``, which is then contracted with the other factors. Both 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import torch
@@ -85,7 +86,10 @@ def rows_of(diagram: Diagram, factors: list[Tensor], index: Int[Tensor, "n"]) ->
     for label in reversed(diagram.outs[1:]):
         number = diagram.size([label])
         at[label], rest = rest % number, rest // number
-    at |= dict.fromkeys(diagram.outs[:1], rest)  # without a modulo: a row that does not exist raises IndexError
+    last = diagram.size(diagram.outs[:1])
+    at |= dict.fromkeys(
+        diagram.outs[:1], torch.where(rest < 0, last, rest)
+    )  # a row that does not exist raises IndexError
     picked, inputs = [], []
     for factor, (_, labels) in zip(factors, diagram.factors, strict=True):
         looked = [label for label in labels if label in at]
@@ -281,7 +285,7 @@ class _Apply(torch.autograd.Function):
         needs, db = [of_x, *rest], dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                dx, *others = differentiable(dense(diagram, factors), x, factors, dy, needs)
+                dx, *others = differentiable(partial(dense, diagram), x, factors, dy, needs)
             elif ctx.numbers:
                 parts = [{number: kept.pop(0) for number in numbers} for numbers in ctx.numbers]
                 dx, *others = _back_chain(diagram, x, factors, dy, needs, parts)
@@ -291,8 +295,14 @@ class _Apply(torch.autograd.Function):
         return None, None if dx is None else dx.reshape(x.shape), db, None, *others
 
 
-def differentiable(w: Tensor, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def differentiable(
+    make: Callable[[list[Tensor]], Tensor], x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
     """The gradients where they are to be differentiated again (``create_graph``): by torch, through ``W`` made of the factors."""
+    factors = [
+        factor.view_as(factor) for factor in factors
+    ]  # each by itself: they may be one tensor, or made of each other
+    w = make(factors)
     dx = dy @ w if needs[0] else None
     wanted = [factor for factor, need in zip(factors, needs[1:], strict=True) if need]
     found = iter(torch.autograd.grad(w, wanted, dy.T @ x, create_graph=True) if wanted else ())

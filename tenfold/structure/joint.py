@@ -5,13 +5,13 @@ One diagram is added of slices, where its factors have a long rank in common.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from tenfold.structure import added, contract, rebuild
-from tenfold.structure.added import Term, dense, shared_out
+from tenfold.structure.added import Term, dense, shared_out, whole
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.plan import cost_of_product
@@ -72,7 +72,7 @@ class _Joint(torch.autograd.Function):
         dx, found = None, [None for _ in factors]
         with torch.autocast(dy.device.type, enabled=False):
             if torch.is_grad_enabled():
-                dx, *found = contract.differentiable(dense(diagrams, some), x, factors, dy, [of_x, *needs])
+                dx, *found = contract.differentiable(partial(whole, diagrams), x, factors, dy, [of_x, *needs])
                 return None, None, dx, dy.sum(0) if of_bias else None, *found
             if of_x:
                 dx = dy @ (dense(diagrams, some) if w is None else w)
@@ -84,4 +84,8 @@ class _Joint(torch.autograd.Function):
 
 
 def _back(diagram: Diagram, factors: list[Tensor], needs: list[bool], dw: Tensor) -> list[Tensor | None]:
-    return rebuild.back(diagram, factors, dw, needs) if any(needs) else [None for _ in factors]
+    if not any(needs):
+        return [None for _ in factors]
+    found = rebuild.back(diagram, factors, dw, needs)
+    alone = len(factors) == 1  # its gradient is dw itself, which others get, too
+    return [one.clone() if alone and one is not None else one for one in found]

@@ -9,6 +9,7 @@ kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -123,7 +124,13 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, diagram, out, matrix, x, bias, rows, columns, *factors):
         ctx.diagram, ctx.out = diagram, out
-        key = (diagram, out, *(value if value is None else value.data_ptr() for value in (rows, columns, *factors)))
+        key = (
+            diagram,
+            out,
+            rows is None,
+            columns is None,
+            *(value.data_ptr() for value in factors),
+        )  # maps are made anew
         known = None if matrix is None else matrix.get(key)
         y, w = _forward(diagram, list(factors), x, bias, Maps(rows, columns, out, x.shape[1]), known)
         if matrix is not None and w is not None:
@@ -139,8 +146,8 @@ class _Mapped(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             given = (ctx.diagram, x, factors, dy, [of_x, *of_factors], maps)
             if torch.is_grad_enabled():
-                w = maps.spread_out(rebuild.dense(ctx.diagram, factors))
-                dx, *others = contract.differentiable(w, x, factors, dy, [of_x, *of_factors])
+                make = partial(_whole, ctx.diagram, maps)
+                dx, *others = contract.differentiable(make, x, factors, dy, [of_x, *of_factors])
             elif contract.is_chain(ctx.diagram, x):
                 dx, *others = _back_parts(*given)
             else:
@@ -171,7 +178,15 @@ def _back_parts(
         found, *others = contract.gradients(diagram, pick(some), factors, back(of), needs)
         if found is not None:
             _spread(found.reshape(len(some), -1), maps.columns, place)
-        totals = [
-            one if total is None or one is None else total.add_(one) for total, one in zip(totals, others, strict=True)
-        ]
+        totals = [_sum(total, one) for total, one in zip(totals, others, strict=True)]
     return [dx, *totals]
+
+
+def _sum(total: Tensor | None, one: Tensor | None) -> Tensor | None:
+    if total is None or one is None:
+        return one if one is None or 0 not in one.stride() else one.contiguous()  # not what is expanded: it is added to
+    return total.add_(one)
+
+
+def _whole(diagram: Diagram, maps: Maps, factors: list[Tensor]) -> Tensor:
+    return maps.spread_out(rebuild.dense(diagram, factors))

@@ -123,7 +123,7 @@ class Placement:
         if rows is not None:
             inverse = index.new_full((self.shape[0],), -1)
             inverse[rows] = torch.arange(len(rows), device=index.device, dtype=index.dtype)
-            index = inverse[index]
+            index = inverse[torch.where(index < 0, len(inverse), index)]  # a row that does not exist raises IndexError
             inside, index = index >= 0, index.clamp_min(0)
         w = contract.rows_of(self.diagram, self.tensors(factors), index)
         w = w if inside is None else w * inside[:, None]

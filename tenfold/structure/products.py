@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(one: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
     """``one (n, k) @ other (k, columns) + bias``."""
-    if parted(one, len(one), other):
+    if parted(one, one.shape[0], other):
         made = _in_parts(one, other, max(2, torch.get_num_threads())).contiguous()  # of this call alone
         return made if bias is None else made.add_(bias)
     return one @ other if bias is None else torch.addmm(bias, one, other)

@@ -237,7 +237,7 @@ def test_scaled_embeddings_keep_their_rounded_scale():
     embedding = model.get_input_embeddings()
     plain = densify(copy.deepcopy(model)).get_input_embeddings()
     ids = torch.arange(97)
-    assert embedding.scale == pytest.approx(32**0.5)
+    assert embedding.multiplier == pytest.approx(32**0.5)
     scale = torch.tensor(32**0.5).bfloat16()
     torch.testing.assert_close(embedding(ids) / plain(ids), torch.ones(97, 32).bfloat16(), rtol=0, atol=0.01)
     assert torch.equal(embedding(ids), embedding.structure.rows(embedding.factors(), ids) * scale)

@@ -16,6 +16,7 @@ STRUCTURES = {
     "tensor_train": TensorTrain(outs=(2, 3, 2), ins=(2, 2, 2), ranks=(3, 2)),
     "block_train": BlockTrain(outs=(4, 3), ins=(4, 2), rank=2),
     "stacked": Stacked(parts=(LowRank(out_features=6, in_features=IN, rank=2), Kronecker(outs=(3, 2), ins=(4, 2)))),
+    "stacked-low_rank": Stacked(parts=(LowRank(out_features=6, in_features=IN, rank=2),) * 2),
     "placed": Placed(base=LowRank(out_features=9, in_features=6, rank=2), out_features=OUT, in_features=IN),
 }
 each = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
@@ -245,8 +246,23 @@ def test_gradients_of_an_embedding_are_those_of_the_matrix(structure):
 
 @each
 def test_a_token_outside_of_the_vocabulary_is_refused(structure):
-    with pytest.raises((IndexError, RuntimeError)):
-        embedding(structure)(torch.tensor([OUT]))
+    for number in (OUT, -1):
+        with pytest.raises((IndexError, RuntimeError)):
+            embedding(structure)(torch.tensor([number]))
+
+
+def test_an_embedding_may_have_a_factor_of_any_name():
+    layer = embedding(Kronecker(outs=(4, 3), ins=(4, 2), scaled=True), scale=2.0)
+    torch.testing.assert_close(layer(torch.tensor([3])), 2 * layer.dense()[3:4])
+
+
+@each
+def test_autocast_leaves_an_embedding_alone(structure):
+    """As nn.Embedding: the stream of states stays in the type of the factors."""
+    layer, ids = embedding(structure), torch.tensor([0, 11, 3])
+    expected = layer(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(ids), expected)
 
 
 def test_the_row_of_padding_is_a_row_like_any_other():

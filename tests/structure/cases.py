@@ -76,6 +76,7 @@ COMBINED: dict[str, Structure] = {
     "placed-transposed-placed": Placed(
         base=Transposed(base=Placed(base=LOW_RANK, out_features=5, in_features=6)), out_features=7, in_features=6
     ),
+    "stacked-placed": Stacked(parts=(Placed(base=LOW_RANK, out_features=5, in_features=6), LOW_RANK)),
     "stacked": Stacked(parts=(LOW_RANK, KRONECKER)),
     "stacked-sum": Stacked(parts=(LowRank(out_features=2, in_features=6, rank=1), Sum(parts=(LOW_RANK, KRONECKER)))),
     "transposed-stacked": Transposed(base=Stacked(parts=(LOW_RANK, LOW_RANK))),

@@ -83,8 +83,9 @@ def test_rows_are_looked_up(structure):
 
 @each(ALL)
 def test_rows_that_do_not_exist_are_refused(structure):
-    with pytest.raises(IndexError):
-        structure.rows(factors_of(structure), torch.tensor([structure.shape[0]]))
+    for number in (structure.shape[0], -1):
+        with pytest.raises(IndexError):
+            structure.rows(factors_of(structure), torch.tensor([number]))
 
 
 @each(ALL)

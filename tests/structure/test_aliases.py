@@ -1,0 +1,93 @@
+"""Factors that are one tensor, or whose gradients would lie in one memory: each has a gradient of its own."""
+
+import pytest
+import torch
+
+from tenfold.nn import FactorizedLinear
+from tenfold.nn.kept import keep_matrices
+from tenfold.structure import Dense, LowRank, Placed, Sum, TensorTrain, Written
+
+SQUARE = LowRank(out_features=16, in_features=16, rank=16)
+ALIASED = {
+    "low_rank": SQUARE,
+    "placed": Placed(base=SQUARE, out_features=16, in_features=16),
+    "sum": Sum(parts=(SQUARE, SQUARE)),
+}
+
+
+@pytest.mark.parametrize("rows", [3, 300, 1100])
+@pytest.mark.parametrize("name", ALIASED)
+def test_one_tensor_in_two_places_is_differentiated_again(name, rows):
+    """Second derivatives of ``x @ W(a).T`` with every factor the same ``a``, against torch's through a plain matrix."""
+    structure = ALIASED[name]
+    a = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(rows, 16, dtype=torch.float64)
+    order = {key: torch.randperm(16) for key in structure.index_shapes()}
+    factors = dict.fromkeys(structure.factor_shapes(), a) | order
+
+    def plain():
+        w = a @ a if name != "sum" else 2 * a @ a
+        if order:
+            rows, columns = order.values()
+            w = torch.zeros_like(w).index_put((rows[:, None], columns[None, :]), w)
+        return x @ w.T
+
+    found, expected = structure.apply(factors, x), plain()
+    torch.testing.assert_close(found, expected)
+    for y, store in ((found, got := []), (expected, wanted := [])):
+        (first,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), a)
+        store.extend((first, second))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [3, 300, 1100])
+def test_parts_of_a_sum_that_are_the_same_are_differentiated_again(rows):
+    part = LowRank(out_features=256, in_features=256, rank=4)
+    left, right = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((256, 4), (4, 256)))
+    factors = {f"part_{k}_{name}": value for k in (0, 1) for name, value in (("left", left), ("right", right))}
+    x, grads = torch.randn(rows, 256, dtype=torch.float64), []
+    for y in (Sum(parts=(part, part)).apply(factors, x), 2 * x @ (left @ right).T):
+        first = torch.autograd.grad(y.square().sum(), (left, right), create_graph=True)
+        grads.append((*first, *torch.autograd.grad(sum(one.square().sum() for one in first), (left, right))))
+    torch.testing.assert_close(*grads)
+
+
+def test_parts_of_a_sum_do_not_share_the_memory_of_their_gradients():
+    part = Dense(out_features=96, in_features=80)
+    layer, x = FactorizedLinear(Sum(parts=(part, part)), bias=False), torch.randn(600, 80)
+    layer.set_factors(layer.structure.init(0.1))
+    layer(x).sum().backward()
+    once = layer.part_0_matrix.grad.clone()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.part_0_matrix.grad, 2 * once)
+    assert layer.part_0_matrix.grad.data_ptr() != layer.part_1_matrix.grad.data_ptr()
+
+
+def test_a_label_of_one_factor_alone_between_maps_has_a_gradient():
+    """Its gradient is the same number many times; parts of the rows add to it."""
+    sizes = (("a", 256), ("c", 256), ("k", 8), ("j", 2))
+    written = Written(factors=(("f", ("a", "k", "j")), ("g", ("k", "c"))), outs=("a",), ins=("c",), sizes=sizes)
+    structure = Placed(base=written, out_features=256, in_features=256)
+    factors = {k: v.requires_grad_(v.is_floating_point()) for k, v in structure.init(0.1, dtype=torch.float64).items()}
+    x, learnt = torch.randn(1100, 256, dtype=torch.float64), [factors[k] for k in structure.factor_shapes()]
+    found = torch.autograd.grad(structure.apply(factors, x).square().sum(), learnt)
+    expected = torch.autograd.grad((x @ structure.dense(factors).T).square().sum(), learnt)
+    torch.testing.assert_close(found, expected)
+
+
+def test_micro_batches_of_a_permuted_layer_share_one_matrix():
+    base = TensorTrain(outs=(12, 8), ins=(8, 9), ranks=(60,))
+    layer = FactorizedLinear(Placed(base=base, out_features=96, in_features=72), bias=False)
+    layer.set_factors(layer.structure.init(0.1))
+    keep_matrices(layer, "speed")
+    optimizer, made, held = torch.optim.SGD(layer.parameters(), 0.01), [], []
+    for _ in range(3):
+        for number in range(5):
+            held.append(torch.randn(1000 + number))  # so that copies of maps come to lie elsewhere
+            layer(torch.randn(1100, 72)).sum().backward()
+            made.append(len(layer._again._made))
+        optimizer.step()
+        optimizer.zero_grad()
+        held.clear()
+    assert max(made) == 1
