@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tenfold
 from tenfold.api import evaluate_task, load
 from tenfold.evaluate.tasks import TASKS
-from tenfold.nn import FactorizedLinear
+from tenfold.nn import Adapter, FactorizedLinear
+from tenfold.nn.cola import Cola, ColaLinear
 from tenfold.train.finetune import Scored, counted
 from tenfold.train.ways import WAYS, free_head
 
@@ -400,6 +401,21 @@ def test_what_is_refused(toys, tmp_path, case):
     with pytest.raises(kind, match=message):
         tenfold.finetune(toy, data=place, output=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_another_task_is_drawn_anew(toys, learned, tmp_path):
+    """Two classes, then one number."""
+    given = {"device": "cpu", "epochs": 0.1, "limit": 32, "dev_limit": 8}
+    report = tenfold.finetune(learned("bert", False, "full")[1], "stsb", toys[1], tmp_path / "out", **given)
+    assert report["runs"][0]["new"] == ["classifier.bias", "classifier.weight"]
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert saved.classifier.weight.shape[0] == saved.config.num_labels == 1
+
+
+def test_no_adapter_goes_beside_a_non_linearity():
+    layer = ColaLinear(Cola(out_features=8, in_features=8, rank=2))
+    with pytest.raises(ValueError, match="an adapter goes beside a matrix, and a layer of kind cola has none"):
+        Adapter(layer, 2)
 
 
 def test_shared_factors_take_no_adapter(toys):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import weakref
 
 import pytest
@@ -448,6 +449,11 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
         FileExistsError, match=r"run.partial holds what another run \(other heal.batch, heal.learning_rate, heal"
     ):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
+    weights = (folded / "model.safetensors").stat()
+    os.utime(folded / "model.safetensors", ns=(0, 0))  # as of another student under the same name
+    with pytest.raises(FileExistsError, match=r"other weights\) has finished"):
+        call("run")
+    os.utime(folded / "model.safetensors", ns=(weights.st_atime_ns, weights.st_mtime_ns))
     report = call("run", advance=lambda step, *rest: seen.append(step))
     assert (
         seen == [4, 5, 6, 7, 8, 9]
@@ -457,6 +463,37 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     assert not (tmp_path / "run.partial").exists() and report["seed"] == 0 and report["versions"]["torch"]
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "run"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_what_else_is_in_an_output_that_is_written_over_stays(tmp_path):
+    folder, settings = small.folder(tmp_path / "dense"), Heal(steps=1, tokens_per_step=64)
+    (folder / "notes.txt").write_text("mine")
+    text = (folder / "text.txt").read_text()
+    heal_checkpoint(folder, folder, folder, [folder / "text.txt"], settings, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "text.txt").read_text() == text
+    assert json.loads((folder / "tenfold.json").read_text())["heal"]["steps"] == 1
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_beside_the_output_that_is_not_ours_stays(tmp_path):
+    folder, settings = small.folder(tmp_path / "dense"), Heal(steps=1, tokens_per_step=64)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"out.partial holds what another run \(other nothing is noted of it\)"):
+        heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings)
+    assert (tmp_path / "out.partial" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"steps": -3}, {"epochs": 0}, {"epochs": -1.0}, {"learning_rate": 0.0}, {"weight_decay": -1.0},
+        {"schedule": "warmup_stable_decay"}, {"steps": 2, "epochs": 1.0},
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
+        heal_settings(**wrong)
 
 
 def test_a_finished_healing_is_not_trained_on(tmp_path):

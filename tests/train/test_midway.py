@@ -107,6 +107,17 @@ def test_it_is_folded_in_stages(text, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert len(model.transformer.h) == 1 and model.transformer.h[0].mlp.c_fc.out_features < 128
     assert report["curve"][:6] == plain["curve"][:6] and report["curve"][-1][1] < report["curve"][5][1]
+    again = pretrain(halfway({"stages": [half, NARROW]}) | two, [text], tmp_path / "run")  # from its last checkpoint
+    assert again["curve"] == report["curve"]
+
+
+def test_what_can_not_be_folded_is_told_before_anything_is_trained(text, tmp_path):
+    cola = {"replace": [{"role": "mlp.in", "structure": {"kind": "cola", "rank": 4}}]}
+    with pytest.raises(ValueError, match=r"role mlp.in: cola has a non-linearity between its factors"):
+        pretrain(halfway(cola), [text], tmp_path / "run")
+    assert not (tmp_path / "run" / "dense").exists()
+    with pytest.raises(ValueError, match=r"train.fold 0.001 of 25 steps is none; give more of them"):
+        pretrain(halfway(NARROW, fold=0.001), [text], tmp_path / "other")
 
 
 @pytest.mark.parametrize("step", [9, 12, 13, 20])

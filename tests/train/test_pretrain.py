@@ -466,6 +466,51 @@ def test_too_short_a_text(tmp_path):
 def test_fewer_windows_than_a_step(text, tmp_path):
     with pytest.raises(ValueError, match=r"the text has 100 windows, fewer than the 400 of a step"):
         pretrain(with_train(batch=100, accumulate=4), [text], tmp_path / "run")
+    assert pretrain(with_train(batch=50), [text], tmp_path / "run")["curve"], "what was refused stands in nobody's way"
+
+
+def test_a_recipe_that_wants_other_tokens_has_others_where_nothing_was_trained(text, tmp_path):
+    with pytest.raises(ValueError, match="fewer than"):
+        pretrain(with_train(batch=100, accumulate=4), [text], tmp_path / "run")
+    other = RECIPE | {"tokenizer": {"vocab_size": 280}}
+    pretrain(other, [text], tmp_path / "run")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == 280
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_checkpoint_is_named(finished, text, tmp_path, name, damage):
+    if (name, damage) == ("rng_state.pth", "missing"):
+        return  # of another number of processes, others are drawn
+    shutil.copytree(finished, tmp_path / "run")
+    last = last_checkpoint(tmp_path / "run" / "checkpoints")
+    data, _ = (last / name).read_bytes(), (last / name).unlink()
+    if damage == "cut":
+        (last / name).write_bytes(data[: len(data) // 2])
+    for file in ("training.json", "model.safetensors"):
+        (tmp_path / "run" / file).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing or cut off; delete .*{last.name}, and the same command"):
+        pretrain(RECIPE, [finished / "tokens"], tmp_path / "run")
+    shutil.rmtree(last)
+    pretrain(RECIPE, [finished / "tokens"], tmp_path / "run")
+    assert all(torch.equal(value, weights(finished)[key]) for key, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("wrong", [{"n_head": "a"}, {"n_embd": 1.5}])
+def test_a_model_that_can_not_be_is_one_sentence(text, tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"recipe 'toy' has a model that can't be"):
+        pretrain(RECIPE | {"model": RECIPE["model"] | wrong}, [text], tmp_path / "run")
+
+
+def test_what_is_saved_has_a_type_of_its_own(text, tmp_path):
+    with pytest.raises(ValueError, match="dtype auto is for models that are read"):
+        pretrain(RECIPE, [text], tmp_path / "run", "auto")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_without_a_gradient_are_borne_by_several_processes(tmp_path):
+    """Guides that are gone; with activations that are computed again Trainer would take it that there are none."""
+    assert training_arguments(tmp_path, 1e-3, 1, activation_checkpointing=True).ddp_find_unused_parameters
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

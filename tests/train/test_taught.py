@@ -1,17 +1,21 @@
 """Pre-training with a teacher: the loss is what it says, what is held out is the text's own, and a run goes on where it was."""
 
 import json
+import shutil
 
 import pytest
 import small
 import torch
+from models import toys
 from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, weights
 from transformers import AutoModelForCausalLM
 
 import tenfold
 import tenfold_cli
 from tenfold import api
+from tenfold.models.healing import Heal
 from tenfold.models.recipe import load_recipe
+from tenfold.train.distil import Distillation
 from tenfold.train.taught import Taught
 
 DENSE = RECIPE | {"model": STILL, "train": RECIPE["train"] | {"tokens": 1600}}
@@ -100,6 +104,35 @@ def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
 def test_what_does_not_go_with_a_teacher_is_refused(dense, tmp_path, train, words):
     with pytest.raises(ValueError, match=words):
         tenfold.pretrain(taught(dense, **train), [dense / "tokens"], tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_same_teacher_only(dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "teacher")
+    recipe = taught(tmp_path / "teacher")
+    with pytest.raises(Killed):
+        tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run", advance=killed_at(7))
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.transformer.h[0].mlp.c_fc.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"run on other data \(other teacher\); repeat it with that"):
+        tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run")
+    shutil.copy(dense / "model.safetensors", tmp_path / "teacher")
+    assert tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run")["curve"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", toys.EXPERTS)
+def test_experts_are_balanced_with_a_teacher_too(name, whole):
+    model = toys.build(name).train()
+    model.config.output_router_logits = True
+    ids, parameters = torch.arange(16).view(2, 8), list(model.parameters())
+    plain = model(input_ids=ids, labels=ids).loss
+    loss = Distillation(model, None, Heal(losses={"cross_entropy": 1.0}))
+    loss.student.whole = loss.checked = whole
+    found = loss(ids, ids)["loss"]
+    torch.testing.assert_close(found, plain)
+    for one, other in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(plain, parameters), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_teacher_has_to_be_named_and_to_read_the_same_tokens(dense, tmp_path, capsys, monkeypatch):
