@@ -26,12 +26,13 @@ from tenfold.compress.journal import Journal, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
-from tenfold.models.files import is_weights, opened, stamps, write_json
+from tenfold.models.files import is_weights, opened, read_json, stamps, write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy, weight_files
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
+from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.record import differences
 
 TOGETHER = 2**30  # bytes: a compressed model of at most this size is written as one file, others block by block
@@ -224,10 +225,15 @@ def heal_checkpoint(
     same |= {key: given.get(key) for key in ("window", "seed", "top_k")} | {"store": str(given.get("store"))}
     same |= {"weights": _stamps(name), "taught by": _stamps(teacher)}
     folder = _partial(output, same, overwrite, "checkpoints/checkpoint-*")
-    report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
+    try:
+        report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
+    except BaseException:
+        if is_first() and last_checkpoint(folder / "checkpoints") is None:  # refused, or nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     if is_first():
         known = Path(name) / "tenfold.json"
-        before = json.loads(known.read_text()) if known.is_file() else {}
+        before = read_json(known) if known.is_file() else {}
         new = folder / output.name
         told = f"{before.get('command', '')}\n{command}".strip()
         api.save(model.to(usual), new, tokenizer, before | {"heal": report}, told)
@@ -268,7 +274,7 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: 
     folder = output.with_name(f"{output.name}.partial")
     known = folder / "unfinished" / "run.json"
     if is_first():
-        before = json.loads(known.read_text()) if known.is_file() else {}
+        before = read_json(known) if known.is_file() else {}
         if folder.exists() and before != json.loads(json.dumps(fingerprint)):
             foreign = not known.is_file() and any(folder.iterdir())
             if not overwrite and (foreign or any(folder.glob(begun))):

@@ -310,6 +310,7 @@ def densify(
         tenfold.densify(loaded).save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+    (output / "tenfold.json").unlink(missing_ok=True)  # where a folded model was
     print(f"saved in {output}; it loads without tenfold")
 
 

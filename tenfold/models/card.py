@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.models.files import whole_folder
+from tenfold.models.hub import silent
 from tenfold.structure.products import is_quantised
 
 CARD = """---
@@ -65,7 +66,7 @@ def save_folded(
     """
     if quantised := next((name for name, value in model.named_parameters() if is_quantised(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
-    with whole_folder(folder) as new:
+    with silent(), whole_folder(folder) as new:
         model.save_pretrained(new, max_shard_size=max_shard_size)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)
 

@@ -20,6 +20,18 @@ def write_json(path: Path, value: Any) -> None:
     new.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as reason:
+        raise ValueError(f"{path} is damaged ({reason}); restore it, or delete what it belongs to") from None
+
+
 # what says that a run is finished: the last of its files
 REPORTS = ("finetune.json", "training.json")
 # what torch.save, by the size of the file, and tokenizers say where there is no room

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tenfold.models.files import write_json
+from tenfold.models.files import read_json, write_json
 from tenfold.models.recipe import Recipe, parse_recipe
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.teacher import weights_digest
@@ -31,7 +30,7 @@ def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> Non
     file = folder / FILE
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
-        before = parse_recipe(json.loads(file.read_text())["recipe"], str(file)).model_dump(mode="json")
+        before = parse_recipe(read_json(file)["recipe"], str(file)).model_dump(mode="json")
         other = sorted(differences(before, now["recipe"]))
         if not other:
             return
@@ -60,7 +59,7 @@ def same_sources(folder: Path, tokens: Tokens, teacher: str | None) -> None:
     Raises:
         ValueError: it is not; what differs is named.
     """
-    noted = json.loads((folder / FILE).read_text())
+    noted = read_json(folder / FILE)
     now = {key: value for key, value in tokens.about.items() if key != "shards"}
     if teacher is not None:
         now["teacher"] = weights_digest(teacher)

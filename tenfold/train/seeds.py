@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tenfold.models.files import write_json
+from tenfold.models.files import read_json, write_json
 from tenfold.models.hub import check_output
 from tenfold.models.ranks import is_first
 from tenfold.train.checkpoints import last_checkpoint
@@ -33,7 +32,7 @@ def finished(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             check_output(folder, False)
         return {}
     _same(folder, report)
-    before = json.loads(file.read_text())
+    before = read_json(file)
     return {key: before[key] for key in ("runs", "parameters", "score", "best_seed")}
 
 
@@ -78,7 +77,7 @@ def finish(place: Path, folder: Path) -> None:
 
 
 def _same(folder: Path, report: dict[str, Any]) -> None:
-    before = json.loads((folder / REPORT).read_text())
+    before = read_json(folder / REPORT)
     now, then = ({key: one.get(key) for key in SAME} | one.get("settings", {}) for one in (report, before))
     if other := sorted(key for key in now.keys() - FREE if then.get(key) != now[key]):
         raise ValueError(

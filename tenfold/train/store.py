@@ -8,7 +8,6 @@ all other tokens together, and ``store.json``, which says what they were made fr
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from tenfold.models.files import write_json
+from tenfold.models.files import read_json, write_json
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import log_probabilities
 from tenfold.train.tokens import fingerprint
@@ -62,7 +61,7 @@ def is_finished(folder: Path, made_from: dict[str, Any]) -> bool:
         return False
     if not (folder / STORE).is_file():
         raise FileExistsError(f"{folder} is there and is no store of a teacher's answers; give another folder")
-    there = json.loads((folder / STORE).read_text())
+    there = read_json(folder / STORE)
     if there != made_from:
         raise ValueError(f"the store {folder} was made from something else: {told(there, made_from)}; {AWAY}")
     return True
@@ -146,7 +145,7 @@ def _open(partial: Path, made_from: dict[str, Any], windows: int) -> tuple[list[
     """The arrays to write into, and how many windows are there: 0, unless they are of the same origin."""
     state = partial / PROGRESS
     if state.is_file():
-        there = json.loads(state.read_text())
+        there = read_json(state)
         done = there.pop("windows")
         if there == made_from and done:
             return [open_memmap(partial / f"{name}.npy", mode="r+") for name in ARRAYS], done

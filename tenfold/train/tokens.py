@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.evaluate.text import documents, token_parts
-from tenfold.models.files import write_json, written
+from tenfold.models.files import read_json, write_json, written
 
 SHARD = 2**26  # tokens in one file
 
@@ -107,4 +107,4 @@ def _named(file: str | Path) -> list:
 
 
 def _about(folder: Path) -> dict:
-    return json.loads((folder / "tokens.json").read_text())
+    return read_json(folder / "tokens.json")

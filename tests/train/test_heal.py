@@ -515,6 +515,7 @@ def test_what_was_refused_before_it_began_stands_in_nobodys_way(tmp_path):
     for teacher in (tmp_path / "none", folder / "text.txt"):
         with pytest.raises((OSError, ValueError)):
             heal_checkpoint(folder, teacher, tmp_path / "out", [folder / "text.txt"], settings)
+        assert not (tmp_path / "out.partial").exists()
     assert heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings)["steps"] == 2
 
 
