@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tenfold
 from tenfold.train import shards
+from tenfold.train.checkpoints import check_checkpoint
 from tenfold_cli import app
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 32, "num_hidden_layers": 2, "hidden_size": 32}
@@ -71,42 +72,8 @@ def curve_of(folder: Path) -> list:
     return [point for stage in report["stages"] for point in stage["heal"]["curve"]]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    place = tmp_path_factory.mktemp("runs")
-    given = commands(place)
-    for kind in ("whole", "shared out"):
-        (place / kind).mkdir()
-        every = [[*map(str, command), "-o", str(place / kind / name)] for name, command in given.items()]
-        (place / f"{kind}.json").write_text(json.dumps(every))
-    for command in json.loads((place / "whole.json").read_text()):
-        app(command, standalone_mode=False)
-    two(sharded_commands.__file__, place / "shared out.json")
-    return place
-
-
-@pytest.mark.parametrize("name", ["shared", "folded", "taught", "staged", "tuned"])
-def test_losses_and_models_are_those_of_whole_parameters(runs, name):
-    one, other = runs / "whole" / name, runs / "shared out" / name
-    np.testing.assert_allclose(curve_of(other), curve_of(one), rtol=1e-4)
-    ids = torch.arange(3, 30)[None]
-    logits = [
-        KINDS.get(name, AutoModelForCausalLM).from_pretrained(f, dtype=torch.float32)(ids).logits for f in (one, other)
-    ]
-    torch.testing.assert_close(*logits, rtol=1e-2, atol=3e-2)
-    assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in other.iterdir())
-
-
 def last_of(folder: Path) -> Path:
     return max(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def test_checkpoints_of_sharded_parameters_are_model_folders(runs):
-    last = last_of(runs / "shared out" / "shared")
-    assert list(last.glob("pytorch_model_fsdp_*"))  # they were in parts
-    ids = torch.arange(3, 30)[None]
-    end, kept = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (last.parents[1], last))
-    torch.testing.assert_close(kept(ids).logits, end(ids).logits)
 
 
 def begun_again(run: Path, place: Path) -> Path:
@@ -118,21 +85,54 @@ def begun_again(run: Path, place: Path) -> Path:
     return place
 
 
-def test_a_sharded_run_goes_on_with_another_number_of_processes(runs, tmp_path):
-    whole = runs / "shared out" / "shared"
-    begun, command = begun_again(whole, tmp_path / "run"), json.loads((runs / "shared out.json").read_text())[0][:-1]
-    (tmp_path / "commands.json").write_text(json.dumps([[*command, str(begun)]]))
-    two(sharded_commands.__file__, tmp_path / "commands.json", launcher=ONE)
-    np.testing.assert_allclose(curve_of(begun), curve_of(whole), rtol=1e-4)
+def test_commands_end_as_with_whole_parameters(tmp_path):
+    """Losses, models and files; one test, since what is looked at takes so long to make."""
+    given = commands(tmp_path)
+    for kind in ("whole", "shared out"):
+        (tmp_path / kind).mkdir()
+        every = [[*map(str, command), "-o", str(tmp_path / kind / name)] for name, command in given.items()]
+        (tmp_path / f"{kind}.json").write_text(json.dumps(every))
+    for command in json.loads((tmp_path / "whole.json").read_text()):
+        app(command, standalone_mode=False)
+    two(sharded_commands.__file__, tmp_path / "shared out.json")
+    for name in given:
+        same_result(tmp_path / "whole" / name, tmp_path / "shared out" / name, name)
+    run = tmp_path / "shared out" / "shared"
+    checkpoints_are_model_folders(run)
+    goes_on_with_one_process(run, json.loads((tmp_path / "shared out.json").read_text())[0][:-1], tmp_path)
+
+
+def same_result(one: Path, other: Path, name: str) -> None:
+    np.testing.assert_allclose(curve_of(other), curve_of(one), rtol=1e-4, err_msg=name)
+    kind, ids = KINDS.get(name, AutoModelForCausalLM), torch.arange(3, 30)[None]
+    logits = [kind.from_pretrained(folder, dtype=torch.float32)(ids).logits for folder in (one, other)]
+    torch.testing.assert_close(*logits, rtol=1e-2, atol=3e-2)
+    assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in other.iterdir()), name
+
+
+def checkpoints_are_model_folders(run: Path) -> None:
+    last, ids = last_of(run), torch.arange(3, 30)[None]
+    assert list(last.glob("pytorch_model_fsdp_*"))  # they were in parts
+    end, kept = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (run, last))
+    torch.testing.assert_close(kept(ids).logits, end(ids).logits)
+
+
+def goes_on_with_one_process(run: Path, command: list[str], place: Path) -> None:
+    """Sharded, and is told so if it is not."""
+    begun = begun_again(run, place / "begun")
+    (place / "commands.json").write_text(json.dumps([[*command, str(begun)]]))
+    two(sharded_commands.__file__, place / "commands.json", launcher=ONE)
+    np.testing.assert_allclose(curve_of(begun), curve_of(run), rtol=1e-4)
     with pytest.raises(ValueError, match="parameters lie in parts on several processes; go on with accelerate launch"):
-        app([*command, str(begun_again(whole, tmp_path / "other"))], standalone_mode=False)
+        app([*command, str(begun_again(run, place / "other"))], standalone_mode=False)
 
 
 def test_a_run_of_whole_parameters_does_not_go_on_with_sharded_ones(tmp_path):
-    (tmp_path / "optimizer.pt").touch()
-    shards.check_parts(tmp_path, False)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, tmp_path / name)
+    check_checkpoint(tmp_path, False)
     with pytest.raises(ValueError, match="parameters were whole in every process; go on without --use_fsdp"):
-        shards.check_parts(tmp_path, True)
+        check_checkpoint(tmp_path, True)
 
 
 def test_losses_are_not_rounded_with_what_a_model_returns():
