@@ -318,11 +318,12 @@ _KEYS = {
 
 
 def _complaint(error) -> str:
-    place = ".".join(str(part) for part in error["loc"]) or "it"
+    place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
         return f"unknown key {place!r}" + (
             f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}"
         )
     given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}{given}"
+    where = f"{place}: " if place else ""  # of the whole recipe
+    return f"{where}{error['msg'].removeprefix('Value error, ')}{given}"

@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     default_data_collator,
 )
@@ -27,9 +22,7 @@ from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.ranks import state
-from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.models.replace import replace
 from tenfold.models.settings import Train
 from tenfold.train.checkpoints import is_folded, last_checkpoint
 from tenfold.train.guide import Guided
@@ -37,6 +30,7 @@ from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import check_saved_dtype, in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_sources, versions
+from tenfold.train.scratch import KINDS, length_of, new_model
 from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
 from tenfold.train.tokenizer import END, train_tokenizer
@@ -53,7 +47,6 @@ from tenfold.train.trainer import (
 )
 
 MASK = "<|mask|>"
-KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
 def pretrain(
@@ -96,7 +89,7 @@ def pretrain(
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     check_named(recipe)
     check_saved_dtype(dtype)
-    folder, settings, length = Path(output), recipe.train, _length(recipe)
+    folder, settings, length = Path(output), recipe.train, length_of(recipe)
     with state().main_process_first():
         if overwrite and state().is_main_process:
             forget(folder, data)
@@ -105,6 +98,10 @@ def pretrain(
         same_sources(folder, tokens, recipe.train.teacher)
     tokenizer = AutoTokenizer.from_pretrained(tokens.folder)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
+    if masked and tokenizer.mask_token is None:
+        raise ValueError(
+            f"the tokenizer of {tokens.folder} has no mask token, which the objective masked needs; give text"
+        )
     train, rest = _split(tokens, length, settings.held_out)
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
@@ -312,39 +309,6 @@ def _resumed(folder: Path) -> str | None:
     return None if kept is None else str(kept)
 
 
-def new_model(recipe: Recipe, tokenizer):
-    """The recipe's model with random weights, folded from noise where the recipe says so."""
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    config = _configuration(recipe, vocab_size=len(tokenizer), **ends)
-    model = KINDS[recipe.train.objective].from_config(config)
-    if recipe.replace:
-        plan = make_plan(model, recipe)
-        replace(model, plan, source="noise")
-    return model
-
-
-def _configuration(recipe: Recipe, **more):
-    try:
-        return AutoConfig.for_model(**recipe.model, **more)
-    except StrictDataclassError as reason:  # of numbers that are none, or don't fit together
-        raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
-
-
-def _length(recipe: Recipe) -> int:
-    model = recipe.model
-    length = recipe.train.window or model.get("n_positions") or model.get("max_position_embeddings")
-    if length is None:
-        raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
-    with torch.device("meta"):
-        positions = positions_of(AutoModel.from_config(_configuration(recipe)))
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "
-            "one, or the model more positions"
-        )
-    return length
-
-
 def _tokenizer(data: Sequence[str | Path], recipe: Recipe, length: int):
     wanted = recipe.tokenizer
     if wanted is None:
@@ -369,7 +333,9 @@ def _tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
     limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
     if not made:
         place = folder / "tokens"
-        known = AutoTokenizer.from_pretrained(place) if is_tokens(place) else _tokenizer(data, recipe, _length(recipe))
+        known = (
+            AutoTokenizer.from_pretrained(place) if is_tokens(place) else _tokenizer(data, recipe, length_of(recipe))
+        )
         return write_tokens(place, data, known, limit)
     if len(data) > 1:
         raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")

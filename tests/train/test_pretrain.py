@@ -502,6 +502,18 @@ def test_a_model_that_can_not_be_is_one_sentence(text, tmp_path, wrong):
         pretrain(RECIPE | {"model": RECIPE["model"] | wrong}, [text], tmp_path / "run")
 
 
+def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
+    for name, hint in (("lama", "did you mean 'llama'"), ("qqqqq", "there are llama, gpt2, bert and many more")):
+        with pytest.raises(ValueError, match=f"transformers knows no model_type '{name}'; {hint}"):
+            pretrain(RECIPE | {"model": {"model_type": name}}, [text], tmp_path / "run")
+
+
+def test_masks_need_a_tokenizer_that_has_one(finished, tmp_path):
+    with pytest.raises(ValueError, match="has no mask token, which the objective masked needs; give text"):
+        recipe = {"name": "masked", "model": BERT, "train": RECIPE["train"] | {"objective": "masked"}}
+        pretrain(recipe, [finished / "tokens"], tmp_path / "run")
+
+
 def test_what_is_saved_has_a_type_of_its_own(text, tmp_path):
     with pytest.raises(ValueError, match="dtype auto is for models that are read"):
         pretrain(RECIPE, [text], tmp_path / "run", "auto")
