@@ -126,8 +126,9 @@ def heal_settings(losses: Sequence[str] = (), recipe: Recipe | str | dict | None
                 f"recipe {recipe if isinstance(recipe, str) else loaded.name} has no heal section; write one"
             )
         known = loaded.heal.model_dump(exclude_unset=True)
-        if settings.get("steps") is not None:  # in the place of the recipe's length, whichever that is
-            known.pop("epochs", None)
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if settings.get(one) is not None:  # in the place of the recipe's length, whichever that is
+                known.pop(other, None)
     weights: dict[str, Any] = {}
     for loss in losses:
         name, equals, weight = loss.partition("=")

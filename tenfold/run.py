@@ -26,7 +26,7 @@ from tenfold.compress.journal import Journal, write_tensors
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
-from tenfold.models.files import is_weights, opened, read_json, stamps, write_json
+from tenfold.models.files import of_model, opened, read_json, stamps, write_json
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy, weight_files
 from tenfold.models.ranks import is_first, wait
@@ -277,7 +277,9 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: 
         before = read_json(known) if known.is_file() else {}
         if folder.exists() and before != json.loads(json.dumps(fingerprint)):
             foreign = not known.is_file() and any(folder.iterdir())
-            if not overwrite and (foreign or any(folder.glob(begun))):
+            if foreign:
+                raise FileExistsError(f"{folder} is there and is no unfinished work; move it, or choose another output")
+            if not overwrite and any(folder.glob(begun)):
                 other = ", ".join(sorted(differences(before, fingerprint))) if before else "nothing is noted of it"
                 raise FileExistsError(
                     f"{folder} holds what another run (other {other}) has finished; repeat that one's command, delete the "
@@ -322,7 +324,7 @@ def _move(made: Path, folder: Path, output: Path) -> None:
         shutil.rmtree(folder / "unfinished")
     if output.exists():
         for file in output.iterdir():
-            if not is_weights(file) and not (made / file.name).exists():
+            if not of_model(file) and not (made / file.name).exists():
                 file.rename(made / file.name)
         shutil.rmtree(output)
     made.rename(output)

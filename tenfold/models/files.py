@@ -34,6 +34,9 @@ def read_json(path: Path) -> Any:
 
 # what says that a run is finished: the last of its files
 REPORTS = ("finetune.json", "training.json")
+# of a model's folder, beside its weights in safetensors
+PARTS = ("*.bin", "*.bin.index.json", "*.jinja", "adapter_*", "generation_config.json", "added_tokens.json", "vocab.*",
+         "special_tokens_map.json", "merges.txt", "tokenizer*", *REPORTS, "run.json", "tenfold.json")  # fmt: skip
 # what torch.save, by the size of the file, and tokenizers say where there is no room
 FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
 
@@ -54,6 +57,11 @@ def written(where: str | Path) -> Iterator[None]:
 
 def is_weights(file: Path) -> bool:
     return file.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def of_model(file: Path) -> bool:
+    """Whether it belongs to a model's folder, and not beside another model."""
+    return is_weights(file) or any(file.match(pattern) for pattern in PARTS)
 
 
 def stamps(files: Iterable[Path]) -> list[list[Any]]:

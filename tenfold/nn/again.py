@@ -36,6 +36,7 @@ class Kept:
     matrix: Tensor
     made_of: list[tuple]
     held: list[Tensor]
+    trained: bool  # else no step of an optimizer, which may be another model's, changes them
 
 
 class Again:
@@ -58,7 +59,9 @@ class Again:
         """An optimizer has made a step: nothing is true any more."""
         if self._summing is not None:  # else it is an optimizer of another model
             self._summed, self._summing = self._summing, None
-        self._made, self._of, self._held, self.kept = {}, [], [], None
+        self._made, self._of, self._held = {}, [], []
+        if self.kept is not None and self.kept.trained:
+            self.kept = None
 
     def keep(self, made: Kept) -> Kept:
         """For evaluation, until a step or a change of a factor."""

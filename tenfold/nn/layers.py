@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -203,7 +204,8 @@ class FactorizedLinear(_Factorized):
         kept = self._again.kept
         if kept is None or kept.made_of != now:
             held = [value.detach() for value in factors.values()]
-            kept = self._again.keep(Kept(self.structure.dense(factors), now, held))
+            trained = any(value.requires_grad for value in factors.values())
+            kept = self._again.keep(Kept(self.structure.dense(factors), now, held, trained))
         return kept.matrix
 
     def train(self, mode: bool = True) -> FactorizedLinear:
@@ -255,7 +257,8 @@ class FactorizedEmbedding(_Factorized):
             factors = self.factors()
             few = serves(x) and 0 < x.numel() <= FEW * self.embedding_dim
             return self._few(factors, x) if few else self.structure._apply(factors, x)
-        with torch.autocast(x.device.type, enabled=False):  # as nn.Embedding
+        cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():  # as nn.Embedding
             rows = self.structure._rows(self.factors(), x)
         return (
             rows if self.multiplier == 1.0 else rows * rows.new_full((), self.multiplier)

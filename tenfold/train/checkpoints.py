@@ -36,7 +36,7 @@ def check_checkpoint(checkpoint: Path, sharded: bool) -> None:
     Raises:
         ValueError: they were not when it was written, or the reverse; or a file is missing or cut off.
     """
-    parts = any(checkpoint.glob("optimizer_*"))
+    parts = any(checkpoint.glob("optimizer_*")) or (checkpoint / "optimizer.bin").is_file()  # FULL_STATE_DICT's
     if parts and not sharded:
         raise ValueError(
             f"{checkpoint} is of a run whose parameters lie in parts on several processes; go on with accelerate launch "

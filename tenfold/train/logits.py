@@ -48,14 +48,16 @@ class Predictor:
 
     def balance(self, states: Tensor, out: Any, attention_mask: Tensor | None) -> Tensor | None:
         """What a mixture of experts adds to its loss, so that all experts are asked; None where it is not to."""
-        if not getattr(self.model.config, "output_router_logits", False):
+        weight = getattr(self.model, "router_aux_loss_coef", None)
+        if weight is None or not getattr(self.model.config, "output_router_logits", False):
             return None
         if not self.whole:
             first = states[:, :1]
             with answering(self.base, self.form(last_hidden_state=first, router_logits=out.router_logits)):
                 ids = torch.zeros(first.shape[:2], dtype=torch.long, device=states.device)
                 out = self._forward(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        return self.model.router_aux_loss_coef * out.aux_loss
+        loss = getattr(out, "aux_loss", None)
+        return None if loss is None else weight * loss
 
     def trace(self) -> None:
         """From now on what makes the states is compiled; the head, which sees numbers of positions that change, is not."""

@@ -61,7 +61,7 @@ def same_sources(folder: Path, tokens: Tokens, teacher: str | None) -> None:
     """
     noted = read_json(folder / FILE)
     now = {key: value for key, value in tokens.about.items() if key != "shards"}
-    if teacher is not None:
+    if teacher is not None and ("tokens" not in noted or "teacher" in noted["tokens"]):  # folders of before lack it
         now["teacher"] = weights_digest(teacher)
     if "tokens" not in noted:
         write_json(folder / FILE, noted | {"tokens": now})

@@ -15,6 +15,7 @@ from tenfold.train.checkpoints import last_checkpoint
 
 REPORT = "finetune.json"
 SAME = ("model", "weights", "task", "data", "examples", "dtype")
+NOTED_LATER = {"weights"}  # what folders of before don't have
 FREE = {"compile"}  # what may be another when a call is repeated
 
 
@@ -79,7 +80,8 @@ def finish(place: Path, folder: Path) -> None:
 def _same(folder: Path, report: dict[str, Any]) -> None:
     before = read_json(folder / REPORT)
     now, then = ({key: one.get(key) for key in SAME} | one.get("settings", {}) for one in (report, before))
-    if other := sorted(key for key in now.keys() - FREE if then.get(key) != now[key]):
+    new = FREE | (NOTED_LATER - before.keys())
+    if other := sorted(key for key in now.keys() - new if then.get(key) != now[key]):
         raise ValueError(
             f"{folder} holds a fine-tuning with other settings ({', '.join(other)}); repeat that one, give another folder, or "
             "add --overwrite"

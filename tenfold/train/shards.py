@@ -25,7 +25,15 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def losses_as_they_are(plugin) -> None:
-    """Of accelerate: it would round what a model returns to bfloat16, the loss, too, which then has three digits."""
+    """Of accelerate: it would round what a model returns to bfloat16, the loss, too, which then has three digits.
+
+    Raises:
+        ValueError: it is FSDP's first version, which lays parameters end to end.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "parameters are shared out by FSDP's second version only; give accelerate launch --fsdp_version 2"
+        )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
@@ -49,4 +57,8 @@ class Hollow:
             value = self.model.get_parameter(name)
             value = value.full_tensor() if isinstance(value, DTensor) else value
             torch.utils.swap_tensors(parameter, nn.Parameter(value.detach().cpu(), parameter.requires_grad))
+        for module in self.twin.modules():
+            module._buffers.update(
+                {name: value if value is None else value.cpu() for name, value in module._buffers.items()}
+            )
         self.model.__class__, self.model.__dict__ = self.twin.__class__, self.twin.__dict__

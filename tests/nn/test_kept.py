@@ -144,6 +144,17 @@ def test_a_changed_factor_is_noticed(model, change):
         torch.testing.assert_close(one(x), x @ one.dense().T + one.bias, rtol=1e-4, atol=1e-4)
 
 
+def test_steps_of_another_model_leave_the_matrix_of_a_frozen_layer(model):
+    one, x, other = model["dear"].requires_grad_(False), torch.randn(40, 512), nn.Linear(2, 2)
+    keep_matrices(model, "speed")
+    with torch.no_grad():
+        one(x)
+    kept = one._again.kept
+    other(torch.ones(2)).sum().backward()
+    torch.optim.AdamW(other.parameters()).step()
+    assert kept is not None and one._again.kept is kept
+
+
 def test_training_goes_through_the_factors(model):
     one, x = model["dear"], torch.randn(40, 512)
     keep_matrices(model, "speed")

@@ -371,6 +371,8 @@ def test_settings_of_a_recipe(tmp_path):
     assert heal_settings((), recipe, schedule="linear") == Heal(**section | {"schedule": "linear"})
     other = {key: value for key, value in section.items() if key != "epochs"} | {"losses": {"kl": 0.5}, "steps": 3}
     assert heal_settings(["kl=0.5"], recipe, steps=3) == Heal(**other)  # steps in the place of epochs
+    recipe.write_text("heal: {steps: 7}\n")
+    assert heal_settings((), recipe, epochs=2.0) == Heal(epochs=2.0)
     recipe.write_text("replace: []\n")
     with pytest.raises(ValueError, match="has no heal section"):
         heal_settings((), recipe)
@@ -468,10 +470,12 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
 def test_what_else_is_in_an_output_that_is_written_over_stays(tmp_path):
     folder, settings = small.folder(tmp_path / "dense"), Heal(steps=1, tokens_per_step=64)
     (folder / "notes.txt").write_text("mine")
+    (folder / "pytorch_model.bin").touch()  # of the model that was there
     text = (folder / "text.txt").read_text()
     heal_checkpoint(folder, folder, folder, [folder / "text.txt"], settings, overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "text.txt").read_text() == text
     assert json.loads((folder / "tenfold.json").read_text())["heal"]["steps"] == 1
+    assert not (folder / "pytorch_model.bin").exists()
     AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -479,8 +483,8 @@ def test_a_folder_beside_the_output_that_is_not_ours_stays(tmp_path):
     folder, settings = small.folder(tmp_path / "dense"), Heal(steps=1, tokens_per_step=64)
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match=r"out.partial holds what another run \(other nothing is noted of it\)"):
-        heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings)
+    with pytest.raises(FileExistsError, match=r"out.partial is there and is no unfinished work; move it"):
+        heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings, overwrite=True)
     assert (tmp_path / "out.partial" / "mine.txt").exists()
 
 

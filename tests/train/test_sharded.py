@@ -135,8 +135,20 @@ def test_a_run_of_whole_parameters_does_not_go_on_with_sharded_ones(tmp_path):
         check_checkpoint(tmp_path, True)
 
 
+def test_a_sharded_checkpoint_may_be_written_as_a_whole(tmp_path):
+    """By accelerate, told FULL_STATE_DICT."""
+    torch.save({}, tmp_path / "scheduler.pt")
+    (tmp_path / "optimizer.bin").touch()
+    check_checkpoint(tmp_path, True)
+    with pytest.raises(ValueError, match="parameters lie in parts"):
+        check_checkpoint(tmp_path, False)
+
+
 def test_losses_are_not_rounded_with_what_a_model_returns():
-    plugin = SimpleNamespace(mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16))
+    policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy, fsdp_version=2)
     shards.losses_as_they_are(plugin)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)
-    shards.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None))
+    shards.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=2))
+    with pytest.raises(ValueError, match="second version only; give accelerate launch --fsdp_version 2"):
+        shards.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=1))
