@@ -190,6 +190,7 @@ def compress_in_stages(
         "flops_per_token_dense": before["flops_per_token"],
     }
     report |= {"recipe": loaded.model_dump(exclude_defaults=True), "stages": reports}
+    wait()  # until all have read what is moved now
     if is_first():
         save_card(done, tokenizer, report, command, output.name)
         _move(done, folder, output)
