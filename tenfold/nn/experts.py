@@ -47,9 +47,7 @@ class Experts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for expert, places in zip(self.each, order[: sum(counts)].split(counts), strict=True):
             expert.rows = places // top_k_index.shape[-1]
-            if (
-                len(places) or torch.is_grad_enabled()
-            ):  # none to train on is a gradient of zero, which all processes have to have
+            if len(places) or self.training:  # none to train on is a gradient of zero, which all processes have to have
                 made = expert(hidden_states[expert.rows]) * weights[places, None]
                 out.index_add_(0, expert.rows, made.to(out.dtype))
         return out
