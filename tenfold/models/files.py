@@ -34,9 +34,12 @@ def read_json(path: Path) -> Any:
 
 # what says that a run is finished: the last of its files
 REPORTS = ("finetune.json", "training.json")
-# of a model's folder, beside its weights in safetensors
-PARTS = ("*.bin", "*.bin.index.json", "*.jinja", "adapter_*", "generation_config.json", "added_tokens.json", "vocab.*",
-         "special_tokens_map.json", "merges.txt", "tokenizer*", *REPORTS, "run.json", "tenfold.json")  # fmt: skip
+# of a model's folder, beside its weights in safetensors: named one by one, since what else is there is somebody's own
+PARTS = (
+    "pytorch_model*", "training_args.bin", "adapter_model*", "adapter_config.json", "generation_config.json",
+    "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", *REPORTS, "run.json", "tenfold.json",
+)  # fmt: skip
 # what torch.save, by the size of the file, and tokenizers say where there is no room
 FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
 

@@ -470,12 +470,13 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
 def test_what_else_is_in_an_output_that_is_written_over_stays(tmp_path):
     folder, settings = small.folder(tmp_path / "dense"), Heal(steps=1, tokens_per_step=64)
     (folder / "notes.txt").write_text("mine")
+    (folder / "data.bin").touch()
     (folder / "pytorch_model.bin").touch()  # of the model that was there
     text = (folder / "text.txt").read_text()
     heal_checkpoint(folder, folder, folder, [folder / "text.txt"], settings, overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "text.txt").read_text() == text
     assert json.loads((folder / "tenfold.json").read_text())["heal"]["steps"] == 1
-    assert not (folder / "pytorch_model.bin").exists()
+    assert not (folder / "pytorch_model.bin").exists() and (folder / "data.bin").exists()
     AutoModelForCausalLM.from_pretrained(folder)
 
 
