@@ -99,6 +99,7 @@ def contenders(part: int) -> dict[str, dict]:
     """The recipe of every row, all widths divided by ``part``."""
     rank = -(-23 // part)
     taught = {"train": {"teacher": "dense"}}  # the dense row's run, at its best rate
+    twice = {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}} | shared_whole(2, None, ZERO)
     pairs = {"model": {"num_hidden_layers": 6, "intermediate_size": 712 // part}} | shared_whole(2, None, ZERO)
     narrower = {
         "hidden_size": 320 // part, "intermediate_size": 672 // part, "num_attention_heads": 5, "num_key_value_heads": 5,
@@ -140,16 +141,10 @@ def contenders(part: int) -> dict[str, dict]:
         "narrower, taught": {"model": narrower} | taught,
         "dense, taught": taught,
         "low rank, taught": everywhere(kind="low_rank") | taught,
-        "8 layers, pairs share whole": {"model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}}
-        | shared_whole(2, None),
-        "8 layers, pairs share whole, branches from zero": {
-            "model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}
-        }
-        | shared_whole(2, None, ZERO),
-        "8 layers, a cycle of four, branches from zero": {
-            "model": {"num_hidden_layers": 8, "intermediate_size": 1016 // part}
-        }
-        | shared_among([0, 4], [1, 5], [2, 6], [3, 7]),
+        "8 layers, pairs share whole": twice | shared_whole(2, None),
+        "8 layers, pairs share whole, branches from zero": twice,
+        "8 layers, pairs share whole, branches from zero, taught": twice | taught,
+        "8 layers, a cycle of four, branches from zero": twice | shared_among([0, 4], [1, 5], [2, 6], [3, 7]),
         "8 layers, pairs share": {"model": {"num_hidden_layers": 8, "intermediate_size": 992 // part}}
         | shared(2, 384 // part, 992 // part),
         "8 layers, pairs share, branches from zero": {
