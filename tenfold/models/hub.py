@@ -11,6 +11,7 @@ which transformers only warns of and draws at random.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,8 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
     if Path(name).exists() or str(name).startswith((".", "/", "~")):
         check_folder(Path(name))
     try:
-        model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+        with of_a_kind(kind):
+            model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
     except SafetensorError as reason:
         raise ValueError(
             f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
@@ -120,6 +122,20 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
             f"left over; {APART}"
         )
     return model
+
+
+@contextmanager
+def of_a_kind(kind: Any):
+    """That transformers has no such model, without the hundred classes for which it has one."""
+    try:
+        yield
+    except ValueError as reason:
+        found = re.match(r"Unrecognized configuration class .*?(\w+)Config\b", str(reason))
+        if found is None:
+            raise
+        raise ValueError(
+            f"transformers has no {kind.__name__} of {found[1]}; take a model that it has one of"
+        ) from None
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from tenfold.structure.worth import worth_of
 
 MODES = ("auto", "speed", "memory")
 LEAST = 0.02  # a matrix is kept where it takes off at least this share of the price
+UNSURE = (
+    0.2  # small products of few rows can take more than their price: a matrix that is kept anyhow is used for them, too
+)
 
 
 @dataclass
@@ -79,5 +82,8 @@ def offer(layer: FactorizedLinear) -> Offer:
         return Offer(layer, 0.0, frozenset())
     dense = {rows: cost_of_product(rows, *structure.shape).price(worth) for rows in BUCKETS}
     gains = {rows: structure.price(rows, worth) / dense[rows] - 1 for rows in BUCKETS}
-    some = frozenset(rows for rows, gain in gains.items() if gain > LEAST)
-    return Offer(layer, sum(gains[rows] for rows in some), some)
+    some = {rows for rows, gain in gains.items() if gain > LEAST}
+    gain, few = sum(gains[rows] for rows in some), min(BUCKETS)
+    if some and gains[few] > -UNSURE:
+        some.add(few)
+    return Offer(layer, gain, frozenset(some))

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from tenfold.models.hub import of_a_kind
 from tenfold.models.plan import make_plan
 from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe
@@ -20,7 +21,8 @@ def new_model(recipe: Recipe, tokenizer):
     """The recipe's model with random weights, folded from noise where the recipe says so."""
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     config = _configuration(recipe, vocab_size=len(tokenizer), **ends)
-    model = KINDS[recipe.train.objective].from_config(config)
+    with of_a_kind(KINDS[recipe.train.objective]):
+        model = KINDS[recipe.train.objective].from_config(config)
     if recipe.replace:
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")

@@ -41,6 +41,14 @@ def shards(written, tmp_path):
     return shutil.copytree(written / "shards", tmp_path / "shards")
 
 
+def test_a_model_without_such_a_head_is_one_short_sentence(tmp_path):
+    toys.build("t5").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^transformers has no AutoModelForCausalLM of T5; take a model that it has one of$"
+    ):
+        from_pretrained(tmp_path, AutoModelForCausalLM)
+
+
 def change_config(folder, change):
     path = folder / "config.json"
     config = json.loads(path.read_text())

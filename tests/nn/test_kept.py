@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tenfold.nn import FactorizedLinear
-from tenfold.nn.kept import keep_matrices
+from tenfold.nn.kept import keep_matrices, offer
 from tenfold.structure import Dense, Kronecker, LowRank, TensorTrain, contract
+from tenfold.structure.contract import BUCKETS
 
 DEAR = TensorTrain(
     outs=(8, 8, 8), ins=(8, 8, 8), ranks=(48, 48)
@@ -72,6 +73,14 @@ def test_outputs_are_those_of_the_factors(model, rows, monkeypatch):
         for _ in range(2):
             torch.testing.assert_close(model["dear"](x), expected, rtol=1e-4, atol=1e-4)
     assert len(found) == 1, "made once"
+
+
+def test_a_matrix_that_is_kept_serves_few_rows_unless_they_are_much_cheaper_without():
+    near = TensorTrain(outs=(8, 8, 12, 1), ins=(8, 8, 8, 6), ranks=(64, 64, 64))  # 0.9 of the price of a row of W
+    far = Kronecker(outs=(192, 4), ins=(192, 4), terms=7)  # half of it
+    for structure, expected in ((near, True), (far, False)):
+        rows = offer(FactorizedLinear(structure)).rows
+        assert rows and (min(BUCKETS) in rows) is expected
 
 
 def test_who_gains_nothing_keeps_nothing(model):

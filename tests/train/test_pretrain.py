@@ -508,6 +508,14 @@ def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
             pretrain(RECIPE | {"model": {"model_type": name}}, [text], tmp_path / "run")
 
 
+def test_a_model_without_such_a_head_is_one_short_sentence(text, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^transformers has no AutoModelForCausalLM of T5; take a model that it has one of$"
+    ):
+        model = {"model_type": "t5", "d_model": 16, "num_layers": 1, "max_position_embeddings": 16}
+        pretrain(RECIPE | {"model": model, "replace": []}, [text], tmp_path / "run")
+
+
 def test_masks_need_a_tokenizer_that_has_one(finished, tmp_path):
     with pytest.raises(ValueError, match="has no mask token, which the objective masked needs; give text"):
         recipe = {"name": "masked", "model": BERT, "train": RECIPE["train"] | {"objective": "masked"}}
