@@ -15,6 +15,7 @@ from tenfold.nn.straight import Straight, serves
 from tenfold.structure import Factors, Structure, products
 from tenfold.structure.contract import BUCKETS, bucket, forward_plans
 from tenfold.structure.hold import NOTHING
+from tenfold.structure.traced import is_traced
 from tenfold.structure.worth import worth_of
 
 FEW = 128  # rows of a call
@@ -27,7 +28,21 @@ def _chained(structure: Structure, kind: str) -> bool:
     return all(forward_plans(place.diagram, rows, worth_of(kind))[1] is None for rows in BUCKETS)
 
 
-class SharedFactors(nn.Module):
+class _Sharable(nn.Module):
+    """A module that knows whether its parameters were ever parts of tensors on several devices.
+
+    What FSDP gathers for a call looks like any parameter, at the same address as in the call before, and says of no change.
+    """
+
+    sharded = False
+
+    def __setattr__(self, name: str, value) -> None:
+        if isinstance(value, nn.Parameter) and hasattr(value, "device_mesh"):
+            self.sharded = True
+        super().__setattr__(name, value)
+
+
+class SharedFactors(_Sharable):
     """Factors that several layers use, registered once on the base model.
 
     Layers hold it in a plain list and fetch a factor by calling it, so that hooks of offloading and of FSDP fire.
@@ -58,7 +73,7 @@ class SharedFactors(nn.Module):
         return factor
 
 
-class _Factorized(nn.Module):
+class _Factorized(_Sharable):
     """What the layers have in common: a structure, its factors, and a ``weight`` that only tells shape and dtype."""
 
     def __init__(self, structure: Structure, shared=None, frozen: Sequence[str] = (), device=None, dtype=None):
@@ -176,12 +191,12 @@ class FactorizedLinear(_Factorized):
         if (names := self.structure.matrices) is not None and (quantised or self._quick(x, len(names))):
             return self.structure._product(factors, x, self.bias)
         factors = self.factors() if quantised else factors
-        if self.keeps and (w := self._matrix(x, factors)) is not None:
+        if self.keeps and not quantised and (w := self._matrix(x, factors)) is not None:
             return products.linear(x, w, self.bias)
         if serves(x) and 0 < x.numel() <= FEW * self.in_features:
             return self._few(factors, x, self.bias)
         hold = self.hold
-        if self.keeps and not torch.compiler.is_compiling() and bucket(x.numel() // self.in_features) in self.keeps:
+        if self.keeps and not is_traced() and bucket(x.numel() // self.in_features) in self.keeps:
             hold = replace(hold, matrices=self._again.matrices(factors))
         return self.structure._apply(factors, x, self.bias, hold)
 
@@ -194,9 +209,10 @@ class FactorizedLinear(_Factorized):
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
         """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""
-        if self.training or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if self.training or is_traced() or torch.is_grad_enabled():
             return None
         passing = hasattr(self, "_hf_hook") or any(value.is_inference() for value in factors.values())
+        passing = passing or any(owner.sharded for owner in (self, *self._container))
         rows = x.numel() // self.in_features
         if passing or torch.is_autocast_enabled(x.device.type) or bucket(rows) not in self.keeps:
             return None

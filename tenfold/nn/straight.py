@@ -11,11 +11,11 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[import]
 from torch.overrides import TorchFunctionMode
 
 from tenfold.structure.plan import unhurried
 from tenfold.structure.products import PLAIN
+from tenfold.structure.traced import is_traced
 
 CALLS = 3  # from which one on a function is recorded: most numbers of rows come once, that of decoding stays
 PROGRAMS = 16  # that are kept
@@ -69,15 +69,10 @@ class Straight:
 
 def serves(x: Tensor) -> bool:
     """Whether what is done with ``x`` may be recorded and repeated."""
-    if (
-        x.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return False
-    # under vmap tensors have no memory of their own; a trace is for other sizes, too
-    return peek_interpreter_stack() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    # where it is followed tensors may have no memory of their own; a trace is for other sizes, too
+    return not is_traced() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 class Recorder(TorchFunctionMode):

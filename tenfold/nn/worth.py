@@ -9,6 +9,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from tenfold.structure.pair import KERNELS
 from tenfold.structure.products import ROWS
 from tenfold.structure.worth import MEASURED, SHIPPED, Worth
@@ -21,14 +23,16 @@ def folder() -> Path:
 
 @cache
 def read_measured() -> None:
-    """Let plans follow what was measured; once a process."""
+    """Let plans follow what was measured with so many threads; once a process."""
     for file in folder().glob("worth-*.json"):
         kind = file.stem.removeprefix("worth-")
         try:
             found = json.loads(file.read_text())
+            if not _of_here(kind, found):
+                continue
             shipped = {"narrow": SHIPPED[kind].narrow} if kind in SHIPPED else {}  # not in files of earlier versions
             _use(kind, Worth(**shipped | found["worth"]), found)
-        except (OSError, ValueError, TypeError, KeyError):  # of another version
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of another version
             continue
 
 
@@ -41,6 +45,14 @@ def keep_measured(kind: str, worth: Worth, about: dict) -> Path:
     new.replace(file)
     _use(kind, worth, about)
     return file
+
+
+def _of_here(kind: str, found: dict) -> bool:
+    """Whether it was measured with as many threads as there are now, on this kind of GPU; a home may be that of two machines."""
+    if kind == "cpu":
+        return found.get("threads") in (None, torch.get_num_threads())
+    here = torch.cuda.get_device_name() if kind == "cuda" and torch.cuda.is_available() else None
+    return here is None or found.get("device") in (None, here)
 
 
 def _use(kind: str, worth: Worth, about: dict) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tenfold.structure import contract, rebuild
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.hold import Hold
+from tenfold.structure.traced import is_traced
 from tenfold.structure.worth import Worth, worth_of
 
 SLICE = 512  # numbers of a rank that all factors share which are summed over at once, on a CPU
@@ -24,7 +25,7 @@ Term = tuple[Diagram, list[Tensor]]
 
 def multiply(terms: list[Term], x: Tensor, bias: Tensor | None, hold: Hold) -> Tensor:
     """``x (n, in) @ W.T + bias -> (n, out)``, ``W`` the sum of the matrices of ``terms``, each by its own plan."""
-    plain = x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    plain = x.device.type != "cpu" or is_traced() or torch.is_autocast_enabled("cpu")
     if plain or x.shape[0] < MANY or hold.between or hold.matrices is not None:
         first, *rest = terms
         y = contract.apply(*first, x, bias, hold)
@@ -37,13 +38,13 @@ def multiply(terms: list[Term], x: Tensor, bias: Tensor | None, hold: Hold) -> T
 
 def plus(y: Tensor, part: Tensor, x: Tensor) -> Tensor:
     """``y + part``, in the place of ``y`` if nobody else has it."""
-    ours = not torch.compiler.is_compiling() and y is not x and y.dtype == part.dtype and not y._is_view()
+    ours = not is_traced() and y is not x and y.dtype == part.dtype and not y._is_view()
     return y.add_(part) if ours else y + part
 
 
 def slices(diagram: Diagram, factors: list[Tensor], x: Tensor, little: bool) -> list[Term]:
     """What adds up to the diagram, for ``x``: itself, or slices of all factors."""
-    here = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" and not is_traced()
     label = _sliced(diagram, contract.bucket(x.shape[0]), worth_of("cpu"), little) if here else None
     if label is None:
         return [(diagram, factors)]

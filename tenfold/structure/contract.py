@@ -25,6 +25,7 @@ from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.pair import Target, has_kernels
 from tenfold.structure.plan import ROWS, Gathered, Plan, Values, cheapest_plan, cost_of_product, plan_of, run
 from tenfold.structure.rebuild import dense, in_parts, rebuild, traced
+from tenfold.structure.traced import is_traced
 from tenfold.structure.worth import CPU, Cost, Worth, worth_of
 
 PART = 512  # rows that go through a chain at once on a CPU, at most, where it holds more than products of matrices
@@ -128,7 +129,7 @@ def apply(
     diagram, factors = slim(diagram, factors)
     if [labels for _, labels in diagram.factors] == [(*diagram.outs, *diagram.ins)]:  # a dense matrix
         return products.linear(x, factors[0].reshape(diagram.shape), bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if is_traced() or not torch.is_grad_enabled():
         return forward(diagram, factors, x, bias)
     return _Apply.apply(diagram, x, bias, hold, *factors)
 
@@ -176,7 +177,7 @@ def _part(plan: Plan, diagram: Diagram, x: Tensor, little: bool) -> int | None:
 
     ``little``: so that what lies between, and its gradients, take no more than half of ``W``.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if x.device.type != "cpu" or is_traced() or torch.is_grad_enabled():
         return None
     if not plan.cost.copied and not little:
         return None
@@ -236,7 +237,7 @@ def forward(
             return y if bias is None else y.add_(bias)  # a product, nobody else's
         bias = bias.to(y.dtype).view(diagram.shape_of(diagram.outs))
         return torch.add(bias, y).reshape(x.shape[0], diagram.shape[0])  # in one pass
-    if torch.compiler.is_compiling():
+    if is_traced():
         return traced(diagram, first, factors, x, bias)
     if (parts := in_parts(diagram, factors)) is not None:
         return parts.multiply(x, bias, onto)

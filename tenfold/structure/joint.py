@@ -15,12 +15,13 @@ from tenfold.structure.added import Term, dense, shared_out, whole
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.hold import NOTHING, Hold
 from tenfold.structure.plan import cost_of_product
+from tenfold.structure.traced import is_traced
 from tenfold.structure.worth import Cost, Worth, worth_of
 
 
 def serves(diagrams: tuple[Diagram, ...], x: Tensor) -> bool:
     """Whether it is cheaper for ``x (n, in)``."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if is_traced() or torch.is_autocast_enabled(x.device.type):
         return False
     return _pays(diagrams, contract.bucket(x.shape[0]), worth_of(x.device.type))
 

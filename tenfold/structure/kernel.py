@@ -120,12 +120,18 @@ def contract(pair: Pair, one: Tensor, other: Tensor, result: Tensor, added: Tens
         one, other, made, extra, 2 ** max(0, rows - 1).bit_length(), count, rows, columns, summed, part,
         made.stride(0) if parts > 1 else 0, a0, a2, a1, b0, b1, b3, c0, c2, c3, d0, d2, d3,
         BATCH=batch, ROWS=row, COLUMNS=column, SUMMED=sums, ADD=added is not None and parts == 1,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if _tf32() else "ieee",
     )  # fmt: skip
     if parts > 1:
         total = made.sum(0)
         result.copy_(total if added is None else total.add_(added))
     return result
+
+
+def _tf32() -> bool:
+    """What torch's own products do with float32; asking in its older way raises where the newer one was used to say so."""
+    said = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.backends.cuda.matmul.allow_tf32 if said is None else said == "tf32"
 
 
 def _parts(tiles: int, summed: int) -> int:

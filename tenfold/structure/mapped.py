@@ -17,6 +17,7 @@ from torch import Tensor
 from tenfold.structure import contract, joint, rebuild
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.hold import Hold
+from tenfold.structure.traced import is_traced
 
 PART = 512  # rows
 FEWEST = 1024  # rows below which nothing is gained
@@ -64,7 +65,7 @@ class Maps:
 
 def many(x: Tensor) -> bool:
     """Whether ``x`` is large enough, and on a device, for :func:`multiply` to be worth a look."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or is_traced() or torch.is_autocast_enabled("cpu"):
         return False
     return x.shape[0] >= FEWEST
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tenfold.structure import entrywise
 from tenfold.structure.products import FEW, THIN, empty, fill, one_by_one, packed, put
 from tenfold.structure.products import product as plain_product
+from tenfold.structure.traced import is_traced
 
 CHEAP = 2**19  # numbers of a factor that is read instead of copied, four for each of what is copied in its place
 SKINNY = 8  # of rows, columns and what is summed over two are at most so long: several times slower than what is moved
@@ -306,7 +307,7 @@ def _known(pair: Pair, shape: tuple, stride: tuple, other_shape: tuple, other_st
 
 def has_kernels(value: Tensor) -> bool:
     """Whether contractions of it that would copy go through a kernel."""
-    return value.device.type in KERNELS and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return value.device.type in KERNELS and not torch.is_grad_enabled() and not is_traced()
 
 
 def _copies(pair: Pair, size: dict[str, int], given, into: Target | None, between: bool) -> bool:
@@ -337,7 +338,7 @@ def _in_one_pass(pair: Pair, size: dict[str, int], one: Tensor, other: Tensor, i
 
 def product(one: Tensor, other: Tensor, into: Target | None = None, between: bool = False) -> Tensor:
     """``one @ other`` of two matrices."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if is_traced() or torch.is_grad_enabled():
         return one @ other
     rows, columns = one.shape[0], other.shape[1]
     if into is None and min(rows, columns) >= THIN:

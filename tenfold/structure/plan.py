@@ -20,6 +20,7 @@ from torch import Tensor
 from tenfold.structure import products
 from tenfold.structure.pair import Copies, Target, lies_of, multiply, pair_of, product
 from tenfold.structure.search import LARGEST_SEARCH, Places, path_of, size_of
+from tenfold.structure.traced import is_traced
 from tenfold.structure.worth import Cost, Worth
 
 ROWS = "(rows)"  # the label of the leading index of x; no diagram can hold it
@@ -188,7 +189,7 @@ def contracted(
     """
     if how is not None:
         return product(*_turned(how, *operands), into, between)
-    simple = torch.compiler.is_compiling() or len(operands) == 1
+    simple = is_traced() or len(operands) == 1
     simple = simple or (max(map(torch.numel, operands)) < SMALL and HURRY.get())
     pair = None if simple else pair_of(equation)
     if pair is not None:

@@ -12,6 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tenfold.structure.traced import is_traced
+
 # {kind of device: up to how many rows}; tenfold.evaluate.worth measures it
 ROWS: dict[str, int] = {"cpu": 32}
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -54,7 +56,7 @@ def parted(one: Tensor, rows: int, other: Tensor) -> bool:
     if type(other) not in PLAIN:  # quantised, or shared out over devices: it knows by itself how it is multiplied
         return False
     # first what asks for no number of rows: code that is traced would have a branch for it
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+    if is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
         return False
     few = 0 < rows <= min(ROWS.get(device, 0), one.shape[-1] // 4)  # else the result is no smaller than the matrix
     return few and other.numel() >= PARTED and one.dtype == torch.float32
@@ -156,7 +158,7 @@ def put(target: Tensor, value: Tensor) -> Tensor:
 def _in_runs(value: Tensor) -> bool:
     """Whether a copy in runs may pay, as far as this can be told from one tensor."""
     long = value.device.type == "cpu" and value.numel() >= LONG and value.dim() > 1 and 1 in value.stride()
-    return long and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(value) is Tensor
+    return long and not torch.is_grad_enabled() and not is_traced() and type(value) is Tensor
 
 
 def _is_matrix(value: Tensor) -> bool:

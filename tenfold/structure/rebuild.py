@@ -19,6 +19,7 @@ from torch import Tensor
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.pair import Target
 from tenfold.structure.plan import Gathered, Plan, Values, plan_of, run
+from tenfold.structure.traced import is_traced
 
 PART = 2**21  # numbers of a part at most; of a smaller W there are no parts
 TABLE = 2**25  # on other devices and in compiled code, where only memory counts; a larger W has SOME parts at most
@@ -60,7 +61,7 @@ def in_parts(diagram: Diagram, factors: list[Tensor], little: bool = False) -> P
     ``little``: beside the gradient of a part there are its copy and, of a tensor train, what is between two cores; parts are so
     small that all of this is no more than ``W``, which takes longer.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if is_traced() or torch.is_grad_enabled():
         return None
     part = min(PART // 2, prod(diagram.shape) // 3) if little else PART
     if (cut := _cut(diagram, part) if factors[0].device.type == "cpu" else cut_of_table(diagram)) is None:

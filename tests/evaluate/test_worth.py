@@ -58,6 +58,29 @@ def test_a_file_of_an_earlier_version_has_what_was_not_measured_then_from_here()
     assert worth_of("cpu") == Worth(1, 2, 3, SHIPPED["cpu"].narrow) and worth_of("cpu").narrow > 0
 
 
+def test_what_was_measured_with_other_threads_or_on_another_gpu_is_left_aside(monkeypatch):
+    keep_measured("cpu", CPU, {"threads": torch.get_num_threads() + 1})
+    keep_measured("cuda", CPU, {"device": "another", "kernels": 2.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this one")
+    MEASURED.clear(), KERNELS.clear()
+    read_measured()
+    assert not MEASURED and not KERNELS
+
+
+def test_a_kernel_that_gives_other_numbers_is_never_used(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tenfold.structure import kernel
+
+    monkeypatch.setattr(worth, "TWO_FACTORS", (Kronecker(outs=(8, 16), ins=(8, 16), terms=1),))
+    monkeypatch.setattr(worth, "ROWS", 512)
+    monkeypatch.setattr(worth, "turns", lambda ours, plain, *_: [(1.0, 2.0)])
+    contracted = kernel.contract
+    assert worth._kernels(torch.device("cpu"), torch.float32) == 2.0
+    monkeypatch.setattr(kernel, "contract", lambda *given: contracted(*given).mul_(1.1))
+    assert worth._kernels(torch.device("cpu"), torch.float32) == 0.0
+
+
 def test_a_kernel_is_used_where_it_was_faster():
     keep_measured("cuda", CPU, {"kernels": 1.2})
     KERNELS.clear()

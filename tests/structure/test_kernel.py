@@ -1,5 +1,7 @@
 """The kernel for GPUs, on one or by Triton's interpreter: its contractions are those of einsum, and layers do not change."""
 
+import subprocess
+import sys
 from itertools import permutations
 from random import Random
 
@@ -159,3 +161,20 @@ def test_types_that_it_does_not_know_take_the_plain_path(kernels):
 
 def test_it_is_off_until_it_was_measured():
     assert not pair.KERNELS
+
+
+TOLD = """
+import torch
+torch.backends.fp32_precision = {said!r}
+from tenfold.structure import kernel
+assert kernel._tf32() is {expected}
+"""
+
+
+@pytest.mark.parametrize("said, expected", [("tf32", True), ("ieee", False), ("none", False)])
+def test_how_exact_float32_is_follows_torch_however_it_was_said(said, expected):
+    """In a process of its own: torch refuses to be told in two ways."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD.format(said=said, expected=expected)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
