@@ -31,6 +31,7 @@ from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
+from tenfold.nn.kept import keep_matrices
 from tenfold.train.tokens import is_tokens
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
         dtype: for instance ``bfloat16``; that of the checkpoint unless given.
     """
     place, kind = checked_device(device), checked_dtype(dtype)
-    return load_model(name, kind).to(place).eval(), load_tokenizer(name)
+    model = load_model(name, kind).to(place).eval()
+    if place.type != "cpu":
+        keep_matrices(model)  # other layers gain by a matrix there
+    return model, load_tokenizer(name)
 
 
 def checked_dtype(dtype: str | None) -> torch.dtype | str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tenfold.structure.traced import is_traced
+
 
 class Expert(nn.Module):
     """``down(act(gate x) * up x)`` of the tokens that are sent to one expert.
@@ -40,7 +42,12 @@ class Experts(nn.Module):
         self.each = nn.ModuleList(experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states (tokens, width)``, ``top_k_index`` and ``top_k_weights (tokens, k)`` to ``(tokens, width)``."""
+        """``hidden_states (tokens, width)``, ``top_k_index`` and ``top_k_weights (tokens, k)`` to ``(tokens, width)``.
+
+        An exported program, and one that ``torch.func`` follows, has no numbers to branch on: every expert computes all tokens.
+        """
+        if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
+            return self._all(hidden_states, top_k_index, top_k_weights)
         chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=len(self.each))[: len(self.each)].tolist()
@@ -50,4 +57,11 @@ class Experts(nn.Module):
             if len(places) or self.training:  # none to train on is a gradient of zero, which all processes have to have
                 made = expert(hidden_states[expert.rows]) * weights[places, None]
                 out.index_add_(0, expert.rows, made.to(out.dtype))
+        return out
+
+    def _all(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(states)
+        for k, expert in enumerate(self.each):
+            share = (weights * (index == k)).sum(-1, keepdim=True)
+            out = out + (expert(states) * share).to(out.dtype)
         return out

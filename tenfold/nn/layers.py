@@ -270,15 +270,29 @@ class FactorizedEmbedding(_Factorized):
         A tied head calls the module, too, so that hooks of offloading and of FSDP fire.
         """
         if as_head:
-            factors = self.factors()
+            stored = self._stored()
+            if self.structure.matrices is not None and any(map(products.is_quantised, stored.values())):
+                return self.structure._product(stored, x)
+            factors = {name: products.plain(value) for name, value in stored.items()}
             few = serves(x) and 0 < x.numel() <= FEW * self.embedding_dim
             return self._few(factors, x) if few else self.structure._apply(factors, x)
         cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():  # as nn.Embedding
-            rows = self.structure._rows(self.factors(), x)
+            rows = self._rows(x)
         return (
             rows if self.multiplier == 1.0 else rows * rows.new_full((), self.multiplier)
         )  # rounded like a dense Gemma's
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """``W[ids]``; of a quantised factor no more than the rows that are looked up become numbers."""
+        stored, names = self._stored(), self.structure.matrices
+        quantised = any(map(products.is_quantised, stored.values()))
+        if not quantised or names is None or self.structure.index_shapes():
+            return self.structure._rows({name: products.plain(value) for name, value in stored.items()}, ids)
+        rows = torch.nn.functional.embedding(ids, stored[names[0]])
+        for name in names[1:]:
+            rows = rows @ products.plain(stored[name])
+        return rows
 
 
 class _Tied(nn.Module):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import tenfold.models.hub
+from tenfold import api
 from tenfold.models.cost import count
 from tenfold.models.replace import CONTAINER, densify
 from tenfold.models.sites import FOLDED
@@ -208,6 +209,14 @@ def test_index_maps_stay_int32(mixed):
 @pytest.fixture
 def loaded(mixed):
     return AutoModelForCausalLM.from_pretrained(mixed[2])
+
+
+def test_which_matrices_are_kept_is_chosen_for_the_device_that_it_is_loaded_to(mixed, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(api, "keep_matrices", lambda model: chosen.append(model.device.type))
+    for device in ("cpu", "meta"):
+        api.load(mixed[2], device)
+    assert chosen == ["meta"], "on a processor it was chosen with the layers"
 
 
 def test_it_generates_with_and_without_a_cache(loaded):

@@ -103,6 +103,19 @@ def test_one_expert_a_token_is_asked():
         assert sorted(torch.cat([expert.rows for expert in experts.each]).tolist()) == list(range(24))
 
 
+@mixtures
+def test_an_exported_mixture_computes_what_the_model_does(name):
+    """Which tokens go where is no branch of the program: it is that of another text and another length, too."""
+    model = mixture(name).eval()
+    model.config.use_cache = False
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=60)}}
+    given = {"input_ids": torch.arange(12)[None] % 7}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+    ids = torch.randint(0, 90, (1, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(program(input_ids=ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 # the mask --------------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from tenfold.models.card import save_folded
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn.kept import keep_matrices
 from tenfold.structure import CP, Dense, LowRank, products
+from tenfold.structure.contract import BUCKETS
 
 NAMES = FqnToConfig({r"re:.*\.(left|right|matrix|out_.|in_.)": Int8WeightOnlyConfig(version=2)})
 STRUCTURES = {
@@ -78,6 +79,28 @@ def test_an_embedding_and_its_head():
         torch.testing.assert_close(model(ids), w[ids], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0](states, as_head=True), states @ w.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[0].dense(), w)
+
+
+@torch.no_grad()
+def test_an_embedding_and_its_head_write_out_no_table(monkeypatch):
+    """A look-up makes numbers of ``right`` only, which is small; the head of neither factor."""
+    model, ids, plain, seen = made(STRUCTURES["low rank"], FactorizedEmbedding), torch.tensor([5]), products.plain, []
+    quantize_(model, NAMES, filter_fn=None)
+    monkeypatch.setattr(products, "plain", lambda value: seen.append(tuple(value.shape)) or plain(value))
+    model(ids)
+    assert seen == [(64, 160)]
+    model[0](torch.randn(3, 160), as_head=True)
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_a_quantised_layer_keeps_no_matrix():
+    """It would be made anew for every call: what a factor stands for is another tensor each time."""
+    model = made(STRUCTURES["cp"])
+    model[0].keeps = frozenset(BUCKETS)
+    quantize_(model, NAMES, filter_fn=None)
+    model(torch.randn(300, 160))
+    assert model[0]._again.kept is None
 
 
 def test_its_bytes_are_those_it_takes():
