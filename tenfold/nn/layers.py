@@ -186,6 +186,8 @@ class FactorizedLinear(_Factorized):
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
+        if x.shape[-1] != self.in_features:  # else rows would be cut elsewhere, and fit by chance
+            raise ValueError(f"the layer reads {self.in_features} numbers a row, the input has {tuple(x.shape)}")
         factors = self._stored()
         quantised = any(map(products.is_quantised, factors.values()))
         if (names := self.structure.matrices) is not None and (quantised or self._quick(x, len(names))):
