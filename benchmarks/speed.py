@@ -167,10 +167,11 @@ def main() -> None:
 
 ABOUT = """Written by `python benchmarks/speed.py --table` from `results/bench/*/layers.json`: how many times as fast as
 `nn.Linear` of the same shape in the same run (medians of turns, float32), and in brackets the most that the FLOPs and bytes of
-the cheapest plan allow at the rates of a large product and a large copy, each measured once at the start (machines change meanwhile). **memory**: through the factors, nothing kept but the
-input. **speed**: a kept matrix in evaluation, which makes the layer a dense one and is never a gain (marked *dense*); in training
-what lies between two products is kept where it is no larger than the input, or the matrix until the way back. One row is timed
-on more copies of a layer than a cache holds, as it is read in a model.
+the cheapest plan allow at the rates of a large product and a large copy, each measured once at the start (machines change
+meanwhile). **memory**: through the factors, nothing kept but the input. **speed**: a kept matrix in evaluation, which makes the
+layer a dense one and is never a gain (marked *dense*); in training what lies between two products is kept where it is no larger
+than the input, or the matrix until the way back. One row is timed on more copies of a layer than a cache holds, as it is read in
+a model.
 """
 PASSES = [("forward", rows) for rows in ROWS] + [("forward + backward", rows) for rows in ROWS[1:]]
 
