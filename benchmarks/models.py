@@ -33,7 +33,9 @@ STRUCTURES = {
 
 
 ABOUT = """Written by `python benchmarks/models.py --table` from `results/bench/*/models.json`. GPT-2 small, random weights,
-float32, prompts of 128 tokens; **of the most**: tokens a second over what FLOPs or bytes allow.
+float32, prompts of 128 tokens; **of the most**: tokens a second over what FLOPs or bytes allow; **kept W**:
+layers that multiply by a kept `W` (≤: at some numbers of rows, perhaps not at these). They run as dense layers do, which is no
+gain of the structure.
 """
 
 
@@ -92,8 +94,8 @@ def write_table(results: Path, target: Path) -> None:
         result = json.loads(file.read_text())
         lines += [f"## {file.parent.name}, torch {result['machine']['torch']}\n"]
         lines += [
-            "| structure | parameters | batch | | tokens/s | dense | ratio | of the most | MiB | dense MiB |",
-            "|" + "---|" * 10,
+            "| structure | parameters | batch | | tokens/s | dense | ratio | of the most | MiB | dense MiB | kept W |",
+            "|" + "---|" * 11,
         ]
         for row in result["rows"]:
             share = row["parameters"]["ours"]["total"] / row["parameters"]["dense"]["total"]
@@ -103,10 +105,16 @@ def write_table(results: Path, target: Path) -> None:
                     f"| {row['structure']} | {share:.0%} | {row['batch']} | {what} | {one['tokens_per_second']:,.0f} | "
                     f"{one['dense_tokens_per_second']:,.0f} | {one['ratio']:.2f} | "
                     f"{one['tokens_per_second'] / one['most_tokens_per_second']:.0%} | {one['bytes'] / 2**20:,.0f} | "
-                    f"{one['dense_bytes'] / 2**20:,.0f} |"
+                    f"{one['dense_bytes'] / 2**20:,.0f} | {kept(row['speed'], what)} |"
                 )
         lines.append("")
     target.write_text("\n".join(lines))
+
+
+def kept(speed: dict, what: str) -> str:
+    """Layers that run on a kept matrix; older results tell how many have one at some numbers of rows. In training none has."""
+    most = speed["kept"] if what != "training" else 0
+    return str(speed["kept_at"].get(what, 0)) if "kept_at" in speed else f"≤ {most}" if most else "0"
 
 
 if __name__ == "__main__":
