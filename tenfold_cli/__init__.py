@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli import tasks, training
-from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first
+from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first, stated
 from tenfold_cli.show import (
     count_line,
     counted,
@@ -26,6 +26,8 @@ from tenfold_cli.show import (
     show_table,
     tracked,
 )
+
+WHOLE = ("--against", "--batch", "--length", "--new-tokens", "--train", "--compile")  # what bench measures models with
 
 app = typer.Typer(
     name="tenfold",
@@ -229,11 +231,12 @@ def generate(
 
 @app.command()
 def bench(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A model folder, or a name on the hub.")] = None,
     against: Annotated[str | None, typer.Option(help="Another model; its dense twin unless given.")] = None,
     batch: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1],  # noqa: B006
     length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written one at a time.")] = 16,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens written one at a time; 16 unless given.")] = None,
     repeats: Annotated[int, typer.Option(help="Counted turns.")] = 5,
     train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, with a static cache.")] = False,
@@ -250,24 +253,24 @@ def bench(
     """Measure tokens per second and memory against the dense twin or another model, in turns, in one run."""
     import tenfold
     from tenfold import api
+    from tenfold.evaluate.machine import check_counts
+    from tenfold.evaluate.speed import sizes
 
+    said = stated(context)
     if model is None and not calibrate:
         raise ValueError("there is no model to measure; name a folder, or measure the machine alone with --calibrate")
+    if model is None and (unused := [name for name in said if name not in ("--calibrate", "--device", "--json")]):
+        raise ValueError(f"--calibrate alone measures the machine; name a model, or leave {', '.join(unused)} out")
+    if layers and (unused := [name for name in said if name in WHOLE]):
+        raise ValueError(f"--layers times layers by themselves, with 1 to 4,096 rows; leave {', '.join(unused)} out")
+    for one in batch:
+        check_counts(batch=one, length=length, new_tokens=new_tokens, repeats=repeats)
     if calibrate:
         found = api.calibrate(api.checked_device(device))
         told = ", ".join(f"{name} {value:,.0f}" for name, value in found["worth"].items())
         print(f"FLOPs in the time of a number or a product: {told}; stored in {found['file']}", file=sys.stderr)
     if model is None:
         return show_json(found) if as_json else None
-    given = {
-        "--against": against,
-        "--length": length,
-        "--train": train or None,
-        "--compile": compile or None,
-        "--batch": None if batch == [1] else batch,
-    }
-    if layers and (unused := [name for name, value in given.items() if value is not None]):
-        raise ValueError(f"--layers times layers by themselves, with 1 to 4,096 rows; leave {', '.join(unused)} out")
     loaded, _ = api.load(model, device, dtype)
     other = None if against is None else api.load(against, device, dtype)[0]
     size = None if limit is None else limit * 2**20
@@ -279,6 +282,7 @@ def bench(
         if not cells:
             raise ValueError(f"no layer of {model} is structured; fold it first (tenfold compress)")
         return show_json(cells) if as_json else show_cells(cells)
+    sizes([loaded] if other is None else [loaded, other], length, new_tokens)  # before a progress bar is there
     turns = tracked("measuring")(batch)
     results = [api.bench(loaded, one, length, new_tokens, repeats, other, train, compile) for one in turns]
     if as_json:
@@ -286,7 +290,8 @@ def bench(
     show_speeds(results, "dense" if against is None else "other")
     if kept["layers"] and not compile:
         print(
-            f"{kept['layers']} layers multiply by a kept matrix, {kept['bytes'] / 2**20:,.0f} MiB in all, as dense ones"
+            f"kept W: layers that run as dense ones do at these rows; {kept['layers']} keep one at some, "
+            f"{kept['bytes'] / 2**20:,.0f} MiB in all"
         )
     return None
 

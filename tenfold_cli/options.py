@@ -24,6 +24,12 @@ def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def stated(context: typer.Context) -> list[str]:
+    """The options that the user gave, in the order of the help page."""
+    options = [one for one in context.command.params if one.param_type_name == "option"]
+    return [one.opts[0] for one in options if context.get_parameter_source(one.name).name == "COMMANDLINE"]
+
+
 def command() -> str:
     """The exact command, for model cards."""
     return shlex.join(["tenfold", *sys.argv[1:]])

@@ -83,13 +83,14 @@ def show_speeds(results: list[dict], other: str) -> None:
             f"{r['tokens_per_second'] / r['most_tokens_per_second']:.0%}",
             f"{r['bytes'] / 2**20:,.1f}",
             f"{r['dense_bytes'] / 2**20:,.1f}",
+            str(result["kept_at"].get(name, 0)),
         ]
         for result in results
         for name in ("prefill", "decode", "training")
         if name in result
         for r in [result[name]]
     ]
-    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB"]
+    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB", "kept W"]
     show_table(columns, rows)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.evaluate.machine import bytes_per_second, flops_per_second, footprint, peak, turns
+from tenfold.evaluate.machine import bytes_per_second, check_counts, flops_per_second, footprint, peak, turns
 from tenfold.nn import FactorizedLinear
 from tenfold.structure.contract import bucket
 
@@ -39,7 +39,12 @@ def bench_layers(
         parameters and a kept matrix, without its input. ``kept`` is false where this goes through the factors; where the layer
         keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth. With few rows as
         many copies of a layer are called by turns as no cache holds: in a model, too, a layer is read from memory each time.
+
+    Raises:
+        ValueError: ``repeats``, or a number of rows, is below 1.
     """
+    for count in rows:
+        check_counts(rows=count, repeats=repeats)
     layers: dict[tuple, list[FactorizedLinear]] = {}
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):

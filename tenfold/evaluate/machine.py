@@ -16,6 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 LEAST = 0.005  # seconds that one timed turn takes at least: fewer calls are noise
 
 
+def check_counts(**counts: int | None) -> None:
+    """Refuse those of which nothing could be measured; None is one that is not given."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} {count} leaves nothing to measure; give 1 or more")
+
+
 def wait(device: torch.device) -> None:
     """Until everything that was started on ``device`` is done."""
     if device.type != "cpu":

@@ -55,10 +55,14 @@ def keep_matrices(model: nn.Module, mode: str = "auto", limit: int | None = None
         ``mode``, ``layers`` (how many keep one), ``bytes`` (of these matrices) and ``limit``.
 
     Raises:
-        ValueError: there is no such mode.
+        ValueError: there is no such mode, or no such limit in it.
     """
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r}; take one of {', '.join(MODES)}")
+    if limit is not None and mode != "auto":
+        raise ValueError(f"mode {mode} has no limit; leave that of {limit:,} bytes out, or take mode auto")
+    if limit is not None and limit < 0:
+        raise ValueError(f"a limit of {limit:,} bytes is less than nothing; give 0 or more")
     read_measured()
     linear = [layer for layer in model.modules() if isinstance(layer, FactorizedLinear)]
     layers = [layer for layer in linear if isinstance(layer.structure, Structure)]  # else there is no matrix to keep

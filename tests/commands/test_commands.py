@@ -9,7 +9,7 @@ import pytest
 import small
 import torch
 import toy_tasks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import tenfold_cli
 
@@ -81,6 +81,8 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status, out, err = call("bench", "--calibrate")
     assert status == 0 and "stored in" in err and (tmp_path / "cache" / "tenfold" / "worth-cpu.json").exists()
+    status, _, err = call("bench", "--calibrate", "--layers", "--against", dense)
+    assert status == 2 and "name a model, or leave --against, --layers out" in err
     monkeypatch.undo()
     status, _, err = call("bench")
     assert status == 2 and "--calibrate" in err
@@ -99,6 +101,16 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
     logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]
     assert status == 0 and torch.allclose(*logits, atol=1e-5)
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+
+
+def test_bench_of_an_encoder(call, dense, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=97, max_position_embeddings=20, **sizes)).save_pretrained(tmp_path)
+    for other in ((), ("--against", dense)):
+        status, out, err = call("bench", tmp_path, "--repeats", 1, "--train", *other)
+        assert status == 0 and "prefill" in out and "training" in out and "decode" not in out, err
+    status, out, err = call("bench", tmp_path, "--repeats", 1, "--json")
+    assert status == 0 and "decode" not in json.loads(out), err
 
 
 def test_the_card_has_command_import_figures(call, dense, tmp_path):
@@ -247,6 +259,17 @@ WRONG = {
         ("evaluate", "{dense}", "--task", "cola", "--data", "{dense}"),
         "fine-tune it first: tenfold finetune MODEL --task cola",
     ),
+    "bench: no repeats": (("bench", "{dense}", "--repeats", -1), "repeats -1 leaves nothing to measure"),
+    "bench: no batch": (("bench", "{dense}", "--batch", 2, "--batch", 0), "batch 0 leaves nothing"),
+    "bench: no prompt": (("bench", "{dense}", "--length", 0), "length 0 leaves nothing"),
+    "bench: too long": (("bench", "{dense}", "--length", 99), "a prompt of length 99 is more than the model's 32"),
+    "bench: too many": (("bench", "{dense}", "--new-tokens", 99), "99 new tokens behind a prompt of 1 are more"),
+    "bench: less than no limit": (("bench", "{dense}", "--limit", -5), "a limit of -5,242,880 bytes is less than"),
+    "bench: a limit of speed": (("bench", "{dense}", "--mode", "speed", "--limit", 5), "mode speed has no limit"),
+    "bench: tokens of layers": (
+        ("bench", "{dense}", "--layers", "--new-tokens", 16, "--batch", 1),
+        "leave --batch, --new-tokens out",
+    ),
     "window too long": (("evaluate", "{dense}", "--text", "{dense}/text.txt", "--window", "64"), "context of 32"),
 }
 
@@ -255,7 +278,7 @@ WRONG = {
 def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
     arguments, wanted = WRONG[name]
     before = sorted(path.name for path in dense.iterdir())
-    status, _, err = call(*(part.format(dense=dense, new=tmp_path / "new") for part in arguments))
+    status, _, err = call(*(str(part).format(dense=dense, new=tmp_path / "new") for part in arguments))
     assert (
         status == 2
         and wanted in err

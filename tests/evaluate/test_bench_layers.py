@@ -128,6 +128,13 @@ def test_few_rows_are_timed_with_factors_that_come_from_memory(monkeypatch):
     assert len(layers.copies(layer, 2)) == 1 + layers.COPIES
 
 
+def test_nothing_is_not_measured():
+    model, _ = compress(small.model(), {"replace": RULES})
+    for more, sentence in (({"repeats": 0}, "repeats 0 leaves"), ({"rows": (1, 0)}, "rows 0 leaves")):
+        with pytest.raises(ValueError, match=sentence):
+            bench_layers(model, **more)
+
+
 def test_turns_take_turns():
     order = []
     found = machine.turns(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 3)

@@ -5,12 +5,32 @@ import copy
 import pytest
 import small
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tenfold.api import bench, compress
 from tenfold.evaluate import speed
 from tenfold.evaluate.machine import peak
 from tenfold.models.sites import find_sites
+from tenfold.structure.contract import bucket
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bert(kind=BertForMaskedLM, **more):
+    torch.manual_seed(0)
+    return kind(BertConfig(max_position_embeddings=20, **SIZES, **more)).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
 
 
 def test_bench_tells_both_and_changes_nothing():
@@ -60,6 +80,81 @@ def test_another_model_may_be_the_rival():
     model, other = small.model(), small.model()
     found = bench(model, new_tokens=2, repeats=1, against=other)
     assert found["prefill"]["bytes"] == found["prefill"]["dense_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (BertForMaskedLM, {}),
+        (BertForSequenceClassification, {"num_labels": 3}),
+        (BertForSequenceClassification, {"num_labels": 1, "problem_type": "regression"}),
+        (BertModel, {}),
+    ],
+)
+def test_what_writes_no_text_has_prompts_and_training(kind, more):
+    """Against its dense twin, and against a decoder; in training all that the loss goes by has gradients."""
+    structure = {"kind": "low_rank", "rank": 4}
+    model, _ = compress(bert(kind, **more), {"replace": [{"role": "mlp.in", "structure": structure}]})
+    for other in (None, small.model()):
+        found = bench(model, batch=2, repeats=1, against=other, training=True)
+        assert found["rows"] == {"prefill": 40, "training": 40} and "decode" not in found
+        assert min(min(found[name].values()) for name in ("prefill", "training")) > 0
+    assert "decode" not in bench(small.model(), repeats=1, against=model)
+    speed._loss(model, torch.arange(6).view(2, 3)).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "encoder.layer" in name)
+
+
+def test_of_other_models_nothing_is_measured():
+    with pytest.raises(ValueError, match="a T5ForConditionalGeneration reads one text and writes another"):
+        bench(t5())
+    with pytest.raises(ValueError, match="a T5ForConditionalGeneration reads"):
+        bench(small.model(), against=t5())
+    for model, other in ((bert(), None), (small.model(), bert())):
+        with pytest.raises(ValueError, match="a BertForMaskedLM writes no text; leave the 4 new tokens out"):
+            bench(model, against=other, new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"batch": 0}, "batch 0 leaves nothing to measure"),
+        ({"batch": -2}, "batch -2 leaves"),
+        ({"length": 0}, "length 0 leaves"),
+        ({"new_tokens": 0}, "new_tokens 0 leaves"),
+        ({"repeats": 0}, "repeats 0 leaves"),
+        ({"length": 21, "against": bert()}, "more than the model's 20 positions"),
+    ],
+)
+def test_what_can_not_be_measured_is_one_sentence(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        bench(small.model(), **given)
+
+
+@pytest.mark.parametrize(
+    ("last", "beyond", "sentence"),
+    [
+        ({"length": 32}, {"length": 33}, "a prompt of length 33 is more than the model's 32 positions"),
+        ({"new_tokens": 31}, {"new_tokens": 32}, "32 new tokens behind a prompt of 1 are more than the model's 32"),
+        ({"length": 20, "new_tokens": 24}, {"length": 20, "new_tokens": 25}, "25 new tokens behind a prompt of 8"),
+    ],
+)
+def test_all_positions_may_be_used_and_no_more(last, beyond, sentence):
+    assert bench(small.model(), repeats=1, **last)["decode"]["ratio"] > 0
+    with pytest.raises(ValueError, match=sentence):
+        bench(small.model(), repeats=1, **beyond)
+
+
+def test_layers_on_a_kept_matrix_are_counted_where_it_is_used():
+    rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
+    model, _ = compress(small.model(), {"replace": [rule]})
+    layers = [module for module in model.modules() if hasattr(module, "keeps")]
+    for layer in layers:
+        layer.keeps = frozenset()
+    layers[0].keeps, layers[1].keeps = frozenset({bucket(1), bucket(30)}), frozenset({bucket(1)})
+    assert bucket(1) != bucket(30)
+    found = bench(model, new_tokens=2, repeats=1)
+    assert found["kept"] == 2 and found["kept_at"] == {"prefill": 1, "decode": 2}
+    assert bench(model, repeats=1, against=bert())["kept_at"] == {"prefill": 1}
 
 
 def test_the_peak_is_what_is_held_at_once():

@@ -27,9 +27,9 @@ def layer(structure) -> FactorizedLinear:
 
 def test_a_matrix_is_not_kept_twice():
     """Narrowed layers hold a matrix: making it would copy it, and gain nothing."""
-    for mode in ("auto", "speed"):
+    for mode, limit in (("auto", 2**40), ("speed", None)):
         one = layer(Dense(out_features=512, in_features=384))
-        assert keep_matrices(one, mode, limit=2**40)["bytes"] == 0 and not one.keeps
+        assert keep_matrices(one, mode, limit)["bytes"] == 0 and not one.keeps
 
 
 @torch.no_grad()
@@ -121,6 +121,10 @@ def test_auto_stays_within_its_limit(model):
     }
     with pytest.raises(ValueError, match=r"no mode 'fast'; take one of auto, speed, memory"):
         keep_matrices(model, "fast")
+    with pytest.raises(ValueError, match="a limit of -5 bytes is less than nothing"):
+        keep_matrices(model, "auto", -5)
+    with pytest.raises(ValueError, match="mode speed has no limit; leave that of 5 bytes out"):
+        keep_matrices(model, "speed", 5)
 
 
 def change_in_place(one):
