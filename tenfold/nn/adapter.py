@@ -16,12 +16,12 @@ class Adapter(FactorizedLinear):
     frozen. ``layer`` itself is left alone.
 
     Args:
-        layer: an ``nn.Linear`` or a :class:`FactorizedLinear` without shared factors.
+        layer: an ``nn.Linear`` or a :class:`FactorizedLinear`; factors that it shares stay shared, and are frozen for all.
         rank: the rank of the adapter.
         generator: draws ``right``.
 
     Raises:
-        ValueError: ``layer`` is of another kind, or shares factors.
+        ValueError: ``layer`` is of another kind.
 
     Reference: arXiv 2106.09685 (LoRA); arXiv 2303.16753 (beside shared cores).
     """
@@ -31,7 +31,11 @@ class Adapter(FactorizedLinear):
         low = LowRank(out_features=layer.out_features, in_features=layer.in_features, rank=rank)
         bias, like = layer.bias is not None, next(iter(factors.values()))
         frozen = [f"part_0_{name}" for name in structure.factor_shapes()] + ["bias"] * bias
-        super().__init__(Sum(parts=(structure, low)), bias, frozen=frozen, device=like.device, dtype=like.dtype)
+        folded = layer if isinstance(layer, FactorizedLinear) else None
+        shared = {f"part_0_{name}": key for name, key in (folded.shared if folded else {}).items()}
+        super().__init__(Sum(parts=(structure, low)), bias, shared, frozen, device=like.device, dtype=like.dtype)
+        if folded is not None and shared:
+            self.attach(folded._container[0])
         right = low.init(layer.in_features**-0.5, generator)["right"]
         new = {"part_1_left": right.new_zeros(layer.out_features, rank), "part_1_right": right}
         self.set_factors(new | {f"part_0_{name}": value for name, value in factors.items()})
@@ -43,8 +47,6 @@ class Adapter(FactorizedLinear):
 def _held(layer: nn.Module):
     """The structure of a layer and its factors."""
     if isinstance(layer, FactorizedLinear):
-        if layer.shared:
-            raise ValueError(f"the layer shares {sorted(layer.shared)}; add the adapter in the recipe (adapter: rank)")
         if not isinstance(layer.structure, Structure):
             raise ValueError(
                 f"an adapter goes beside a matrix, and a layer of kind {layer.structure.kind} has none (there is a non-linearity "

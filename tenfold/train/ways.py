@@ -110,7 +110,6 @@ def lora(model: PreTrainedModel, rank: int) -> None:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a folded matrix shares its factors.
 
     Reference: arXiv 2106.09685.
     """

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tenfold
 from tenfold.api import evaluate_task, load
 from tenfold.evaluate.tasks import TASKS
+from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
 from tenfold.nn.cola import Cola, ColaLinear
 from tenfold.train.finetune import Scored, counted
@@ -418,12 +419,26 @@ def test_no_adapter_goes_beside_a_non_linearity():
         Adapter(layer, 2)
 
 
-def test_shared_factors_take_no_adapter(toys):
-    model, _ = toy_tasks.bert()
+def test_an_adapter_goes_beside_shared_factors_which_stay_shared(toys, tmp_path):
+    model, tokenizer = toy_tasks.bert()
     share = {"factors": ["core_1"], "across": "layers"}
     tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
-    with pytest.raises(ValueError, match="the layer shares"):
-        WAYS["lora"].free(model, 2)
+    ids = torch.arange(5, 15)[None]
+    before, shared = model.eval()(ids)[0], set(base_model(model).shared_factors.state_dict())
+    WAYS["lora"].free(model, 2)
+    torch.testing.assert_close(model(ids)[0], before)
+    freed = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert freed and all("lora_" in name or ".part_1_" in name for name in freed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(0.1 * torch.randn_like(value) if name in freed else 0)
+    WAYS["lora"].finish(model)
+    after = model(ids)[0]
+    assert not torch.allclose(after, before, atol=1e-3)
+    tenfold.save(model, tmp_path / "out", tokenizer)
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(ids)[0], after)
+    assert set(base_model(again).shared_factors.state_dict()) == shared
 
 
 def test_an_adapter_that_a_recipe_brings_stays(toys):
