@@ -83,7 +83,7 @@ def _across_experts(sites: list[Site], rule: Rule) -> list[Action]:
 
 def _check_plain(rule: Rule) -> None:
     """Raise ValueError for what a rule may say but activations do not guide."""
-    layers = rule.share is not None and rule.share.across == "layers"
+    layers = rule.share is not None and rule.share.across in ("layers", "all")
     said = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze, "share across layers": layers}
     said["a mask"] = rule.share is not None and rule.share.mask
     if wrong := [name for name, value in said.items() if value]:

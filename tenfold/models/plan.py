@@ -164,7 +164,7 @@ def _key(share: Share, number: int, site: Site, name: str) -> str:
     if share.across == "experts":
         return f"rule_{number}_{plain(site.role if site.expert is not None else site.path)}_{layer}_{name}"
     group = layer // share.group if share.group else 0
-    return f"rule_{number}_{plain(site.role)}_{name}_{group}"
+    return f"rule_{number}_{'all' if share.across == 'all' else plain(site.role)}_{name}_{group}"
 
 
 def plain(name: str) -> str:

@@ -34,13 +34,14 @@ class Share(Strict):
 
     Args:
         factors: their names.
-        across: ``layers`` (one set per role), ``roles`` (one set per layer), or ``experts`` (one set per role and layer).
-        group: how many neighbouring layers share; all of them without it.
+        across: ``layers`` (one set per role), ``roles`` (one set per layer), ``experts`` (one set per role and layer), or ``all``
+            sites of the rule (one set).
+        group: how many neighbouring layers share, across layers or all; all of them without it.
         mask: the probability with which a site's part of the gradient of a shared factor is dropped in a step.
     """
 
     factors: list[str]
-    across: Literal["layers", "roles", "experts"] = "layers"
+    across: Literal["layers", "roles", "experts", "all"] = "layers"
     group: int | None = Field(None, ge=1)
     mask: float = Field(0.0, ge=0, lt=1)
 

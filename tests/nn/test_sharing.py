@@ -76,7 +76,22 @@ def core_gradients(layer, gradient):
 
 @each
 def test_gradients_of_shared_centres_are_the_sums_over_the_sites_of_the_dense_twin(name):
-    model = shared(name)
+    assert sums_over_sites(shared(name), name) == len(layers(shared(name))) // 2  # two layers in every toy
+
+
+@pytest.mark.parametrize(("name", "roles"), [("bert", ["attn.q", "attn.k", "attn.v"]), ("llama", ["mlp.in", "mlp.gate"])])
+@pytest.mark.parametrize("group", [None, 1])
+def test_all_sites_of_a_rule_may_share_one_centre(name, roles, group):
+    """Of several roles in several layers, or in groups of layers."""
+    model = toys.build(name).double()
+    share = SHARE | {"across": "all"} | ({"group": group} if group else {})
+    fold(model, [{"role": roles, "structure": TRAIN, "share": share}], "noise")
+    spread(model)
+    assert sums_over_sites(model, name) == (2 if group else 1)
+
+
+def sums_over_sites(model, name) -> int:
+    """How many centres there are, whose gradients are the sums over the sites of the dense twin."""
     plain = copy.deepcopy(model)
     twin = reference(toys.build(name).double(), plain)
     loss(model).backward()
@@ -93,6 +108,7 @@ def test_gradients_of_shared_centres_are_the_sums_over_the_sites_of_the_dense_tw
     for key, expected in sums.items():
         assert np.abs(expected).max() > 1e-8
         np.testing.assert_allclose(container.get_parameter(key).grad.numpy(), expected, atol=1e-10, rtol=0)
+    return len(sums)
 
 
 @each
