@@ -79,7 +79,9 @@ def test_gradients_of_shared_centres_are_the_sums_over_the_sites_of_the_dense_tw
     assert sums_over_sites(shared(name), name) == len(layers(shared(name))) // 2  # two layers in every toy
 
 
-@pytest.mark.parametrize(("name", "roles"), [("bert", ["attn.q", "attn.k", "attn.v"]), ("llama", ["mlp.in", "mlp.gate"])])
+@pytest.mark.parametrize(
+    ("name", "roles"), [("bert", ["attn.q", "attn.k", "attn.v"]), ("llama", ["mlp.in", "mlp.gate"])]
+)
 @pytest.mark.parametrize("group", [None, 1])
 def test_all_sites_of_a_rule_may_share_one_centre(name, roles, group):
     """Of several roles in several layers, or in groups of layers."""
