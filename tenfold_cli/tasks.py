@@ -26,6 +26,8 @@ def finetune(
     limit: Annotated[int | None, typer.Option(help="Train on the first examples only.")] = None,
     dev_limit: Annotated[int | None, typer.Option(help="Score the first dev examples only.")] = None,
     rank: Annotated[int, typer.Option(help="Of --train lora.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Read a step's examples in so many parts: less memory.")] = 1,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activations are computed again.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile: worth it for many steps.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that holds something already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -38,6 +40,7 @@ def finetune(
     api.checked_device(device)
     given = {"train": train, "epochs": epochs, "learning_rate": learning_rate, "batch": batch, "length": length}
     given |= {"limit": limit, "dev_limit": dev_limit, "rank": rank, "compile": compile}
+    given |= {"accumulate": accumulate, "checkpointing": checkpointing}
     with counted("fine-tuning") as advance:
         report = api.finetune(
             model, task, data, output, seeds=seed or [0], device=device, dtype=api.checked_dtype(dtype), advance=advance,

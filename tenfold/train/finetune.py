@@ -56,6 +56,9 @@ class Settings:
         length: tokens of an example at most; the model's context, 512 at most, unless given.
         limit, dev_limit: only the first examples.
         rank: of ``lora``.
+        accumulate: parts that the examples of a step are read in, one after the other: less memory, and the same step where all
+            examples count alike.
+        checkpointing: activations between the blocks are computed again in the backward pass.
         compile: torch.compile.
     """
 
@@ -69,10 +72,12 @@ class Settings:
     limit: int | None = None
     dev_limit: int | None = None
     rank: int = 8
+    accumulate: int = 1
+    checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "rank"):
+        for name in ("epochs", "batch", "rank", "accumulate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be more than 0")
         if self.learning_rate is not None and self.learning_rate <= 0:
@@ -128,7 +133,7 @@ def finetune(
     way = way_named(given.train)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {list(seeds)} must be different numbers, one at least")
-    _shared_out(given.batch)
+    _shared_out(given)
     chosen.check()
     read_config(str(model))
     if Path(model).is_dir():
@@ -174,13 +179,17 @@ def finetune(
     return report
 
 
-def _shared_out(batch: int) -> int:
-    """The examples of each of several processes."""
+def _shared_out(given: Settings) -> int:
+    """The examples that each of several processes reads at once."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % processes:
-        more = -(-batch // processes) * processes
-        raise ValueError(f"{processes} processes can't share {batch} examples a step evenly; give --batch {more}")
-    return batch // processes
+    parts = processes * given.accumulate
+    if given.batch % parts:
+        more = -(-given.batch // parts) * parts
+        said = f" in {given.accumulate} parts" if given.accumulate > 1 else ""
+        raise ValueError(
+            f"{processes} processes can't share {given.batch} examples a step{said} evenly; give --batch {more}"
+        )
+    return given.batch // parts
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -211,7 +220,9 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     arguments = training_arguments(
         partial(folder, seed),
         given.learning_rate or way.learning_rate,
-        _shared_out(given.batch),
+        _shared_out(given),
+        gradient_accumulation_steps=given.accumulate,
+        activation_checkpointing=given.checkpointing,
         num_train_epochs=given.epochs,
         warmup_steps=given.warmup,
         weight_decay=given.weight_decay,

@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import toy_tasks
@@ -370,6 +371,18 @@ def test_a_model_may_be_compiled(toys, tmp_path, monkeypatch):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
     assert one.keys() == two.keys()
+
+
+def test_a_step_in_parts_with_activations_made_again_is_the_same_step(toys, tmp_path):
+    """Of examples that count alike: without dropout, every step of whole parts."""
+    curves = {}
+    for name, more in (("one", {}), ("parts", {"accumulate": 4, "checkpointing": True})):
+        report = trained(
+            toys, tmp_path / name, "bert", True, "auxiliary", epochs=2, batch=8, limit=32, dev_limit=8, **more
+        )
+        curves[name] = [epoch["loss"] for epoch in report["runs"][0]["curve"]]
+        assert report["runs"][0]["steps"] == 8
+    np.testing.assert_allclose(curves["parts"], curves["one"], rtol=1e-5)
 
 
 def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):
