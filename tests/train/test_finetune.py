@@ -378,7 +378,7 @@ def test_a_step_in_parts_with_activations_made_again_is_the_same_step(toys, tmp_
     curves = {}
     for name, more in (("one", {}), ("parts", {"accumulate": 4, "checkpointing": True})):
         report = trained(
-            toys, tmp_path / name, "bert", True, "auxiliary", epochs=2, batch=8, limit=32, dev_limit=8, **more
+            toys, tmp_path / name, "llama", True, "auxiliary", epochs=2, batch=8, limit=32, dev_limit=8, **more
         )
         curves[name] = [epoch["loss"] for epoch in report["runs"][0]["curve"]]
         assert report["runs"][0]["steps"] == 8
