@@ -45,6 +45,7 @@ from tenfold.train.trainer import (
     training_arguments,
     unwrapped,
 )
+from tenfold.train.wanted import check_wanted
 
 MASK = "<|mask|>"
 
@@ -87,6 +88,7 @@ def pretrain(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
+    check_wanted(recipe)
     check_named(recipe)
     check_saved_dtype(dtype)
     folder, settings, length = Path(output), recipe.train, length_of(recipe)

@@ -294,6 +294,28 @@ def test_recipes_that_can_not_be(text, tmp_path, recipe, sentence):
     assert not (tmp_path / "run").exists()
 
 
+RULES = {"replace": [FOLDED]}
+BY_HALF = {"keep": 0.5, "of": "blocks"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ({"stages": [RULES]}, "stages of recipe 'toy' is for a trained model: train dense .*, train: {fold: 0.5}, or leave"),
+        ({"first": "drop-layers", "budget": BY_HALF}, "first of recipe 'toy' is for a trained model"),
+        ({"squeeze": {"role": "mlp.in"}}, "squeeze of recipe 'toy' is for a trained model"),
+        (RULES | {"calibrate": {}}, "calibrate of recipe 'toy' is for a trained model"),
+        (RULES | {"heal": {"steps": 5}}, "heal of recipe 'toy' is for a folded model, .*: leave it out"),
+        ({"budget": BY_HALF}, "budget of recipe 'toy' does nothing without rules under replace: write one, or leave it out"),
+        ({"untie": True}, "untie of recipe 'toy' does nothing without rules"),
+    ],
+)  # fmt: skip
+def test_what_no_step_would_do_is_refused(text, tmp_path, rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(RECIPE | rules, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_number_is_told_and_not_saved(text, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of the data\)"):
         pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
