@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.experts import pack, unpack
+from tenfold.models.names import check_name
 from tenfold.models.noise import DRAWS, check_options, ended
 from tenfold.models.plan import Entry, Plan
 from tenfold.models.ranks import mine, processes, together
 from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_path, is_tied, shape_of, weight_of
-from tenfold.models.starts import QUICK, beside_adapter, factors_from, of_fits
+from tenfold.models.starts import QUICK, STARTS, beside_adapter, factors_from, of_fits
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
 from tenfold.nn.kept import keep_matrices
@@ -212,6 +213,7 @@ def _noise(model: PreTrainedModel, groups: list[list[Entry]], progress) -> Itera
 def _drawn(model: PreTrainedModel, entry: Entry) -> Factors:
     """Random factors as the start says; ``branch: scaled`` or ``zero`` is for what ends a branch beside the stream."""
     structure, options = fitted_part(entry), entry.start.options
+    check_name(entry.start.fit, STARTS, "start")  # a fit's is drawn as noise
     check_options(options, {"branch": str}, f"the start {entry.start.fit} of a new model")
     weight, config = weight_of(model.get_submodule(entry.site.path)), model.config.get_text_config()
     usual, known = getattr(config, "initializer_range", 0.02), not weight.is_meta and bool(weight.any())

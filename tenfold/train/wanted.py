@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tenfold.models.recipe import Recipe
+from tenfold.models.names import check_name
+from tenfold.models.noise import DRAWS
+from tenfold.models.recipe import Recipe, Rule
+from tenfold.models.starts import STARTS
 
 # key -> the way out, where the model starts from noise
 IDLE = {
@@ -19,9 +22,23 @@ WITHOUT_RULES = dict.fromkeys(
 
 def check_wanted(recipe: Recipe) -> None:
     """Raise ValueError for what ``recipe`` says and pre-training would not do."""
+    for rule in (rule for step in recipe.steps() for rule in step.replace):
+        check_name(rule.start.fit, STARTS, "start")  # with a fold it would be told midway
     if recipe.train.fold:
         return
     idle = IDLE if recipe.replace else IDLE | WITHOUT_RULES
     for key, way_out in idle.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")
+    for rule in recipe.replace:
+        _check_drawn(rule, recipe.name)
+
+
+def _check_drawn(rule: Rule, name: str) -> None:
+    """A rule that says nothing of its start is drawn as noise; a fit that it names has no matrix to be made of."""
+    fit = rule.start.fit
+    if "fit" in rule.start.model_fields_set and fit not in DRAWS:
+        raise ValueError(
+            f"the start {fit} of recipe {name!r} is a fit to a trained matrix, and here is none yet: draw by "
+            f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{fold: 0.5}}"
+        )

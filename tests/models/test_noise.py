@@ -77,6 +77,11 @@ def test_unknown_options(options, sentence):
         drawn("llama", {"fit": "fans", "options": options})
 
 
+def test_a_start_that_is_none_is_not_drawn_as_noise():
+    with pytest.raises(ValueError, match="there is no start 'fanz'; did you mean 'fans'"):
+        drawn("llama", "fanz")
+
+
 SHARED = {
     "role": "mlp.in",
     "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"},

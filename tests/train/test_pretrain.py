@@ -316,6 +316,25 @@ def test_what_no_step_would_do_is_refused(text, tmp_path, rules, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("train", "start", "sentence"),
+    [
+        ({}, "fanz", "there is no start 'fanz'; did you mean 'fans'"),
+        ({"fold": 0.5}, "nonsense", "there is no start .nonsense.; did you mean .noise"),
+        (
+            {},
+            "mpo",
+            "the start mpo of recipe 'toy' is a fit to a trained matrix, .*: draw by noise, balanced, fans, or",
+        ),
+        ({}, "nearest", "the start nearest of recipe 'toy' is a fit to a trained matrix"),
+    ],
+)
+def test_a_start_that_can_not_be_drawn_is_refused(text, tmp_path, train, start, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(with_train(**train) | {"replace": [FOLDED | {"start": start}]}, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_number_is_told_and_not_saved(text, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of the data\)"):
         pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
