@@ -13,6 +13,7 @@ from tenfold.models.plan import make_plan
 from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import replace
+from tenfold.train.wanted import check_known
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
@@ -36,9 +37,11 @@ def _configuration(recipe: Recipe, **more):
         hint = f"did you mean {near[0]!r}?" if near else "there are llama, gpt2, bert and many more"
         raise ValueError(f"transformers knows no model_type {kind!r}; {hint}")
     try:
-        return AutoConfig.for_model(**recipe.model, **more)
+        config = AutoConfig.for_model(**recipe.model, **more)
     except StrictDataclassError as reason:  # of numbers that are none, or don't fit together
         raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
+    check_known(config, recipe.model)
+    return config
 
 
 def length_of(recipe: Recipe) -> int:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
 from tenfold.models.names import check_name
 from tenfold.models.noise import DRAWS
 from tenfold.models.recipe import Recipe, Rule
@@ -42,3 +49,25 @@ def _check_drawn(rule: Rule, name: str) -> None:
             f"the start {fit} of recipe {name!r} is a fit to a trained matrix, and here is none yet: draw by "
             f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{fold: 0.5}}"
         )
+
+
+def check_known(config: PreTrainedConfig, given: Iterable[str]) -> None:
+    """Raise ValueError for a key of ``given``, which ``config`` was made of, that nothing of its model reads.
+
+    transformers keeps any key. What it only renames or puts elsewhere (``rope_theta``) is none of the configuration's own, and
+    classes of others are left alone.
+    """
+    if not type(config).__module__.startswith("transformers."):
+        return
+    plain = type(config)()
+    for key in given:
+        if key in vars(config) and not hasattr(plain, key) and not _is_read(config, key):
+            near = get_close_matches(key, vars(plain).keys() | plain.attribute_map.keys(), 1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise ValueError(f"a model of model_type {config.model_type!r} has no {key!r}; {hint}")
+
+
+def _is_read(config: PreTrainedConfig, key: str) -> bool:
+    """Whether the code of the model names the key: some read, with a default, what their configuration doesn't declare."""
+    found = find_spec(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return found is not None and f'"{key}"' in Path(found.origin).read_text()

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from tenfold import api
 from tenfold.api import compress, evaluate
+from tenfold.models.recipe import load_recipe
 from tenfold.nn import FactorizedLinear
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.guide import Guided
 from tenfold.train.pretrain import pretrain, train_tokenizer
+from tenfold.train.scratch import length_of
 from tenfold.train.tokens import Tokens, write_tokens
 from tenfold.train.trainer import Watched, Windows, shared_out, training_arguments
 
@@ -543,6 +545,31 @@ def test_a_model_that_can_not_be_is_one_sentence(text, tmp_path, wrong):
         pretrain(RECIPE | {"model": RECIPE["model"] | wrong}, [text], tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("model", "key", "hint"),
+    [
+        (RECIPE["model"], "num_layers", "did you mean 'n"),
+        (RECIPE["model"], "qqqq", "leave it out"),
+        (BERT, "n_layers", "did you mean "),
+    ],
+)
+def test_a_key_that_no_model_reads_is_refused(text, tmp_path, model, key, hint):
+    recipe = RECIPE | {"model": model | {key: 1}}
+    with pytest.raises(ValueError, match=f"a model of model_type '{model['model_type']}' has no '{key}'; {hint}"):
+        pretrain(recipe, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_transformers_renames_moves_or_reads_by_default_are_known():
+    for model in (
+        RECIPE["model"] | {"num_hidden_layers": 2, "attn_implementation": "eager", "tie_word_embeddings": False},
+        EXPERTS | {"rope_theta": 1e4, "experts_implementation": "eager"},
+        {"model_type": "deberta-v2", "norm_rel_ebd": "layer_norm", "position_buckets": 8} | BLOCKS,
+        {"model_type": "gemma3", "text_config": {"hidden_size": 32, "max_position_embeddings": 32}},
+    ):
+        length_of(load_recipe(RECIPE | {"model": model, "train": {"window": 16}}))
+
+
 def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
     for name, hint in (("lama", "did you mean 'llama'"), ("qqqqq", "there are llama, gpt2, bert and many more")):
         with pytest.raises(ValueError, match=f"transformers knows no model_type '{name}'; {hint}"):
@@ -553,8 +580,8 @@ def test_a_model_without_such_a_head_is_one_short_sentence(text, tmp_path):
     with pytest.raises(
         ValueError, match=r"^transformers has no AutoModelForCausalLM of T5; take a model that it has one of$"
     ):
-        model = {"model_type": "t5", "d_model": 16, "num_layers": 1, "max_position_embeddings": 16}
-        pretrain(RECIPE | {"model": model, "replace": []}, [text], tmp_path / "run")
+        model = {"model_type": "t5", "d_model": 16, "num_layers": 1}
+        pretrain(with_train(window=16) | {"model": model, "replace": []}, [text], tmp_path / "run")
 
 
 def test_masks_need_a_tokenizer_that_has_one(finished, tmp_path):
