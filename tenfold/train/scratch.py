@@ -50,12 +50,12 @@ def length_of(recipe: Recipe) -> int:
     Raises:
         ValueError: the recipe does not say, it is more than the model can see, or the model can't be.
     """
-    model, config = recipe.model, _configuration(recipe)
-    length = recipe.train.window or model.get("n_positions") or model.get("max_position_embeddings")
-    if length is None:
-        raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
+    config = _configuration(recipe)
     with torch.device("meta"):
         positions = positions_of(AutoModel.from_config(config))
+    length = recipe.train.window or positions
+    if length is None:
+        raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
     if positions is not None and length > positions:
         raise ValueError(
             f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "

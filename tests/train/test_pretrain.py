@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from tenfold import api
 from tenfold.api import compress, evaluate
-from tenfold.models.recipe import load_recipe
+from tenfold.models.recipe import load_recipe, recipe_names
 from tenfold.nn import FactorizedLinear
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.guide import Guided
@@ -28,6 +28,7 @@ from tenfold.train.pretrain import pretrain, train_tokenizer
 from tenfold.train.scratch import length_of
 from tenfold.train.tokens import Tokens, write_tokens
 from tenfold.train.trainer import Watched, Windows, shared_out, training_arguments
+from tenfold.train.wanted import check_wanted
 
 RECIPE = {
     "name": "toy",
@@ -568,6 +569,19 @@ def test_keys_that_transformers_renames_moves_or_reads_by_default_are_known():
         {"model_type": "gemma3", "text_config": {"hidden_size": 32, "max_position_embeddings": 32}},
     ):
         length_of(load_recipe(RECIPE | {"model": model, "train": {"window": 16}}))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain-")])
+def test_shipped_recipes_can_be_trained(name):
+    recipe = load_recipe(name)
+    check_wanted(recipe)
+    assert length_of(recipe) == {"pretrain-btt": 512, "pretrain-cola": 256}.get(name, 1024), "the model's positions"
+
+
+def test_a_window_is_what_the_model_has_positions_for():
+    """RoBERTa's are counted from behind its padding."""
+    recipe = load_recipe(RECIPE | {"model": {"model_type": "roberta", "max_position_embeddings": 34} | BLOCKS})
+    assert length_of(recipe) == 32
 
 
 def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
