@@ -115,9 +115,11 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
+    from tenfold.models.ranks import wait
     from tenfold.run import compress_checkpoint, compress_in_stages
 
     api.check_output(output, overwrite)
+    wait()  # until all of several processes have looked: the first one writes
     if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
         raise ValueError(
             "give either --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
@@ -198,6 +200,8 @@ def evaluate(
         scores = api.evaluate(model, tokenizer, files, window, stride, limit=limit, progress=tracked(name), **kinds)
         results.append({"model": name} | scores)
     api.comparable(results)
+    if not first():
+        return None
     if output is not None:
         output.write_text(json.dumps(results, indent=1))
     if as_json:
@@ -308,8 +312,12 @@ def densify(
     import tenfold
     from tenfold import api
     from tenfold.models.files import whole_folder
+    from tenfold.models.ranks import wait
 
     api.check_output(output, overwrite)
+    wait()  # until all of several processes have looked: the first one writes
+    if not first():
+        return
     loaded, tokenizer = api.load(model, device, dtype)
     with whole_folder(output) as new:
         tenfold.densify(loaded).save_pretrained(new)

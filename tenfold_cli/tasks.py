@@ -84,6 +84,8 @@ def evaluate_tasks(
         model, tokenizer = api.load(name, device, dtype)
         scores = api.evaluate_task(model, tokenizer, task, data, limit=limit, progress=tracked(name))
         results.append({"model": name} | scores)
+    if not first():
+        return None
     if output is not None:
         output.write_text(json.dumps(results, indent=1))
     if as_json:

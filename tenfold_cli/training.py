@@ -115,9 +115,13 @@ def deepen(
     """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
     import tenfold
     from tenfold import api
+    from tenfold.models.ranks import wait
 
     api.check_output(output, overwrite)
+    wait()  # until all of several processes have looked: the first one writes
     loaded, tokenizer = api.load(model, device, dtype)
-    deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting"))
+    deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting") if first() else iter)
+    if not first():
+        return
     api.save(deeper, output, tokenizer, report, command())
     print(f"{report['layers'][0]} to {layers} layers, {count_line(report)}; saved in {output}")

@@ -78,6 +78,21 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_one_of_two_processes_writes(tmp_path):
+    """A deeper model, a dense one and figures: whole files, one after another into the same folders, said once."""
+    dense, deep, plain = small.folder(tmp_path / "dense"), tmp_path / "deep", tmp_path / "plain"
+    figures = ("--text", dense / "text.txt", "--limit", 100, "-o", tmp_path / "figures.json")
+    for command in (("deepen", dense, "--layers", 4, "-o", deep), ("densify", deep, "-o", plain)):
+        done = two("-m", "tenfold", *command, "--device", "cpu")
+        assert done.stdout.count("saved in") == 1, done.stdout
+    done = two("-m", "tenfold", "evaluate", plain, *figures)
+    assert done.stdout.count("protocol") == 1 and len(json.loads((tmp_path / "figures.json").read_text())) == 1
+    one, ids = tenfold.deepen(AutoModelForCausalLM.from_pretrained(dense), 4)[0], torch.arange(3, 30)[None]
+    for folder in (deep, plain):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(model(ids).logits, one(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_sharded_parameters_train_as_whole_ones(tmp_path):
     two(sharded.__file__, tmp_path / "losses.json")
     result = json.loads((tmp_path / "losses.json").read_text())
