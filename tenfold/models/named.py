@@ -20,8 +20,13 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto") -> PreTraine
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer of a folder or a hub name, None if it has none."""
+    """The tokenizer of a folder or a hub name, None if it has none.
+
+    Where there are no files of one, transformers makes one for some kinds of models; it knows special tokens at best, and the
+    boundary of words.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None
+    return found if len(found.get_vocab().keys() - set(found.all_special_tokens)) > 1 else None

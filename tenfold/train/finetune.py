@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.task_kinds import Task
@@ -22,6 +22,7 @@ from tenfold.evaluate.tasks import longest, prepare, task_named
 from tenfold.models.cost import read_config
 from tenfold.models.files import whole_folder, write_json, written
 from tenfold.models.hub import check_folder, silent
+from tenfold.models.named import load_tokenizer
 from tenfold.models.ranks import is_first, wait
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.precision import check_saved_dtype
@@ -205,7 +206,7 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     """One seed: the trained model, the tokenizer, what it scored, and the counts of its parameters."""
     set_seed(seed)
     way, (train, dev) = way_named(given.train), examples
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     kind, told = task.loading()
     with silent(reports=False):  # the head is new, which the run reports
         told |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # a head of another task's

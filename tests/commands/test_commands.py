@@ -1,6 +1,7 @@
 """The commands, run in this process: what they print, what they write, and one sentence for what goes wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,9 +10,10 @@ import pytest
 import small
 import torch
 import toy_tasks
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import tenfold_cli
+from tenfold.models.named import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,36 @@ def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
         and len([line for line in err.splitlines() if ": step " not in line]) == 1
     ), err
     assert sorted(path.name for path in dense.iterdir()) == before and not (tmp_path / "new").exists()
+
+
+TASK = ("--task", "samsum", "--data", "{tasks}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{bare}", "the"),
+        ("evaluate", "{bare}", "--text", "{dense}/text.txt"),
+        ("evaluate", "{bare}", *TASK),
+        ("heal", "{bare}", "--teacher", "{dense}", "--text", "{dense}/text.txt", "-o", "{new}"),
+        ("compress", "{bare}", "--keep", 0.8, "--calibrate", "{dense}/text.txt", "-o", "{new}"),
+        ("finetune", "{bare}", *TASK, "-o", "{new}"),
+    ],
+)
+def test_a_model_without_a_tokenizer_is_told_so(call, dense, tmp_path, arguments):
+    """Not that the text is short, by the empty one that transformers makes of a configuration."""
+    shutil.copytree(dense, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    toy_tasks.write_summaries(tmp_path)
+    places = {"dense": dense, "bare": tmp_path / "bare", "tasks": tmp_path, "new": tmp_path / "new"}
+    status, _, err = call(*(str(part).format(**places) for part in arguments))
+    assert status == 2 and "no tokenizer" in err and "copy tokenizer.json" in err, err
+    assert not (tmp_path / "new").exists() and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "llama"])
+def test_what_transformers_makes_of_a_configuration_is_no_tokenizer(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is None
 
 
 def test_debug_shows_the_traceback(monkeypatch):
