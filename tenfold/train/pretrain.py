@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    default_data_collator,
-)
+from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.text import documents
 from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
+from tenfold.models.named import load_tokenizer
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe
@@ -97,8 +95,10 @@ def pretrain(
             forget(folder, data)
         same_recipe(folder, recipe, data)
         tokens = _tokens(folder, data, recipe)
+        tokenizer = tokens.tokenizer()
+        if state().is_main_process:
+            tokens.check(len(tokenizer))
         same_sources(folder, tokens, recipe.train.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(tokens.folder)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
     if masked and tokenizer.mask_token is None:
         raise ValueError(
@@ -318,7 +318,7 @@ def _tokenizer(data: Sequence[str | Path], recipe: Recipe, length: int):
             f"recipe {recipe.name!r} has no tokenizer section, and the data is text; name a tokenizer there"
         )
     if wanted.name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(wanted.name)
+        tokenizer = _named(wanted.name)
     else:
         sample = islice(documents(data), wanted.documents)
         masked = recipe.train.objective == "masked"
@@ -330,23 +330,30 @@ def _tokenizer(data: Sequence[str | Path], recipe: Recipe, length: int):
     return tokenizer
 
 
+def _named(name: str):
+    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError(
+            f"there is no tokenizer {name}; name a folder that has one, or one on a hub that can be reached from here"
+        )
+    return tokenizer
+
+
 def _tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
     """The data as numbers: written once, or another run's."""
     limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
     if not made:
         place = folder / "tokens"
-        known = (
-            AutoTokenizer.from_pretrained(place) if is_tokens(place) else _tokenizer(data, recipe, length_of(recipe))
-        )
+        known = Tokens(place).tokenizer() if is_tokens(place) else _tokenizer(data, recipe, length_of(recipe))
         return write_tokens(place, data, known, limit)
     if len(data) > 1:
         raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")
     tokens, named = Tokens(Path(data[0]), limit), recipe.tokenizer and recipe.tokenizer.name
-    if named and fingerprint(AutoTokenizer.from_pretrained(named)) != tokens.about["tokenizer"]:
+    if named and fingerprint(_named(named)) != tokens.about["tokenizer"]:
         raise ValueError(
             f"{data[0]} holds tokens of another tokenizer than {named}; leave the recipe's section out, or give text"
         )
-    size = len(AutoTokenizer.from_pretrained(tokens.folder))
+    size = len(tokens.tokenizer())
     wanted = recipe.tokenizer and recipe.tokenizer.vocab_size
     if wanted and wanted != size:
         raise ValueError(

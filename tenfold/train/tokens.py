@@ -11,8 +11,10 @@ import numpy as np
 
 from tenfold.evaluate.text import documents, token_parts
 from tenfold.models.files import read_json, write_json, written
+from tenfold.models.named import load_tokenizer
 
 SHARD = 2**26  # tokens in one file
+ANEW = "or delete the folder and give the text"  # a way out of whatever is wrong with one
 
 
 class Tokens:
@@ -20,7 +22,7 @@ class Tokens:
 
     def __init__(self, folder: Path, limit: int | None = None):
         self.folder, self.about = folder, _about(folder)
-        self.shards = [np.load(folder / name, mmap_mode="r") for name in self.about["shards"]]
+        self.shards = [_opened(folder / name) for name in self.about["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.length = min(int(self.ends[-1]), limit or int(self.ends[-1]))
 
@@ -35,6 +37,39 @@ class Tokens:
                 parts.append(shard[max(begin - first, 0) : end - first])
             first = int(last)
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def tokenizer(self):
+        """The tokenizer that made them.
+
+        Raises:
+            ValueError: it is not there, or another one is.
+        """
+        found = load_tokenizer(self.folder)
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no tokenizer beside its tokens; copy tokenizer.json and tokenizer_config.json there, {ANEW}"
+            )
+        if fingerprint(found) != self.about["tokenizer"]:
+            raise ValueError(
+                f"{self.folder} has another tokenizer than the one that made its tokens; restore tokenizer.json, {ANEW}"
+            )
+        return found
+
+    def check(self, size: int) -> None:
+        """Raise ValueError for a token beyond a vocabulary of ``size``: all of them are looked at."""
+        for name, shard in zip(self.about["shards"], self.shards, strict=True):
+            largest = int(shard.view(f"u{shard.itemsize}").max(initial=0))  # negative ones are large, too
+            if largest >= size:
+                raise ValueError(
+                    f"{self.folder / name} holds token {largest:,} of a vocabulary of {size:,}; copy it again, {ANEW}"
+                )
+
+
+def _opened(shard: Path) -> np.ndarray:
+    try:
+        return np.load(shard, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as reason:
+        raise ValueError(f"{shard} is missing or cut off ({reason}); copy it again, {ANEW}") from None
 
 
 def is_tokens(path: str | Path) -> bool:

@@ -657,6 +657,45 @@ def test_tokens_of_another_tokenizer(tmp_path, finished):
         pretrain(recipe, [finished / "tokens"], tmp_path / "two")
 
 
+def _swapped(folder: Path) -> None:
+    train_tokenizer([small.text(seed=5).upper()], 300, 32).save_pretrained(folder)
+
+
+def _beyond(folder: Path) -> None:
+    shard = np.load(folder / "tokens-00000.npy")
+    shard[100] = 60000
+    np.save(folder / "tokens-00000.npy", shard)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_swapped, "has another tokenizer than the one that made its tokens; restore tokenizer.json, or delete"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            "has no tokenizer beside its tokens; copy tokenizer.json",
+        ),
+        (_beyond, r"tokens-00000.npy holds token 60,000 of a vocabulary of 300; copy it again, or delete the folder"),
+        (lambda folder: os.truncate(folder / "tokens-00000.npy", 3000), r"tokens-00000.npy is missing or cut off"),
+        (lambda folder: os.truncate(folder / "tokens-00000.npy", 0), r"tokens-00000.npy is missing or cut off"),
+        (lambda folder: (folder / "tokens-00000.npy").unlink(), r"tokens-00000.npy is missing or cut off"),
+    ],
+    ids=["tokenizer swapped", "no tokenizer", "token beyond", "cut off", "empty", "missing"],
+)
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "another run's"])
+def test_damaged_tokens_are_one_sentence(text, tmp_path, finished, damage, sentence, own):
+    place = tmp_path / "run" if own else tmp_path / "other"
+    shutil.copytree(finished, place)
+    damage(place / "tokens")
+    with pytest.raises(ValueError, match=sentence):
+        pretrain(RECIPE, [text if own else place / "tokens"], tmp_path / "run")
+
+
+def test_a_tokenizer_that_is_not_there(text, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no tokenizer .*nowhere; name a folder that has one, or"):
+        pretrain(RECIPE | {"tokenizer": {"name": str(tmp_path / "nowhere")}}, [text], tmp_path / "run")
+
+
 def test_a_recipe_without_a_model(tmp_path):
     with pytest.raises(ValueError, match="has no model or no train section"):
         pretrain({"name": "empty"}, [], tmp_path / "run")
