@@ -77,6 +77,8 @@ def make_plan(model, recipe: Recipe) -> Plan:
         for site in found
     }
     _check_shared(entries)
+    for number, found in chosen.items():
+        _check_company(recipe.replace[number], number, found)
     return Plan({site.path: entries[site.path] for site in sites if site.path in entries}, recipe.untie, recipe.name)
 
 
@@ -184,6 +186,17 @@ def _check_shared(entries: dict[str, Entry]) -> None:
                     f"{path} and {other} can't share factor {name!r}, it has shapes {shape} and {seen}; "
                     "share another factor, or give them rules of their own"
                 )
+
+
+def _check_company(rule: Rule, number: int, sites: list[Site]) -> None:
+    """Raise ValueError where every site would share with itself alone; a model of one layer may, it can be deepened."""
+    if rule.share is None or rule.share.across == "layers":
+        return
+    if len({_key(rule.share, number, site, "") for site in sites}) == len(sites):
+        raise ValueError(
+            f"the rule for role {rule.role or rule.path} shares across {rule.share.across}, but each of its matrices in this "
+            "model would share with itself alone; name other roles, or share across layers"
+        )
 
 
 def _layer(rule: Rule, site: Site):

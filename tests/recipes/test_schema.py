@@ -270,3 +270,14 @@ def test_nothing_that_is_said_is_ignored(recipe, says):
 def test_stages_have_sizes_of_their_own():
     with pytest.raises(ValueError, match="mpop-staged has stages, each with sizes of its own; leave --keep out"):
         api.with_keep("mpop-staged", 0.5)
+
+
+# ---------------------------------------------------------------------------------------------- sharing
+
+
+def test_what_would_share_with_itself_alone_is_refused():
+    share = {"factors": ["left"], "across": "experts"}
+    refused(one(FFN, share=share), "shares across experts, but each of its matrices", "or share across layers")
+    refused(one(share=share | {"across": "roles"}), "the rule for role mlp.in shares across roles, but each")
+    make_plan(meta_model("gpt2"), load_recipe(one(FFN, share={"factors": ["right"], "group": 1})))
+    make_plan(meta_model("moe-small"), load_recipe(one(FFN, share=share)))
