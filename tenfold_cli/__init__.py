@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli import tasks, training
-from tenfold_cli.options import TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first, stated
+from tenfold_cli.options import SEEDS, TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first, stated
 from tenfold_cli.show import (
     count_line,
     counted,
@@ -220,7 +220,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
     tokens: Annotated[int, typer.Option(help="How many tokens to add at most.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the drawing.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

@@ -16,6 +16,7 @@ Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds so
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; that of the checkpoint unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SEEDS = 2**32 - 1  # the largest one that all of torch, numpy and transformers take
 TEXT = typer.Option("--text", help="Text: .txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME.")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli.options import first
+from tenfold_cli.options import SEEDS, first
 from tenfold_cli.show import counted, show_json, show_table, tracked
 
 
@@ -18,7 +18,9 @@ def finetune(
     data: Annotated[Path, typer.Option(help="The folder with the files of the task.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     train: Annotated[str, typer.Option(help="full, auxiliary (all but the central tensors) or lora.")] = "full",
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat it for several seeds; 0 unless given.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=SEEDS, help="Repeat it for several seeds; 0 unless given.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the examples; the best one is kept.")] = 3.0,
     learning_rate: Annotated[float | None, typer.Option(help="The peak; that of --train unless given.")] = None,
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 32,

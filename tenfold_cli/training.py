@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli.options import Device, Dtype, Model, Output, Overwrite, command, first
+from tenfold_cli.options import SEEDS, Device, Dtype, Model, Output, Overwrite, command, first
 from tenfold_cli.show import count_line, counted, tracked
 
 
@@ -48,7 +48,7 @@ def heal(
     ] = None,
     top_k: Annotated[int, typer.Option(help="With --store: how many tokens are kept of every prediction.")] = 64,
     window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the order of windows.")] = 0,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the saved model.")] = None,

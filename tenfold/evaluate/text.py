@@ -51,6 +51,10 @@ def _documents(file: Path, tokenizer) -> Iterator[str]:
                     yield _text(_object(line), f"{file}, line {number},", tokenizer)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})") from None
+    except IsADirectoryError:
+        raise ValueError(
+            f"{file} is a folder and no text; give files of text, for tokens those that they were made of"
+        ) from None
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as reason:
         raise ValueError(f"{file} is cut off, or not what {file.suffix} says ({reason}); copy it again") from None
     except UnicodeDecodeError as reason:

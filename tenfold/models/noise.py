@@ -46,7 +46,13 @@ def balanced(structure: Structure, std: float, options: dict, generator=None) ->
     for name, shape in structure.factor_shapes().items():
         core = torch.randn(shape, generator=generator) / math.sqrt(shape[0])
         core = torch.tensordot(carried, core, 1)
-        orthogonal, carried = torch.linalg.qr(core.reshape(-1, core.shape[-1]))
+        matrix = core.reshape(-1, core.shape[-1])
+        if matrix.shape[0] < matrix.shape[1]:  # more columns than rows are never orthonormal
+            raise ValueError(
+                f"the start balanced takes a bond of {matrix.shape[0]} behind {name} at most, not {matrix.shape[1]}; give "
+                "smaller ranks, or the start noise"
+            )
+        orthogonal, carried = torch.linalg.qr(matrix)
         factors[name] = orthogonal.reshape(*core.shape[:-1], -1)
     out, inner = structure.shape
     last = f"core_{len(structure.outs) - 1}"

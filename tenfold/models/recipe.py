@@ -236,10 +236,10 @@ class Recipe(Strict):
             )
         if any(step.heal for step in steps):
             raise ValueError("what train.fold folds is trained on behind it; leave heal out")
-        chosen = [step for step in steps if step.first or any(rule.narrow for rule in step.replace)]
-        if any(step.calibrate is None for step in chosen):
+        if any(step.calibrate is None and (step.first or by_activations(step)) for step in steps):
             raise ValueError(
-                "rules that narrow, and first, go by activations: write a calibrate section, {} for the usual one"
+                "a choice of structures, a budget of flops or bytes, rules that narrow, and first, go by activations: write a "
+                "calibrate section, {} for the usual one"
             )
         if train.guide:
             raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
@@ -249,6 +249,14 @@ class Recipe(Strict):
         keys = [key for key in Stage.model_fields if key != "rounds"]
         stages = [stage for stage in self.stages for _ in range(stage.rounds)]
         return [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in stages] or [self]
+
+
+def by_activations(step: Recipe | Stage) -> list[str]:
+    """What of a step, beside ``first``, is decided by activations, in words."""
+    found = [f"narrow: {rule.narrow}" for rule in step.replace if rule.narrow]
+    found += [f"a choice of {len(rule.structures)} structures" for rule in step.replace if len(rule.structures) > 1]
+    of = step.budget and step.budget.of
+    return found + ([f"a budget of {of}"] if of in ("flops", "bytes") else [])
 
 
 def checked_keep(keep: float | None) -> float | None:

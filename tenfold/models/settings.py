@@ -53,7 +53,7 @@ class Calibrate(Strict):
     temperature: float = Field(0.1, gt=0)
     refine: int = Field(0, ge=0)
     refine_rate: float = Field(3e-5, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class Tokenizer(Strict):
@@ -117,7 +117,7 @@ class Train(Strict):
     compile: bool = False
     checkpointing: bool = False
     save_steps: int = Field(200, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _taught(self):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from tenfold.models.names import check_name
 from tenfold.models.noise import DRAWS
-from tenfold.models.recipe import Recipe, Rule
+from tenfold.models.recipe import Recipe, Rule, by_activations
 from tenfold.models.starts import STARTS
 
 # key -> the way out, where the model starts from noise
@@ -37,6 +37,11 @@ def check_wanted(recipe: Recipe) -> None:
     for key, way_out in idle.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")
+    if found := by_activations(recipe):
+        raise ValueError(
+            f"recipe {recipe.name!r} has {found[0]}, which activations of a trained model decide: train dense for a part of the "
+            "steps, train: {fold: 0.5} with calibrate: {}, or leave it out"
+        )
     for rule in recipe.replace:
         _check_drawn(rule, recipe.name)
 

@@ -245,6 +245,10 @@ WRONG = {
         "--overwrite",
     ),
     "missing text": (("evaluate", "{dense}", "--text", "{new}.txt"), "there is no file"),
+    "tokens as text": (
+        ("heal", "{dense}", "--text", "{dense}/tokens", "--loss", "cross_entropy=1", "-o", "{new}"),
+        "tokens is a folder and no text; give files of text",
+    ),
     "unknown dtype": (("generate", "{dense}", "the", "--dtype", "float99"), "float99"),
     "unknown device": (("generate", "{dense}", "the", "--device", "abacus"), "abacus"),
     "text and task": (("evaluate", "{dense}"), "give either --text FILE"),
@@ -279,6 +283,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
     arguments, wanted = WRONG[name]
+    (dense / "tokens").mkdir(exist_ok=True)
+    (dense / "tokens" / "tokens.json").touch()
     before = sorted(path.name for path in dense.iterdir())
     status, _, err = call(*(str(part).format(dense=dense, new=tmp_path / "new") for part in arguments))
     assert (
@@ -318,6 +324,12 @@ def test_a_model_without_a_tokenizer_is_told_so(call, dense, tmp_path, arguments
 def test_what_transformers_makes_of_a_configuration_is_no_tokenizer(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize("command", [("generate", "x", "the"), ("heal", "x", "--text", "y", "-o", "z")])
+def test_seeds_have_bounds(call, command):
+    status, _, err = call(*command, "--seed", 2**70)
+    assert status == 2 and "4294967295" in err and "--seed" in err, err
 
 
 def test_debug_shows_the_traceback(monkeypatch):

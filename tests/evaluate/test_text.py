@@ -99,3 +99,10 @@ def test_a_data_set_needs_a_name_and_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'tenfold\[hub\]'"):
         list(documents(["hf://datasets/owner/name"]))
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is a folder and no text; give files of text, for tokens those that they were made of"
+    ):
+        list(documents([tmp_path]))

@@ -28,6 +28,15 @@ def test_balanced_is_for_trains():
         DRAWS["balanced"](LowRank(out_features=4, in_features=4, rank=2), 0.02, {})
 
 
+def test_balanced_cores_have_no_more_columns_than_rows():
+    """A bond of 12 behind 4 x 3 entries is the most."""
+    DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(12, 10)), 0.02, {})
+    with pytest.raises(
+        ValueError, match="takes a bond of 12 behind core_0 at most, not 13; give smaller ranks, or the start"
+    ):
+        DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(13, 10)), 0.02, {})
+
+
 def test_every_factor_by_its_own_fans():
     """``right (c b d r)`` makes ``b r`` of ``d`` numbers, ``left (b a c r)`` makes ``a`` of ``c r``."""
     structure = BlockTrain(outs=(96, 16), ins=(24, 32), rank=4)

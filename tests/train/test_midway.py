@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, weights
+from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, weights
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain
@@ -165,6 +165,11 @@ def test_overwriting_begins_anew(text, tmp_path):
         (halfway({}), "train.fold folds by the rules under replace, and there are none"),
         (halfway({"stages": [BLOCKS | {"heal": {}}]}), "is trained on behind it; leave heal out"),
         (halfway({"stages": [{"first": "drop-layers", "budget": {"keep": 0.5}}]}), "and first, go by activations"),
+        (halfway({"replace": [CHOICE]}), "a choice of structures, .*: write a calibrate section"),
+        (
+            halfway(BLOCKS | {"budget": {"keep": 0.5, "of": "flops"}}),
+            "a budget of flops or bytes, .*: write a calibrate",
+        ),
         (halfway(BLOCKS, guide=0.5), "train.fold and train.guide are two ways to begin with dense matrices"),
         (
             halfway({"replace": [{"narrow": "mlp"}]}),
@@ -172,7 +177,7 @@ def test_overwriting_begins_anew(text, tmp_path):
         ),
         (halfway({"replace": [{"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [5, 7]}}]}), "5"),
     ],
-    ids=["no rule", "healed", "first", "guided", "no activations", "does not fit"],
+    ids=["no rule", "healed", "first", "choice", "flops", "guided", "no activations", "does not fit"],
 )
 def test_what_can_not_be_folded_is_told_first(text, tmp_path, recipe, sentence):
     with pytest.raises(ValueError, match=sentence):

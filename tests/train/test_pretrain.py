@@ -274,6 +274,7 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
         ),
         ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
         ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
+        ({"train": {"seed": 2**70}}, "train.seed: Input should be less than 4294967296, not 1180591620717411303424"),
         ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
         (  # RoBERTa counts from behind its padding
             {
@@ -298,6 +299,7 @@ def test_recipes_that_can_not_be(text, tmp_path, recipe, sentence):
 
 
 RULES = {"replace": [FOLDED]}
+CHOICE = {"role": "mlp.in", "structure": [{"kind": "low_rank"}, {"kind": "kronecker"}]}
 BY_HALF = {"keep": 0.5, "of": "blocks"}
 
 
@@ -311,6 +313,9 @@ BY_HALF = {"keep": 0.5, "of": "blocks"}
         (RULES | {"heal": {"steps": 5}}, "heal of recipe 'toy' is for a folded model, .*: leave it out"),
         ({"budget": BY_HALF}, "budget of recipe 'toy' does nothing without rules under replace: write one, or leave it out"),
         ({"untie": True}, "untie of recipe 'toy' does nothing without rules"),
+        ({"replace": [{"narrow": "mlp"}]}, "has narrow: mlp, which activations of a trained model decide: train dense"),
+        ({"replace": [CHOICE]}, "has a choice of 2 structures, which activations .*, train: {fold: 0.5} with calibrate"),
+        (RULES | {"budget": {"keep": 0.5, "of": "flops"}}, "has a budget of flops, which activations of a trained"),
     ],
 )  # fmt: skip
 def test_what_no_step_would_do_is_refused(text, tmp_path, rules, sentence):
