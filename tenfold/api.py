@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial, update_wrapper
 from importlib import import_module
@@ -29,6 +30,7 @@ from tenfold.models.hub import check_output
 from tenfold.models.named import load_model
 from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
+from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.nn.kept import keep_matrices
@@ -155,14 +157,40 @@ def read_calibration(model, tokenizer, files, recipe: Recipe | None = None, samp
 
 
 def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
-    """``prompt`` and up to ``tokens`` more: the likeliest ones at temperature 0, drawn at random above it."""
+    """``prompt`` and up to ``tokens`` more: the likeliest ones at temperature 0, drawn at random above it.
+
+    Raises:
+        ValueError: the model writes no text, or the prompt is empty or fills the model's context.
+
+    Warns:
+        UserWarning: fewer than ``tokens`` fit into the context behind the prompt.
+    """
+    if not model.can_generate():
+        raise ValueError(
+            f"a {type(model).__name__} writes no text; take a causal language model, such as a GPT-2 or a Llama"
+        )
     ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     if ids["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give it at least one word")
+    tokens = _fitting(model, ids["input_ids"].shape[1], tokens)
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     written = model.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **how)
     return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def _fitting(model, prompt: int, tokens: int) -> int:
+    """How many ``tokens`` behind a prompt fit into the model's context."""
+    context = positions_of(model)
+    if context is None or prompt + tokens <= context:
+        return tokens
+    if prompt >= context:
+        raise ValueError(f"the prompt has {prompt} tokens, and the model's context is {context}; give a shorter one")
+    warnings.warn(
+        f"the prompt has {prompt} tokens and the model's context is {context}: {context - prompt} more fit instead of {tokens}",
+        stacklevel=3,
+    )
+    return context - prompt
 
 
 def with_teacher(recipe, teacher: str | None) -> Recipe:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.reading import context_of
+from tenfold.models.reading import context_of, fills_gaps
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ def perplexity(
         (names and a digest) and ``protocol``.
 
     Raises:
-        ValueError: the text is shorter than a window, or the tokenizer does not belong to the model.
+        ValueError: the text is shorter than a window, the tokenizer does not belong to the model, or the model is a masked one.
     """
+    if fills_gaps(model):
+        raise ValueError(
+            f"a {type(model).__name__} predicts hidden tokens, not next ones, so that it has no perplexity; compare its held-out "
+            "loss in training.json, or its score on a task (tenfold finetune)"
+        )
     longest = context_of(model)
     window = window or min(longest, 1024)
     if window > longest:

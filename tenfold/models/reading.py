@@ -31,3 +31,8 @@ def reads_streams(model: PreTrainedModel) -> bool:
     """Whether ``model`` is a causal language model, with or without its head, which is trained on one long stream."""
     names, kind = {type(model).__name__, *(model.config.architectures or ())}, model.config.model_type
     return bool(names & {*CAUSAL.values(), *WITH_IMAGES.values()}) or (kind in CAUSAL and kind not in MASKED)
+
+
+def fills_gaps(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is a masked language model, which sees what stands behind a position, too."""
+    return type(model).__name__ in {*MASKED.values()} - {*CAUSAL.values()}

@@ -296,6 +296,26 @@ def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
     assert sorted(path.name for path in dense.iterdir()) == before and not (tmp_path / "new").exists()
 
 
+def test_generate_stays_in_the_context(call, dense):
+    """Of 32 tokens, with a note; a prompt that fills it is refused."""
+    status, out, err = call("generate", dense, "the old house")
+    assert status == 0 and out.startswith("the old house"), err
+    assert "and the model's context is 32: " in err and "more fit instead of 40" in err and len(err.splitlines()) == 1
+    status, out, err = call("generate", dense, "the old house", "--tokens", 2)
+    assert status == 0 and not err
+    status, _, err = call("generate", dense, "the old house " * 30)
+    assert status == 2 and "and the model's context is 32; give a shorter one" in err, err
+
+
+def test_a_masked_model_writes_no_text_and_has_no_perplexity(call, dense, tmp_path):
+    model, tokenizer = toy_tasks.bert()
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    status, _, err = call("generate", tmp_path, "the")
+    assert status == 2 and "a BertForMaskedLM writes no text; take a causal language model" in err, err
+    status, _, err = call("evaluate", tmp_path, "--text", dense / "text.txt", "--limit", 100)
+    assert status == 2 and "a BertForMaskedLM predicts hidden tokens, not next ones" in err, err
+
+
 TASK = ("--task", "samsum", "--data", "{tasks}")
 
 
