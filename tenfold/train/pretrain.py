@@ -28,7 +28,7 @@ from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import check_saved_dtype, in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_sources, versions
-from tenfold.train.scratch import KINDS, length_of, new_model
+from tenfold.train.scratch import KINDS, length_of, new_model, pad_as
 from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
 from tenfold.train.tokenizer import END, train_tokenizer
@@ -99,6 +99,7 @@ def pretrain(
         if state().is_main_process:
             tokens.check(len(tokenizer))
         same_sources(folder, tokens, recipe.train.teacher)
+    pad_as(recipe, tokenizer)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
     if masked and tokenizer.mask_token is None:
         raise ValueError(

@@ -10,23 +10,88 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from tenfold.models.hub import of_a_kind
 from tenfold.models.plan import make_plan
-from tenfold.models.reading import positions_of
+from tenfold.models.reading import MASKED, positions_of
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import replace
 from tenfold.train.wanted import check_known
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+ENCODERS = {*MASKED, "bert-generation"}
+NAMED = ("pad_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
 
 
 def new_model(recipe: Recipe, tokenizer):
     """The recipe's model with random weights, folded from noise where the recipe says so."""
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    config = _configuration(recipe, vocab_size=len(tokenizer), **ends)
-    with of_a_kind(KINDS[recipe.train.objective]):
-        model = KINDS[recipe.train.objective].from_config(config)
+    model = _model(recipe, _configuration(recipe, vocab_size=len(tokenizer), **ends, **_named(recipe, tokenizer)))
+    _check_positions(recipe, length_of(recipe), model)  # which RoBERTa counts from behind the tokenizer's padding
     if recipe.replace:
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")
+    return model
+
+
+def pad_as(recipe: Recipe, tokenizer) -> None:
+    """Let the tokenizer pad with what the recipe's model section says, if it does: Trainer saves the tokenizer's in the model.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    for key, number in (recipe.model or {}).items():
+        if key.endswith("_token_id") and isinstance(number, int) and not 0 <= number < len(tokenizer):
+            raise ValueError(
+                f"recipe {recipe.name!r} has {key} {number} in its model section, but its tokenizer has the tokens 0 to "
+                f"{len(tokenizer) - 1}; leave that out"
+            )
+    if isinstance(number := recipe.model.get("pad_token_id"), int):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+
+
+def _named(recipe: Recipe, tokenizer) -> dict[str, int | None]:
+    """The tokens that the configuration names, as the tokenizer numbers them: its own are those of another vocabulary.
+
+    What the tokenizer has no token for is the end of a text where the model can't do without.
+    """
+    known = _configuration(recipe)
+    keys = [key for key in NAMED if hasattr(known, key) and key not in recipe.model]
+    numbers = {key: getattr(tokenizer, key) for key in keys}
+    lacking = [key for key in keys if numbers[key] is None and not _can_be(recipe, **{key: None})]
+    return numbers | dict.fromkeys(lacking, tokenizer.eos_token_id)
+
+
+def _can_be(recipe: Recipe, **more) -> bool:
+    """Whether the configuration takes ``more``, and the model runs with it."""
+    try:
+        with torch.device("meta"):
+            AutoModel.from_config(_configuration(recipe, **more))(input_ids=torch.ones(1, 2, dtype=torch.long))
+    except (TypeError, ValueError):  # RoBERTa counts its positions from that of padding
+        return False
+    except RuntimeError:  # not all models run without numbers; this one was made
+        return True
+    return True
+
+
+def _model(recipe: Recipe, config):
+    """A model of the recipe's kind.
+
+    Raises:
+        ValueError: transformers has none, or it would see the tokens that it is to predict.
+    """
+    kind = KINDS[recipe.train.objective]
+    try:
+        with of_a_kind(kind):
+            model = kind.from_config(config)
+    except AssertionError as reason:  # torch's and transformers' own of numbers that don't fit together
+        raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
+    key = next((key for key in ("is_decoder", "causal") if hasattr(model.config, key)), None)
+    sees = (
+        config.model_type in ENCODERS and key and not getattr(model.config, key)
+    )  # GPT-NeoX is causal whatever it says
+    if recipe.train.objective == "causal" and sees:
+        raise ValueError(
+            f"a {config.model_type} sees the tokens behind a position, which it would have to predict; write objective: masked "
+            f"in the train section of recipe {recipe.name!r}, or {key}: true in its model section"
+        )
     return model
 
 
@@ -50,15 +115,19 @@ def length_of(recipe: Recipe) -> int:
     Raises:
         ValueError: the recipe does not say, it is more than the model can see, or the model can't be.
     """
-    config = _configuration(recipe)
     with torch.device("meta"):
-        positions = positions_of(AutoModel.from_config(config))
-    length = recipe.train.window or positions
+        model = _model(recipe, _configuration(recipe))
+    length = recipe.train.window or positions_of(model)
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
+    _check_positions(recipe, length, model)
+    return length
+
+
+def _check_positions(recipe: Recipe, length: int, model) -> None:
+    positions = positions_of(model)
     if positions is not None and length > positions:
         raise ValueError(
             f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "
             "one, or the model more positions"
         )
-    return length

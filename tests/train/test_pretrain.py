@@ -119,6 +119,94 @@ def test_masked_words_are_learnt(text, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "run").mask_token == "<|mask|>"
 
 
+def placed(folder: Path, windows: int = 300) -> Path:
+    """Tokens that are known by where they stand in their window, with noise, and a tokenizer with padding."""
+    tokenizer, numbers = train_tokenizer([small.text()], 299, 32), np.random.default_rng(0)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>", "pad_token": "<|endoftext|>"})
+    (folder / "some.txt").write_text("a road")
+    write_tokens(folder / "tokens", [folder / "some.txt"], tokenizer)
+    ids = np.tile(np.arange(32) * 3 + 20, (windows, 1))
+    ids = np.where(numbers.random(ids.shape) < 1 / 3, numbers.integers(20, 200, ids.shape), ids)
+    np.save(folder / "tokens" / "tokens-00000.npy", ids.reshape(-1).astype(np.uint16))
+    return folder / "tokens"
+
+
+def held_out_again(run: Path, tokens: Path, count: int) -> float:
+    """The mean loss of the hidden tokens of the last ``count`` windows, by what the folder loads as."""
+    model = AutoModelForMaskedLM.from_pretrained(run, dtype=torch.float32).eval()
+    hidden = Windows(Tokens(tokens)[-count * 32 :], 32, masked=(AutoTokenizer.from_pretrained(run), 0.15))
+    batch = {key: torch.stack([hidden[k][key] for k in range(count)]) for key in hidden[0]}
+    with torch.no_grad():
+        return float(model(**batch).loss)
+
+
+@pytest.mark.parametrize("more", [{}, {"pad_token_id": 3}], ids=["the tokenizer's padding", "the recipe's"])
+def test_a_model_loads_with_the_positions_that_it_was_trained_with(tmp_path, more):
+    """RoBERTa counts them from behind the number of its padding."""
+    tokens = placed(tmp_path)
+    model = BERT | {"model_type": "roberta", "max_position_embeddings": 40, "initializer_range": 0.2} | more
+    train = {"objective": "masked", "window": 32, "tokens": None, "held_out": 1280, "learning_rate": 2e-2}
+    recipe = {"name": "placed", "model": model, "train": RECIPE["train"] | train | {"precision": "float32"}}
+    told = pretrain(recipe, [tokens], tmp_path / "run", torch.float32)["held_out"][-1][1]
+    assert held_out_again(tmp_path / "run", tokens, 40) == pytest.approx(told, rel=0.05)
+    found = json.loads((tmp_path / "run" / "config.json").read_text())["pad_token_id"]
+    assert found == more.get("pad_token_id", 0)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "roberta", "xlm"])
+def test_masked_models_train_with_the_numbers_of_their_tokenizer(text, tmp_path, kind):
+    """Whose special tokens have higher ones of their own."""
+    more = {"xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}}
+    model = {"model_type": kind, **more.get(kind, BLOCKS | {"max_position_embeddings": 40})}
+    pretrain(with_train(objective="masked", window=32) | {"model": model}, [text], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    numbers = {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
+    assert numbers["pad_token_id"] == 0 and max(numbers.values()) < 300
+    assert numbers.get("mask_token_id", 299) == 299
+
+
+@pytest.mark.parametrize(
+    ("model", "pad"),
+    [({"model_type": "olmo"}, None), ({"model_type": "roberta", "is_decoder": True, "max_position_embeddings": 40}, 0)],
+    ids=["olmo", "roberta"],
+)
+def test_a_tokenizer_without_padding_makes_no_token_padding_that_is_none(text, tmp_path, model, pad):
+    """Whose embedding would never be learnt; the end of a text where positions are counted from it."""
+    pretrain(
+        with_train(window=32) | {"model": BLOCKS | {"max_position_embeddings": 32} | model}, [text], tmp_path / "run"
+    )
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert found.config.pad_token_id == pad and found.get_input_embeddings().padding_idx == pad
+
+
+def test_a_token_that_there_is_not_is_named(text, tmp_path):
+    for kind, number, sentence in [
+        (
+            "gpt2",
+            5000,
+            "has pad_token_id 5000 in its model section, but its tokenizer has the tokens 0 to 299; leave that",
+        ),
+        ("olmo", 10**6, "recipe 'toy' has a model that can't be: Padding_idx"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            pretrain(
+                RECIPE | {"model": RECIPE["model"] | {"model_type": kind, "pad_token_id": number}}, [text], tmp_path
+            )
+
+
+@pytest.mark.parametrize(("kind", "key"), [("bert", "is_decoder"), ("xlm", "causal")])
+def test_next_tokens_are_not_learnt_by_models_that_see_them(text, tmp_path, kind, key):
+    model = BLOCKS | {"model_type": kind, "max_position_embeddings": 32}
+    with pytest.raises(
+        ValueError, match=rf"a {kind} sees the tokens behind .*; write objective: masked .*, or {key}: true"
+    ):
+        pretrain(RECIPE | {"model": model}, [text], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    if kind == "bert":
+        pretrain(RECIPE | {"model": model | {key: True}}, [text], tmp_path / "run")
+        pretrain(RECIPE | {"model": model | {"model_type": "gpt_neox"}}, [text], tmp_path / "other")  # says it is none
+
+
 def test_what_is_hidden_depends_on_the_window_only(tmp_path):
     tokenizer = train_tokenizer([small.text()], 300, 32)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
