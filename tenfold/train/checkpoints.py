@@ -13,13 +13,24 @@ NEEDED = ("optimizer.pt", "scheduler.pt")
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in ``folder``."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
+    return next(iter(whole_checkpoints(folder)), None)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those in ``folder`` that are whole, the newest first."""
+    return [path for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(path)]
+
+
+def step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_folded(checkpoint: str | Path) -> bool:

@@ -331,7 +331,7 @@ class Scored(Watched):
     Nothing that is not finite is scored, nor therefore saved.
     """
 
-    AWAY = math.inf  # losses of tasks are of all sizes
+    AWAY = NEAR = math.inf  # losses of tasks are of all sizes
 
     def __init__(self, *args, scored: Callable[[PreTrainedModel], dict[str, float]], **kwargs):
         super().__init__(*args, **kwargs)

@@ -20,7 +20,7 @@ from tenfold.models.files import write_json, written
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.settings import Calibrate
-from tenfold.train.checkpoints import FOLDED, STATE, last_checkpoint
+from tenfold.train.checkpoints import FOLDED, STATE, last_checkpoint, step_of
 from tenfold.train.trainer import Windows, step_size
 
 AT_ONCE = 1024  # tokens in a batch of those that guide the fold
@@ -70,7 +70,7 @@ def _train_dense(folder: Path, step: int, model, trainer) -> TrainingArguments:
     """Up to ``step``; with which arguments."""
     made, known = trainer(model(), folder), last_checkpoint(folder)
     made.callback_handler.callbacks.insert(0, Until(step))  # before what looks at the loss of what is saved
-    if known is None or int(known.name.rpartition("-")[2]) < step:
+    if known is None or step_of(known) < step:
         with written(folder):
             made.train(resume_from_checkpoint=None if known is None else str(known))
     wait()  # until the checkpoint is whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.settings import Train
-from tenfold.train.checkpoints import is_folded, last_checkpoint
+from tenfold.train.checkpoints import is_folded, last_checkpoint, step_of
 from tenfold.train.guide import Guided
 from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
@@ -127,6 +128,7 @@ def pretrain(
     size = sum(p.numel() for p in model.parameters())
     guided = Guided(model, settings.guide) if settings.guide else None
     trainer = trainer_of(model, folder / "checkpoints")
+    trainer.since = stop
     if guided is not None:
         trainer.add_callback(guided)
     with silent(), written(folder / "checkpoints"):
@@ -222,6 +224,10 @@ class _Pretrainer(Watched):
             False  # some that take them leave them aside, in a part of the loss or the whole
         )
 
+    def at_first(self, loss):
+        """A guess is as good; of hidden tokens there may be none in the first step."""
+        return max(loss, math.log(self.model.config.get_text_config().vocab_size))
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             train = self.recipe.train
@@ -240,7 +246,7 @@ class _Pretrainer(Watched):
             group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups
         ]  # not all schedules keep it
         if checkpoint and is_folded(checkpoint):
-            go_on_with(self.lr_scheduler, int(Path(checkpoint).name.rpartition("-")[2]), rates)
+            go_on_with(self.lr_scheduler, step_of(checkpoint), rates)
             return
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from tenfold.train.checkpoints import STATE, check_checkpoint, last_checkpoint
+from tenfold.train.checkpoints import STATE, check_checkpoint, step_of, whole_checkpoints
 from tenfold.train.shards import losses_as_they_are, whole_state
 
 
@@ -57,8 +57,9 @@ class Windows(torch.utils.data.Dataset):
 class Watched(Trainer):
     """Trainer that stops where the loss is no number or runs away, before that is saved, and says where."""
 
-    AWAY = 2.0  # nats above the best mean of so many steps that count as running away:
+    AWAY = 2.0  # nats above the best mean of so many steps, or the first loss, that count as running away:
     STEPS = 50
+    NEAR = 1.0  # nats above it at which a checkpoint is still a good one
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,6 +68,7 @@ class Watched(Trainer):
         self.losses: list[torch.Tensor] = []
         self.recent: list[float] = []
         self.best = math.inf
+        self.since = 0  # the step behind which losses are compared: a model that was folded there is another
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As Trainer's; what is finished is loaded, and not trained on by one more step, as Trainer would.
@@ -114,15 +116,29 @@ class Watched(Trainer):
                 raise ValueError(
                     f"the loss is {value} at step {step + 1} ({self._where(step)}); {self._good()}; lower the learning rate"
                 )
+        if values and self.best == math.inf:
+            self.best = self.at_first(sum(values[:each]))
         self.recent = (self.recent + [value * each for value in values])[-self.STEPS * each :]
-        mean = sum(self.recent) / max(1, len(self.recent))
-        if len(self.recent) == self.STEPS * each:
+        enough, ends = self.STEPS * each, self.control.should_training_stop
+        if ends:  # of a short run less is enough, and what has run away by then is no result
+            enough = min(enough, len(self.recent), max(1, self.state.max_steps // 10) * each)
+        mean = sum(self.recent[-enough:]) / max(1, enough)
+        if len(self.recent) >= enough > 0:
             if mean > self.best + self.AWAY:
                 raise ValueError(
                     f"the loss has run away to {mean:.2f} at step {self.state.global_step}, {mean - self.best:.2f} over the best "
-                    f"mean of {self.STEPS} steps; {self._good()}; lower the learning rate"
+                    f"mean before it; {self._good()}; lower the learning rate"
                 )
             self.best = min(self.best, mean)
+
+    def at_first(self, loss: float) -> float:
+        """What losses may be, by the ``loss`` of the first step."""
+        return loss
+
+    def remember(self) -> None:
+        """Take up the best loss of a run that goes on; what the run has logged is means, too, and the first step's loss."""
+        known = [row["loss"] for row in self.state.log_history if "loss" in row and row["step"] > self.since]
+        self.best = min(self.at_first(known[0]), *known) if known else math.inf
 
     def _where(self, step: int) -> str:
         windows = step_size(self.args)
@@ -142,17 +158,36 @@ class Watched(Trainer):
             )
 
     def _good(self) -> str:
-        kept = last_checkpoint(Path(self.args.output_dir))
-        return f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        """Which checkpoint can be gone on from: the last one at which the loss was good."""
+        kept = whole_checkpoints(Path(self.args.output_dir))
+        if not kept:
+            return "there is no checkpoint yet"
+        good = next((path for path in kept if self._loss_at(step_of(path)) <= self.best + self.NEAR), None)
+        if good is None:
+            return "the loss was not good at any checkpoint that is kept, so begin anew"
+        behind = " (delete those behind it to go on from there)" if good != kept[0] else ""
+        return f"the last good checkpoint is {good}{behind}"
+
+    def _loss_at(self, step: int) -> float:
+        """The last mean that was logged by ``step``; none yet is as good as the first loss."""
+        known = [row["loss"] for row in self.state.log_history if "loss" in row and self.since < row["step"] <= step]
+        return known[-1] if known else -math.inf
 
 
 class Watch(TrainerCallback):
-    """Lets a :class:`Watched` trainer look at its losses before it logs or saves, and at its weights before it saves."""
+    """Lets a :class:`Watched` trainer look at its losses before it logs or saves, and at its weights before it saves.
+
+    The loss of every checkpoint is logged with it, by which it is known to be a good one.
+    """
 
     def __init__(self, trainer: Watched):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.remember()
+
     def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
         if control.should_log or control.should_save or control.should_training_stop:
             self.trainer.check()
         if control.should_save:
@@ -252,6 +287,7 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
         "disable_tqdm": True,
         "logging_steps": 10,
+        "logging_first_step": True,  # what later losses are compared with
         "log_level": "error",
     }
     arguments = TrainingArguments(**(defaults | more))

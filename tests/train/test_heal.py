@@ -287,7 +287,12 @@ def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
 
 def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Watched, "STEPS", 3)
-    monkeypatch.setattr(Watched, "AWAY", -1e3)
+    spoilt, whole = {4: 50.0, 5: 50.0}, Watched.__mro__[1].training_step
+    monkeypatch.setattr(
+        Watched.__mro__[1],
+        "training_step",
+        lambda self, *given, **named: whole(self, *given, **named) + spoilt.get(self.state.global_step, 0.0),
+    )
     student = AutoModelForCausalLM.from_pretrained(folder)
     settings = Heal(steps=6, tokens_per_step=64, save_steps=3, losses={"cross_entropy": 1.0})
     with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):

@@ -235,7 +235,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path, finished, beg
     assert report["curve"] == json.loads((finished / "training.json").read_text())["curve"]
     logged = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (finished, tmp_path / "run")]
     assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]
-    assert logged[1][-1]["tokens_per_second"] > 0 and logged[1][-1]["tokens"] == 24 * 128
+    assert logged[1][-1]["tokens_per_second"] > 0 and logged[1][-1]["tokens"] == 25 * 128
 
 
 def test_what_is_half_written_is_no_checkpoint(text, tmp_path, begun):
@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
     )
     for step, rate in lower.items():
         assert rate == pytest.approx(whole[step] / (10 if step > 12 else 1)), step
-    assert max(lower) == 24
+    assert max(lower) == 25
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
     ):
         pretrain(with_train(), [text], tmp_path / "run")
     monkeypatch.undo()
-    assert pretrain(with_train(), [text], tmp_path / "run")["curve"][-1][0] == 24
+    assert pretrain(with_train(), [text], tmp_path / "run")["curve"][-1][0] == 25
 
 
 def test_a_process_is_one_device(tmp_path, monkeypatch):
@@ -472,17 +472,66 @@ def test_all_processes_stop_where_one_has_no_number():
         state=SimpleNamespace(global_step=2),
         _where=lambda step: f"windows {8 * step} to {8 * step + 8} of the data",
         _good=lambda: "there is no checkpoint yet",
+        control=SimpleNamespace(should_training_stop=False),
         **{"recent": [], "best": np.inf, "STEPS": 50, "AWAY": 2.0},
     )
     with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16 of the data\)"):
         Watched.check(trainer)
 
 
+def off_by(monkeypatch, more: dict[int, float]):
+    """Losses that are told with ``more`` from some steps on."""
+
+    def told(self, *arguments, **keywords):
+        return whole(self, *arguments, **keywords) + more[max(at for at in more if at <= self.state.global_step)]
+
+    whole = Watched.__mro__[1].training_step
+    monkeypatch.setattr(Watched.__mro__[1], "training_step", told)
+
+
+AWAY = r"the loss has run away to .* over the best mean before it; "
+
+
 def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
+    """The checkpoint that is named is one at which it was good, not simply the last one."""
     monkeypatch.setattr(Watched, "STEPS", 3)
-    monkeypatch.setattr(Watched, "AWAY", -1e3)
-    with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):
-        pretrain(with_train(save_steps=3), [text], tmp_path / "run")
+    off_by(monkeypatch, {0: 0.0, 8: 1.5, 14: 50.0})
+    with pytest.raises(ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-6 \(delete those behind it"):
+        pretrain(with_train(learning_rate=1e-9), [text], tmp_path / "run")
+    kept = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert {path.name for path in kept} == {"checkpoint-6", "checkpoint-12"}
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_loss_that_runs_away_at_once_has_no_good_checkpoint(text, tmp_path):
+    """Nor is a run finished that has come to nothing, however short; a guess loses the logarithm of the vocabulary."""
+    wild = {"learning_rate": 3.0, "warmup": 0.0, "schedule": "constant", "batch": 1, "save_steps": 20}
+    none = AWAY + "the loss was not good at any checkpoint that is kept, so begin anew; lower the learning rate"
+    with pytest.raises(ValueError, match=none):
+        pretrain(with_train(**wild), [text], tmp_path / "long")
+    assert {row["step"] for row in map(json.loads, (tmp_path / "long" / "log.jsonl").open())} == {1, 10, 20, 30, 40}
+    with pytest.raises(ValueError, match=AWAY + "there is no checkpoint yet"):
+        pretrain(with_train(**wild | {"tokens": 640}), [text], tmp_path / "short")
+    assert not (tmp_path / "short" / "model.safetensors").exists()
+
+
+def test_a_run_that_goes_on_knows_how_good_it_was(text, tmp_path, begun, monkeypatch):
+    shutil.copytree(begun, tmp_path / "run")
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    off_by(monkeypatch, {0: 4.0})
+    with pytest.raises(
+        ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-12; lower the learning rate"
+    ):
+        pretrain(RECIPE, [text], tmp_path / "run")
+
+
+def test_no_hidden_token_in_the_first_step_is_no_good_loss(text, tmp_path, monkeypatch):
+    """With which those behind it would be compared."""
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    off_by(monkeypatch, {0: -5.7, 1: 0.0})
+    assert pretrain(with_train(objective="masked", learning_rate=1e-9) | {"model": BERT}, [text], tmp_path / "run")[
+        "curve"
+    ]
 
 
 # guides -----------------------------------------------------------------------------------------------------------
@@ -584,7 +633,7 @@ def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
     with pytest.raises(ValueError, match=r"run is a run on other data \(other digest\); repeat it with that"):
         pretrain(RECIPE, [tmp_path / "other"], tmp_path / "run")
     (tmp_path / "one").rename(tmp_path / "moved")
-    assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 24
+    assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 25
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt"])
