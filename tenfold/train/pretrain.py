@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
@@ -25,6 +26,7 @@ from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.settings import Train
 from tenfold.train.checkpoints import is_folded, last_checkpoint, step_of
 from tenfold.train.guide import Guided
+from tenfold.train.losses import IGNORED
 from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import check_saved_dtype, in_bfloat16
@@ -185,7 +187,7 @@ def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer,
         train_sampling_strategy="sequential",  # windows are in their order already, which no number of processes changes
         seed=settings.seed,
         **({"use_cpu": True} if device == "cpu" else {}),
-        **_evaluation(held, settings),
+        **_evaluation(held, settings, batch),
     )
     trainer = _Pretrainer(
         model=model,
@@ -219,7 +221,8 @@ class _Pretrainer(Watched):
     def __init__(self, *args, recipe: Recipe, **kwargs):
         self.recipe = recipe
         masked = recipe.train.objective == "masked"
-        super().__init__(*args, compute_loss_func=_hidden_tokens if masked else None, **kwargs)
+        told = {"compute_loss_func": _hidden_tokens if masked else None, "compute_metrics": _mean}
+        super().__init__(*args, **told, **kwargs)
         self.model_accepts_loss_kwargs = (
             False  # some that take them leave them aside, in a part of the loss or the whole
         )
@@ -227,6 +230,17 @@ class _Pretrainer(Watched):
     def at_first(self, loss):
         """A guess is as good; of hidden tokens there may be none in the first step."""
         return max(loss, math.log(self.model.config.get_text_config().vocab_size))
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Of every window that is held out the sum of its tokens' losses, and how many these are: in whichever batch it is."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            logits, labels = model(**inputs).logits, inputs["labels"]
+        if self.recipe.train.objective == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        return None, losses.sum(-1), (labels != IGNORED).sum(-1)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -256,8 +270,13 @@ class _Pretrainer(Watched):
 
 
 def _hidden_tokens(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-    total = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     return total / num_items_in_batch.clamp_min(1)
+
+
+def _mean(told) -> dict[str, float]:
+    """The mean loss of all tokens, by the sums of windows and how many tokens these are of."""
+    return {"loss": float(told.predictions.sum(dtype="float64") / max(1, told.label_ids.sum()))}
 
 
 def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
@@ -268,13 +287,13 @@ def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
         trainer.add_callback(Progress(advance, tokens_a_step))
 
 
-def _evaluation(held, settings) -> dict[str, Any]:
+def _evaluation(held, settings, batch: int) -> dict[str, Any]:
     if held is None:
         return {}
     return {
         "eval_strategy": "steps",
         "eval_steps": settings.save_steps,
-        "per_device_eval_batch_size": settings.batch,
+        "per_device_eval_batch_size": batch,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
     }
