@@ -142,7 +142,7 @@ class Watched(Trainer):
 
     def _where(self, step: int) -> str:
         windows = step_size(self.args)
-        return f"windows {step * windows} to {(step + 1) * windows} of the data"
+        return f"windows {step * windows} to {(step + 1) * windows}, in the order of seed {self.args.seed}"
 
     def check_weights(self) -> None:
         """Look at the weights before they are saved: a finite loss may have a gradient that is not.
