@@ -106,7 +106,7 @@ def heal(
         model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
         for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
             restored.callback(model.__dict__.pop, name, None)
-        return _train(model, arguments, data, collator, settings, advance, tokens, kept)
+        return _train(model, tokenizer, arguments, data, collator, settings, advance, tokens, kept)
 
 
 def _window(model: PreTrainedModel, window: int | None) -> int:
@@ -205,9 +205,9 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
 
 
 def _train(
-    model, arguments, data, collator, settings: Heal, advance, tokens: float, kept: Path | None
+    model, tokenizer, arguments, data, collator, settings: Heal, advance, tokens: float, kept: Path | None
 ) -> dict[str, Any]:
-    trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+    trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator, tokenizer=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch(trainer))
     if advance is not None:
@@ -238,9 +238,15 @@ def _train(
 class _Healer(Watched):
     """Trainer of a model whose ``forward`` is its loss."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, tokenizer, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self.tokenizer = tokenizer  # Trainer's own would be let into the model's configuration, which is the student's
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     def _where(self, step):
         windows, size = step_size(self.args), len(self.train_dataset)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tenfold.api import compress, heal_settings
+from tenfold import api
+from tenfold.api import compress, evaluate, heal_settings
 from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.files import written
 from tenfold.models.healing import Heal
@@ -299,6 +300,17 @@ def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tokenizer, tmp
         heal(student, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert rows[0]["tokens"] == 64 and rows[0]["tokens_per_second"] > 0 and rows[0]["seconds_left"] >= 0
+
+
+def test_checkpoints_are_models_with_their_tokenizer(folder, tmp_path):
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    compress(student, LOW)
+    tokenizer.pad_token = tokenizer.eos_token  # which is no business of the model's
+    settings = Heal(steps=2, tokens_per_step=64, save_steps=2)
+    heal(student, folder, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)
+    model, known = api.load(tmp_path / "checkpoint-2")
+    assert evaluate(model, known, [folder / "text.txt"], limit=320)["perplexity"] > 1
+    assert model.config.pad_token_id is None and known.get_vocab() == tokenizer.get_vocab()
 
 
 def test_passes_over_the_text_are_counted(folder, tokenizer):
