@@ -10,6 +10,7 @@ from tenfold.models.names import check_name
 from tenfold.models.settings import Schedule, Strict
 
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
+DIVERGENCES = {"kl", "reverse_kl", "jensen_shannon"}
 
 
 class Heal(Strict):
@@ -63,4 +64,13 @@ class Heal(Strict):
     def _one_length(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"a healing has steps ({self.steps}) or epochs ({self.epochs:g}); leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self):
+        if self.temperature != 1 and not DIVERGENCES & self.losses.keys():
+            raise ValueError(
+                f"temperature {self.temperature:g} is of {', '.join(sorted(DIVERGENCES))}, and the losses are "
+                f"{', '.join(self.losses)}; leave it out"
+            )
         return self

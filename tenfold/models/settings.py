@@ -129,3 +129,15 @@ class Train(Strict):
                 if is_so:
                     raise ValueError(f"train.teacher goes with everything but {what}; leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self):
+        if self.objective == "causal" and self.hide != type(self).model_fields["hide"].default:
+            raise ValueError(
+                f"train.hide {self.hide:g} is of objective masked, and nothing is hidden here; leave it out"
+            )
+        if self.temperature != 1 and set(self.losses or ()) == {"cross_entropy"}:
+            raise ValueError(
+                f"train.temperature {self.temperature:g} is of divergences from a teacher, and the losses have none; leave it out"
+            )
+        return self

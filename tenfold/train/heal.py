@@ -72,7 +72,8 @@ def heal(
         checkpoints: a folder to keep some in, and ``log.jsonl``; the same call goes on behind the last whole one.
 
     Returns:
-        ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights), ``seed``, ``versions`` and ``curve`` (step, loss).
+        ``steps``, ``tokens``, ``seconds``, ``losses`` (their weights), ``seed``, ``versions`` and ``curve`` (step, loss); and
+        what makes another healing the same: ``settings``, ``window``, ``teacher``, ``text`` and, with a store, ``top_k``.
 
     Raises:
         ValueError: teacher and student don't fit together, the store was made from something else, the text is too short,
@@ -86,6 +87,10 @@ def heal(
         raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
     if asked and teacher is None:
         raise ValueError(f"the loss {', '.join(sorted(asked))} needs a teacher: give one, or cross_entropy alone")
+    if settings.positions != "all" and reads_streams(model):
+        raise ValueError(
+            f"positions {settings.positions} is of masked language models, and a {type(model).__name__} is causal; leave it out"
+        )
     if store is not None and not asked:
         raise ValueError(f"{', '.join(settings.losses)} asks nothing of a teacher: leave the store {store} out")
     if asked:
@@ -106,7 +111,11 @@ def heal(
         model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
         for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
             restored.callback(model.__dict__.pop, name, None)
-        return _train(model, tokenizer, arguments, data, collator, settings, advance, tokens, kept)
+        report = _train(model, tokenizer, arguments, data, collator, settings, advance, tokens, kept)
+    named = str(getattr(teacher, "name_or_path", teacher)) if asked else None
+    told = {"settings": settings.model_dump(mode="json"), "window": window, "teacher": named}
+    told |= {"text": [str(file) for file in files]} | ({} if store is None else {"top_k": top_k})
+    return report | told
 
 
 def _window(model: PreTrainedModel, window: int | None) -> int:

@@ -17,15 +17,16 @@ LOSSES = {"cross_entropy": 0.5, "kl": 0.5}
 
 
 def check_named(recipe: Recipe) -> None:
-    """Refuse a recipe that learns from a teacher and names none.
+    """Refuse a recipe that learns from a teacher, or says how, and names none.
 
     Raises:
         ValueError: it is so.
     """
-    if recipe.train is not None and recipe.train.losses is not None and recipe.train.teacher is None:
+    train = recipe.train
+    if train is not None and train.teacher is None and (train.losses is not None or train.temperature != 1):
         raise ValueError(
             f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
-            "or teacher in the train section)"
+            "or teacher in the train section), or leave losses and temperature out"
         )
 
 

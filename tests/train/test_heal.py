@@ -395,6 +395,16 @@ def test_settings_of_a_recipe(tmp_path):
         heal_settings((), recipe)
 
 
+def test_settings_without_an_effect_are_refused(folder, tokenizer):
+    with pytest.raises(ValueError, match=r"temperature 3 is of .*kl.*, and the losses are cross_entropy; leave it out"):
+        heal_settings(["cross_entropy=1"], temperature=3.0)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(
+        ValueError, match="positions masked is of masked language models, and a GPT2LMHeadModel is causal"
+    ):
+        heal(student, student, tokenizer, [folder / "text.txt"], Heal(steps=1, positions="masked"))
+
+
 def test_what_can_not_be_compared_is_refused(folder, tokenizer, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(folder)
     text, kl = [folder / "text.txt"], Heal(steps=1)
@@ -492,7 +502,14 @@ def test_what_else_is_in_an_output_that_is_written_over_stays(tmp_path):
     text = (folder / "text.txt").read_text()
     heal_checkpoint(folder, folder, folder, [folder / "text.txt"], settings, overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "text.txt").read_text() == text
-    assert json.loads((folder / "tenfold.json").read_text())["heal"]["steps"] == 1
+    told = json.loads((folder / "tenfold.json").read_text())["heal"]
+    assert (told["steps"], told["window"], told["teacher"], told["text"]) == (
+        1,
+        32,
+        str(folder),
+        [str(folder / "text.txt")],
+    )
+    assert Heal(**told["settings"]) == settings and told["settings"]["schedule"] == "cosine"
     assert not (folder / "pytorch_model.bin").exists() and (folder / "data.bin").exists()
     AutoModelForCausalLM.from_pretrained(folder)
 

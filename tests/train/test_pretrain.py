@@ -361,6 +361,12 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
             "model: a model has vocab_size from its tokenizer; leave that out",
         ),
         ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
+        ({"train": {"hide": 0.5}}, "train.hide 0.5 is of objective masked, and nothing is hidden here; leave it out"),
+        ({"train": {"temperature": 2.0}}, "recipe 'toy' learns from a teacher, .* name it"),
+        (
+            {"train": {"temperature": 2.0, "teacher": "x", "losses": {"cross_entropy": 1.0}}},
+            "train.temperature 2 is of divergences from a teacher, and the losses have none; leave it out",
+        ),
         ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
         ({"train": {"seed": 2**70}}, "train.seed: Input should be less than 4294967296, not 1180591620717411303424"),
         ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
