@@ -216,7 +216,8 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
 def _train(
     model, tokenizer, arguments, data, collator, settings: Heal, advance, tokens: float, kept: Path | None
 ) -> dict[str, Any]:
-    trainer = _Healer(model=model, args=arguments, train_dataset=data, data_collator=collator, tokenizer=tokenizer)
+    told = {"train_dataset": _in_whole_steps(data, arguments), "data_collator": collator, "tokenizer": tokenizer}
+    trainer = _Healer(model=model, args=arguments, **told)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch(trainer))
     if advance is not None:
@@ -242,6 +243,17 @@ def _train(
         "versions": versions(),
         "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
     }
+
+
+def _in_whole_steps(data, arguments: TrainingArguments):
+    """``data`` whose first windows come once more where they fill up the last step of a pass: with any number of processes alike.
+
+    By itself accelerate fills up what several processes share out, and one process would have a smaller step.
+    """
+    size = step_size(arguments)
+    if 0 < arguments.max_steps * size <= len(data):  # no step of the run is an incomplete one
+        return data
+    return torch.utils.data.Subset(data, [k % len(data) for k in range(-(-len(data) // size) * size)])
 
 
 class _Healer(Watched):

@@ -313,6 +313,15 @@ def test_checkpoints_are_models_with_their_tokenizer(folder, tmp_path):
     assert model.config.pad_token_id is None and known.get_vocab() == tokenizer.get_vocab()
 
 
+def test_the_last_step_of_a_pass_is_a_whole_one(folder, tokenizer):
+    """As several processes make it; and so is one step of a text that is shorter."""
+    for each in (10, 1000):
+        settings = Heal(epochs=1, tokens_per_step=each * 32, losses={"cross_entropy": 1.0})
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        report = heal(model, None, tokenizer, [folder / "text.txt"], settings)
+        assert report["tokens"] == report["steps"] * each * 32
+
+
 def test_passes_over_the_text_are_counted(folder, tokenizer):
     student = AutoModelForCausalLM.from_pretrained(folder)
     windows = len(Windows(token_stream(documents([folder / "text.txt"], tokenizer), tokenizer), 32))

@@ -39,12 +39,12 @@ def two(*command: str, launcher=TORCHRUN) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_heal_as_one(tmp_path):
-    """The windows of a step are shared out, and one of the two writes and speaks."""
+    """The windows of a step are shared out, behind the end of the text, too, and one of the two writes and speaks."""
     dense = small.folder(tmp_path / "dense")
     student, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     compress(student, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]})
     save(student, tmp_path / "folded", tokenizer)
-    section = {"steps": 6, "tokens_per_step": 256, "precision": "float32"}
+    section = {"steps": 14, "tokens_per_step": 256, "precision": "float32"}
     section |= {"learning_rate": 5e-3, "losses": {"kl": 1.0, "cross_entropy": 0.1}}
     (tmp_path / "heal.yaml").write_text(json.dumps({"heal": section}))
     text = dense / "text.txt"
@@ -53,7 +53,7 @@ def test_two_processes_heal_as_one(tmp_path):
     done = two("-m", "tenfold", "heal", tmp_path / "folded", *given)
     report = json.loads((tmp_path / "out" / "tenfold.json").read_text())["heal"]
     np.testing.assert_allclose(report["curve"], one["curve"], rtol=1e-4)
-    assert report["tokens"] == one["tokens"] == 6 * 256
+    assert report["tokens"] == one["tokens"] == 14 * 256
     assert done.stdout.count("saved in") == 1 and not (tmp_path / "out.partial").exists()
     healed, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 30)[None]
     torch.testing.assert_close(healed(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)
