@@ -25,7 +25,12 @@ def test_products_are_in_bfloat16_where_that_is_fast_or_asked_for(asked, fast, t
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: fast)
     (tmp_path / "text.txt").write_text(small.text())
     seen = set()
-    hook = register_module_forward_hook(lambda module, x, y: seen.add(y.dtype) if isinstance(module, Conv1D) else None)
+
+    def see(module, x, y):
+        if isinstance(module, Conv1D) and not y.is_meta:  # what is only tried computes nothing
+            seen.add(y.dtype)
+
+    hook = register_module_forward_hook(see)
     train = {"batch": 4, "tokens": 256, "precision": asked}
     try:
         report = pretrain(RECIPE | {"train": train}, [tmp_path / "text.txt"], tmp_path / "run", device="cpu")

@@ -180,23 +180,23 @@ def test_a_tokenizer_without_padding_makes_no_token_padding_that_is_none(text, t
 
 
 def test_a_token_that_there_is_not_is_named(text, tmp_path):
-    for kind, number, sentence in [
+    own, other = RECIPE["model"], BLOCKS | {"model_type": "olmo", "max_position_embeddings": 32}
+    for model, number, sentence in [
         (
-            "gpt2",
+            own,
             5000,
             "has pad_token_id 5000 in its model section, but its tokenizer has the tokens 0 to 299; leave that",
         ),
-        ("olmo", 10**6, "recipe 'toy' has a model that can't be: Padding_idx"),
+        (other, 10**6, "recipe 'toy' has a model that can't be: Padding_idx"),
     ]:
         with pytest.raises(ValueError, match=sentence):
-            pretrain(
-                RECIPE | {"model": RECIPE["model"] | {"model_type": kind, "pad_token_id": number}}, [text], tmp_path
-            )
+            pretrain(RECIPE | {"model": model | {"pad_token_id": number}, "replace": []}, [text], tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "key"), [("bert", "is_decoder"), ("xlm", "causal")])
 def test_next_tokens_are_not_learnt_by_models_that_see_them(text, tmp_path, kind, key):
-    model = BLOCKS | {"model_type": kind, "max_position_embeddings": 32}
+    sizes = {"emb_dim": 32, "n_layers": 1, "n_heads": 2} if kind == "xlm" else BLOCKS
+    model = sizes | {"model_type": kind, "max_position_embeddings": 32}
     with pytest.raises(
         ValueError, match=rf"a {kind} sees the tokens behind .*; write objective: masked .*, or {key}: true"
     ):
@@ -729,7 +729,8 @@ def test_keys_that_transformers_renames_moves_or_reads_by_default_are_known():
         {"model_type": "deberta-v2", "norm_rel_ebd": "layer_norm", "position_buckets": 8} | BLOCKS,
         {"model_type": "gemma3", "text_config": {"hidden_size": 32, "max_position_embeddings": 32}},
     ):
-        length_of(load_recipe(RECIPE | {"model": model, "train": {"window": 16}}))
+        objective = "masked" if model["model_type"] == "deberta-v2" else "causal"
+        length_of(load_recipe(RECIPE | {"model": model, "train": {"window": 16, "objective": objective}}))
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain-")])
@@ -741,8 +742,8 @@ def test_shipped_recipes_can_be_trained(name):
 
 def test_a_window_is_what_the_model_has_positions_for():
     """RoBERTa's are counted from behind its padding."""
-    recipe = load_recipe(RECIPE | {"model": {"model_type": "roberta", "max_position_embeddings": 34} | BLOCKS})
-    assert length_of(recipe) == 32
+    model = {"model_type": "roberta", "max_position_embeddings": 34} | BLOCKS
+    assert length_of(load_recipe(RECIPE | {"model": model, "train": {"objective": "masked"}})) == 32
 
 
 def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
