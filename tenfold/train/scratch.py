@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tenfold.models.hub import of_a_kind
+from tenfold.models.hub import of_a_kind, silent
 from tenfold.models.plan import make_plan
 from tenfold.models.reading import MASKED, positions_of
 from tenfold.models.recipe import Recipe
@@ -79,7 +79,7 @@ def _model(recipe: Recipe, config):
     """
     kind = KINDS[recipe.train.objective]
     try:
-        with of_a_kind(kind):
+        with of_a_kind(kind), silent(reports=False):
             model = kind.from_config(config)
     except AssertionError as reason:  # torch's and transformers' own of numbers that don't fit together
         raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None

@@ -136,9 +136,16 @@ class Watched(Trainer):
         return loss
 
     def remember(self) -> None:
-        """Take up the best loss of a run that goes on; what the run has logged is means, too, and the first step's loss."""
-        known = [row["loss"] for row in self.state.log_history if "loss" in row and row["step"] > self.since]
-        self.best = min(self.at_first(known[0]), *known) if known else math.inf
+        """Take up the losses of a run that goes on, of which the means are known that were logged, and that of the first step."""
+        known: list[float] = []
+        for row in self.state.log_history:
+            if "loss" in row and row["step"] > self.since:
+                known += [row["loss"]] * (row["step"] - self.since - len(known))
+        if known:
+            means = torch.tensor(known).unfold(0, min(self.STEPS, len(known)), 1).mean(-1)
+            self.best = min(self.at_first(known[0]), means.min().item())
+        each = self.args.gradient_accumulation_steps
+        self.recent = [loss for loss in known[-self.STEPS :] for _ in range(each)]
 
     def _where(self, step: int) -> str:
         windows = step_size(self.args)

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, weights
+from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, off_by, weights
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain
 from tenfold.train import pretrain as alone
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.midway import go_on_with
+from tenfold.train.trainer import Watched
 
 NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
 BLOCKS = {"replace": [FOLDED]}
@@ -40,6 +41,16 @@ def whole(tmp_path_factory) -> Path:
 def same_weights(one: Path, other: Path) -> bool:
     expected, found = weights(one), weights(other)
     return all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_folded_model_is_not_compared_with_the_dense_one(text, tmp_path, monkeypatch):
+    """It begins worse, also where it goes on behind an interruption."""
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    off_by(monkeypatch, {0: 0.0, 12: 3.0})
+    slow = halfway(BLOCKS, learning_rate=1e-9)
+    with pytest.raises(Killed):
+        pretrain(slow, [text], tmp_path / "run", advance=killed_at(20))
+    assert pretrain(slow, [text], tmp_path / "run")["curve"][-1][1] > 8
 
 
 def log(run: Path) -> list[dict]:
