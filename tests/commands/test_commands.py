@@ -168,7 +168,7 @@ def test_heal(call, dense, tmp_path):
 def test_heal_by_a_recipe(call, dense, tmp_path):
     """What the command line gives wins; --data is another name of --text."""
     (tmp_path / "heal.yaml").write_text(
-        "heal: {steps: 9, tokens_per_step: 64, temperature: 2.0, schedule: constant, losses: {cross_entropy: 1.0}}\n"
+        "heal: {steps: 9, tokens_per_step: 64, chunk: 50, schedule: constant, losses: {cross_entropy: 1.0}}\n"
     )
     given = ("--recipe", tmp_path / "heal.yaml", "--data", dense / "text.txt", "--steps", "2")
     status, out, err = call("heal", dense, *given, "-o", tmp_path / "healed")
