@@ -22,9 +22,8 @@ from tenfold.structure.worth import worth_of
 
 MODES = ("auto", "speed", "memory")
 LEAST = 0.02  # a matrix is kept where it takes off at least this share of the price
-UNSURE = (
-    0.2  # small products of few rows can take more than their price: a matrix that is kept anyhow is used for them, too
-)
+# small products of few rows can take this much more than their price: a matrix that is kept anyhow is used for them, too
+UNSURE = 0.2
 
 
 @dataclass
