@@ -20,7 +20,7 @@ import torch
 from tenfold import api
 from tenfold.evaluate.text import documents
 from tenfold.models.sites import share_of
-from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import is_tokens, write_tokens
 
 WINDOW = 256

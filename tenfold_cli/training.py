@@ -73,7 +73,12 @@ def heal(
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe with model (a configuration, or from: DIR), tokenizer and train sections, by name or file."
+        ),
+    ],
     data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
     output: Output,
     teacher: Annotated[
@@ -83,7 +88,7 @@ def pretrain(
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
 ) -> None:
-    """Train a model from scratch, dense or structured from noise, and its tokenizer; an interrupted run resumes.
+    """Train a model from scratch, dense or structured from noise, and its tokenizer, or train one on; a run that stopped goes on.
 
     With --overwrite what a run has left in the folder is deleted, and it begins anew.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokenizer import train_tokenizer
 
 WORDS = [
     "the",

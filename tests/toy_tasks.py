@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tenfold.api import compress, save
-from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokenizer import train_tokenizer
 
 TRAIN = {"kind": "tensor_train", "parts": 3, "rank": "full"}
 FOLDED = {

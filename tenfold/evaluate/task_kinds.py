@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import torch
@@ -99,6 +102,10 @@ class Task(ABC):
         values = {name: METRICS[name](predictions, wanted) for name in self.metrics}
         return values | {"score": sum(values.values()) / len(values)}
 
+    def guess(self, examples: Sequence[Example]) -> float:
+        """The mean loss of a model that knows nothing of an example but how often what is wanted; 0 where that can't be told."""
+        return 0.0
+
     @abstractmethod
     def _examples(self, stream: Iterable[str], path: Path) -> Iterator[Example]:
         """The examples of an open file."""
@@ -165,6 +172,13 @@ class Sentences(Task):
             return list(self.labels).index(label) if self.labels else float(label)
         except ValueError:
             raise ValueError(f"{where} has {label!r}; task {self.name} needs a number there") from None
+
+    def guess(self, examples):
+        """The entropy of the labels, in nats, or the variance of the numbers."""
+        wanted = [example.wanted for example in examples]
+        if not self.labels:
+            return pvariance(wanted)
+        return -sum(n / len(wanted) * math.log(n / len(wanted)) for n in Counter(wanted).values())
 
     def loading(self):
         names = list(self.labels.values()) or ["score"]

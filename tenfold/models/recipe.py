@@ -207,8 +207,13 @@ class Recipe(Strict):
     @field_validator("model")
     @classmethod
     def _configuration(cls, value):
-        if value is not None and "model_type" not in value:
-            raise ValueError("a model needs its model_type, for instance {model_type: llama}")
+        if "from" in (value or ()):
+            if len(value) > 1 or not isinstance(value["from"], str):
+                raise ValueError("a model that is trained on is its folder or its name alone: {from: DIR}")
+        elif value is not None and "model_type" not in value:
+            raise ValueError(
+                "a model needs its model_type, for instance {model_type: llama}, or the folder of a trained one, {from: DIR}"
+            )
         if given := sorted({"vocab_size", "bos_token_id", "eos_token_id"} & set(value or ())):
             raise ValueError(f"a model has {', '.join(given)} from its tokenizer; leave that out")
         return value
@@ -221,6 +226,8 @@ class Recipe(Strict):
                 raise ValueError(
                     f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
                 )
+        if self.origin and self.tokenizer and self.tokenizer.vocab_size:
+            raise ValueError("a model that is trained on has its tokenizer: leave vocab_size out")
         if self.train and self.train.fold:
             self._check_fold(self.train)
         for step in (self, *self.stages):
@@ -243,6 +250,11 @@ class Recipe(Strict):
             )
         if train.guide:
             raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
+
+    @property
+    def origin(self) -> str | None:
+        """The folder or the name of the model that is trained on, None where a new one is."""
+        return (self.model or {}).get("from")
 
     def steps(self) -> list[Recipe]:
         """The recipes of its stages, this one where there are none."""

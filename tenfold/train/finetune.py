@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -123,7 +122,7 @@ def finetune(
 
     Raises:
         ValueError: the task or the way to train is not known, the data are wrong, the model does not suit them, ``output`` has
-            runs with other settings, or loss or weights are no longer finite.
+            runs with other settings, loss or weights are no longer finite, or the loss runs away.
         FileExistsError: ``output`` holds something else.
         OSError: there is no room on the disk.
         FileNotFoundError: the model or a file of the task is missing.
@@ -248,6 +247,7 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
         callbacks=[Often()],
+        guess=task.guess(train),
         scored=lambda model: task.score(
             task.predict(model, tokenizer, dev, length, 2 * given.batch, progress=iter), dev
         ),
@@ -328,15 +328,26 @@ def versions() -> dict[str, str]:
 class Scored(Watched):
     """Trainer whose evaluation is the score of a task: the same code that scores a model without training.
 
-    Nothing that is not finite is scored, nor therefore saved.
+    Nothing that is not finite is scored, nor therefore saved. Losses of tasks are of all sizes: one has run away that is ``AWAY``
+    times as large as that of a ``guess``, or the first step's.
     """
 
-    AWAY = NEAR = math.inf  # losses of tasks are of all sizes
+    AWAY = 2.0
 
-    def __init__(self, *args, scored: Callable[[PreTrainedModel], dict[str, float]], **kwargs):
+    def __init__(self, *args, scored: Callable[[PreTrainedModel], dict[str, float]], guess: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.scored = scored
+        self.scored, self.guess = scored, guess
         self.model_accepts_loss_kwargs = False  # heads of classes don't: Trainer would count their loss once a process
+
+    def at_first(self, loss):
+        self.guess = max(self.guess, loss)
+        return self.guess
+
+    def away(self):
+        return self.AWAY * self.guess
+
+    def near(self):
+        return self.guess
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         self.check()

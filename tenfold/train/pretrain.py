@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,24 @@ from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from tenfold.evaluate.text import documents
 from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
-from tenfold.models.named import load_tokenizer
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.settings import Train
 from tenfold.train.checkpoints import is_folded, last_checkpoint, step_of
+from tenfold.train.corpus import tokens_of
 from tenfold.train.guide import Guided
 from tenfold.train.losses import IGNORED
 from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import check_saved_dtype, in_bfloat16
 from tenfold.train.record import forget, same_recipe, same_sources, versions
-from tenfold.train.scratch import KINDS, length_of, new_model, pad_as
+from tenfold.train.scratch import KINDS, length_of, new_model, outline, pad_as
 from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
-from tenfold.train.tokenizer import END, train_tokenizer
-from tenfold.train.tokens import Tokens, fingerprint, is_tokens, write_tokens
+from tenfold.train.tokens import Tokens
 from tenfold.train.trainer import (
     Log,
     Progress,
@@ -47,8 +44,6 @@ from tenfold.train.trainer import (
     unwrapped,
 )
 from tenfold.train.wanted import check_wanted
-
-MASK = "<|mask|>"
 
 
 def pretrain(
@@ -63,9 +58,10 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
 
-    The recipe has ``model`` (a ``model_type`` and arguments of its configuration), ``tokenizer`` (``vocab_size`` of a
-    byte-level BPE that is trained on the first ``documents``, or where to take it from), ``train`` (see
-    :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is folded from noise before it is trained.
+    The recipe has ``model`` (a ``model_type`` and arguments of its configuration, or ``from``, the folder or the name of a model
+    that is trained on), ``tokenizer`` (``vocab_size`` of a byte-level BPE that is trained on the first ``documents``, or where to
+    take it from), ``train`` (see :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is folded from
+    noise before it is trained.
 
     The folder has ``run.json`` (recipe, text and versions), ``tokens`` (the text as numbers, which other runs may take as their
     data), ``log.jsonl`` (a line every few steps) and ``checkpoints``, each a Hugging Face folder, the last one and the best one.
@@ -97,11 +93,11 @@ def pretrain(
         if overwrite and state().is_main_process:
             forget(folder, data)
         same_recipe(folder, recipe, data)
-        tokens = _tokens(folder, data, recipe)
+        tokens = tokens_of(folder, data, recipe)
         tokenizer = tokens.tokenizer()
         if state().is_main_process:
             tokens.check(len(tokenizer))
-        same_sources(folder, tokens, recipe.train.teacher)
+        same_sources(folder, tokens, {"teacher": recipe.train.teacher, "model": recipe.origin})
     pad_as(recipe, tokenizer)
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
     if masked and tokenizer.mask_token is None:
@@ -160,10 +156,10 @@ def _folded_midway(folder: Path, step: int, recipe: Recipe, windows, tokenizer, 
         )
 
     check_rules(recipe)
-    model = partial(new_model, recipe.model_copy(update={"replace": [], "stages": []}), tokenizer)
+    plain = recipe.model_copy(update={"replace": [], "stages": []})
     if not recipe.stages and recipe.calibrate is None:  # what can't be folded is told before anything is trained
-        with torch.device("meta"):
-            make_plan(model(), recipe)
+        make_plan(outline(plain, tokenizer), recipe)
+    model = partial(new_model, plain, tokenizer)
     return fold_midway(folder, step, recipe, windows, model, trainer_of, load, compress)
 
 
@@ -335,55 +331,3 @@ def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _resumed(folder: Path) -> str | None:
     kept = last_checkpoint(folder / "checkpoints")
     return None if kept is None else str(kept)
-
-
-def _tokenizer(data: Sequence[str | Path], recipe: Recipe, length: int):
-    wanted = recipe.tokenizer
-    if wanted is None:
-        raise ValueError(
-            f"recipe {recipe.name!r} has no tokenizer section, and the data is text; name a tokenizer there"
-        )
-    if wanted.name is not None:
-        tokenizer = _named(wanted.name)
-    else:
-        sample = islice(documents(data), wanted.documents)
-        masked = recipe.train.objective == "masked"
-        tokenizer = train_tokenizer(sample, wanted.vocab_size - masked, length)
-        if masked:
-            tokenizer.add_special_tokens({"mask_token": MASK, "pad_token": END})
-    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
-        raise ValueError(f"tokenizer {wanted.name} has no mask token, which the objective masked needs; name another")
-    return tokenizer
-
-
-def _named(name: str):
-    tokenizer = load_tokenizer(name)
-    if tokenizer is None:
-        raise ValueError(
-            f"there is no tokenizer {name}; name a folder that has one, or one on a hub that can be reached from here"
-        )
-    return tokenizer
-
-
-def _tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
-    """The data as numbers: written once, or another run's."""
-    limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
-    if not made:
-        place = folder / "tokens"
-        known = Tokens(place).tokenizer() if is_tokens(place) else _tokenizer(data, recipe, length_of(recipe))
-        return write_tokens(place, data, known, limit)
-    if len(data) > 1:
-        raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")
-    tokens, named = Tokens(Path(data[0]), limit), recipe.tokenizer and recipe.tokenizer.name
-    if named and fingerprint(_named(named)) != tokens.about["tokenizer"]:
-        raise ValueError(
-            f"{data[0]} holds tokens of another tokenizer than {named}; leave the recipe's section out, or give text"
-        )
-    size = len(tokens.tokenizer())
-    wanted = recipe.tokenizer and recipe.tokenizer.vocab_size
-    if wanted and wanted != size:
-        raise ValueError(
-            f"{data[0]} holds tokens of a vocabulary of {size}, but recipe {recipe.name!r} wants {wanted}; leave the recipe's "
-            "tokenizer section out, or give text"
-        )
-    return tokens

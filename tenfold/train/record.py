@@ -50,19 +50,20 @@ def _begun(folder: Path) -> bool:
     return (folder / "training.json").is_file() or any(checkpoints)
 
 
-def same_sources(folder: Path, tokens: Tokens, teacher: str | None) -> None:
+def same_sources(folder: Path, tokens: Tokens, models: dict[str, str | None]) -> None:
     """Note what the run is trained on, or see that it is what it was begun on, wherever that is now.
 
     Args:
-        teacher: the folder of one, or a name.
+        models: the folders or names of those that it begins with or learns from, by what they are to it.
 
     Raises:
         ValueError: it is not; what differs is named.
     """
     noted = read_json(folder / FILE)
     now = {key: value for key, value in tokens.about.items() if key != "shards"}
-    if teacher is not None and ("tokens" not in noted or "teacher" in noted["tokens"]):  # folders of before lack it
-        now["teacher"] = weights_digest(teacher)
+    for what, name in models.items():
+        if name is not None and ("tokens" not in noted or what in noted["tokens"]):  # folders of before lack it
+            now[what] = weights_digest(name)
     if "tokens" not in noted:
         write_json(folder / FILE, noted | {"tokens": now})
     elif other := sorted(differences(noted["tokens"], now)):

@@ -1,4 +1,4 @@
-"""A model to train from scratch: of a recipe's configuration, with random weights, folded from noise where the recipe says so."""
+"""A model to train: of a recipe's configuration, with random weights, folded from noise where it says so, or a trained one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tenfold.models.hub import of_a_kind, silent
+from tenfold.models.cost import read_config
+from tenfold.models.hub import from_pretrained, of_a_kind, silent
 from tenfold.models.plan import make_plan
 from tenfold.models.reading import MASKED, positions_of
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import replace
+from tenfold.models.stored import folded_config
 from tenfold.train.wanted import check_known
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -21,13 +23,43 @@ NAMED = ("pad_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
 
 
 def new_model(recipe: Recipe, tokenizer):
-    """The recipe's model with random weights, folded from noise where the recipe says so."""
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    model = _model(recipe, _configuration(recipe, vocab_size=len(tokenizer), **ends, **_named(recipe, tokenizer)))
+    """The recipe's model with random weights, folded from noise where the recipe says so; or the one that it goes on with.
+
+    Raises:
+        ValueError: it can't be, or it has another vocabulary than the tokenizer.
+    """
+    if recipe.origin:
+        return _trained(recipe, tokenizer)
+    model = _model(recipe, _configuration(recipe, **_of_the_tokenizer(recipe, tokenizer)))
     _check_positions(recipe, length_of(recipe), model)  # which RoBERTa counts from behind the tokenizer's padding
     if recipe.replace:
         plan = make_plan(model, recipe)
         replace(model, plan, source="noise")
+    return model
+
+
+def outline(recipe: Recipe, tokenizer):
+    """The recipe's model before it is folded, without numbers."""
+    with torch.device("meta"):
+        return _model(recipe, _configuration(recipe, **_of_the_tokenizer(recipe, tokenizer)))
+
+
+def _of_the_tokenizer(recipe: Recipe, tokenizer) -> dict[str, int | None]:
+    """What the configuration of a new model has from its tokenizer; a trained one has its own."""
+    if recipe.origin:
+        return {}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    return {"vocab_size": len(tokenizer)} | ends | _named(recipe, tokenizer)
+
+
+def _trained(recipe: Recipe, tokenizer):
+    model = from_pretrained(recipe.origin, KINDS[recipe.train.objective], dtype=torch.float32)
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"{recipe.origin} knows {size:,} tokens, and the tokenizer of the run has {len(tokenizer):,}; give text, or tokens "
+            "of the model's own tokenizer"
+        )
     return model
 
 
@@ -90,12 +122,17 @@ def _model(recipe: Recipe, config):
     if recipe.train.objective == "causal" and sees:
         raise ValueError(
             f"a {config.model_type} sees the tokens behind a position, which it would have to predict; write objective: masked "
-            f"in the train section of recipe {recipe.name!r}, or {key}: true in its model section"
+            f"in the train section of recipe {recipe.name!r}, or {key}: true into the model's configuration"
         )
     return model
 
 
 def _configuration(recipe: Recipe, **more):
+    if recipe.origin:
+        config = read_config(recipe.origin)
+        if recipe.train.fold and folded_config(config):
+            raise ValueError(f"{recipe.origin} is folded already, so that train.fold has nothing to do; leave it out")
+        return config
     kind = recipe.model["model_type"]
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING, 1)

@@ -124,7 +124,7 @@ class Watched(Trainer):
             enough = min(enough, len(self.recent), max(1, self.state.max_steps // 10) * each)
         mean = sum(self.recent[-enough:]) / max(1, enough)
         if len(self.recent) >= enough > 0:
-            if mean > self.best + self.AWAY:
+            if mean > self.away():
                 raise ValueError(
                     f"the loss has run away to {mean:.2f} at step {self.state.global_step}, {mean - self.best:.2f} over the best "
                     f"mean before it; {self._good()}; lower the learning rate"
@@ -134,6 +134,14 @@ class Watched(Trainer):
     def at_first(self, loss: float) -> float:
         """What losses may be, by the ``loss`` of the first step."""
         return loss
+
+    def away(self) -> float:
+        """The mean loss above which a run has run away."""
+        return self.best + self.AWAY
+
+    def near(self) -> float:
+        """The loss up to which a checkpoint is a good one."""
+        return self.best + self.NEAR
 
     def remember(self) -> None:
         """Take up the losses of a run that goes on, of which the means are known that were logged, and that of the first step."""
@@ -169,7 +177,7 @@ class Watched(Trainer):
         kept = whole_checkpoints(Path(self.args.output_dir))
         if not kept:
             return "there is no checkpoint yet"
-        good = next((path for path in kept if self._loss_at(step_of(path)) <= self.best + self.NEAR), None)
+        good = next((path for path in kept if self._loss_at(step_of(path)) <= self.near()), None)
         if good is None:
             return "the loss was not good at any checkpoint that is kept, so begin anew"
         behind = " (delete those behind it to go on from there)" if good != kept[0] else ""

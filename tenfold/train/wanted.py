@@ -22,6 +22,7 @@ IDLE = {
     ),
     "heal": "is for a folded model, and pre-training trains anyway: leave it out",
 }
+TRAINED = "is for a model that starts from noise: fold the trained one first, tenfold compress or deepen, and name that folder"
 WITHOUT_RULES = dict.fromkeys(
     ("budget", "untie"), "does nothing without rules under replace: write one, or leave it out"
 )
@@ -34,6 +35,8 @@ def check_wanted(recipe: Recipe) -> None:
     if recipe.train.fold:
         return
     idle = IDLE if recipe.replace else IDLE | WITHOUT_RULES
+    if recipe.origin:
+        idle |= dict.fromkeys(("replace", *IDLE, *WITHOUT_RULES), TRAINED) | {"heal": IDLE["heal"]}
     for key, way_out in idle.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")

@@ -10,7 +10,7 @@ from models import toys
 from transformers import BertConfig, BertForMaskedLM
 
 from tenfold.compress.calibration import calibration
-from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokenizer import train_tokenizer
 
 LINES = [small.text(words, seed=words).strip() for words in (3, 40, 1, 12, 7, 25, 2, 5, 60)]
 

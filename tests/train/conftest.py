@@ -3,7 +3,7 @@
 import pytest
 import small
 
-from tenfold.train.pretrain import train_tokenizer
+from tenfold.train.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 import toy_tasks
+from losses import off_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tenfold
 from tenfold.api import evaluate_task, load
+from tenfold.evaluate.task_kinds import Example
 from tenfold.evaluate.tasks import TASKS
 from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
 from tenfold.nn.cola import Cola, ColaLinear
 from tenfold.train.finetune import Scored, counted
+from tenfold.train.trainer import Watched
 from tenfold.train.ways import WAYS, free_head
 
 RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
@@ -270,6 +273,28 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
         call(tmp_path / "out", learning_rate=1e39)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log-0.jsonl"]
     call(tmp_path / "out", learning_rate=1e-3)  # nothing but a log was there
+
+
+def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
+    """One that is twice that of a guess; not one that is merely much larger than it was."""
+    monkeypatch.setattr(Watched, "STEPS", 3)
+    off_by(monkeypatch, {0: 0.0, 21: 0.4})
+    trained(toys, tmp_path / "worse", "gpt2", False, "full")
+    off_by(monkeypatch, {0: 0.0, 21: 2.0})
+    with pytest.raises(
+        ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-20; lower the"
+    ):
+        trained(toys, tmp_path / "away", "gpt2", False, "full")
+    with pytest.raises(ValueError, match=r"the loss has run away to .*; nothing of this seed is saved; lower the"):
+        trained(toys, tmp_path / "wild", "gpt2", False, "full", learning_rate=10.0, epochs=1)
+
+
+def test_a_guess_loses_what_examples_differ_by():
+    task, place = TASKS["sst2"], [Example(("x",), label) for label in (0, 0, 0, 1)]
+    assert task.guess(place) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    numbers = [Example(("x", "y"), value) for value in (0.0, 1.0, 5.0)]
+    assert TASKS["stsb"].guess(numbers) == pytest.approx(np.var([0.0, 1.0, 5.0]))
+    assert TASKS["samsum"].guess([Example(("x",), ("a",))]) == 0
 
 
 def test_every_run_has_its_log(toys, tmp_path):

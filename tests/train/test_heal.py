@@ -23,8 +23,8 @@ from tenfold.run import heal_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.logits import Predictor
-from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
+from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.trainer import Watched, Windows
 
 CAPPED = {**toys.GEMMA, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}

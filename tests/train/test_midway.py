@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, off_by, weights
+from losses import off_by
+from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, weights
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tenfold.api import pretrain

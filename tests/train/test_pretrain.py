@@ -15,6 +15,7 @@ import psutil
 import pytest
 import small
 import torch
+from losses import off_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -24,8 +25,9 @@ from tenfold.models.recipe import load_recipe, recipe_names
 from tenfold.nn import FactorizedLinear
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.guide import Guided
-from tenfold.train.pretrain import pretrain, train_tokenizer
+from tenfold.train.pretrain import pretrain
 from tenfold.train.scratch import length_of
+from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
 from tenfold.train.trainer import Watched, Windows, shared_out, training_arguments
 from tenfold.train.wanted import check_wanted
@@ -481,20 +483,10 @@ def test_all_processes_stop_where_one_has_no_number():
         _where=lambda step: f"windows {8 * step} to {8 * step + 8}",
         _good=lambda: "there is no checkpoint yet",
         control=SimpleNamespace(should_training_stop=False),
-        **{"recent": [], "best": np.inf, "STEPS": 50, "AWAY": 2.0},
+        **{"recent": [], "best": np.inf, "STEPS": 50},
     )
     with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16\)"):
         Watched.check(trainer)
-
-
-def off_by(monkeypatch, more: dict[int, float]):
-    """Losses that are told with ``more`` from some steps on."""
-
-    def told(self, *arguments, **keywords):
-        return whole(self, *arguments, **keywords) + more[max(at for at in more if at <= self.state.global_step)]
-
-    whole = Watched.__mro__[1].training_step
-    monkeypatch.setattr(Watched.__mro__[1], "training_step", told)
 
 
 AWAY = r"the loss has run away to .* over the best mean before it; "

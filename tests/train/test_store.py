@@ -14,9 +14,9 @@ from tenfold.models.healing import Heal
 from tenfold.train.distil import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.logits import Predictor
-from tenfold.train.pretrain import train_tokenizer
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import weights_digest
+from tenfold.train.tokenizer import train_tokenizer
 
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
 
