@@ -276,11 +276,11 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
 
 
 def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
-    """One that is twice that of a guess; not one that is merely much larger than it was."""
+    """One that is twice that of the first step or of a guess; not one that is merely much larger than it was."""
     monkeypatch.setattr(Watched, "STEPS", 3)
-    off_by(monkeypatch, {0: 0.0, 21: 0.4})
+    off_by(monkeypatch, {0: 3.0, 21: 3.4})
     trained(toys, tmp_path / "worse", "gpt2", False, "full")
-    off_by(monkeypatch, {0: 0.0, 21: 2.0})
+    off_by(monkeypatch, {0: 0.0, 21: 6.0})
     with pytest.raises(
         ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-20; lower the"
     ):
