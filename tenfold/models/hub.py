@@ -93,12 +93,15 @@ def check_shapes(config: FoldedConfig, shapes: dict[str, tuple[int, ...]]) -> No
                 )
 
 
-def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+def from_pretrained(
+    name: str | Path, kind: Any = AutoModelForCausalLM, whole: bool = False, **kwargs
+) -> PreTrainedModel:
     """``kind.from_pretrained(name)`` that refuses what the plain loader would load wrongly.
 
     Args:
         name: a folder, or a name on a hub.
         kind: an Auto class or a model class.
+        whole: a dense model that lacks tensors is refused, too, and one of another class, whose head is not there.
 
     Raises:
         FileNotFoundError: the folder, its config.json or a shard is missing.
@@ -114,6 +117,11 @@ def from_pretrained(name: str | Path, kind: Any = AutoModelForCausalLM, **kwargs
             f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
         ) from None
     missing = sorted(report["missing_keys"])
+    if missing and whole:
+        raise ValueError(
+            f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) of a {type(model).__name__}, which would be random; "
+            "copy its files again, or, where that is wanted, load it as such a model and save that"
+        )
     same = type(model).__name__ in (model.config.architectures or ())  # another class brings a new head, rightly
     if missing and same and folded_config(model.config) is not None:
         left = sorted(report["unexpected_keys"])

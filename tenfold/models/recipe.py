@@ -208,7 +208,7 @@ class Recipe(Strict):
     @classmethod
     def _configuration(cls, value):
         if "from" in (value or ()):
-            if len(value) > 1 or not isinstance(value["from"], str):
+            if len(value) > 1 or not isinstance(value["from"], str) or not value["from"].strip():
                 raise ValueError("a model that is trained on is its folder or its name alone: {from: DIR}")
         elif value is not None and "model_type" not in value:
             raise ValueError(

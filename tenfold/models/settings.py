@@ -1,4 +1,4 @@
-"""What a recipe says beside its rules: how activations guide the fits, and how a model is trained from scratch."""
+"""What a recipe says beside its rules: how activations guide the fits, and how a model is pre-trained."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ class Train(Strict):
 
     Args:
         objective: the next token, or (``masked``) the share ``hide`` of tokens that is hidden.
-        window: tokens in each; the positions that the model has unless given.
+        window: tokens in each; all positions that the model has unless given.
         held_out: so many tokens at the end of the data are not trained on; the checkpoint that is best on them is kept.
         batch: windows at once, of all processes together; ``accumulate`` batches make a step.
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
         fold: for this part of the steps the model is dense, then it is folded by the recipe's rules, ``budget`` and
-            ``calibrate`` (by tokens that it was trained on), and trained on; 0: folded from noise.
+            ``calibrate`` (by tokens that it was trained on), and trained on; 0: a new one is folded from noise.
         teacher: the folder or the name of a trained model with the same tokenizer, whose predictions are learnt, too.
         losses: the weights of ``cross_entropy``, that of the text, and of divergences from the teacher's distributions (``kl``,
             ``reverse_kl``, ``jensen_shannon``), see :mod:`tenfold.train.losses`; half and half with ``kl`` unless given.

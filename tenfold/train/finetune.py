@@ -329,10 +329,12 @@ class Scored(Watched):
     """Trainer whose evaluation is the score of a task: the same code that scores a model without training.
 
     Nothing that is not finite is scored, nor therefore saved. Losses of tasks are of all sizes: one has run away that is ``AWAY``
-    times as large as that of a ``guess``, or the first step's.
+    times as large as that of a ``guess``, or the first step's. Steps have few examples, the last one of an epoch perhaps a single
+    one: of a short run all count.
     """
 
     AWAY = 2.0
+    ENDS = 1
 
     def __init__(self, *args, scored: Callable[[PreTrainedModel], dict[str, float]], guess: float, **kwargs):
         super().__init__(*args, **kwargs)

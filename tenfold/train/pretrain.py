@@ -1,4 +1,4 @@
-"""Pre-training: a model from a configuration, dense or structured from noise, and its tokenizer, on transformers.Trainer."""
+"""Pre-training: a model from a configuration, dense or structured from noise, or a trained one, on transformers.Trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tenfold.train.losses import IGNORED
 from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.precision import check_saved_dtype, in_bfloat16
-from tenfold.train.record import forget, same_recipe, same_sources, versions
+from tenfold.train.record import check_apart, forget, same_recipe, same_sources, versions
 from tenfold.train.scratch import KINDS, length_of, new_model, outline, pad_as
 from tenfold.train.shards import whole_state
 from tenfold.train.taught import Taught, check_named, teacher_of
@@ -88,6 +88,7 @@ def pretrain(
     check_wanted(recipe)
     check_named(recipe)
     check_saved_dtype(dtype)
+    check_apart(Path(output), recipe)
     folder, settings, length = Path(output), recipe.train, length_of(recipe)
     with state().main_process_first():
         if overwrite and state().is_main_process:
@@ -107,7 +108,7 @@ def pretrain(
     train, rest = _split(tokens, length, settings.held_out)
     held = Windows(rest, length, masked=masked) if len(rest) else None
     windows = Windows(train, length, settings.seed, masked)
-    steps, teacher = _steps(windows, settings), teacher_of(settings, tokenizer)
+    steps, teacher = _steps(windows, settings), teacher_of(recipe, tokenizer)
     torch.manual_seed(settings.seed)
 
     def trainer_of(model, checkpoints: Path) -> _Pretrainer:
@@ -224,7 +225,9 @@ class _Pretrainer(Watched):
         )
 
     def at_first(self, loss):
-        """A guess is as good; of hidden tokens there may be none in the first step."""
+        """A new model is no better than a guess; of hidden tokens there may be none in the first step."""
+        if self.recipe.origin and self.recipe.train.objective == "causal":
+            return loss
         return max(loss, math.log(self.model.config.get_text_config().vocab_size))
 
     @torch.no_grad()

@@ -21,6 +21,13 @@ OF_TOKENS = ("tokenizer", "model", "train.tokens", "train.objective", "train.win
 FOLDERS = ("checkpoints", "dense", "tokens")
 
 
+def check_apart(folder: Path, recipe: Recipe) -> None:
+    """Raise ValueError where ``folder``, which a run is written to, holds a model that it begins with or learns from."""
+    for name in filter(None, (recipe.origin, recipe.train.teacher)):
+        if Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{name} is in {folder}, where the run would write over it; give another folder")
+
+
 def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
     """Note what is run, or see that it is what was begun; of a run without any checkpoint another can take the place.
 
@@ -67,9 +74,14 @@ def same_sources(folder: Path, tokens: Tokens, models: dict[str, str | None]) ->
     if "tokens" not in noted:
         write_json(folder / FILE, noted | {"tokens": now})
     elif other := sorted(differences(noted["tokens"], now)):
+        if not _begun(folder):
+            return write_json(folder / FILE, noted | {"tokens": now})
+        models_differ = models.keys() & set(other)
         raise ValueError(
-            f"{folder} is a run on other data (other {', '.join(other)}); repeat it with that, or give another folder"
+            f"{folder} is a run on other {'models' if models_differ else 'data'} (other {', '.join(other)}); repeat it with "
+            f"{'those' if models_differ else 'that'}, or give another folder"
         )
+    return None
 
 
 def forget(folder: Path, data: Sequence[str | Path]) -> None:

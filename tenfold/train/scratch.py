@@ -26,10 +26,10 @@ def new_model(recipe: Recipe, tokenizer):
     """The recipe's model with random weights, folded from noise where the recipe says so; or the one that it goes on with.
 
     Raises:
-        ValueError: it can't be, or it has another vocabulary than the tokenizer.
+        ValueError: it can't be.
     """
     if recipe.origin:
-        return _trained(recipe, tokenizer)
+        return from_pretrained(recipe.origin, KINDS[recipe.train.objective], whole=True, dtype=torch.float32)
     model = _model(recipe, _configuration(recipe, **_of_the_tokenizer(recipe, tokenizer)))
     _check_positions(recipe, length_of(recipe), model)  # which RoBERTa counts from behind the tokenizer's padding
     if recipe.replace:
@@ -52,15 +52,21 @@ def _of_the_tokenizer(recipe: Recipe, tokenizer) -> dict[str, int | None]:
     return {"vocab_size": len(tokenizer)} | ends | _named(recipe, tokenizer)
 
 
-def _trained(recipe: Recipe, tokenizer):
-    model = from_pretrained(recipe.origin, KINDS[recipe.train.objective], dtype=torch.float32)
-    size = model.config.get_text_config().vocab_size
+def vocabulary_of(recipe: Recipe, tokenizer) -> int:
+    """How many tokens the recipe's model knows: the tokenizer's, or of a trained model perhaps more.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if not recipe.origin:
+        return len(tokenizer)
+    size = read_config(recipe.origin).get_text_config().vocab_size
     if len(tokenizer) > size:
         raise ValueError(
-            f"{recipe.origin} knows {size:,} tokens, and the tokenizer of the run has {len(tokenizer):,}; give text, or tokens "
-            "of the model's own tokenizer"
+            f"{recipe.origin} knows {size:,} tokens, and the tokenizer has {len(tokenizer):,}: take the model's own, or "
+            "give the model more first (resize_token_embeddings)"
         )
-    return model
+    return size
 
 
 def pad_as(recipe: Recipe, tokenizer) -> None:
@@ -130,6 +136,8 @@ def _model(recipe: Recipe, config):
 def _configuration(recipe: Recipe, **more):
     if recipe.origin:
         config = read_config(recipe.origin)
+        if getattr(config, "quantization_config", None) and not folded_config(config):
+            raise ValueError(f"{recipe.origin} is quantised, and only what is not can be trained; dequantise it first")
         if recipe.train.fold and folded_config(config):
             raise ValueError(f"{recipe.origin} is folded already, so that train.fold has nothing to do; leave it out")
         return config

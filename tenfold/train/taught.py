@@ -11,6 +11,7 @@ from tenfold.models.healing import Heal
 from tenfold.models.recipe import Recipe
 from tenfold.models.settings import Train
 from tenfold.train.distil import Distillation
+from tenfold.train.scratch import vocabulary_of
 from tenfold.train.teacher import check_teacher, check_vocabulary, load_teacher
 
 LOSSES = {"cross_entropy": 0.5, "kl": 0.5}
@@ -30,22 +31,23 @@ def check_named(recipe: Recipe) -> None:
         )
 
 
-def teacher_of(settings: Train, tokenizer) -> PreTrainedModel | None:
-    """The model that ``settings`` name, None where they name none.
+def teacher_of(recipe: Recipe, tokenizer) -> PreTrainedModel | None:
+    """The model that ``recipe`` names as teacher, None where it names none.
 
     Raises:
         ValueError: its tokens are not those of the run.
     """
+    settings = recipe.train
     if settings.teacher is None:
         return None
     teacher = load_teacher(settings.teacher, torch.device("cpu")).requires_grad_(False)
     check_vocabulary(teacher, settings.teacher, tokenizer)
     size = teacher.config.get_text_config().vocab_size
-    if len(tokenizer) != size:
-        raise ValueError(
-            f"teacher {settings.teacher} predicts {size:,} tokens and the tokenizer has {len(tokenizer):,}; train on the "
-            "teacher's own tokens (--data DIR/tokens)"
+    if (own := vocabulary_of(recipe, tokenizer)) != size:
+        way_out = (
+            "take a teacher of its size" if recipe.origin else "train on the teacher's own tokens (--data DIR/tokens)"
         )
+        raise ValueError(f"teacher {settings.teacher} predicts {size:,} tokens and the model {own:,}; {way_out}")
     return teacher
 
 

@@ -59,6 +59,7 @@ class Watched(Trainer):
 
     AWAY = 2.0  # nats above the best mean of so many steps, or the first loss, that count as running away:
     STEPS = 50
+    ENDS = 10  # of a shorter run the last one of so many parts is enough
     NEAR = 1.0  # nats above it at which a checkpoint is still a good one
 
     def __init__(self, *args, **kwargs):
@@ -66,6 +67,7 @@ class Watched(Trainer):
         if self.is_fsdp_enabled:
             losses_as_they_are(self.accelerator.state.fsdp_plugin)
         self.losses: list[torch.Tensor] = []
+        self.steps: list[int] = []  # that they are of
         self.recent: list[float] = []
         self.best = math.inf
         self.since = 0  # the step behind which losses are compared: a model that was folded there is another
@@ -90,7 +92,9 @@ class Watched(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach())  # of a micro-batch: its share of the step's loss
+        parts = self.current_gradient_accumulation_steps  # the last step of a pass may have fewer
+        self.losses.append(loss.detach() * parts)  # of a micro-batch: its share of the step's loss
+        self.steps.append(self.state.global_step)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -108,20 +112,20 @@ class Watched(Trainer):
         """
         every = self.accelerator.gather(torch.stack(self.losses)).view(self.args.world_size, -1) if self.losses else []
         values, self.losses = [sum(some) / len(some) for some in zip(*map(torch.Tensor.tolist, every), strict=True)], []
+        steps, self.steps = self.steps, []
         each = self.args.gradient_accumulation_steps
-        first = self.state.global_step - len(values) // each
-        for number, value in enumerate(values):
+        for step, value in zip(steps, values, strict=True):
             if not math.isfinite(value):
-                step = first + number // each
                 raise ValueError(
                     f"the loss is {value} at step {step + 1} ({self._where(step)}); {self._good()}; lower the learning rate"
                 )
         if values and self.best == math.inf:
-            self.best = self.at_first(sum(values[:each]))
-        self.recent = (self.recent + [value * each for value in values])[-self.STEPS * each :]
+            first = values[: steps.count(steps[0])]
+            self.best = self.at_first(sum(first) / len(first))
+        self.recent = (self.recent + values)[-self.STEPS * each :]
         enough, ends = self.STEPS * each, self.control.should_training_stop
         if ends:  # of a short run less is enough, and what has run away by then is no result
-            enough = min(enough, len(self.recent), max(1, self.state.max_steps // 10) * each)
+            enough = min(enough, len(self.recent), max(1, self.state.max_steps // self.ENDS) * each)
         mean = sum(self.recent[-enough:]) / max(1, enough)
         if len(self.recent) >= enough > 0:
             if mean > self.away():

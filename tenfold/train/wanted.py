@@ -22,7 +22,9 @@ IDLE = {
     ),
     "heal": "is for a folded model, and pre-training trains anyway: leave it out",
 }
-TRAINED = "is for a model that starts from noise: fold the trained one first, tenfold compress or deepen, and name that folder"
+TRAINED = (
+    "would fold a trained model: do that first, tenfold compress, and name that folder, or midway, train: {fold: 0.5}"
+)
 WITHOUT_RULES = dict.fromkeys(
     ("budget", "untie"), "does nothing without rules under replace: write one, or leave it out"
 )

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import small
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tenfold import api, deepen
 from tenfold.api import compress, evaluate
@@ -85,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_was_with_the_same_model_only(place, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "origin")
     torch.nn.init.zeros_(model.transformer.wpe.weight)
     model.save_pretrained(tmp_path / "origin")
-    with pytest.raises(ValueError, match=r"is a run on other data \(other model\)"):
+    with pytest.raises(ValueError, match=r"is a run on other models \(other model\); repeat it with those"):
         pretrain(recipe, data, tmp_path / "other")
 
 
@@ -99,21 +100,119 @@ def test_tokens_are_the_models_own(place, tmp_path):
         write_tokens(tmp_path / str(size), [tmp_path / "some.txt"], train_tokenizer([small.text(seed=5)], size, 32))
     with pytest.raises(ValueError, match=r"280 holds tokens of another tokenizer than .*folded; give text"):
         pretrain(further(place / "folded"), [tmp_path / "280"], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"bare knows 300 tokens, and the tokenizer of the run has 31\d; give text"):
+    with pytest.raises(ValueError, match=r"bare knows 300 tokens, and the tokenizer has 31\d: take the model's own"):
         pretrain(further(tmp_path / "bare"), [tmp_path / "320"], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"there is no tokenizer .*bare"):
+    with pytest.raises(
+        ValueError, match=r"recipe .further. has a model without a tokenizer, .*bare, and the data is text"
+    ):
         pretrain(further(tmp_path / "bare"), [tmp_path / "some.txt"], tmp_path / "other")
+
+
+def test_a_named_tokenizer_is_the_models_own(place, tmp_path):
+    train_tokenizer([small.text(seed=5)], 280, 32).save_pretrained(tmp_path / "280")
+    wrong = further(place / "dense") | {"tokenizer": {"name": str(tmp_path / "280")}}
+    with pytest.raises(
+        ValueError, match=r"dense has another tokenizer than .*280; leave the recipe's tokenizer section out"
+    ):
+        pretrain(wrong, [place / "text.txt"], tmp_path / "run")
+    shutil.copytree(place / "dense", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    named = further(tmp_path / "bare") | {"tokenizer": {"name": str(place / "dense")}}
+    pretrain(named, [place / "text.txt"], tmp_path / "run")
+
+
+def test_special_tokens_make_no_other_tokenizer(place, tmp_path):
+    """A run pads with what its model section says, which its tokens were made before."""
+    shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32, "pad_token_id": 5}
+    new = {"name": "new", "model": shape, "tokenizer": {"vocab_size": 300}, "train": TRAIN}
+    pretrain(new, [place / "text.txt"], tmp_path / "padded")
+    pretrain(further(tmp_path / "padded"), [tmp_path / "padded" / "tokens"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_nothing_is_written_over_the_model(place, tmp_path, role):
+    shutil.copytree(place / "dense", tmp_path / "one")
+    kept = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    if role == "model":
+        recipe = further(tmp_path / "one" / "checkpoints" / "checkpoint-22")
+    else:
+        recipe = further(place / "dense", teacher=str(tmp_path / "one"))
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"is in .*one, where the run would write over it; give another folder"):
+            pretrain(recipe, [place / "text.txt"], tmp_path / "one", overwrite=overwrite)
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+
+
+def test_a_teacher_predicts_what_the_model_does(place, tmp_path):
+    """However many tokens the tokenizer has: vocabularies are padded."""
+    for name in ("dense", "folded"):
+        model = AutoModelForCausalLM.from_pretrained(place / name, dtype=torch.float32)
+        model.resize_token_embeddings(320)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(place / name).save_pretrained(tmp_path / name)
+    recipe = further(tmp_path / "folded", teacher=str(tmp_path / "dense"))
+    report = pretrain(recipe, [place / "text.txt"], tmp_path / "run")
+    assert report["held_out"][-1][1] < report["held_out"][0][1]
+    with pytest.raises(ValueError, match=r"predicts 300 tokens and the (student|model) "):
+        pretrain(further(tmp_path / "folded", teacher=str(place / "dense")), [place / "text.txt"], tmp_path / "other")
+
+
+def test_a_model_that_lacks_tensors_is_refused(place, tmp_path):
+    """Where transformers would draw them; and one of another class, which has no head for this."""
+    shutil.copytree(place / "dense", tmp_path / "damaged")
+    kept = load_file(tmp_path / "damaged" / "model.safetensors")
+    del kept["transformer.h.1.mlp.c_fc.weight"]
+    save_file(kept, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"damaged lacks transformer.h.1.mlp.c_fc.weight \(1 tensors\) of a GPT2LMHeadModel"
+    ):
+        pretrain(further(tmp_path / "damaged"), [place / "text.txt"], tmp_path / "run")
+    config = AutoConfig.from_pretrained(place / "dense", tie_word_embeddings=False, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classes")
+    AutoTokenizer.from_pretrained(place / "dense").save_pretrained(tmp_path / "classes")
+    with pytest.raises(ValueError, match=r"classes lacks lm_head.weight .* which would be random"):
+        pretrain(further(tmp_path / "classes"), [place / "text.txt"], tmp_path / "run")
+
+
+def test_what_is_quantised_by_others_is_refused(place, tmp_path):
+    shutil.copytree(place / "dense", tmp_path / "int")
+    config = json.loads((tmp_path / "int" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "int" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"int is quantised, and only what is not can be trained"):
+        pretrain(further(tmp_path / "int"), [place / "text.txt"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_that_is_wrecked_at_once_is_noticed(place, tmp_path):
+    wild = further(place / "dense", learning_rate=10.0, warmup=0.0, schedule="constant", optimizer="adamw")
+    with pytest.raises(ValueError, match="the loss has run away to"):
+        pretrain(wild, [place / "text.txt"], tmp_path / "run")
+
+
+def test_an_untrained_run_takes_another_model(place, tmp_path):
+    def no_step(*rest):
+        raise InterruptedError
+
+    shutil.copytree(place / "dense", tmp_path / "origin")
+    with pytest.raises(InterruptedError):
+        pretrain(further(tmp_path / "origin"), [place / "text.txt"], tmp_path / "run", advance=no_step)
+    shutil.copy(place / "folded" / "config.json", tmp_path / "origin")
+    shutil.copy(place / "folded" / "model.safetensors", tmp_path / "origin")
+    pretrain(further(tmp_path / "origin"), [place / "text.txt"], tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         ({"model": {"from": "x", "n_layer": 3}}, "model: a model that is trained on is its folder or its name alone"),
+        ({"model": {"from": " "}}, "model: a model that is trained on is its folder or its name alone"),
         ({"model": {"from": 3}}, "model: a model that is trained on is its folder or its name alone"),
         ({"tokenizer": {"vocab_size": 300}}, "a model that is trained on has its tokenizer: leave vocab_size out"),
-        ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: fold the trained one"),
-        ({"budget": {"keep": 0.5}}, "budget of recipe 'further' is for a model that starts from noise: fold the trained"),
-        ({"stages": [{"first": "order"}]}, "stages of recipe 'further' is for a model that starts from noise"),
+        ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: do that first"),
+        ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would fold a trained model"),
+        ({"stages": [{"first": "order"}]}, "stages of recipe 'further' would fold a trained model"),
         ({"train": TRAIN | {"window": 64}}, "window 64 of recipe 'further' is longer than the 32 positions of its model"),
         ({"train": TRAIN | {"objective": "masked"}}, "transformers has no AutoModelForMaskedLM of GPT2"),
     ],

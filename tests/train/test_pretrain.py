@@ -477,6 +477,7 @@ def test_all_processes_stop_where_one_has_no_number():
     theirs = torch.tensor([2.0, torch.nan])
     trainer = SimpleNamespace(
         losses=[torch.tensor(3.0), torch.tensor(4.0)],
+        steps=[0, 1],
         accelerator=SimpleNamespace(gather=lambda own: torch.cat([own, theirs])),
         args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
         state=SimpleNamespace(global_step=2),
