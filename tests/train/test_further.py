@@ -6,6 +6,7 @@ import shutil
 import pytest
 import small
 import torch
+from losses import off_by
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -185,10 +186,11 @@ def test_what_is_quantised_by_others_is_refused(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trained_model_that_is_wrecked_at_once_is_noticed(place, tmp_path):
-    wild = further(place / "dense", learning_rate=10.0, warmup=0.0, schedule="constant", optimizer="adamw")
-    with pytest.raises(ValueError, match="the loss has run away to"):
-        pretrain(wild, [place / "text.txt"], tmp_path / "run")
+def test_a_trained_model_that_is_wrecked_at_once_is_noticed(place, tmp_path, monkeypatch):
+    """Though it may still be better than a guess."""
+    off_by(monkeypatch, {0: 0.0, 2: 2.5})
+    with pytest.raises(ValueError, match=r"the loss has run away to [4-7]\."):
+        pretrain(further(place / "dense", learning_rate=1e-9), [place / "text.txt"], tmp_path / "run")
 
 
 def test_an_untrained_run_takes_another_model(place, tmp_path):
