@@ -76,10 +76,9 @@ def same_sources(folder: Path, tokens: Tokens, models: dict[str, str | None]) ->
     elif other := sorted(differences(noted["tokens"], now)):
         if not _begun(folder):
             return write_json(folder / FILE, noted | {"tokens": now})
-        models_differ = models.keys() & set(other)
         raise ValueError(
-            f"{folder} is a run on other {'models' if models_differ else 'data'} (other {', '.join(other)}); repeat it with "
-            f"{'those' if models_differ else 'that'}, or give another folder"
+            f"{folder} is a run on other data, or with another model (other {', '.join(other)}); repeat it with that, or give "
+            "another folder"
         )
     return None
 

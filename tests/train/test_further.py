@@ -87,7 +87,9 @@ def test_a_killed_run_goes_on_where_it_was_with_the_same_model_only(place, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "origin")
     torch.nn.init.zeros_(model.transformer.wpe.weight)
     model.save_pretrained(tmp_path / "origin")
-    with pytest.raises(ValueError, match=r"is a run on other models \(other model\); repeat it with those"):
+    with pytest.raises(
+        ValueError, match=r"is a run on other data, or with another model \(other model\); repeat it with that"
+    ):
         pretrain(recipe, data, tmp_path / "other")
 
 

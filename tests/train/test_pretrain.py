@@ -642,7 +642,9 @@ def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
         write_tokens(tmp_path / name, [tmp_path / "data.txt"], tokenizer, 3200)
     with pytest.raises(Killed):
         pretrain(RECIPE, [tmp_path / "one"], tmp_path / "run", advance=killed_at(7))
-    with pytest.raises(ValueError, match=r"run is a run on other data \(other digest\); repeat it with that"):
+    with pytest.raises(
+        ValueError, match=r"run is a run on other data, or with another model \(other digest\); repeat it with that"
+    ):
         pretrain(RECIPE, [tmp_path / "other"], tmp_path / "run")
     (tmp_path / "one").rename(tmp_path / "moved")
     assert pretrain(RECIPE, [tmp_path / "moved"], tmp_path / "run")["curve"][-1][0] == 25

@@ -114,7 +114,9 @@ def test_a_run_goes_on_with_the_same_teacher_only(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense)
     model.transformer.h[0].mlp.c_fc.weight.data *= 1.1
     model.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"run on other data \(other teacher\); repeat it with that"):
+    with pytest.raises(
+        ValueError, match=r"run on other data, or with another model \(other teacher\); repeat it with that"
+    ):
         tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run")
     shutil.copy(dense / "model.safetensors", tmp_path / "teacher")
     assert tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run")["curve"]
