@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--folder", nargs=2, metavar=("NAME", "DIR"), help="instead of --structures")
     parser.add_argument("--int8", action="store_true", help="factors that are matrices in eight bits, without training")
     parser.add_argument("--compile", action="store_true", help="both models, with a static cache")
+    parser.add_argument("--no-training", action="store_true", help="a step at batch 64 needs more than 24 GB")
     parser.add_argument("--keep", type=float, default=0.65)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
@@ -78,7 +79,7 @@ def measure(given) -> None:
             model, dense = folded or model_of(STRUCTURES[plain], given.keep), model_of(None, 1.0)
             if given.int8:
                 quantize_(model, FqnToConfig({MATRICES: Int8WeightOnlyConfig(version=2)}), filter_fn=None)
-            how = {"length": 128, "new_tokens": 32, "repeats": 5, "training": not given.int8}
+            how = {"length": 128, "new_tokens": 32, "repeats": 5, "training": not (given.int8 or given.no_training)}
             speed = api.bench(model, batch, against=dense, compiled=given.compile, **how)
             row = {"structure": name, "keep": given.keep, "batch": batch, "speed": speed}
             row["parameters"] = {"ours": api.price(model)["parameters"], "dense": api.price(dense)["parameters"]}
