@@ -38,7 +38,7 @@ def check_wanted(recipe: Recipe) -> None:
         return
     idle = IDLE if recipe.replace else IDLE | WITHOUT_RULES
     if recipe.origin:
-        idle |= dict.fromkeys(("replace", *IDLE, *WITHOUT_RULES), TRAINED) | {"heal": IDLE["heal"]}
+        idle = idle | dict.fromkeys(("replace", *IDLE, *WITHOUT_RULES), TRAINED) | {"heal": IDLE["heal"]}
     for key, way_out in idle.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")

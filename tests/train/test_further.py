@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tenfold import api, deepen
 from tenfold.api import compress, evaluate
+from tenfold.models.recipe import load_recipe
 from tenfold.train.pretrain import pretrain
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import write_tokens
+from tenfold.train.wanted import check_wanted
 
 TRAIN = {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6, "held_out": 320}
 STILL = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -225,6 +227,13 @@ def test_what_does_not_go_with_a_trained_model_is_refused(place, tmp_path, more,
     with pytest.raises(ValueError, match=sentence):
         pretrain(further(place / "dense") | more, [place / "text.txt"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_says_nothing_of_other_recipes(place):
+    rules = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 8}}]}
+    with pytest.raises(ValueError, match="would fold a trained model"):
+        check_wanted(load_recipe(further(place / "dense") | rules))
+    check_wanted(load_recipe({"name": "new", "model": {"model_type": "gpt2"}, "train": TRAIN} | rules))
 
 
 def test_a_model_that_is_not_there_is_named(place, tmp_path):
