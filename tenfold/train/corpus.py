@@ -24,10 +24,11 @@ def tokens_of(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Token
         ValueError: the tokens are not those of the recipe or of its model, there is no tokenizer, or there is no text.
     """
     limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
-    said, whose = _said(recipe)
+    place = folder / "tokens"
+    here = not made and is_tokens(place)  # a run that goes on needs no other tokenizer
+    said, whose = (Tokens(place).tokenizer(), str(place)) if here else _said(recipe)
     if not made:
-        place = folder / "tokens"
-        known = Tokens(place).tokenizer() if is_tokens(place) else said or _new(data, recipe)
+        known = said or _new(data, recipe)
         vocabulary_of(recipe, known)
         if recipe.train.objective == "masked" and known.mask_token is None:
             raise ValueError(f"tokenizer {whose} has no mask token, which the objective masked needs; name another")

@@ -127,6 +127,16 @@ def test_a_named_tokenizer_is_the_models_own(place, tmp_path):
     pretrain(named, [place / "text.txt"], tmp_path / "run")
 
 
+def test_a_run_goes_on_without_the_tokenizer_that_it_named(place, tmp_path):
+    """It may have come from a hub that can't be reached any more."""
+    shutil.copytree(place / "dense", tmp_path / "named", ignore=shutil.ignore_patterns("checkpoints", "tokens"))
+    shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32}
+    recipe = {"name": "new", "model": shape, "tokenizer": {"name": str(tmp_path / "named")}, "train": TRAIN}
+    pretrain(recipe, [place / "text.txt"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "named")
+    pretrain(recipe, [place / "text.txt"], tmp_path / "run")
+
+
 def test_special_tokens_make_no_other_tokenizer(place, tmp_path):
     """A run pads with what its model section says, which its tokens were made before."""
     shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32, "pad_token_id": 5}
