@@ -71,16 +71,14 @@ def same_sources(folder: Path, tokens: Tokens, models: dict[str, str | None]) ->
     for what, name in models.items():
         if name is not None and ("tokens" not in noted or what in noted["tokens"]):  # folders of before lack it
             now[what] = weights_digest(name)
-    if "tokens" not in noted:
+    other = sorted(differences(noted.get("tokens", {}), now))
+    if "tokens" not in noted or (other and not _begun(folder)):
         write_json(folder / FILE, noted | {"tokens": now})
-    elif other := sorted(differences(noted["tokens"], now)):
-        if not _begun(folder):
-            return write_json(folder / FILE, noted | {"tokens": now})
+    elif other:
         raise ValueError(
             f"{folder} is a run on other data, or with another model (other {', '.join(other)}); repeat it with that, or give "
             "another folder"
         )
-    return None
 
 
 def forget(folder: Path, data: Sequence[str | Path]) -> None:

@@ -289,11 +289,12 @@ def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
         trained(toys, tmp_path / "wild", "gpt2", False, "full", learning_rate=10.0, epochs=1)
 
 
-def test_a_short_last_step_is_no_loss_that_runs_away(toys, tmp_path, monkeypatch):
-    """One example alone at the end of an epoch, in one part where the other steps have eight."""
+@pytest.mark.parametrize("accumulate", [1, 8])
+def test_a_short_last_step_is_no_loss_that_runs_away(toys, tmp_path, accumulate, monkeypatch):
+    """One example alone at the end of an epoch, in one part where the other steps may have eight."""
     off_by(monkeypatch, {0: 0.0, 5: 2.0})
     toy, place = toys
-    given = {"epochs": 3, "batch": 16, "limit": 17, "accumulate": 8, "device": "cpu", "learning_rate": 1e-5}
+    given = {"epochs": 3, "batch": 16, "limit": 17, "accumulate": accumulate, "device": "cpu", "learning_rate": 1e-5}
     tenfold.finetune(toy("gpt2", False), "sst2", place, tmp_path / "out", **given)
 
 
