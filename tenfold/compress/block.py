@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tenfold.compress.evidence import Evidence, fisher_loss
 from tenfold.compress.streams import Moments, Streams
 from tenfold.models.experts import expert_of
 from tenfold.models.plan import Entry
@@ -48,6 +49,7 @@ class Block:
         sensitivity: ``{path: G}``; a site without one counts every output alike.
         original: the block as it was; None while the original model is surveyed.
         known: moments that were found already, ``{number of a stage: moments}``.
+        evidence: of the survey, ``{path: [(inputs, gradients at the outputs)]}``, one pair a batch.
     """
 
     def __init__(
@@ -61,15 +63,19 @@ class Block:
         sensitivity: dict[str, Tensor],
         original: nn.Module | None,
         known: dict[int, Moments] | None = None,
+        evidence: Evidence | None = None,
     ):
         self.model, self.path, self.sites = model, path, {site.path: site for site in sites}
         self.streams, self.number, self.settings, self.sensitivity = streams, number, settings, sensitivity
         self.original = original
         self.stages = stages_of(path, sites, streams, number)
         self._known: dict[int, Moments] = known or {}
+        self.evidence = evidence or {}
+        self.changed_before: set[str] = set()  # sites that read what the matrices of their own action make
         self._targets: dict[str, Target] = {}
         self.fitted: dict[str, Factors] = {}  # of sites that are next, by several processes
         self.fits: dict[str, dict] = {}  # how the fit of a site ended
+        self.orders: dict[str, Tensor] = {}  # of items: in which order, or in which basis, they lose dimensions
 
     def role(self, *roles: str) -> list[Site]:
         """The sites of these roles."""
@@ -90,8 +96,12 @@ class Block:
             if expert_of(path) is not None:
                 self._experts(here)
                 return self._known[stage]
-            both = (here, self.original) if self.settings.refit else (self.original or here, None)
-            self._known[stage] = self.streams.moments(self.number, *both, inner)
+            if not self.settings.refit or self.original is None:
+                self._known[stage] = self.streams.moments(self.number, self.original or here, inner)
+            else:
+                local = self.original if path in self.changed_before else None
+                given = (local, self.original, self.settings.original_share)
+                self._known[stage] = self.streams.moments(self.number, here, inner, *given)
         return self._known[stage]
 
     def _experts(self, here: torch.nn.Module) -> None:
@@ -105,8 +115,9 @@ class Block:
         self._known |= dict(zip(first, self.streams.expert_moments(self.number, here, inner), strict=True))
 
     def refits(self, path: str) -> bool:
-        """Whether the site gets other inputs than in the original model, of the same tokens."""
-        return self.settings.refit and expert_of(path) is None
+        """Whether the site is to answer to other inputs than it gets."""
+        apart = self.settings.original_share > 0 or path in self.changed_before
+        return self.settings.refit and self.original is not None and apart and expert_of(path) is None
 
     def weight(self, path: str) -> Tensor:
         """``W (out, in)`` of the original model, in float64."""
@@ -138,7 +149,7 @@ class Block:
         return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
 
     def refitted(self, path: str) -> Tensor:
-        """The best dense matrix ``(out, in)`` for the inputs that the site now gets; without ``refit`` the original one."""
+        """The best dense matrix ``(out, in)`` for the inputs that the site now gets; the original one unless it refits."""
         if not self.refits(path):
             return self.weight(path)
         second, goal = self.second(path), self.crossed(path)
@@ -182,6 +193,26 @@ class Block:
         if self.settings.outputs == "row":
             return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
         return with_ridge(known, self.damping(known))
+
+    def cost(
+        self,
+        path: str,
+        error: Tensor,
+        shift: Tensor | None = None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> float:
+        """Return what an error of a site costs in nats a token, by the evidence; see :func:`fisher_loss`.
+
+        Args:
+            error: ``(out, in)``, or of the ``rows`` and ``columns`` only, all others being none.
+            shift: of the bias, likewise.
+        """
+        pairs = [
+            (z if columns is None else z[:, columns], g if rows is None else g[:, rows])
+            for z, g in self.evidence.get(path, ())
+        ]
+        return fisher_loss(pairs, error, shift, sum(int(kept.sum()) for kept in self.streams.kept))
 
     def new_bias(self, path: str, near: Tensor) -> Tensor | None:
         """The bias that makes the mean of the outputs right when the matrix is ``near``."""

@@ -22,6 +22,8 @@ from tenfold.models.replace import install_empty
 from tenfold.models.stored import describe, stored_plan
 from tenfold.structure import Structure
 
+ORDER = "order of "
+
 
 class Steps:
     """What every step gave, so that a run that is interrupted between two of them goes on behind the last one.
@@ -78,16 +80,25 @@ class Journal:
             self.choices = found["choices"]
             self.weighed = {int(number): paths for number, paths in found["weighed"].items()}
 
-    def weigh(self, number: int, matters: dict[str, Tensor]) -> None:
-        """Keep ``{site: G}`` of block ``number``."""
-        self.weighed[number] = list(matters)
+    def weigh(self, number: int, matters: dict[str, Tensor], orders: dict[str, Tensor]) -> None:
+        """Keep ``{site: G}`` of block ``number``, and in which order or basis its items lose what they lose."""
+        both = matters | {f"{ORDER}{name}": value for name, value in orders.items()}
+        self.weighed[number] = list(both)
         if self.notes is None or is_first():
-            for k, value in enumerate(matters.values()):
+            for k, value in enumerate(both.values()):
                 self.shelf.put(f"{number}-{k}", value)
 
     def matters(self, number: int) -> dict[str, Tensor]:
-        """What :meth:`weigh` was given."""
-        return {path: self.shelf.get(f"{number}-{k}").double() for k, path in enumerate(self.weighed.get(number, ()))}
+        """Return ``{site: G}`` of block ``number``."""
+        return {path: value for path, value in self._weighed(number).items() if not path.startswith(ORDER)}
+
+    def orders(self, number: int) -> dict[str, Tensor]:
+        """Return the orders and bases of the items of block ``number``."""
+        found = self._weighed(number).items()
+        return {name.removeprefix(ORDER): value for name, value in found if name.startswith(ORDER)}
+
+    def _weighed(self, number: int) -> dict[str, Tensor]:
+        return {name: self.shelf.get(f"{number}-{k}").double() for k, name in enumerate(self.weighed.get(number, ()))}
 
     def choose(self, chosen: dict[str, Any], choices: list[dict[str, Any]]) -> None:
         """Keep what was chosen for every item."""

@@ -39,7 +39,7 @@ from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
-from tenfold.models.ranks import is_first, mine, processes, state, together, wait
+from tenfold.models.ranks import is_first, mine, processes, state, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
@@ -125,7 +125,7 @@ def _folder(model: PreTrainedModel, batches: list[Batch], journal: Journal) -> I
 def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights, journal, folder, progress) -> None:
     shelf = Shelf(folder and folder / "streams")
     with weights.outside():
-        streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first)
+        streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first, settings.precision)
     for number, work in enumerate(progress(works)):
         with weights.at(work.path):
             _one_block(model, number, work, streams, settings, weights, journal, number + 1 == len(works))
@@ -141,6 +141,7 @@ def _one_block(model, number: int, work: Work, streams: Streams, settings, weigh
     else:
         matters = journal.matters(number)
         block = Block(model, work.path, work.sites, streams, number, settings, matters, original)
+        block.orders = journal.orders(number)
         for some in independent(work.actions, block):
             fit_apart(some, block, journal.chosen)
             for action in some:
@@ -152,8 +153,10 @@ def _one_block(model, number: int, work: Work, streams: Streams, settings, weigh
             refine(streams, number, here, original, matters.get(work.path), *how)
         fold_maps(model, work.path)
         weights.keep(number, work.path)
-    if not last:
-        streams.advance(number, original)
+    if not last and settings.refit:
+        streams.advance(number, original if settings.original_share or settings.refine else None)
+    elif not last:
+        streams.advance(number, now=original)
 
 
 def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
@@ -201,7 +204,7 @@ def survey(
     some, gradients, steps = mine(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
     shelf = Shelf(steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey")
     with weights.outside():
-        streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
+        streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first, settings.precision)
     look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
     stages, curves, influence = [], [], {}
 
@@ -219,11 +222,12 @@ def survey(
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
         with weights.at(work.path):
             seen = look.backward(number, work.path, stages[number], weighed if gradients else None)
-            journal.weigh(number, seen.matters)
             with torch.no_grad():
-                block = Block(model, work.path, work.sites, streams, number, still, seen.matters, None, seen.moments)
-                found = {k: work.actions[k].curves(block) for k in mine(list(range(len(work.actions))))}
-                return [curve.to_json() for some in together(found).values() for curve in some], list(seen.matters)
+                given = (seen.matters, None, seen.moments, seen.evidence)
+                block = Block(model, work.path, work.sites, streams, number, still, *given)
+                found = [curve.to_json() for action in work.actions for curve in action.curves(block)]
+                journal.weigh(number, seen.matters, block.orders)
+                return found, journal.weighed[number]
 
     for number, work in enumerate(progress(works)):
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))

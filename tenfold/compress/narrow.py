@@ -106,6 +106,26 @@ def best_units(outputs: Tensor, second: Tensor, units: list[list[int]]) -> tuple
     return order.tolist(), _tails(weights[order])
 
 
+def least_units(products: Tensor) -> tuple[list[int], np.ndarray]:
+    """Return an order of units, and the losses ``(units + 1,)`` when only the first ``k`` stay.
+
+    Units go one at a time: the one with which all that have gone cost least, ``1/2`` the sum of ``products`` over pairs of them.
+
+    Args:
+        products: ``(units, units)``: the second moment of what losing each does to the loss.
+    """
+    gone: list[int] = []
+    losses, along = [0.0], torch.zeros(len(products)).to(products)
+    while len(gone) < len(products):
+        costs = products.diagonal() + 2 * along
+        costs[gone] = torch.inf
+        unit = int(costs.argmin())
+        losses.append(losses[-1] + max(0.0, float(costs[unit])))
+        along = along + products[unit]
+        gone.append(unit)
+    return gone[::-1], np.array(losses[::-1]) / 2
+
+
 def _tails(squares: Tensor) -> np.ndarray:
     ahead = squares.flip(0).cumsum(0).flip(0)
     return np.append(ahead.cpu().numpy(), 0.0) / 2

@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from tenfold.compress.evidence import Evidence
 from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing, rows_of
 from tenfold.models.experts import expert_of
 from tenfold.models.ranks import processes, total, total_number
@@ -24,10 +25,17 @@ AT_ONCE = 128  # tokens that are drawn at once
 
 @dataclass
 class Seen:
-    """Of one block: ``{number of a stage: moments of its inputs}``, and ``{path: G}`` of its sites and of itself."""
+    """What a backward pass tells of one block.
+
+    Args:
+        moments: of the inputs of its stages, by their numbers.
+        matters: ``{path: G}`` of its sites and of itself.
+        evidence: ``{path: [(inputs, gradients at the outputs)]}`` of its sites, one pair a batch.
+    """
 
     moments: dict[int, Moments]
     matters: dict[str, Tensor]
+    evidence: Evidence
 
 
 class Survey:
@@ -70,7 +78,7 @@ class Survey:
 
     def _blame(self, number: int, stages: list[list[str]], batch: int) -> None:
         sums: dict[str, Sums] = {}
-        hooks = _Hooks(self.streams.model, [stage[0] for stage in stages], set(), sums, {})
+        hooks = _Hooks(self.streams.model, [stage[0] for stage in stages], set(), sums, {}, {})
         with hooks.on(self.streams.kept[batch]):
             states = self.streams.shelf.get(f"before-{number}-{batch}").to(self.streams.device)
             self.streams.run(number, self.streams.blocks[number], states, batch)
@@ -95,7 +103,7 @@ class Survey:
 
     def _turned(self, states: Tensor, given: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         leaf = states.clone().requires_grad_()
-        with torch.enable_grad(), passing(self.streams.blocks, self.streams.form, leaf):
+        with torch.enable_grad(), passing(self.streams.blocks, self.streams.form, leaf), self.streams.autocast():
             ends, by = _gradient(self.streams.model(**given), given["attention_mask"].bool().cpu(), generator)
             return torch.autograd.grad(ends, leaf, by)[0]
 
@@ -110,7 +118,8 @@ class Survey:
         weighed = weighed or set()
         sums: dict[str, Sums] = {}
         found: dict[str, Tensor] = {}
-        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found)
+        evidence: Evidence = {}
+        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, evidence)
         for k in range(len(streams.batches)):
             states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(gradients)
             with torch.set_grad_enabled(gradients), hooks.on(streams.kept[k]):
@@ -127,7 +136,7 @@ class Survey:
         experts = [k for k, path in enumerate(first) if expert_of(path) is not None]
         known = dict(enumerate(seen)) | dict(zip(experts, like_others([seen[k] for k in experts]), strict=True))
         shapes = {path: shape_of(streams.model.get_submodule(path))[0] for path in weighed}
-        return Seen(known, _with_unseen(matters, shapes))
+        return Seen(known, _with_unseen(matters, shapes), evidence)
 
     def leave(self, number: int) -> None:
         """Drop what is not needed once block ``number`` is done."""
@@ -191,6 +200,7 @@ class _Hooks:
     weighed: set[str]
     sums: dict[str, Sums]
     found: dict[str, Tensor]
+    evidence: Evidence
 
     @contextmanager
     def on(self, kept: Tensor) -> Iterator[None]:
@@ -205,10 +215,11 @@ class _Hooks:
 
     def _outputs(self, path: str, kept: Tensor) -> Callable:
         def hook(module, arguments, out) -> None:
-            here = kept_here(self.model, path, kept)
-            out.register_hook(lambda gradient: self._add(path, rows_of(gradient, here)))
+            here, inputs = kept_here(self.model, path, kept), arguments[0].detach()
+            out.register_hook(lambda gradient: self._add(path, rows_of(inputs, here), rows_of(gradient, here)))
 
         return hook
 
-    def _add(self, path: str, rows: Tensor) -> None:
+    def _add(self, path: str, inputs: Tensor, rows: Tensor) -> None:
         self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()
+        self.evidence.setdefault(path, []).append((inputs.bfloat16(), rows))

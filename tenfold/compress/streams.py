@@ -1,7 +1,7 @@
 """The hidden states of the calibration tokens in front of one block after another, and the moments of its inputs.
 
-Two streams run side by side: what the original model computes, and what the model computes whose blocks so far are
-compressed. Both are needed: a compressed site shall give the original outputs from the inputs that it now gets.
+There are two streams: what the original model computes, and what the model computes whose blocks so far are compressed. A
+stream that nobody reads is not run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tenfold.compress.calibration import Batch
 from tenfold.compress.shelf import Shelf
 from tenfold.models.experts import expert_of
+from tenfold.models.precision import in_bfloat16
 from tenfold.models.ranks import total, total_number
 from tenfold.models.sites import Site, base_model
 
@@ -29,11 +30,11 @@ NO_CHAIN = (
 
 @dataclass
 class Moments:
-    """What is known of the inputs of one site, the original ones ``x`` and those that it now gets, ``z``, in float64.
+    """What is known of the inputs of one site, those that it now gets, ``z``, and those that it is to answer to, ``x``.
 
     Args:
-        second: mean of ``z z^T (in, in)``.
-        cross: mean of ``x z^T (in, in)``; ``second`` itself where the streams are one.
+        second: mean of ``z z^T (in, in)``, in float64 as all of them.
+        cross: mean of ``x z^T (in, in)``; ``second`` itself where both are one.
         mean: mean of ``z (in,)``.
         mean_original: mean of ``x (in,)``.
         tokens: how many vectors were seen.
@@ -99,18 +100,26 @@ class Streams:
         batches: of calibration tokens.
         shelf: holds the hidden states.
         skip: positions at the beginning of every window that do not count.
+        precision: in which blocks run: ``auto``, ``bfloat16`` or ``float32``; see :class:`tenfold.models.settings.Calibrate`.
 
     Raises:
         ValueError: the blocks do not run one after another, each once a batch, on what the one before it returns.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: list[str], batches: list[Batch], shelf: Shelf | None = None, skip: int = 0
+        self,
+        model: nn.Module,
+        blocks: list[str],
+        batches: list[Batch],
+        shelf: Shelf | None = None,
+        skip: int = 0,
+        precision: str = "float32",
     ):
         self.model, self.blocks = model, [model.get_submodule(path) for path in blocks]
         self.batches, self.kept = batches, [counted(batch, skip) for batch in batches]
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.shelf, self.device, self.form = shelf or Shelf(), _device(model), _form(model, self.blocks, batches[0])
+        self.bfloat16 = in_bfloat16(precision, self.device.type)
         for number, batch in enumerate(batches):
             given = {name: value.to(self.device) for name, value in batch.items()}
             with torch.no_grad(), passing(self.blocks, self.form) as seen:
@@ -130,19 +139,28 @@ class Streams:
         held = self.shelf.get(original).to(self.device)
         return held, held if now == original else self.shelf.get(now).to(self.device)
 
+    def autocast(self) -> torch.autocast:
+        """Products in the precision that was asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
     def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
         """The output of ``block``, called as block ``number`` was."""
         call = self.calls[number][batch]
-        out = block(states, *call.arguments, **call.keywords)
+        with self.autocast():
+            out = block(states, *call.arguments, **call.keywords)
         return out if isinstance(out, Tensor) else out[0]
 
     @torch.no_grad()
-    def advance(self, number: int, original: nn.Module | None = None) -> None:
-        """Both streams through block ``number``; ``original`` is the block as it was, None: as it is."""
+    def advance(self, number: int, original: nn.Module | None = None, now: nn.Module | None = None) -> None:
+        """Run the streams through block ``number``.
+
+        Args:
+            original: what the original stream goes through; None: both streams are one from here on.
+            now: what the other stream goes through, the block as it is unless given.
+        """
         for k in range(len(self.batches)):
             x, z = self.states(k)
-            now = self.run(number, self.blocks[number], z, k)
-            self.shelf.put(f"now-{k}", now)
+            self.shelf.put(f"now-{k}", self.run(number, now or self.blocks[number], z, k))
             if original is None:
                 self.names[k] = (f"now-{k}", f"now-{k}")
             else:
@@ -151,19 +169,34 @@ class Streams:
             self.shelf.drop(f"first-{k}")
 
     @torch.no_grad()
-    def moments(self, number: int, block: nn.Module, original: nn.Module | None, path: str) -> Moments:
-        """Of the inputs of the site ``path`` inside ``block``, block ``number`` as it is now.
+    def moments(
+        self,
+        number: int,
+        block: nn.Module,
+        path: str,
+        local: nn.Module | None = None,
+        original: nn.Module | None = None,
+        share: float = 0.0,
+    ) -> Moments:
+        """Of the inputs ``z`` of the site ``path`` inside ``block``, block ``number``, and of those that it is to answer to.
+
+        ``x = (1 - share) x_local + share x_original``.
 
         Args:
-            original: the block as it was, which the original stream goes through; None: ``block`` and that stream only.
+            local: what ``x_local`` is seen in, on the stream as it is now; None: ``x_local`` is ``z``.
+            original: what ``x_original`` is seen in, on the original stream.
         """
-        sums = None
+        sums, one = None, local is None and share == 0
         for k in range(len(self.batches)):
             before, now = self.states(k)
-            x = self._input(number, original or block, path, before, k)
-            z = x if original is None else self._input(number, block, path, now, k)
+            z = x = self._input(number, block, path, now, k)
+            if local is not None and share < 1:
+                x = self._input(number, local, path, now, k)
+            if share > 0:
+                assert original is not None
+                x = (1 - share) * x + share * self._input(number, original, path, before, k)
             check_finite(x, z, path, number, k)
-            sums = sums or Sums(x.shape[-1], original is None)
+            sums = sums or Sums(z.shape[-1], one)
             sums.add(x, z)
         assert sums is not None
         return checked(sums.of_all().moments(), path, number)

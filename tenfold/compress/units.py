@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, with_ridge
-from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units
+from tenfold.compress.evidence import corrected
+from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units, least_units
 from tenfold.models.heads import Heads
+from tenfold.models.ranks import total, total_number
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense, Placed
 from tenfold.structure.linalg import solve_symmetric
@@ -82,11 +84,12 @@ class ByLoss:
         return best_basis(outputs, second / action.heads.each)
 
     def queries(self, action: NarrowHeads, block: Block, group: int) -> Queries:
-        outputs, second = action.query_moments(block, group)
         if action.heads.freedom == "basis":
-            basis = best_basis(outputs, second)
+            basis = best_basis(*action.query_moments(block, group))
             return Queries(list(range(action.heads.size)), basis.losses, basis)
-        return Queries(*best_units(outputs, second, action.units))
+        if block.evidence:
+            return Queries(*least_units(action.query_products(block, group)))
+        return Queries(*best_units(*action.query_moments(block, group), action.units))
 
 
 @dataclass
@@ -109,19 +112,28 @@ class NarrowMlp:
 
     def curves(self, block: Block) -> list[Curve]:
         units = self.out.shape[1]
-        _, losses = self.chooser.units(block.take(self.name))
+        order, losses = self.chooser.units(block.take(self.name))
+        block.orders[self.name] = torch.tensor(order)
+        losses[-1] = 0.0
+        losses = (
+            corrected(losses, {k: self._cost(block, order[:k]) for k in _some(units)}) if block.evidence else losses
+        )
         least = max(1, units // 32)
         step = ALIGNED if units >= 32 * ALIGNED else 1
-        losses[-1] = 0.0
         counts = np.array([k for k in range(least, units + 1) if k % step == 0 or k == units])
         products = (self.unit - sum(site.bias for site in self.into)) * counts
         prices = {"products": products, "calls": self.out.calls}
         return [Curve(self.name, self.unit * counts, losses[counts], counts.tolist(), **prices)]
 
+    def _cost(self, block: Block, kept: list[int]) -> float:
+        """What it costs when only the units ``kept`` stay, and make up for the others."""
+        weight, at = block.weight(self.name), torch.tensor(sorted(kept))
+        near, _ = _restricted(block, self.name, at, weight)
+        return block.cost(self.name, weight.index_add(1, at, near, alpha=-1))
+
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
-            if block.refits(site.path):
-                _refit(block, site.path)
+            _refit(block, site.path)
         count = chosen[self.name]
         if count < self.out.shape[1]:
             self._cut(block, count)
@@ -129,27 +141,40 @@ class NarrowMlp:
             _refit(block, self.name)
 
     def _cut(self, block: Block, count: int) -> None:
-        order, _ = self.chooser.units(block.take(self.name))
-        kept = torch.tensor(sorted(order[:count]))
+        kept = block.orders[self.name][:count].long().sort().values
         near, bias = _restricted(block, self.name, kept, block.weight(self.name))
         for site in self.into:
             _shorten(block, site, kept)
         _keep_columns(block, self.out, near, bias)
 
 
+def _some(count: int) -> list[int]:
+    """The sizes at which the scale of a curve is measured."""
+    return sorted({max(1, count * part // 8) for part in (2, 4, 6)} - {count})
+
+
 def _refit(block: Block, path: str) -> None:
-    weight = block.refitted(path)
-    block.put(path, weight, block.new_bias(path, weight))
+    """Give a site the best matrix for the inputs that it now gets, if that is another one."""
+    if block.refits(path):
+        weight = block.refitted(path)
+        block.put(path, weight, block.new_bias(path, weight))
 
 
-def _restricted(block: Block, path: str, kept: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``."""
-    second = block.second(path)
+def _restricted(
+    block: Block, path: str, kept: Tensor, before: Tensor, turn: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The best matrix ``(out, kept)`` that reads the inputs ``kept`` only, and its bias; damped towards ``before``.
+
+    Args:
+        turn: ``(in, in)``: the matrix will read ``turn z`` where moments were taken of ``z``.
+    """
+    second, goal = block.second(path), block.crossed(path)
+    if turn is not None:
+        second, goal = turn @ second @ turn.T, goal @ turn.T
     share = block.damping(second) / 10
-    goal = block.crossed(path)[:, kept] + share * before[:, kept]
-    near = solve_symmetric(with_ridge(second[kept][:, kept], share), goal)
+    near = solve_symmetric(with_ridge(second[kept][:, kept], share), goal[:, kept] + share * before[:, kept])
     whole = torch.zeros_like(before).index_copy(1, kept, near)
-    return near, block.new_bias(path, whole)
+    return near, block.new_bias(path, whole if turn is None else whole @ turn)
 
 
 def _shorten(block: Block, site: Site, kept: Tensor) -> None:
@@ -193,28 +218,61 @@ class NarrowHeads:
 
     def curves(self, block: Block) -> list[Curve]:
         curves = []
-        width = self.into["q"].shape[1]
+        width, size = self.into["q"].shape[1], self.heads.size
         for group in range(self.heads.groups):
-            values = self.chooser.values(self, block, group).losses
-            options = np.arange(1, self.heads.size + 1)
+            name, basis = f"{self.out.path} v{group}", self.chooser.values(self, block, group)
+            block.orders[name] = torch.stack([basis.there, basis.back])
+            costs = {k: self._cost_of_values(block, group, basis, k) for k in _some(size)} if block.evidence else {}
+            options = np.arange(1, size + 1)
             price = width + self.heads.each * self.out.shape[0]
             maps = (1 + self.heads.each) * options  # where the rows and columns belong that stay
-            found = Curve(
-                f"{self.out.path} v{group}", price * options, _whole(values)[1:], options.tolist(), indices=maps
-            )
-            curves.append(found)
-            if self.heads.freedom != "none":
-                found = self.chooser.queries(self, block, group)
-                sizes = np.cumsum([len(unit) for unit in self._in_order(found)])
-                price = (1 + self.heads.each) * width
-                options = np.arange(1, len(sizes) + 1).tolist()
-                maps = (1 + self.heads.each) * sizes
-                name, losses = f"{self.out.path} q{group}", _whole(found.losses)[1:]
-                curves.append(Curve(name, price * sizes, losses, options, indices=maps))
-            else:
-                fixed = (1 + self.heads.each) * width * self.heads.size
-                curves.append(Curve(f"{self.out.path} q{group}", np.array([fixed]), np.array([0.0]), [None]))
+            losses = corrected(_whole(basis.losses), costs)[1:]
+            curves.append(Curve(name, price * options, losses, options.tolist(), indices=maps))
+            name, price = f"{self.out.path} q{group}", (1 + self.heads.each) * width
+            if self.heads.freedom == "none":
+                curves.append(Curve(name, np.array([price * size]), np.array([0.0]), [None]))
+                continue
+            found = self.chooser.queries(self, block, group)
+            units, basis = self._in_order(found), found.basis
+            block.orders[name] = torch.tensor(found.order) if basis is None else torch.stack([basis.there, basis.back])
+            some = _some(len(units)) if block.evidence else []
+            costs = {k: self._cost_of_queries(block, group, [i for unit in units[k:] for i in unit], basis) for k in some}
+            sizes = np.cumsum([len(unit) for unit in units])
+            maps, options = (1 + self.heads.each) * sizes, np.arange(1, len(sizes) + 1).tolist()
+            curves.append(Curve(name, price * sizes, corrected(_whole(found.losses), costs)[1:], options, indices=maps))
         return curves
+
+    def _cost_of_values(self, block: Block, group: int, basis: Basis, count: int) -> float:
+        """What it costs when the first ``count`` dimensions of the values of a group stay."""
+        rest, weight = basis.back[:, count:] @ basis.there[count:], block.weight(self.out.path)
+        at = [self.columns(head) for head in self.members(group)]
+        return block.cost(self.out.path, torch.cat([weight[:, some] @ rest for some in at], 1), columns=torch.cat(at))
+
+    def _cost_of_queries(self, block: Block, group: int, gone: list[int], basis: Basis | None) -> float:
+        """What it costs when the dimensions ``gone`` of the queries of a group go."""
+        path, size = self.into["q"].path, self.heads.size
+        weight, bias = block.weight(path), block.bias(path)
+        rest = torch.zeros(size, size).to(weight).index_fill_(0, torch.tensor(gone), 1.0) * torch.eye(size).to(weight)
+        rest = rest if basis is None else basis.back @ rest @ basis.there
+        at = [self.rows("q", head) for head in self.members(group)]
+        shift = None if bias is None else torch.cat([rest @ bias[some] for some in at])
+        return block.cost(path, torch.cat([rest @ weight[some] for some in at]), shift, rows=torch.cat(at))
+
+    def query_products(self, block: Block, group: int) -> Tensor:
+        """The second moment ``(units, units)`` over tokens of ``g q``, summed over the dimensions of a unit.
+
+        That is what it costs, in twice nats a token, to lose units together, if no token has to do with another.
+        """
+        path = self.into["q"].path
+        weight, bias, second, tokens = block.weight(path).float(), block.bias(path), 0, 0
+        at = torch.stack([self.rows("q", head) for head in self.members(group)])
+        for inputs, gradients in block.evidence[path]:
+            queries = inputs.float() @ weight[at.flatten()].T + (0 if bias is None else bias[at.flatten()].float())
+            products = (queries * gradients[:, at.flatten()]).unflatten(1, at.shape).sum(1)
+            each = torch.stack([products[:, unit].sum(1) for unit in self.units], 1).double()
+            second, tokens = second + each.T @ each, tokens + len(each)
+        assert isinstance(second, Tensor)
+        return total(second) / max(1.0, total_number(tokens))
 
     def query_moments(self, block: Block, group: int) -> tuple[Tensor, Tensor]:
         """``G`` and ``C (size, size)`` of the queries of a group, their mean included."""
@@ -237,16 +295,20 @@ class NarrowHeads:
         return [units[unit] for unit in found.order]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
-        kept: dict[str, list[Tensor]] = {which: [] for which in "qkv"}
         for site in self.distinct:
             _refit(block, site.path)
+        if all(self._stays_whole(chosen, group) for group in range(self.heads.groups)):
+            _refit(block, self.out.path)
+            return
+        kept: dict[str, list[Tensor]] = {which: [] for which in "qkv"}
         matrices = {site.path: block.refitted(site.path).clone() for site in self.distinct}
         biases = {path: block.new_bias(path, matrix) for path, matrix in matrices.items()}
-        reader, columns = block.target(self.out.path).weight.clone(), []
+        reader, columns = block.refitted(self.out.path).clone(), []
+        turn = torch.eye(len(reader.T)).to(reader)
         for group in range(self.heads.groups):
             count = chosen[f"{self.out.path} v{group}"]
             readers = [reader[:, self.columns(head)] for head in self.members(group)]
-            basis = _evened(self.chooser.values(self, block, group), readers)
+            basis = _evened(_basis(block.orders[f"{self.out.path} v{group}"]), readers)
             values = matrices[self.into["v"].path][self.rows("v", group)]
             basis = _balanced(basis, [values], readers, torch.arange(count))
             self._turn(matrices, biases, "v", group, basis.there)
@@ -254,19 +316,27 @@ class NarrowHeads:
             for head in self.members(group):
                 at = self.columns(head)
                 reader[:, at] = reader[:, at] @ basis.back
+                turn[at[:, None], at] = basis.there
                 columns.append(at[:count])
             kept_q, kept_k = self._queries(block, matrices, biases, group, chosen[f"{self.out.path} q{group}"])
             kept["q"] += kept_q
             kept["k"].append(kept_k)
         self._place(block, matrices, biases, kept)
         at = torch.cat(columns)
-        near, bias = (
-            reader[:, at],
-            block.new_bias(self.out.path, torch.zeros_like(reader).index_copy(1, at, reader[:, at])),
-        )
-        if self.chooser.refit:
+        whole = torch.zeros_like(reader).index_copy(1, at, reader[:, at])
+        if not block.settings.refit:
+            near, bias = reader[:, at], block.new_bias(self.out.path, whole @ turn)
+            if self.chooser.refit:
+                near, bias = _restricted(block, self.out.path, at, reader, turn)
+        else:
+            block.changed_before.add(self.out.path)
             near, bias = _restricted(block, self.out.path, at, reader)
         self._place_out(block, near, bias, at)
+
+    def _stays_whole(self, chosen: dict[str, Any], group: int) -> bool:
+        queries = chosen[f"{self.out.path} q{group}"]
+        units = self.heads.size if self.heads.freedom == "basis" else len(self.units)
+        return chosen[f"{self.out.path} v{group}"] == self.heads.size and queries in (None, units)
 
     def _turn(self, matrices: dict, biases: dict, which: str, head: int, turn: Tensor) -> None:
         """Rows of one head in another basis."""
@@ -280,12 +350,14 @@ class NarrowHeads:
         """Turn queries and keys of a group, and say which rows stay."""
         inside = torch.arange(self.heads.size)
         if count is not None:
-            found = self.chooser.queries(self, block, group)
-            inside = torch.tensor(sorted(i for unit in self._in_order(found)[:count] for i in unit))
-            if found.basis is not None:
+            known = block.orders[f"{self.out.path} q{group}"]
+            if known.dim() == 1:
+                inside = torch.tensor(sorted(i for unit in known[:count].long() for i in self.units[unit]))
+            else:
+                inside = torch.arange(count)
                 queries = [matrices[self.into["q"].path][self.rows("q", head)] for head in self.members(group)]
                 keys = matrices[self.into["k"].path][self.rows("k", group)]
-                basis = _balanced(found.basis, queries, [keys.T], inside)
+                basis = _balanced(_basis(known), queries, [keys.T], inside)
                 for head in self.members(group):
                     self._turn(matrices, biases, "q", head, basis.there)
                 self._turn(matrices, biases, "k", group, basis.back.T)
@@ -312,6 +384,11 @@ class NarrowHeads:
         base = Dense(out_features=out, in_features=len(columns))
         placed = Placed(base=base, out_features=out, in_features=inner, map_rows=False)
         return block.fold(self.out.path, placed, {"matrix": near, "columns": columns.int()}, bias)
+
+
+def _basis(known: Tensor) -> Basis:
+    """A basis that was kept as ``(2, size, size)``."""
+    return Basis(known[0], known[1], np.zeros(len(known[0]) + 1))
 
 
 def _evened(basis: Basis, readers: list[Tensor]) -> Basis:

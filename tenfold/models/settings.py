@@ -26,8 +26,11 @@ class Calibrate(Strict):
             ``none``.
         outputs: the metric of the outputs: ``full`` Fisher information, the mean of each ``row`` of the weight's (FWSVD),
             or ``none``.
-        refit: whether a site is fitted to the original outputs from the inputs that it gets once all blocks before it
-            are compressed; without it, from the original inputs.
+        refit: whether a site is fitted on the inputs that it gets once all blocks before it are compressed; without it, on
+            the original inputs.
+        original_share: with ``refit``, the share of the original model's output in the target; the rest is what the site's
+            own matrix makes of the inputs that it now gets. All of it (1) is the update of SVD-LLM, and dilutes: where
+            inputs are disturbed, least squares shrinks what it makes.
         center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
         skip_first: how many positions at the beginning of every window do not count.
         survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
@@ -37,6 +40,8 @@ class Calibrate(Strict):
         temperature: of ``influence``; the higher, the more equal the shares.
         refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
         refine_rate: its first learning rate, as a share of the root mean square of every tensor.
+        precision: in which the blocks run over the calibration text: ``auto`` is bfloat16 where the device has instructions
+            for it, and float32 elsewhere. Weights and moments are float32 at least.
     """
 
     samples: int = Field(192, ge=1)
@@ -45,6 +50,7 @@ class Calibrate(Strict):
     power: float = 0.5
     outputs: Literal["full", "row", "none"] = "full"
     refit: bool = True
+    original_share: float = Field(0.0, ge=0, le=1)
     center: bool = True
     skip_first: int = Field(0, ge=0)
     survey: int = Field(32768, ge=1)
@@ -53,6 +59,7 @@ class Calibrate(Strict):
     temperature: float = Field(0.1, gt=0)
     refine: int = Field(0, ge=0)
     refine_rate: float = Field(3e-5, gt=0)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
 
 

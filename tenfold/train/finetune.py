@@ -22,9 +22,9 @@ from tenfold.models.cost import read_config
 from tenfold.models.files import whole_folder, write_json, written
 from tenfold.models.hub import check_folder, silent
 from tenfold.models.named import load_tokenizer
+from tenfold.models.precision import check_saved_dtype
 from tenfold.models.ranks import is_first, wait
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.precision import check_saved_dtype
 from tenfold.train.seeds import begin, finish, finished, kept, partial
 from tenfold.train.shards import Hollow
 from tenfold.train.teacher import weights_digest

@@ -19,12 +19,12 @@ from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.files import written
 from tenfold.models.healing import Heal
 from tenfold.models.hub import silent
+from tenfold.models.precision import in_bfloat16
 from tenfold.models.reading import context_of, reads_streams
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.distil import Distillation
 from tenfold.train.logits import Predictor
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
-from tenfold.train.precision import in_bfloat16
 from tenfold.train.record import versions
 from tenfold.train.shards import Hollow
 from tenfold.train.store import Answered, Store, is_finished, origin, write_store

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tenfold.models.precision import multiplies_bfloat16
 from tenfold.nn import FactorizedLinear, SharedFactors
-from tenfold.train.precision import multiplies_bfloat16
 
 NOT_HIDDEN = ("embed", "wte", "wpe", "wtte", "head", "score", "classifier")
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # of the Newton-Schulz iteration

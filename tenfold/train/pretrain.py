@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from tenfold.models.files import whole_folder, written
 from tenfold.models.hub import silent
 from tenfold.models.plan import check_rules, make_plan
+from tenfold.models.precision import check_saved_dtype, in_bfloat16
 from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.settings import Train
@@ -27,7 +28,6 @@ from tenfold.train.guide import Guided
 from tenfold.train.losses import IGNORED
 from tenfold.train.midway import Compress, fold_midway, go_on_with
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.precision import check_saved_dtype, in_bfloat16
 from tenfold.train.record import check_apart, forget, same_recipe, same_sources, versions
 from tenfold.train.scratch import KINDS, length_of, new_model, outline, pad_as
 from tenfold.train.shards import whole_state

@@ -1,4 +1,4 @@
-"""In which numbers products are computed in training: bfloat16 where the device has instructions for it, float32 elsewhere."""
+"""In which numbers products are computed: bfloat16 where the device has instructions for it, float32 elsewhere."""
 
 from __future__ import annotations
 
