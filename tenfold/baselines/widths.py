@@ -20,6 +20,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
@@ -120,15 +121,21 @@ class Widths:
     def _axis(width: str, block: str, role: str) -> Axis:
         return Axis("hidden") if width == "hidden" else Axis(width, block, role)
 
-    def count(self, sizes: Sizes, of: str) -> int:
-        """Return how many parameters the part ``of`` the model has at these sizes."""
-        return sum(
-            prod(
-                n if axis is None else n * sizes[axis.width] // self.full[axis.width]
-                for n, axis in zip(parameter.shape, self.axes[name], strict=True)
+    def counter(self, of: str) -> Callable[[Sizes], int]:
+        """Return a function that counts the parameters of the part ``of`` the model at given sizes."""
+        terms = [(parameter.shape, self.axes[name]) for name, parameter in part_of(self.model, of).items()]
+
+        def count(sizes: Sizes) -> int:
+            lengths = (
+                (
+                    n if axis is None else n * sizes[axis.width] // self.full[axis.width]
+                    for n, axis in zip(*one, strict=True)
+                )
+                for one in terms
             )
-            for name, parameter in part_of(self.model, of).items()
-        )
+            return sum(prod(some) for some in lengths)
+
+        return count
 
     def members(self, group: int) -> range:
         """Return the query heads that read group ``group`` of keys and values."""
@@ -209,61 +216,69 @@ def prune_widths(
 
 
 def fit_sizes(widths: Widths, shrink: Shrink, of: str, keep: float) -> Sizes:
-    """Return the largest sizes with which at most the share ``keep`` of the parameters stays.
+    """Return sizes with which at most the share ``keep`` of the parameters stays.
 
-    Every width loses the fraction ``t`` times its number in ``shrink``, ``t`` as small as possible, to the nearest step. Units
-    and channels go in steps of 8 where there are many, heads in groups. Where the configuration wants it, channels go in steps of
-    the number of heads; where heads and channels are coupled, in steps of a group, and heads with them. Units of the MLPs, if
-    they shrink, take up what rounding leaves.
+    Every width loses the fraction ``t`` times its number in ``shrink``, to the nearest step: of 8 units or channels where there
+    are many, of a group of heads. Where the configuration wants it, channels go in steps of the number of heads; where heads and
+    channels are coupled, in steps of a group, and heads with them. Units of the MLPs, if they shrink, take up what that leaves of
+    the budget. Among all ``t`` whose sizes use the budget up, the one counts whose fractions are most nearly in proportion.
 
     Raises:
         ValueError: even the smallest sizes are too large, or heads shall go that are coupled to channels which shall stay.
     """
-    full, numbers, each = widths.full, shrink.model_dump(), widths.heads.each
+    full, numbers, count = widths.full, shrink.model_dump(), widths.counter(of)
     coupled = bool(shrink.heads or shrink.hidden) and widths.coupled
     if coupled and not shrink.hidden:
         raise ValueError(
             f"in this {widths.model.config.model_type} the channels are as many as all heads are wide, so that heads go with "
             "them only; give hidden a number under shrink"
         )
-    units = ALIGNED if full["mlp"] >= 32 * ALIGNED else 1
-    groups = [
-        count
-        for count in range(1, full["heads"] + 1)
-        if shrink.hidden or not shrink.heads or not widths.divided or full["hidden"] % (count * each) == 0
-    ]
+    step, allowed, whole = ALIGNED if full["mlp"] >= 32 * ALIGNED else 1, keep * count(full), count(full)
 
-    def at(t: float) -> Sizes:
-        wanted = {width: size * (1 - t * numbers[width]) for width, size in full.items()}
-        if coupled:
-            count = max(1, round(wanted["hidden"] * full["heads"] / full["hidden"]))
-            sizes = {"heads": count, "hidden": full["hidden"] // full["heads"] * count}
-        else:
-            count = min(groups, key=lambda count: abs(count - wanted["heads"])) if numbers["heads"] else full["heads"]
-            step = (
-                count * each if shrink.hidden and widths.divided else ALIGNED if full["hidden"] >= 32 * ALIGNED else 1
-            )
-            sizes = {"heads": count, "hidden": _nearest(wanted["hidden"], step, full["hidden"])}
-        return full | sizes | ({"mlp": _nearest(wanted["mlp"], units, full["mlp"])} if numbers["mlp"] else {})
+    def filled(t: float) -> Sizes:
+        sizes = full | _outer_sizes(widths, shrink, coupled, t)
+        if not shrink.mlp:
+            return sizes
+        none = count(sizes | {"mlp": 0})
+        units = (allowed - none) // (count(sizes | {"mlp": 1}) - none)
+        return sizes | {"mlp": int(max(step, units if units < full["mlp"] else full["mlp"]) // step * step)}
 
-    whole = widths.count(full, of)
-    low, high = 0.0, 1 / max(numbers.values())
-    if (least := widths.count(at(high), of)) > keep * whole:
-        raise ValueError(f"keep {keep} of the {of} can't be met by these widths; keep at least {least / whole:.3f}")
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if widths.count(at(middle), of) > keep * whole else (low, middle)
-    sizes = at(high)
-    if numbers["mlp"]:
-        more = range(full["mlp"], sizes["mlp"], -units)
-        fitting = (count for count in more if widths.count(sizes | {"mlp": count}, of) <= keep * whole)
-        sizes["mlp"] = next(fitting, sizes["mlp"])
-    return sizes
+    def badness(sizes: Sizes) -> tuple[bool, float]:
+        unused = allowed - count(sizes)
+        loose = not shrink.mlp or unused >= count(sizes | {"mlp": sizes["mlp"] + step}) - count(sizes)
+        lost = [(1 - sizes[width] / full[width]) / number for width, number in numbers.items() if number]
+        return loose, unused if loose else max(lost) - min(lost)
+
+    tried = [filled(t / max(numbers.values())) for t in np.linspace(0, 1, 1025)]
+    tried = [dict(sizes) for sizes in dict.fromkeys(tuple(sizes.items()) for sizes in tried)]
+    fitting = [sizes for sizes in tried if count(sizes) <= allowed]
+    if not fitting:
+        least = min(count(sizes) for sizes in tried) / whole
+        raise ValueError(f"keep {keep} of the {of} can't be met by these widths; keep at least {least:.3f}")
+    return min(fitting, key=badness)
+
+
+def _outer_sizes(widths: Widths, shrink: Shrink, coupled: bool, t: float) -> Sizes:
+    """Return how many groups of heads and channels stay when these lose the fraction ``t`` times their numbers."""
+    full, each = widths.full, widths.heads.each
+    heads, hidden = full["heads"] * (1 - t * shrink.heads), full["hidden"] * (1 - t * shrink.hidden)
+    if coupled:
+        step = full["hidden"] // full["heads"]
+        return {
+            "heads": _nearest(hidden, step, full["hidden"]) // step,
+            "hidden": _nearest(hidden, step, full["hidden"]),
+        }
+    divided = bool(shrink.heads or shrink.hidden) and widths.divided
+    fixed = divided and not shrink.hidden  # then only some numbers of heads divide the channels
+    groups = [k for k in range(1, full["heads"] + 1) if not fixed or full["hidden"] % (k * each) == 0]
+    count = min(groups, key=lambda k: abs(k - heads)) if shrink.heads else full["heads"]
+    step = count * each if divided else ALIGNED if full["hidden"] >= 32 * ALIGNED else 1
+    return {"heads": count, "hidden": _nearest(hidden, step, full["hidden"]) if shrink.hidden else full["hidden"]}
 
 
 def _nearest(wanted: float, step: int, most: int) -> int:
-    """Return the multiple of ``step`` nearest to ``wanted``, at least one and at most ``most``; ``most`` itself for that."""
-    return most if wanted >= most else max(step, min(round(wanted / step), most // step) * step)
+    """Return the multiple of ``step`` nearest to ``wanted``, at least ``step`` and at most ``most``."""
+    return max(step, min(round(wanted / step), most // step) * step)
 
 
 @torch.no_grad()
