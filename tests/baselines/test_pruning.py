@@ -30,7 +30,7 @@ def text(padded: bool = False) -> Calibration:
     ids = torch.randint(3, 97, (4, 40), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
-        mask[1, 25:] = 0
+        mask[1, 25:] = mask[2, :3] = 0
     return Calibration(
         [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)], {}
     )
@@ -212,17 +212,37 @@ def test_of_a_gpt2_the_largest_activations_stay():
 
 
 def test_groups_of_heads_go_by_the_sum_of_their_heads():
+    """The more evenly a head attends, the smaller is its output: one of the first group's is the largest of all, one small."""
     before, words = toys.build("llama"), text(padded=True)
+    with torch.no_grad():
+        for block in before.model.layers:
+            block.self_attn.q_proj.weight.view(4, 8, 32).mul_(torch.tensor([40.0, 0.0, 25.0, 25.0])[:, None, None])
+            values = block.self_attn.v_proj.weight.view(2, 8, 32)
+            values[1] = values[0]
     after, report = pruned(before, "minitron", 0.87, words, shrink={"heads": 1})
     assert report["widths"] == {"mlp": [48, 48], "heads": [2, 1], "hidden": [32, 32]}
     for layer in range(2):
         block = f"model.layers.{layer}.self_attn."
-        group = int(score(seen(before, words, block + "o_proj"), 8).reshape(2, 2).sum(1).argmax())
-        np.testing.assert_array_equal(rows(after, block + "k_proj"), rows(before, block + "k_proj")[8 * group :][:8])
-        np.testing.assert_array_equal(rows(after, block + "q_proj"), rows(before, block + "q_proj")[16 * group :][:16])
-        np.testing.assert_array_equal(
-            rows(after, block + "o_proj"), rows(before, block + "o_proj")[:, 16 * group :][:, :16]
-        )
+        scores = score(seen(before, words, block + "o_proj"), 8).reshape(2, 2)
+        assert scores[0, 0] > scores[1, 0] and scores[0].sum() < scores[1].sum()
+        np.testing.assert_array_equal(rows(after, block + "k_proj"), rows(before, block + "k_proj")[8:])
+        np.testing.assert_array_equal(rows(after, block + "v_proj"), rows(before, block + "v_proj")[8:])
+        np.testing.assert_array_equal(rows(after, block + "q_proj"), rows(before, block + "q_proj")[16:])
+        np.testing.assert_array_equal(rows(after, block + "o_proj"), rows(before, block + "o_proj")[:, 16:])
+
+
+def test_a_fused_matrix_that_holds_head_after_head_keeps_whole_heads():
+    before, words = toys.build("gpt_neox"), text()
+    after, report = pruned(before, "minitron", 0.5, words)
+    count, width = report["widths"]["heads"][1], report["widths"]["hidden"][1]
+    assert count == 3 and width == 24
+    norms = [f"gpt_neox.layers.{k}.{n}_layernorm" for k in range(2) for n in ("input", "post_attention")]
+    channels = best(sum(score(seen(before, words, norm, True)) for norm in norms), width)
+    for layer in range(2):
+        block = f"gpt_neox.layers.{layer}.attention."
+        heads = best(score(seen(before, words, block + "dense"), 8), count)
+        made = rows(before, block + "query_key_value")[:, channels].reshape(4, 24, width)[heads].reshape(-1, width)
+        np.testing.assert_array_equal(rows(after, block + "query_key_value"), made)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +255,9 @@ def test_the_budget_is_met_and_what_is_saved_is_what_is_there(toy, keep, tmp_pat
     assert report["parameters"]["total"] == sum(p.numel() for p in after.parameters())
     unit = 2 * (3 * 32 + 1)  # the most that another unit in both blocks would take
     assert size(after) <= keep * size(before) < size(after) + unit
+    heads, hidden = report["widths"]["heads"], report["widths"]["hidden"]
+    assert heads == ([4, hidden[1] // 8] if toy.startswith(("gpt", "opt")) else [2, 2])
+    assert hidden[1] < 32 or keep > 0.6
     api.save(after, tmp_path / "model", None, report)
     again, kind = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(kind.values())
