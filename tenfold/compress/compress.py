@@ -12,7 +12,7 @@ import torch
 
 from tenfold.compress.budget import total_of
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.first import FIRST
+from tenfold.compress.first import FIRST, WEIGHTS_ONLY
 from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.squeeze import squeeze
@@ -70,16 +70,19 @@ def compress(
         raise ValueError(
             f"recipe {recipe.name} has stages; tenfold compress MODEL -o DIR --recipe .. runs them, from disk to disk"
         )
-    if text is None and recipe.calibrate is not None:
+    if text is None and (recipe.calibrate or recipe.first not in {None, *WEIGHTS_ONLY}):
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     if source == "weights" or text is not None:
         check_rules(recipe)
     take_apart(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
+    changes: list[Change] = []
     if recipe.squeeze is not None:
         changes = squeeze(model, recipe.squeeze, recipe.name)
     elif text is None:
-        changes = replace(model, make_plan(model, recipe), source, progress)
+        more = _whole_change(model, recipe, None) if recipe.first else {}
+        if recipe.replace or not recipe.first:
+            changes = replace(model, make_plan(model, recipe), source, progress)
         if fold_maps(model):
             finish(model, recipe.name)
     else:
@@ -128,10 +131,7 @@ def _calibrated(
             f"the rule for role {mixed[0].role or mixed[0].path} names matrices inside and outside of the blocks; with a "
             "calibration text these are done in two ways, so write two rules"
         )
-    untie(model, Plan({}, recipe.untie))
-    if recipe.first:
-        check_finite(model)
-    before = FIRST[recipe.first](model, recipe, text) if recipe.first else {}
+    before = _whole_change(model, recipe, text)
     if not recipe.replace:
         return [], before | about
     outer = [rule for rule in recipe.replace if not rule.narrow and not any(rule.matches(site) for site in inside)]
@@ -144,6 +144,15 @@ def _calibrated(
     if not inner:
         return changes, before | about
     return changes, before | compress_blocks(model, rest, text, progress, announce, weights, journal) | about
+
+
+def _whole_change(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
+    """Carry out ``first``, and give the head a matrix of its own where the recipe says so; return the report."""
+    untie(model, Plan({}, recipe.untie))
+    if recipe.first is None:
+        return {}
+    check_finite(model)
+    return FIRST[recipe.first](model, recipe, text)
 
 
 @torch.no_grad()

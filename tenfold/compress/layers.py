@@ -8,7 +8,7 @@ Reference: ShortGPT, arXiv 2403.03853.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,31 +31,74 @@ def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
         ``influence`` of every block of the original model, and which were ``dropped``.
 
     Raises:
-        ValueError: there is no budget, it leaves no block, or the blocks are no single list.
+        ValueError: as :func:`list_of_blocks`, :func:`to_drop` and :func:`drop_one_by_one`.
     """
-    if recipe.budget is None:
-        raise ValueError(f"nothing says how many layers recipe {recipe.name} shall leave; give it a budget, or --keep")
+    paths = list_of_blocks(model)
+    excess = to_drop(model, recipe, paths)
+    influence = influences(model, paths, text)
+    dropped = drop_one_by_one(model, paths, excess, lambda left: min(left, key=influence.__getitem__))
+    return {"influence": influence, "dropped": dropped}
+
+
+def list_of_blocks(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the blocks of ``model`` in the order in which they run.
+
+    Raises:
+        ValueError: they are no single list.
+    """
     paths = list(blocks_of(find_sites(model)))
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) != 1 or len(model.get_submodule(next(iter(parents)))) != len(paths):
         raise ValueError(
             f"the blocks of this {model.config.model_type} are no single list; drop layers of another model"
         )
-    influence = influences(model, paths, text)
-    inside = sum(_size(model.get_submodule(path)) for path in paths)
-    base = inside if recipe.budget.of == "sites" else share_of(model, recipe.budget.of)
-    excess, dropped = (1 - recipe.budget.keep - NEAR) * base, []
-    for path in sorted(paths, key=lambda path: influence[path]):
-        if excess > 0:
-            dropped.append(path)
-            excess -= _size(model.get_submodule(path))
-    if len(dropped) == len(paths) or excess > 0:
+    return paths
+
+
+def to_drop(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> float:
+    """Return how many parameters of the blocks ``paths`` must go to keep the budget of ``recipe`` to a thousandth.
+
+    Raises:
+        ValueError: there is no budget, or it leaves no block.
+    """
+    if recipe.budget is None:
+        raise ValueError(f"nothing says how many layers recipe {recipe.name} shall leave; give it a budget, or --keep")
+    sizes = [_size(model.get_submodule(path)) for path in paths]
+    base = sum(sizes) if recipe.budget.of == "sites" else share_of(model, recipe.budget.of)
+    excess = (1 - recipe.budget.keep - NEAR) * base
+    if excess > sum(sizes) - min(sizes):
         raise ValueError(
-            f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves none of {len(paths)} layers; keep at least "
-            f"{1 - (inside - inside / len(paths)) / base:.2f}"
+            f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves none of {len(sizes)} layers; keep at least "
+            f"{1 - (sum(sizes) - sum(sizes) / len(sizes)) / base:.2f}"
         )
+    return excess
+
+
+def drop_one_by_one(
+    model: PreTrainedModel, paths: Sequence[str], excess: float, choose: Callable[[list[str]], str]
+) -> list[str]:
+    """Take blocks out of ``model``, in place, until ``excess`` parameters are gone.
+
+    Args:
+        paths: of all blocks.
+        choose: gets the paths of the blocks that are left, in order, and returns the one that goes next. The model is whole
+            until the last one is chosen.
+
+    Returns:
+        The paths of the blocks that went, in the order in which they were chosen.
+
+    Raises:
+        ValueError: the last block would have to go, too.
+    """
+    left, dropped = list(paths), list[str]()
+    while excess > 0:
+        if len(left) == 1:
+            raise ValueError(f"{excess:,.0f} parameters of {left[0]}, the last block, would have to go, too; keep more")
+        dropped.append(choose(left))
+        left.remove(dropped[-1])
+        excess -= _size(model.get_submodule(dropped[-1]))
     remove(model, sorted(int(path.rpartition(".")[2]) for path in dropped))
-    return {"influence": influence, "dropped": dropped}
+    return dropped
 
 
 @torch.no_grad()

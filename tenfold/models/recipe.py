@@ -17,6 +17,16 @@ from tenfold.models.roles import ROLES
 from tenfold.models.settings import Calibrate, Strict, Tokenizer, Train
 from tenfold.models.sites import Site
 
+First = Literal[
+    "drop-layers",
+    "drop-layers-perplexity",
+    "minitron",
+    "order",
+    "peak-to-peak",
+    "rotate",
+    "slice",
+]
+
 
 class Start(Strict):
     """Where the factors come from.
@@ -164,6 +174,32 @@ class Squeeze(Strict):
     bonds: int = Field(1, ge=1)
 
 
+class Shrink(Strict):
+    """In which proportion the widths of a model shrink, where ``first`` prunes widths.
+
+    Until the budget is met, every width loses the same fraction times its number here: with ``mlp: 1`` and ``heads: 0.5`` heads
+    lose half the fraction that hidden units of the MLPs lose.
+
+    Args:
+        mlp: of the hidden units of the MLPs.
+        heads: of the heads of the attentions, which go in whole groups of keys and values.
+        hidden: of the channels of the residual stream. Where a configuration derives the size of a head from them, heads go
+            along.
+    """
+
+    mlp: float = Field(0.0, ge=0)
+    heads: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not (self.mlp or self.heads or self.hidden):
+            raise ValueError(
+                "a shrink of nothing leaves the model as it is; give mlp, heads or hidden a number above 0"
+            )
+        return self
+
+
 class Stage(Strict):
     """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it.
 
@@ -172,7 +208,8 @@ class Stage(Strict):
         rounds: how often the stage is done.
     """
 
-    first: Literal["drop-layers", "slice", "rotate", "order"] | None = None
+    first: First | None = None
+    shrink: Shrink | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
     rounds: int = Field(1, ge=1)
@@ -192,7 +229,8 @@ class Recipe(Strict):
     source: str = ""
     note: str = ""
     on: str | None = None
-    first: Literal["drop-layers", "slice", "rotate", "order"] | None = None
+    first: First | None = None
+    shrink: Shrink | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
     budget: Budget | None = None
@@ -221,7 +259,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _one_way(self):
         if self.stages:
-            keys = ("replace", "first", "squeeze", "budget", "untie", "calibrate", "heal")
+            keys = ("replace", "first", "shrink", "squeeze", "budget", "untie", "calibrate", "heal")
             if given := sorted(self.model_dump(include=set(keys), exclude_defaults=True)):
                 raise ValueError(
                     f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
@@ -231,6 +269,10 @@ class Recipe(Strict):
         if self.train and self.train.fold:
             self._check_fold(self.train)
         for step in (self, *self.stages):
+            if step.shrink is not None and step.first is None:
+                raise ValueError(
+                    "shrink says how first prunes widths, and there is no first; write it, or leave shrink out"
+                )
             if step.squeeze is not None and step.replace:
                 raise ValueError("squeeze and replace are two stages: fold in one, squeeze in the next")
         return self

@@ -167,10 +167,19 @@ def _unknown(model: PreTrainedModel) -> str:
 
 
 def share_of(model: PreTrainedModel, of: str) -> int:
-    """The parameters that a share to keep ``of`` the ``model`` is counted on, each tensor once.
+    """Return how many parameters a share to keep ``of`` the ``model`` is counted on, each tensor once; see :func:`part_of`."""
+    return sum(parameter.numel() for parameter in part_of(model, of).values())
 
-    ``without_head``: without an output matrix of its own; ``blocks``: all of the model but its embeddings (of tokens,
-    positions and types) and its output head.
+
+def part_of(model: PreTrainedModel, of: str) -> dict[str, nn.Parameter]:
+    """Return ``{name: parameter}`` of a part of ``model``, each tensor once.
+
+    Args:
+        of: ``model``; ``without_head``: without an output matrix of its own; ``blocks``: without its embeddings (of tokens,
+            positions and types) and its output head.
+
+    Raises:
+        ValueError: ``of`` is ``flops`` or ``bytes``, which no parameters are a part of.
     """
     if of in ("flops", "bytes"):
         raise ValueError(
@@ -184,7 +193,7 @@ def share_of(model: PreTrainedModel, of: str) -> int:
         outer = [model.get_submodule(site.path) for site in sites if site.role in ("embed", "head")]
         outer += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     left_out = {id(p) for module in outer for name, p in module.named_parameters() if of == "blocks" or name != "bias"}
-    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+    return {name: p for name, p in model.named_parameters() if id(p) not in left_out}
 
 
 def resolve(model: PreTrainedModel, path: str) -> str | None:

@@ -1,0 +1,106 @@
+"""Widths by activations: hidden units, heads and channels whose activations are small go, and nothing makes up for them.
+
+| width | activation ``a (samples, tokens, how many)`` |
+|---|---|
+| ``mlp`` | absolute value of what the out matrix reads |
+| ``heads`` | norm of the output of a head; the scores of the query heads of a group are added up |
+| ``hidden`` | absolute value of what a norm of a block makes; the scores of all norms are added up |
+
+The score is ``(sum over samples of (mean over tokens of a)^2)^(1/2)``: the mean over the sequence, the L2 norm over the batch.
+
+Reference: Muralidharan et al. 2024 (Minitron), arXiv 2407.14679, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tenfold.baselines.widths import Scores, Widths, prune_widths
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.layerwise import enough
+from tenfold.compress.streams import counted, without_cache
+from tenfold.models.ranks import mine, total
+from tenfold.models.recipe import Recipe, Shrink
+from tenfold.models.settings import Calibrate
+from tenfold.models.sites import base_model
+
+
+def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
+    """Prune the widths of ``model``, in place, whose activations are smallest.
+
+    By default hidden units of the MLPs and channels lose the same fraction, and heads stay.
+
+    Returns:
+        ``widths``, see :func:`tenfold.baselines.widths.prune_widths`.
+
+    Raises:
+        ValueError: a score is no number, and what :func:`tenfold.baselines.widths.prune_widths` raises.
+    """
+    skip = (recipe.calibrate or Calibrate()).skip_first
+    shrink = recipe.shrink or Shrink(mlp=1, hidden=1)
+    return prune_widths(model, recipe, shrink, lambda widths, shrinking: by_activations(widths, shrinking, text, skip))
+
+
+@torch.no_grad()
+def by_activations(widths: Widths, shrinking: list[str], text: Calibration, skip: int = 0) -> Scores:
+    """Return the scores of what may go of the widths ``shrinking``.
+
+    Args:
+        skip: how many positions at the beginning of every sample do not count.
+
+    Raises:
+        ValueError: a score is no number.
+    """
+    model, squares, counts = widths.model, dict[tuple[str, str, str], Tensor](), dict[str, Tensor]()
+
+    def hook(key: tuple[str, str, str], activation: Callable[[Tensor], Tensor]):
+        def add(module, arguments, out=None) -> None:
+            found = activation((arguments[0] if out is None else out).float())
+            found = found.view(*counts["kept"].shape, -1) * counts["kept"][..., None]
+            mean = found.double().sum(1) / counts["kept"].sum(1, keepdim=True).clamp_min(1)
+            squares[key] = squares.get(key, 0) + mean.square().sum(0).cpu()
+
+        return add
+
+    was = model.training
+    with ExitStack() as stack:
+        for width, path, module, activation, behind in _watched(widths):
+            if width in shrinking:
+                key = (width, "" if width == "hidden" else path, path)
+                register = module.register_forward_hook if behind else module.register_forward_pre_hook
+                stack.callback(register(hook(key, activation)).remove)
+        stack.callback(model.train, was)
+        model.eval()
+        for batch in mine(enough(text.batches)):
+            counts["kept"] = counted(batch, skip).view_as(batch["attention_mask"]).to(model.device)
+            base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
+    scores: Scores = {}
+    for (width, path, where), found in squares.items():
+        score = total(found).sqrt()
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"the activations of {where} are NaN or Inf; try --dtype float32 or other text")
+        score = score.view(widths.heads.groups, -1).sum(1) if width == "heads" else score
+        scores[width, path] = scores.get((width, path), 0) + score
+    return scores
+
+
+def _watched(widths: Widths) -> Iterator[tuple[str, str, nn.Module, Callable[[Tensor], Tensor], bool]]:
+    """``(width, path, module, activation, whether of its output)``; the path of a norm is its own, else that of the block."""
+    for path, sites in widths.blocks.items():
+        for site in sites:
+            module = widths.model.get_submodule(site.path)
+            if site.role == "mlp.out":
+                yield "mlp", path, module, torch.abs, False
+            elif site.role == "attn.out":
+                size = widths.heads.size
+                yield "heads", path, module, lambda x, size=size: x.unflatten(-1, (-1, size)).norm(dim=-1), False
+        for inner, module in widths.model.get_submodule(path).named_modules():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.shape == (widths.full["hidden"],):
+                yield "hidden", f"{path}.{inner}", module, torch.abs, True
