@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"structure", "nn"},
     "evaluate": {"structure", "nn", "models"},
     "compress": {"structure", "nn", "models", "evaluate"},
+    "baselines": {"structure", "nn", "models", "evaluate", "compress"},
     "train": {"structure", "nn", "models", "evaluate"},
     "report": set(),
     "recipes": set(),

@@ -41,8 +41,8 @@ class Survey:
     Reference: Martens and Grosse 2015 (K-FAC), arXiv 1503.05671.
     """
 
-    def __init__(self, streams: Streams, seed: int = 0):
-        self.streams, self.seed = streams, seed
+    def __init__(self, streams: Streams, seed: int = 0, clip: bool = False):
+        self.streams, self.seed, self.clip = streams, seed, clip
         for k in range(len(streams.batches)):
             streams.shelf.put(f"before-0-{k}", streams.states(k)[0])
             streams.shelf.drop(f"first-{k}")
@@ -110,7 +110,7 @@ class Survey:
         weighed = weighed or set()
         sums: dict[str, Sums] = {}
         found: dict[str, Tensor] = {}
-        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found)
+        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, self.clip)
         for k in range(len(streams.batches)):
             states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(gradients)
             with torch.set_grad_enabled(gradients), hooks.on(streams.kept[k]):
@@ -182,6 +182,18 @@ def _gradient(out, kept: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     return logits, by.to(logits.dtype)
 
 
+def clipped(rows: Tensor, least: float = 0.1, most: float = 10.0) -> Tensor:
+    """Scale the vectors ``rows (tokens, width)`` so that their norms are ``least`` to ``most`` times the mean norm.
+
+    Vectors of zeros stay, and do not count for the mean.
+
+    Reference: KFAC-SVD (Thoma et al., ICML 2026), its published code.
+    """
+    norms = rows.norm(dim=1, keepdim=True)
+    mean = norms.sum() / (norms > 0).sum().clamp_min(1)
+    return rows * (norms.clamp(least * mean, most * mean) / norms.clamp_min(torch.finfo(rows.dtype).tiny))
+
+
 @dataclass
 class _Hooks:
     """Add up the inputs of the sites ``first``, and the gradients at the outputs of the sites ``weighed``."""
@@ -191,6 +203,7 @@ class _Hooks:
     weighed: set[str]
     sums: dict[str, Sums]
     found: dict[str, Tensor]
+    clip: bool = False
 
     @contextmanager
     def on(self, kept: Tensor) -> Iterator[None]:
@@ -211,4 +224,5 @@ class _Hooks:
         return hook
 
     def _add(self, path: str, rows: Tensor) -> None:
+        rows = clipped(rows) if self.clip else rows
         self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()
