@@ -4,14 +4,12 @@ Importing the package adds their allocations and their ways to fill a matrix to 
 names that recipes give in ``allocate`` and ``method``. :mod:`tenfold.api` imports it.
 """
 
-from tenfold.baselines import lems, svd_llm_v2
-from tenfold.baselines.knapsack import knapsack
-from tenfold.baselines.rocket import Sparse
+from tenfold.baselines import knapsack, lems, rocket, svd_llm_v2
 from tenfold.compress.actions import FOLDS
 from tenfold.compress.shares import MEASURED, SHARED
 
 SHARED["svd-llm-v2"] = svd_llm_v2.allocate
 SHARED["lems"] = lems.allocate
-SHARED["knapsack"] = lambda settings, curves, budget, influence: knapsack(curves, budget)
+SHARED["knapsack"] = lambda settings, curves, budget, influence: knapsack.knapsack(curves, budget)
 MEASURED["lems"] = lems.measure
-FOLDS["rocket"] = Sparse
+FOLDS["rocket"] = rocket.Sparse

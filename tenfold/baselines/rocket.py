@@ -115,7 +115,7 @@ class Sparse:
     def __post_init__(self):
         if self.rule.structures != [{"kind": "dense"}] or self.rule.keep is not None or self.rule.bias == "drop":
             raise ValueError(
-                f"the rule for role {self.rule.role} fills matrices by rocket: give it structure {{kind: dense}}, neither keep nor "
+                f"the rule for role {self.rule.role} fills matrices by rocket: give it structure {{kind: dense}}, no keep, no "
                 "bias, and the recipe a budget"
             )
 

@@ -191,7 +191,7 @@ def clipped(rows: Tensor, least: float = 0.1, most: float = 10.0) -> Tensor:
     """
     norms = rows.norm(dim=1, keepdim=True)
     mean = norms.sum() / (norms > 0).sum().clamp_min(1)
-    return rows * (norms.clamp(least * mean, most * mean) / norms.clamp_min(torch.finfo(rows.dtype).tiny))
+    return rows * torch.where(norms > 0, norms.clamp(least * mean, most * mean) / norms, 0.0)
 
 
 @dataclass
