@@ -26,7 +26,9 @@ def text(skip: int = 0) -> Calibration:
     ids = torch.randint(3, 97, (4, 40), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 30:] = 0
-    return Calibration([{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2))], {})
+    return Calibration(
+        [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)], {}
+    )
 
 
 def recipe(keep: float = 0.6, **changes):
@@ -210,9 +212,7 @@ def test_what_is_not_folded_one_by_one_is_refused():
         "share": {"factors": ["right"], "across": "roles"},
     }
     given = {"replace": [shared], "budget": {"keep": 0.5}, "calibrate": {"allocate": "lems", "refit": False}}
-    with pytest.raises(
-        ValueError, match="measures matrices that are folded one by one, and model.layers.0.self_attn.q_proj"
-    ):
+    with pytest.raises(ValueError, match="measures matrices that are folded one by one, and model"):
         compress(build("llama"), given, text=text())
 
 
