@@ -110,7 +110,7 @@ class Sparse:
 
     site: Site
     rule: Rule
-    unit = "relative error"
+    loss_unit = "relative error"
 
     def __post_init__(self):
         if self.rule.structures != [{"kind": "dense"}] or self.rule.keep is not None or self.rule.bias == "drop":

@@ -287,7 +287,7 @@ def unit_of(model: PreTrainedModel, settings: Calibrate) -> str:
 
 def _units(works: list[Work]) -> dict[str, str]:
     """Of the losses of items that have a unit of their own."""
-    return {a.site.path: a.unit for work in works for a in work.actions if hasattr(a, "unit")}
+    return {a.sites[0].path: a.loss_unit for work in works for a in work.actions if hasattr(a, "loss_unit")}
 
 
 def _choice(curve: Curve, option: Any, unit: str) -> dict[str, Any]:
