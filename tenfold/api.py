@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-import tenfold.baselines  # noqa: F401 - enters them in the registries of compress
+import tenfold.baselines  # noqa: F401 - registers them
 from tenfold.compress.calibration import Batch, Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for

@@ -97,9 +97,11 @@ def show_speeds(results: list[dict], other: str) -> None:
 def count_line(report: dict) -> str:
     count, dense = report["parameters"], report["parameters_dense"]
     kept = [count[key] / dense[key] for key in ("total", "without_head")]
+    counted = report.get("counted")
+    bytes_ = f"; {counted['note']}: {counted['dense_bytes']:,} -> {counted['bytes']:,}" if counted else ""
     return (
         f"parameters {dense['total']:,} -> {count['total']:,} with the head ({kept[0]:.1%} kept), "
-        f"{dense['without_head']:,} -> {count['without_head']:,} without ({kept[1]:.1%} kept)"
+        f"{dense['without_head']:,} -> {count['without_head']:,} without ({kept[1]:.1%} kept){bytes_}"
     )
 
 

@@ -2,7 +2,7 @@
 carries the choice out.
 
 Add an action by writing a class with ``curves`` and ``apply`` and a line in :func:`actions_for`, a way to choose what stays
-by a line in ``CHOOSERS``.
+by a line in ``CHOOSERS``, a way to fill single matrices by a line in ``FOLDS``; :mod:`tenfold.baselines` adds to it.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ class Action(Protocol):
 
 
 CHOOSERS: dict[str, Callable[[], Chooser]] = {"loss": ByLoss, "modegpt": Modules}
+FOLDS: dict[str, Callable[[Site, Rule], Action]] = {"loss": Fold}
 
 
 def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site], block: list[Site]) -> list[Action]:
     """What ``rule`` asks for in one block, of whose sites it gets ``sites``.
 
     Raises:
-        ValueError: the rule narrows heads that are not known.
+        ValueError: the rule narrows heads that are not known, or names a method that is for something else.
     """
     if rule.narrow is None:
         _check_plain(rule)
         if rule.share is None:
-            return [Fold(site, rule) for site in sites]
+            return [_by_method(FOLDS, rule)(site, rule) for site in sites]
         if rule.share.across == "experts":
             return _across_experts(sites, rule)
         return [FoldTogether(some, rule) if len(some) > 1 else Fold(some[0], rule) for some in _by_expert(sites)]
     _check_whole(rule, sites, block)
-    chooser = CHOOSERS[rule.method]()
+    chooser = _by_method(CHOOSERS, rule)()
     if rule.narrow == "mlp":
         return [NarrowMlp(some, chooser) for some in _by_expert(sites)]
     inside = [site.path for site in sites if site.role != "attn.out"]
@@ -63,6 +64,15 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site], block: li
             f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
         )
     return [NarrowHeads(sites, heads, chooser)]
+
+
+def _by_method(ways: dict[str, Callable], rule: Rule) -> Callable:
+    if rule.method not in ways:
+        raise ValueError(
+            f"the rule for {rule.narrow or rule.role or rule.path} names method {rule.method}, which is not for this; there are "
+            f"{', '.join(ways)}"
+        )
+    return ways[rule.method]
 
 
 def _by_expert(sites: list[Site]) -> list[list[Site]]:

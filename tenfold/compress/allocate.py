@@ -115,7 +115,7 @@ def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
         middle = (low + high) / 2 if low == 0 and high < 1e-30 else np.sqrt(max(low, 1e-40) * high)
         chosen = [_at(curve, middle) for curve in curves]
         low, high = (low, middle) if _cost(curves, chosen) <= budget else (middle, high)
-    chosen = _filled(curves, [_at(curve, high) for curve in curves], budget)
+    chosen = filled(curves, [_at(curve, high) for curve in curves], budget)
     return {curve.name: curve.options[k] for curve, k in zip(curves, chosen, strict=True)}
 
 
@@ -127,7 +127,8 @@ def _cost(curves: Sequence[Curve], chosen: Sequence[int]) -> int:
     return sum(int(curve.costs[k]) for curve, k in zip(curves, chosen, strict=True))
 
 
-def _filled(curves: Sequence[Curve], chosen: list[int], budget: float) -> list[int]:
+def filled(curves: Sequence[Curve], chosen: list[int], budget: float) -> list[int]:
+    """Give what the options ``chosen``, by their numbers, leave of ``budget`` to the items that gain most per parameter."""
     left = budget - _cost(curves, chosen)
     while True:
         gains = []

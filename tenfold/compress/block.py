@@ -192,7 +192,8 @@ class Block:
             return torch.eye(self.sites[path].shape[0], dtype=torch.float64)
         if self.settings.outputs == "row":
             return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
-        return with_ridge(known, self.damping(known))
+        share = self.settings.output_damping or self.settings.damping
+        return with_ridge(known, share * float(known.diagonal().mean().clamp_min(1e-12)))
 
     def cost(
         self,

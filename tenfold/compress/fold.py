@@ -38,7 +38,8 @@ class Fold:
             fixed = fitting(self.site, specs[0])
             size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
             return [Curve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
-        asked = len(specs) > 1 or (self.rule.keep is None and block.settings.allocate == "sensitivity")
+        blind = block.settings.allocate in ("uniform", "influence")
+        asked = len(specs) > 1 or (self.rule.keep is None and not blind)
         curve = self._curve(block.target(self.site.path), specs, asked)
         if self.rule.keep is None:
             return [curve]

@@ -36,6 +36,7 @@ from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
 from tenfold.compress.refine import refine
 from tenfold.compress.sensitivity import Survey
+from tenfold.compress.shares import MEASURED
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, blocks_of, twin
 from tenfold.compress.weights import Resident, Weights
@@ -77,7 +78,8 @@ def compress_blocks(
 
     Returns:
         ``choices``: per item what was chosen, its parameters and the loss that was foreseen (None where a rule alone says what
-        the item becomes) with its ``unit``; ``fits``: how alternating fits ended, of the blocks of this run; ``phases``: seconds.
+        the item becomes) with its ``unit``; ``fits``: how alternating fits ended, of the blocks of this run; ``phases``: seconds;
+        ``counted``: bytes of what is stored dense but counts as less, where there is any.
 
     Raises:
         ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
@@ -92,10 +94,14 @@ def compress_blocks(
             begun = time.perf_counter()
             if journal.chosen is None:
                 curves, influence = survey(model, works, batches, settings, weights, journal, folder, progress)
+                if settings.allocate in MEASURED:
+                    measure = MEASURED[settings.allocate]
+                    measure(model, works, batches, settings, weights, journal, folder, curves, progress)
                 sites = [site for work in works for action in work.actions for site in action.sites]
                 chosen = choose(model, recipe, settings, sites, curves, influence)
-                unit = unit_of(model, settings)
-                journal.choose(chosen, [_choice(curve, chosen[curve.name], unit) for curve in curves])
+                unit, own = unit_of(model, settings), _units(works)
+                choices = [_choice(curve, chosen[curve.name], own.get(curve.name, unit)) for curve in curves]
+                journal.choose(chosen, choices)
             announce(journal.choices)
             looked = time.perf_counter()
             _carry_out(model, works, mine(batches), settings, weights, journal, folder, progress)
@@ -103,7 +109,16 @@ def compress_blocks(
         model.train(training)
     finish(model, recipe.name)
     phases = {"survey": round(looked - begun, 1), "fits": round(time.perf_counter() - looked, 1)}
-    return {"choices": journal.choices, "fits": journal.fits, "phases": phases}
+    return {"choices": journal.choices, "fits": journal.fits, "phases": phases} | _counted(works, journal.chosen)
+
+
+def _counted(works: list[Work], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Add up the bytes of items that are stored dense but count as less; see :meth:`tenfold.baselines.rocket.Sparse.counted`."""
+    found = [a.counted(chosen) for work in works for a in work.actions if hasattr(a, "counted")]
+    if not found:
+        return {}
+    total = {"bytes": sum(count for count, _ in found), "dense_bytes": sum(dense for _, dense in found)}
+    return {"counted": total | {"note": "counted bytes, stored dense"}}
 
 
 @contextmanager
@@ -205,7 +220,8 @@ def survey(
     shelf = Shelf(steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first, settings.precision)
-    look, still = Survey(streams, settings.seed), settings.model_copy(update={"refit": False})
+    look = Survey(streams, settings.seed, settings.token_weights == "clipped")
+    still = settings.model_copy(update={"refit": False})
     stages, curves, influence = [], [], {}
 
     def forward(number: int, work: Work) -> tuple[list[list[str]], float]:
@@ -271,6 +287,11 @@ def unit_of(model: PreTrainedModel, settings: Calibrate) -> str:
     """Of losses: nats a token where the metric of the outputs is a Fisher information."""
     nats = settings.outputs == "full" and settings.inputs == "second" and model.get_output_embeddings() is not None
     return "nats a token" if nats else "weighted squared error"
+
+
+def _units(works: list[Work]) -> dict[str, str]:
+    """Of the losses of items that have a unit of their own."""
+    return {a.sites[0].path: a.loss_unit for work in works for a in work.actions if hasattr(a, "loss_unit")}
 
 
 def _choice(curve: Curve, option: Any, unit: str) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Survey:
     Reference: Martens and Grosse 2015 (K-FAC), arXiv 1503.05671.
     """
 
-    def __init__(self, streams: Streams, seed: int = 0):
-        self.streams, self.seed = streams, seed
+    def __init__(self, streams: Streams, seed: int = 0, clip: bool = False):
+        self.streams, self.seed, self.clip = streams, seed, clip
         for k in range(len(streams.batches)):
             streams.shelf.put(f"before-0-{k}", streams.states(k)[0])
             streams.shelf.drop(f"first-{k}")
@@ -119,7 +119,7 @@ class Survey:
         sums: dict[str, Sums] = {}
         found: dict[str, Tensor] = {}
         evidence: Evidence = {}
-        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, evidence)
+        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, evidence, self.clip)
         for k in range(len(streams.batches)):
             states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(gradients)
             with torch.set_grad_enabled(gradients), hooks.on(streams.kept[k]):
@@ -191,6 +191,18 @@ def _gradient(out, kept: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     return logits, by.to(logits.dtype)
 
 
+def clipped(rows: Tensor, least: float = 0.1, most: float = 10.0) -> Tensor:
+    """Scale the vectors ``rows (tokens, width)`` so that their norms are ``least`` to ``most`` times the mean norm.
+
+    Vectors of zeros stay, and do not count for the mean.
+
+    Reference: KFAC-SVD (Thoma et al., ICML 2026), its published code.
+    """
+    norms = rows.norm(dim=1, keepdim=True)
+    mean = norms.sum() / (norms > 0).sum().clamp_min(1)
+    return rows * torch.where(norms > 0, norms.clamp(least * mean, most * mean) / norms, 0.0)
+
+
 @dataclass
 class _Hooks:
     """Add up the inputs of the sites ``first``, and the gradients at the outputs of the sites ``weighed``."""
@@ -201,6 +213,7 @@ class _Hooks:
     sums: dict[str, Sums]
     found: dict[str, Tensor]
     evidence: Evidence
+    clip: bool = False
 
     @contextmanager
     def on(self, kept: Tensor) -> Iterator[None]:
@@ -221,5 +234,6 @@ class _Hooks:
         return hook
 
     def _add(self, path: str, inputs: Tensor, rows: Tensor) -> None:
-        self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()
         self.evidence.setdefault(path, []).append((inputs.bfloat16(), rows))
+        rows = clipped(rows) if self.clip else rows
+        self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()

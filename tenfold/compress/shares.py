@@ -1,4 +1,7 @@
-"""How a budget is shared out, by the name that a recipe gives in ``allocate``."""
+"""How a budget is shared out, by the name that a recipe gives in ``allocate``.
+
+:mod:`tenfold.baselines` adds its own to both tables.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,19 @@ SHARED: dict[str, Callable[[Calibrate, Sequence[Curve], float, Mapping[str, floa
     ),
 }
 
+# name -> what measures the model before, and changes the losses of the curves:
+# (model, works, batches, settings, weights, journal, folder, curves, progress); see tenfold.baselines.lems.measure
+MEASURED: dict[str, Callable[..., None]] = {}
+
 
 def share_out(
     settings: Calibrate, curves: Sequence[Curve], budget: float, influence: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """``{name: option}`` for every item, as ``settings.allocate`` says."""
+    """``{name: option}`` for every item, as ``settings.allocate`` says.
+
+    Raises:
+        ValueError: a baseline's way that is not registered, or whatever the way raises.
+    """
+    if settings.allocate not in SHARED:
+        raise ValueError(f"allocate {settings.allocate} is one of tenfold.baselines; import tenfold.baselines first")
     return SHARED[settings.allocate](settings, curves, budget, influence or {})

@@ -106,6 +106,8 @@ def _rows(report: dict[str, Any]):
         yield f"| parameters without the head | {ours['without_head']:,} | {dense['without_head']:,} |"
     for rows, flops in report.get("flops_per_token", {}).items():
         yield f"| FLOPs per token, {int(rows):,} rows a call | {flops:,} | {report['flops_per_token_dense'][rows]:,} |"
+    if counted := report.get("counted"):
+        yield f"| bytes of compressed matrices ({counted['note']}) | {counted['bytes']:,} | {counted['dense_bytes']:,} |"
     scores = report.get("evaluation")
     if scores:
         for name in ("perplexity", "bits_per_byte"):

@@ -62,11 +62,12 @@ class Rule(Strict):
     ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
     leaves fewer hidden units, or fewer dimensions per head. Of several structures every site gets the one that loses least at
     its size, by activations only. ``method`` says how they are chosen: by the ``loss`` behind them
-    (:mod:`tenfold.compress.narrow`) or as in ``modegpt`` (:mod:`tenfold.compress.modegpt`).
+    (:mod:`tenfold.compress.narrow`) or as in ``modegpt`` (:mod:`tenfold.compress.modegpt`). ``rocket``, with a ``dense``
+    structure, fills the matrix with the product of a dictionary and sparse coefficients (:mod:`tenfold.baselines.rocket`).
     """
 
     narrow: Literal["mlp", "attention"] | None = None
-    method: Literal["loss", "modegpt"] = "loss"
+    method: Literal["loss", "modegpt", "rocket"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
     layers: list[int] | None = None

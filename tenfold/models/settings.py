@@ -34,9 +34,13 @@ class Calibrate(Strict):
         center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
         skip_first: how many positions at the beginning of every window do not count.
         survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
+        token_weights: ``clipped`` scales the gradient of a token whose norm is not within 0.1 and 10 times the mean to the nearer
+            of both, so that no token decides ``outputs`` alone (KFAC-SVD); ``none`` takes gradients as they are.
         damping: what is added to the diagonal of a moment, as a share of its mean.
+        output_damping: .. of the metric of the outputs; ``damping`` unless given.
         allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
-            ``influence`` larger shares to blocks that change their input more (MoDeGPT).
+            ``influence`` larger shares to blocks that change their input more (MoDeGPT); of :mod:`tenfold.baselines`:
+            ``svd-llm-v2``, ``lems``, and ``knapsack``, the least sum of losses exactly.
         temperature: of ``influence``; the higher, the more equal the shares.
         refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
         refine_rate: its first learning rate, as a share of the root mean square of every tensor.
@@ -54,8 +58,10 @@ class Calibrate(Strict):
     center: bool = True
     skip_first: int = Field(0, ge=0)
     survey: int = Field(32768, ge=1)
+    token_weights: Literal["none", "clipped"] = "none"
     damping: float = Field(0.01, gt=0)
-    allocate: Literal["sensitivity", "uniform", "influence"] = "sensitivity"
+    output_damping: float | None = Field(None, gt=0)
+    allocate: Literal["sensitivity", "uniform", "influence", "svd-llm-v2", "lems", "knapsack"] = "sensitivity"
     temperature: float = Field(0.1, gt=0)
     refine: int = Field(0, ge=0)
     refine_rate: float = Field(3e-5, gt=0)

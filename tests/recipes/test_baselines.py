@@ -12,9 +12,9 @@ import torch
 from toys import build, inputs, logits
 from transformers import AutoModelForCausalLM
 
+from tenfold.api import compress
 from tenfold.compress.allocate import Curve
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.compress import compress
 from tenfold.compress.influence import influence_shares
 from tenfold.compress.journal import Journal
 from tenfold.compress.layers import influences
@@ -32,7 +32,17 @@ from tenfold.models.symmetry import groups_of
 from tenfold.structure import Structure
 from tenfold.structure.kronecker import rearrange
 
-LOW_RANK = ["svd", "asvd", "svd-llm", "svd-llm-update", "fwsvd", "joint-svd", "joint-svd-llm"]
+LOW_RANK = [
+    "svd",
+    "asvd",
+    "svd-llm",
+    "svd-llm-update",
+    "fwsvd",
+    "joint-svd",
+    "joint-svd-llm",
+    "svd-llm-v2",
+    "kfac-svd-lems",
+]
 KRONECKER = ["van-loan", "krony-van-loan", "tqcompressor-keep"]
 SHARED_OUT = [*LOW_RANK, *KRONECKER, "modegpt", "modegpt-uniform"]
 STEPS = dict.fromkeys(KRONECKER, 0.03) | {

@@ -1,0 +1,62 @@
+"""The multiple-choice knapsack: one option for every item, the least sum of losses within a budget.
+
+``minimise sum_i loss_i(k_i)  subject to  sum_i cost_i(k_i) <= budget``, by dynamic programming over what may be spent. Unlike
+the price of :func:`tenfold.compress.allocate.allocate` it reaches options inside the convex hull of a curve, too.
+
+Reference: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tenfold.compress.allocate import Curve, filled
+
+GRID = 50_000  # steps in which the budget is spent
+OPTIONS = 128  # of one item; of more, so many are tried that are evenly spread
+
+
+def knapsack(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+    """Return ``{name: option}`` with the least sum of losses at a cost of at most ``budget``.
+
+    Exact where the costs are whole numbers, no item has more than ``OPTIONS`` options, and at most ``GRID`` is left above the
+    least that all items cost; else costs are rounded up to ``1 / GRID`` of that. What rounding leaves is spent greedily.
+
+    Args:
+        curves: of items whose losses are known; those of one item never rise with its cost.
+        budget: in the unit of the costs.
+
+    Raises:
+        ValueError: the least that all items together can cost is above the budget.
+    """
+    spare = budget - sum(float(curve.costs[0]) for curve in curves)
+    if spare < 0:
+        raise ValueError(f"the items can't be made smaller than {budget - spare:,.0f}, but {budget:,.0f} is to be kept")
+    unit = max(1.0, spare / GRID)
+    room = int(spare / unit)
+    best, picks = (
+        np.zeros(room + 1),
+        [],
+    )  # best[c]: the least loss of the items so far for at most c units above their least
+    for curve in curves:
+        tried = np.unique(np.linspace(0, len(curve.costs) - 1, OPTIONS).round().astype(int))
+        least, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.int32)
+        for k in tried:
+            more = int(np.ceil((curve.costs[k] - curve.costs[0]) / unit - 1e-9))
+            if more > room:
+                break
+            loss = best[: room + 1 - more] + curve.losses[k]
+            better = loss < least[more:]
+            least[more:][better], pick[more:][better] = loss[better], k
+        best = least
+        picks.append(pick)
+    chosen, left = [], room
+    for curve, pick in zip(reversed(curves), reversed(picks), strict=True):
+        k = int(pick[left])
+        chosen.append(k)
+        left -= int(np.ceil((curve.costs[k] - curve.costs[0]) / unit - 1e-9))
+    chosen = filled(curves, chosen[::-1], budget)
+    return {curve.name: curve.options[k] for curve, k in zip(curves, chosen, strict=True)}

@@ -1,0 +1,199 @@
+"""Layer-wise error model search (LEMS): a measured error for every matrix, and an integer program over their ranks.
+
+The error of matrix ``i`` in block ``b`` of ``B`` at rank ``r`` is modelled as
+
+``e_i(r) = m_b  K_i  l_i(r) / l_i(r_0)``, ``m_b = 1 + GAMMA (B - 1 - b) / (B - 1)``
+
+``l_i(r)``: local importance, the sum of the squared singular values beyond ``r`` in the metrics of inputs and outputs;
+``K_i``: global importance, the measured Kullback-Leibler divergence of the model in which this matrix alone has rank
+``r_0 = 0.1 mn / (m + n)``, in nats a token; ``m_b``: propagation, errors of early blocks grow on their way.
+Ranks minimise ``sum_i e_i(r_i)`` within the budget, exactly.
+
+Reference: Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error Model Search, ICML 2026, and its code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tenfold.baselines.knapsack import knapsack
+from tenfold.compress.allocate import Curve
+from tenfold.compress.block import Block
+from tenfold.compress.calibration import Batch
+from tenfold.compress.fold import Fold
+from tenfold.compress.layerwise import Progress, Work, part_of
+from tenfold.compress.shelf import Shelf
+from tenfold.compress.streams import Streams, passing, without_cache
+from tenfold.models.ranks import mine, total_number
+from tenfold.models.settings import Calibrate
+
+GAMMA = 5.0  # in the published configuration, with alpha 0
+REFERENCE = 0.1  # the share of the whole cost at which the divergence is measured
+LEAST = (0.3, 0.1)  # of its cost every matrix keeps, where half or more is kept in all, and where less is
+TOKENS = 8192  # on which divergences are measured
+
+Correction = tuple[Tensor, Tensor | None]
+
+
+def allocate(
+    settings: Calibrate, curves: Sequence[Curve], budget: float, influence: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return ``{name: option}`` with the least sum of modelled errors; no item keeps less than the share ``LEAST``.
+
+    Args:
+        curves: with losses as :func:`measure` leaves them.
+        budget: parameters of all items together.
+    """
+    least = LEAST[0] if budget >= 0.5 * sum(curve.whole for curve in curves) else LEAST[1]
+    depth = propagation([curve.name for curve in curves])
+    open_to = [curve.costs >= min(least * curve.whole, curve.costs[-1]) for curve in curves]
+    if sum(curve.costs[some].min() for curve, some in zip(curves, open_to, strict=True)) > budget:
+        open_to = [curve.costs > 0 for curve in curves]
+    return knapsack([_part(*three) for three in zip(curves, open_to, depth, strict=True)], budget)
+
+
+def _part(curve: Curve, some: np.ndarray, factor: float) -> Curve:
+    """The options ``some`` of ``curve``, their losses times ``factor``."""
+    options = [option for option, stays in zip(curve.options, some, strict=True) if stays]
+    return Curve(curve.name, curve.costs[some], factor * curve.losses[some], options)
+
+
+def propagation(names: Sequence[str]) -> list[float]:
+    """Return ``m_b`` for items by their paths, whose first number is that of the block."""
+    blocks = [int(number[0]) if (number := re.search(r"\d+", name)) else 0 for name in names]
+    last = max(blocks)
+    return [1 + GAMMA * (last - block) / max(1, last) for block in blocks]
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    works: list[Work],
+    batches: list[Batch],
+    settings: Calibrate,
+    weights: Any,
+    journal: Any,
+    folder: Path | None,
+    curves: list[Curve],
+    progress: Progress,
+) -> None:
+    """Scale the losses of every curve, in place, so that at ``REFERENCE`` they are what was measured there.
+
+    A block is gone through once for every matrix in it and every block before it; the weights of one block are needed at a
+    time. Divergences are means over about ``TOKENS`` tokens.
+
+    Raises:
+        ValueError: a rule does more than fold matrices one by one, or the model returns no logits.
+    """
+    some, steps = mine(part_of(batches, settings.survey)), journal.survey
+    shelf = Shelf(folder and folder / "measured")
+    with weights.outside():
+        streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
+    still, open_ones = settings.model_copy(update={"refit": False}), {c.name: c for c in curves if c.settled is None}
+    for number, work in enumerate(progress(works)):
+
+        def one(number: int, work: Work) -> dict[str, float]:
+            with weights.at(work.path):
+                block = Block(model, work.path, work.sites, streams, number, still, journal.matters(number), None)
+                truncated = _truncated(work, block, open_ones)
+                ways = [{}, *({path: correction} for path, correction in truncated.items())]
+                count = _enough(streams)
+                states = [
+                    [_through(streams, number, streams.states(k)[0], k, way) for way in ways] for k in range(count)
+                ]
+            for later in range(number + 1, len(works)):
+                with weights.at(works[later].path):
+                    states = [[_through(streams, later, x, k, {}) for x in row] for k, row in enumerate(states)]
+            with weights.outside():
+                return dict(zip(truncated, _divergences(streams, states), strict=True))
+
+        for path, divergence in steps.once(f"measured-{number}", partial(one, number, work)).items():
+            _scale(open_ones[path], divergence)
+        with weights.at(work.path):
+            streams.advance(number)
+
+
+def _enough(streams: Streams) -> int:
+    """How many of its batches hold ``TOKENS`` tokens."""
+    counts = np.cumsum([int(kept.sum()) for kept in streams.kept])
+    return min(len(counts), int(np.searchsorted(counts, TOKENS)) + 1)
+
+
+def _at_reference(curve: Curve) -> int:
+    return max(0, int(np.searchsorted(curve.costs, REFERENCE * curve.whole, side="right")) - 1)
+
+
+def _scale(curve: Curve, divergence: float) -> None:
+    loss = float(curve.losses[_at_reference(curve)])
+    if loss > 0:
+        curve.losses = curve.losses * (divergence / loss)
+
+
+def _truncated(work: Work, block: Block, curves: dict[str, Curve]) -> dict[str, Correction]:
+    """``{path: (What - W, change of the bias)}`` at the reference of every item of the block that is not settled."""
+    found = {}
+    for action in work.actions:
+        if not isinstance(action, Fold):
+            raise ValueError(
+                f"allocate lems measures matrices that are folded one by one, and {action.sites[0].path} is not; give it a plain "
+                "rule, or another allocation"
+            )
+        curve = curves.get(action.site.path)
+        if curve is not None:
+            structure = curve.options[_at_reference(curve)]
+            near = block.weight(curve.name) if structure is None else structure.dense(action.factors(block, structure))
+            bias, new = block.bias(curve.name), block.new_bias(curve.name, near)
+            found[curve.name] = near - block.weight(curve.name), None if bias is None else new - bias
+    return found
+
+
+def _through(streams: Streams, number: int, states: Tensor, batch: int, way: dict[str, Correction]) -> Tensor:
+    """``states`` behind block ``number`` where the matrices of the sites in ``way`` are corrected."""
+
+    def hook(module: nn.Module, arguments: tuple, out: Tensor, path: str) -> Tensor:
+        matrix, bias = way[path]
+        change = arguments[0] @ matrix.T.to(arguments[0])
+        return out + change if bias is None else out + change + bias.to(change)
+
+    handles = [streams.model.get_submodule(p).register_forward_hook(partial(hook, path=p)) for p in way]
+    try:
+        return streams.run(number, streams.blocks[number], states, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _divergences(streams: Streams, states: list[list[Tensor]]) -> list[float]:
+    """``KL(first || other)`` in nats a token for all but the first of every row of ``states``, behind the last block."""
+    sums, tokens = torch.zeros(len(states[0]) - 1, dtype=torch.float64), 0
+    for k, row in enumerate(states):
+        kept = streams.kept[k].reshape(streams.batches[k]["attention_mask"].shape)
+        for sample in range(len(row[0])):  # one at a time: logits are large
+            given = {name: value[sample : sample + 1].to(streams.device) for name, value in streams.batches[k].items()}
+            at = kept[sample].to(streams.device)
+            first = _log_probabilities(streams, row[0][sample : sample + 1], given, at)
+            for number, other in enumerate(row[1:]):
+                log = _log_probabilities(streams, other[sample : sample + 1], given, at)
+                sums[number] += float((first.exp() * (first - log)).sum())
+            tokens += int(at.sum())
+    return [total_number(float(value)) / max(1, total_number(tokens)) for value in sums]
+
+
+def _log_probabilities(streams: Streams, states: Tensor, given: Batch, at: Tensor) -> Tensor:
+    """``(tokens, vocabulary)`` at the tokens ``at`` of one sample, from what the last block returns."""
+    with passing(streams.blocks, streams.form, states):
+        logits = getattr(streams.model(**given, **without_cache(streams.model)), "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"allocate lems measures how predictions change, and {type(streams.model).__name__} makes none; load the model with "
+            "its head, or take another allocation"
+        )
+    return logits[0][at].float().log_softmax(-1)
