@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: no test may need the network
@@ -26,3 +27,10 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and spins 
 def seeded():
     """The same random numbers for a test, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def calibration_in_float32(monkeypatch):
+    """Laws are held to more digits than bfloat16 has; a test that is about it says so."""
+    streams = import_module("tenfold.compress.streams")
+    monkeypatch.setattr(streams, "in_bfloat16", lambda precision, device: precision == "bfloat16")

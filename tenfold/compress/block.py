@@ -195,25 +195,26 @@ class Block:
         share = self.settings.output_damping or self.settings.damping
         return with_ridge(known, share * float(known.diagonal().mean().clamp_min(1e-12)))
 
-    def cost(
-        self,
-        path: str,
-        error: Tensor,
-        shift: Tensor | None = None,
-        rows: Tensor | None = None,
-        columns: Tensor | None = None,
-    ) -> float:
+    def cost(self, path: str, error: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> float:
         """Return what an error of a site costs in nats a token, by the evidence; see :func:`fisher_loss`.
+
+        A bias that takes up means takes up that of the error.
 
         Args:
             error: ``(out, in)``, or of the ``rows`` and ``columns`` only, all others being none.
-            shift: of the bias, likewise.
         """
         pairs = [
             (z if columns is None else z[:, columns], g if rows is None else g[:, rows])
             for z, g in self.evidence.get(path, ())
         ]
-        return fisher_loss(pairs, error, shift, sum(int(kept.sum()) for kept in self.streams.kept))
+        mean = self.moments(path).mean
+        shift = -error @ (mean if columns is None else mean[columns]) if self.centres(path) else None
+        return fisher_loss(pairs, error, shift, self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the text this process reads."""
+        return sum(int(kept.sum()) for kept in self.streams.kept)
 
     def new_bias(self, path: str, near: Tensor) -> Tensor | None:
         """The bias that makes the mean of the outputs right when the matrix is ``near``."""

@@ -14,12 +14,13 @@ Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from tenfold.models.ranks import total_number
+from tenfold.models.ranks import total, total_number
 
 Evidence = dict[
     str, list[tuple[Tensor, Tensor]]
@@ -33,12 +34,41 @@ def fisher_loss(pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor
         pairs: ``(inputs (n, in), gradients (n, out))`` of every batch of this process; all processes add up.
         tokens: how many tokens its batches have; an expert gets some of them.
     """
-    squares = 0.0
+    squares, held = 0.0, error
     for inputs, gradients in pairs:
-        wrong = inputs.float() @ error.T.float()
-        wrong = wrong if shift is None else wrong + shift.float()
-        squares += float((wrong * gradients).sum()) ** 2
+        held = held.to(inputs)
+        wrong = inputs @ held.T
+        wrong = wrong if shift is None else wrong + shift.to(wrong)
+        squares += float((wrong.float() * gradients.float()).sum()) ** 2
     return total_number(squares) / max(1.0, total_number(tokens)) / 2
+
+
+def held_out_loss(
+    pairs: list[tuple[Tensor, Tensor]], fit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], tokens: int
+) -> float:
+    """Return what the errors cost that ``fit`` leaves from one half of the batches, judged by the other half; both ways round.
+
+    Args:
+        fit: makes an error and a shift from the second moment ``(in, in)`` and the mean ``(in,)`` of inputs.
+    """
+    losses = []
+    for known, judged in ((pairs[::2], pairs[1::2]), (pairs[1::2], pairs[::2])):
+        seen = max(1.0, total_number(sum(len(inputs) for inputs, _ in known)))
+        floats = [inputs.float() for inputs, _ in known]
+        width = pairs[0][0].shape[1]
+        second = total(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
+        mean = total(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
+        losses.append(fisher_loss(judged, *fit(second.double(), mean.double()), tokens * len(judged) // len(pairs)))
+    return sum(losses) / 2
+
+
+def expected_loss(inside: float, outside: float) -> float:
+    """Return what a fit costs on text that it has not seen, once it has seen much of it.
+
+    Least squares of ``p`` values over ``n`` tokens costs about ``a (1 - p/n)`` on these, and ``a (1 + p/n)`` on others. With
+    ``inside`` of all tokens, and ``outside`` of a half judged by the other one, ``a = (2 inside + outside) / 3``.
+    """
+    return (2 * inside + outside) / 3
 
 
 def corrected(losses: np.ndarray, measured: Mapping[int, float]) -> np.ndarray:

@@ -236,8 +236,9 @@ def survey(
 
     def backward(number: int, work: Work) -> tuple[list[dict], list[str]]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
+        evident = {path for action in work.actions for path in getattr(action, "evident", ())}
         with weights.at(work.path):
-            seen = look.backward(number, work.path, stages[number], weighed if gradients else None)
+            seen = look.backward(number, work.path, stages[number], weighed if gradients else None, evident)
             with torch.no_grad():
                 given = (seen.matters, None, seen.moments, seen.evidence)
                 block = Block(model, work.path, work.sites, streams, number, still, *given)

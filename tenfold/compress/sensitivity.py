@@ -107,19 +107,23 @@ class Survey:
             ends, by = _gradient(self.streams.model(**given), given["attention_mask"].bool().cpu(), generator)
             return torch.autograd.grad(ends, leaf, by)[0]
 
-    def backward(self, number: int, path: str, stages: list[list[str]], weighed: set[str] | None) -> Seen:
+    def backward(
+        self, number: int, path: str, stages: list[list[str]], weighed: set[str] | None, evident: set[str] = frozenset()
+    ) -> Seen:
         """Through block ``number``, which is ``path``; :meth:`leave` it then.
 
         Args:
             stages: its sites; those that read the same together.
             weighed: for which of them ``G`` is wanted; None: there is no gradient.
+            evident: for which of these the gradients themselves are wanted.
         """
         streams, block, gradients = self.streams, self.streams.blocks[number], weighed is not None
         weighed = weighed or set()
         sums: dict[str, Sums] = {}
         found: dict[str, Tensor] = {}
-        evidence: Evidence = {}
-        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, evidence, self.clip)
+        kind = torch.bfloat16 if streams.bfloat16 else torch.float32
+        evidence: Evidence = {path: [] for path in evident if gradients}
+        hooks = _Hooks(streams.model, [stage[0] for stage in stages], weighed, sums, found, evidence, self.clip, kind)
         for k in range(len(streams.batches)):
             states = streams.shelf.get(f"before-{number}-{k}").to(streams.device).requires_grad_(gradients)
             with torch.set_grad_enabled(gradients), hooks.on(streams.kept[k]):
@@ -214,6 +218,7 @@ class _Hooks:
     found: dict[str, Tensor]
     evidence: Evidence
     clip: bool = False
+    kind: torch.dtype = torch.float32  # of the evidence
 
     @contextmanager
     def on(self, kept: Tensor) -> Iterator[None]:
@@ -234,6 +239,7 @@ class _Hooks:
         return hook
 
     def _add(self, path: str, inputs: Tensor, rows: Tensor) -> None:
-        self.evidence.setdefault(path, []).append((inputs.bfloat16(), rows))
+        if path in self.evidence:
+            self.evidence[path].append((inputs.to(self.kind), rows.to(self.kind)))
         rows = clipped(rows) if self.clip else rows
         self.found[path] = self.found.get(path, 0) + (rows.T @ rows).cpu().double()

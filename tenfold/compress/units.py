@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, with_ridge
-from tenfold.compress.evidence import corrected
+from tenfold.compress.evidence import corrected, expected_loss, fisher_loss, held_out_loss
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units, least_units
 from tenfold.models.heads import Heads
 from tenfold.models.ranks import total, total_number
@@ -39,7 +39,7 @@ class Queries:
     basis: Basis | None = None
 
 
-LARGE = 2048  # hidden units; more are chosen in single precision, which takes half the memory and half the time
+LARGE = 1024  # hidden units; more are chosen in single precision, which takes half the memory and half the time
 ALIGNED = 8  # hidden units of a large MLP come in multiples of this: kernels for half precision want it
 
 
@@ -103,7 +103,7 @@ class NarrowMlp:
         self.into = [site for site in self.sites if site.role != "mlp.out"]
         (self.out,) = [site for site in self.sites if site.role == "mlp.out"]
         self.name = self.out.path
-        self.weighed = [self.out.path]
+        self.weighed = self.evident = [self.out.path]
 
     @property
     def unit(self) -> int:
@@ -128,8 +128,16 @@ class NarrowMlp:
     def _cost(self, block: Block, kept: list[int]) -> float:
         """What it costs when only the units ``kept`` stay, and make up for the others."""
         weight, at = block.weight(self.name), torch.tensor(sorted(kept))
-        near, _ = _restricted(block, self.name, at, weight)
-        return block.cost(self.name, weight.index_add(1, at, near, alpha=-1))
+
+        def left(second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+            free = block.centres(self.name)
+            second = second - torch.outer(mean, mean) if free else second
+            error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
+            return error, -error @ mean if free else None
+
+        inside = block.cost(self.name, left(block.moments(self.name).second, block.moments(self.name).mean)[0])
+        pairs = block.evidence[self.name]
+        return inside if len(pairs) < 2 else expected_loss(inside, held_out_loss(pairs, left, block.tokens))
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:
@@ -171,10 +179,15 @@ def _restricted(
     second, goal = block.second(path), block.crossed(path)
     if turn is not None:
         second, goal = turn @ second @ turn.T, goal @ turn.T
-    share = block.damping(second) / 10
-    near = solve_symmetric(with_ridge(second[kept][:, kept], share), goal[:, kept] + share * before[:, kept])
+    near = _on(second, goal, kept, before, block.damping(second))
     whole = torch.zeros_like(before).index_copy(1, kept, near)
     return near, block.new_bias(path, whole if turn is None else whole @ turn)
+
+
+def _on(second: Tensor, goal: Tensor, kept: Tensor, before: Tensor, damping: float) -> Tensor:
+    """``(out, kept)``: least squares on the inputs ``kept``, a little damped towards ``before``."""
+    share = damping / 10
+    return solve_symmetric(with_ridge(second[kept][:, kept], share), goal[:, kept] + share * before[:, kept])
 
 
 def _shorten(block: Block, site: Site, kept: Tensor) -> None:
@@ -203,7 +216,7 @@ class NarrowHeads:
         self.into = {which: by_role["attn.qkv" if self.fused else f"attn.{which}"] for which in "qkv"}
         self.distinct = list({site.path: site for site in self.into.values()}.values())
         self.units = self.heads.units() if self.heads.freedom == "pairs" else [[i] for i in range(self.heads.size)]
-        self.weighed = [self.out.path, self.into["q"].path]
+        self.weighed = self.evident = [self.out.path, self.into["q"].path]
 
     def members(self, group: int) -> range:
         """The query heads that group ``group`` of keys and values serves."""
@@ -236,7 +249,9 @@ class NarrowHeads:
             units, basis = self._in_order(found), found.basis
             block.orders[name] = torch.tensor(found.order) if basis is None else torch.stack([basis.there, basis.back])
             some = _some(len(units)) if block.evidence else []
-            costs = {k: self._cost_of_queries(block, group, [i for unit in units[k:] for i in unit], basis) for k in some}
+            costs = {
+                k: self._cost_of_queries(block, group, [i for unit in units[k:] for i in unit], basis) for k in some
+            }
             sizes = np.cumsum([len(unit) for unit in units])
             maps, options = (1 + self.heads.each) * sizes, np.arange(1, len(sizes) + 1).tolist()
             curves.append(Curve(name, price * sizes, corrected(_whole(found.losses), costs)[1:], options, indices=maps))
@@ -254,9 +269,11 @@ class NarrowHeads:
         weight, bias = block.weight(path), block.bias(path)
         rest = torch.zeros(size, size).to(weight).index_fill_(0, torch.tensor(gone), 1.0) * torch.eye(size).to(weight)
         rest = rest if basis is None else basis.back @ rest @ basis.there
-        at = [self.rows("q", head) for head in self.members(group)]
-        shift = None if bias is None else torch.cat([rest @ bias[some] for some in at])
-        return block.cost(path, torch.cat([rest @ weight[some] for some in at]), shift, rows=torch.cat(at))
+        at = torch.cat([self.rows("q", head) for head in self.members(group)])
+        error = torch.block_diag(*[rest] * self.heads.each) @ weight[at]
+        pairs = [(inputs, gradients[:, at]) for inputs, gradients in block.evidence[path]]
+        shift = None if bias is None else torch.block_diag(*[rest] * self.heads.each) @ bias[at]
+        return fisher_loss(pairs, error, shift, block.tokens)
 
     def query_products(self, block: Block, group: int) -> Tensor:
         """The second moment ``(units, units)`` over tokens of ``g q``, summed over the dimensions of a unit.
@@ -268,7 +285,7 @@ class NarrowHeads:
         at = torch.stack([self.rows("q", head) for head in self.members(group)])
         for inputs, gradients in block.evidence[path]:
             queries = inputs.float() @ weight[at.flatten()].T + (0 if bias is None else bias[at.flatten()].float())
-            products = (queries * gradients[:, at.flatten()]).unflatten(1, at.shape).sum(1)
+            products = (queries * gradients[:, at.flatten()].float()).unflatten(1, at.shape).sum(1)
             each = torch.stack([products[:, unit].sum(1) for unit in self.units], 1).double()
             second, tokens = second + each.T @ each, tokens + len(each)
         assert isinstance(second, Tensor)

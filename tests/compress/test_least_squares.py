@@ -24,10 +24,25 @@ def compressed(name: str, rules: list[dict], keep: float | None = None, **settin
     return model, compress(copy.deepcopy(model), recipe, text=words)[0], words
 
 
-def both(before, after, words, sites):
-    """Of every site: what it made, what it gets now and what it makes now."""
+def both(before, after, words, sites, share: float = 1.0):
+    """Of every site: what it is to make, what it gets now and what it makes now.
+
+    It is to make what it made, a ``share`` of it, and what its own matrix would make of what it gets now.
+    """
     wanted, found = (watched(model, words, [site.path for site in sites]) for model in (before, after))
-    return [(site, wanted[site.path][1], *found[site.path]) for site in sites]
+
+    def local(site) -> np.ndarray:
+        return own(before, site, found[site.path][0]) if share < 1 else 0
+
+    return [(site, share * wanted[site.path][1] + (1 - share) * local(site), *found[site.path]) for site in sites]
+
+
+def own(model, site, inputs: np.ndarray) -> np.ndarray:
+    """What the matrix and the bias of a site of ``model`` make of ``inputs (n, in)``."""
+    module = model.get_submodule(site.path)
+    weight = module.weight.detach().double().numpy()
+    bias = 0 if module.bias is None else module.bias.detach().double().numpy()
+    return inputs @ (weight if type(module).__name__ == "Conv1D" else weight.T) + bias
 
 
 def sites_of(model, *roles: str):
@@ -53,11 +68,13 @@ def low_rank(*roles: str) -> dict:
 
 
 @pytest.mark.parametrize("roles", [(*INTO, "attn.out"), ("attn.out", "mlp.out")], ids=["into", "out"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize(("name", "center"), [(name, True) for name in MODELS] + [("gpt2", False), ("phi", False)])
-def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center, roles):
+def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center, roles, share):
     present = {site.role for site in sites_of(toys.build(name), *roles)}
-    before, after, words = compressed(name, [low_rank(*present)], outputs="none", center=center)
-    for site, wanted, inputs, made in both(before, after, words, sites_of(before, *present)):
+    settings = {"outputs": "none", "center": center, "original_share": share}
+    before, after, words = compressed(name, [low_rank(*present)], **settings)
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, *present), share):
         bias = before.get_submodule(site.path).bias.detach().double().numpy() if site.bias else 0
         free = center and site.bias
         best = regression(inputs, wanted if free else wanted - bias, 6, free) + (0 if free else bias)
@@ -81,20 +98,42 @@ def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_reads_narrowed_units_makes_up_for_the_others(name):
     """Units and heads that stay are read so that the original output is met best; nothing else could be made of them."""
-    before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6)
+    before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6, original_share=1)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.out", "attn.out")):
         best = regression(inputs, wanted, site.shape[0], site.bias)
         assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_units_that_stay_are_as_near_to_the_original_as_can_be(name):
-    before, after, words = compressed(name, [{"narrow": "mlp"}], 0.6)
-    for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.in", "mlp.gate")):
-        least = errors(wanted, regression(inputs, wanted, site.shape[0], site.bias))
-        found = [np.argmin(errors(wanted, made[:, [unit]])) for unit in range(made.shape[1])]  # which one it was
-        assert len(set(found)) == made.shape[1] < site.shape[0]
-        assert (errors(wanted[:, found], made) <= least[found] * 1.03 + 1e-9).all()
+def test_heads_that_lost_dimensions_answer_to_what_they_made_of_the_same_states(name):
+    """In the first block both streams get the same, so that what the original makes is what is to be made."""
+    before, after, words = compressed(name, [{"narrow": "attention", "layers": [0]}], 0.6)
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, "attn.out")[:1]):
+        best = regression(inputs, wanted, site.shape[0], site.bias)
+        assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow"), [(name, "mlp") for name in MODELS] + [("qwen3", "attention"), ("gemma3_text", "attention")]
+)
+def test_without_refit_what_stays_makes_up_for_the_others_in_whichever_basis(name, narrow):
+    """Where queries and keys stay, values in another basis are all that changes: the output matrix has to follow it."""
+    before, after, words = compressed(name, [{"narrow": narrow, "layers": [0]}], 0.6, refit=False)
+    role = "mlp.out" if narrow == "mlp" else "attn.out"
+    for site, wanted, inputs, made in both(before, after, words, sites_of(before, role)[:1]):
+        best = regression(inputs, wanted, site.shape[0], site.bias)
+        assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_units_that_stay_are_those_of_the_original(name):
+    before, after, _words = compressed(name, [{"narrow": "mlp"}], 0.6)
+    for site in sites_of(before, "mlp.in", "mlp.gate"):
+        left = after.get_submodule(site.path).dense().detach().double()
+        whole = own(before, site, np.eye(site.shape[1])) - own(before, site, np.zeros((1, site.shape[1])))
+        found = [int(np.argmin(((whole.T - row) ** 2).sum(1))) for row in left.numpy()]
+        assert len(set(found)) == len(left) < site.shape[0]
+        np.testing.assert_allclose(whole.T[found], left.numpy(), atol=1e-6)
 
 
 def test_every_metric_of_the_outputs_is_served_best_by_its_own_fit(known_draws):

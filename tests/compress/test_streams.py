@@ -1,6 +1,7 @@
 """Both streams against plain runs of the whole model, seen by hooks."""
 
 import copy
+from itertools import cycle
 from unittest.mock import patch
 
 import numpy as np
@@ -51,16 +52,19 @@ def same(found: torch.Tensor, wanted: np.ndarray) -> None:
 
 @each
 def test_moments_are_those_of_a_plain_run(name):
-    """Of the original model, of the changed one and across both, while one block after the other changes."""
+    """Of the changed model, and across it, the original one and the original block on its states, in any mixture."""
     model, words, streams, blocks = given(name)
     before = copy.deepcopy(model)
     for number, (path, sites) in enumerate(blocks.items()):
         block, original = model.get_submodule(path), twin(model.get_submodule(path))
         change(model, sites[number])
-        runs = [watched(one, words, [site.path for site in sites]) for one in (before, model)]
-        for site in sites:
-            x, z = (run[site.path][0] for run in runs)
-            found = streams.moments(number, block, original, site.path.removeprefix(f"{path}."))
+        mixed = copy.deepcopy(model)
+        mixed.set_submodule(path, copy.deepcopy(original))
+        runs = [watched(one, words, [site.path for site in sites]) for one in (before, mixed, model)]
+        for site, share, local in zip(sites, cycle([0.0, 0.3, 1.0]), cycle([None, original]), strict=False):
+            x, y, z = (run[site.path][0] for run in runs)
+            x = share * x + (1 - share) * (z if local is None else y)
+            found = streams.moments(number, block, site.path.removeprefix(f"{path}."), local, original, share)
             same(found.second, mean(z, z))
             same(found.cross, mean(x, z))
             same(found.mean, z.mean(0))
@@ -75,10 +79,34 @@ def test_without_an_original_block_there_is_one_stream(name):
     model, words, streams, blocks = given(name)
     for number, (path, sites) in enumerate(blocks.items()):
         x, _ = seen(model, words, sites[-1].path)
-        found = streams.moments(number, model.get_submodule(path), None, sites[-1].path.removeprefix(f"{path}."))
+        found = streams.moments(number, model.get_submodule(path), sites[-1].path.removeprefix(f"{path}."))
         same(found.second, mean(x, x))
         same(found.cross, mean(x, x))
         streams.advance(number)
+
+
+def test_the_other_stream_may_go_through_the_original_blocks(name="llama"):
+    model, words, streams, blocks = given(name)
+    before = copy.deepcopy(model)
+    for number, (path, sites) in enumerate(blocks.items()):
+        original = twin(model.get_submodule(path))
+        change(model, sites[0])
+        x, _ = seen(before, words, sites[0].path)
+        found = streams.moments(number, original, sites[0].path.removeprefix(f"{path}."))
+        same(found.second, mean(x, x))
+        streams.advance(number, now=original)
+
+
+def test_bfloat16_is_near(name="llama"):
+    model, words, _, blocks = given(name)
+    path, sites = next(iter(blocks.items()))
+    inner = sites[-1].path.removeprefix(f"{path}.")
+    found = [
+        Streams(model, list(blocks), words.batches, precision=kind).moments(0, model.get_submodule(path), inner).second
+        for kind in ("float32", "bfloat16")
+    ]
+    apart = float((found[0] - found[1]).norm() / found[0].norm())
+    assert 0 < apart < 0.02
 
 
 FUSED = [["attn.qkv"], ["attn.out"], ["mlp.in"], ["mlp.out"]]
