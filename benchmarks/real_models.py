@@ -43,26 +43,21 @@ CALIBRATION = 6_000_000  # characters of the corpus
 
 @dataclass(frozen=True)
 class Contender:
-    """A row: a recipe of the package, with further options of the command, or another script.
-
-    Args:
-        published: a figure of its paper, where there is one.
-    """
+    """A recipe of the package, with further options of the command, or another script."""
 
     name: str
     options: tuple[str, ...] = ()
     script: str = ""
-    published: str = ""
 
 
 CONTENDERS = [
     Contender("recommended"),
     Contender("script", script="narrow_script.py"),
-    Contender("svd-llm", published="14.8 of 6.14 (Llama-3-8B at 80 %, as LEMS quotes it)"),
+    Contender("svd-llm"),
     Contender("svd-llm-v2"),
-    Contender("kfac-svd-lems", published="8.16 of 6.14 (Llama-3-8B at 80 %)"),
-    Contender("rocket", published="18 of 11.6 per word (Llama-3.2-1B at 80 %)"),
-    Contender("modegpt", published="9.01 of 6.24 (Llama-3-8B at 80 %)"),
+    Contender("kfac-svd-lems"),
+    Contender("rocket"),
+    Contender("modegpt"),
     Contender("slicegpt"),
     Contender("drop-layers"),
     Contender("drop-layers-perplexity"),
@@ -155,7 +150,7 @@ def run_all(given: argparse.Namespace) -> None:
         except Failed as reason:
             row = {key: row[key] for key in ("made", "scores") if key in row} | {"failed": str(reason)}
             print(f"  failed: {reason}", flush=True)
-        row = {"contender": contender.name, "keep": keep, "published": contender.published} | row | {"inputs": inputs}
+        row = {"contender": contender.name, "keep": keep} | row | {"inputs": inputs}
         row["versions"] = {one: version(one) for one in ("tenfold", "torch", "transformers")}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row, indent=1) + "\n")

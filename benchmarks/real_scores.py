@@ -153,8 +153,12 @@ def score(asked: dict) -> dict:
     return found | {"machine": about}
 
 
+def main(question: str, answer: str) -> None:
+    Path(answer).write_text(json.dumps(score(json.loads(Path(question).read_text()))))
+
+
 if __name__ == "__main__":
     try:
-        Path(sys.argv[2]).write_text(json.dumps(score(json.loads(Path(sys.argv[1]).read_text()))))
+        main(*sys.argv[1:])
     except (OSError, ValueError, ImportError) as reason:
         sys.exit(f"real_scores: {' '.join(str(reason).split())}")
