@@ -126,6 +126,8 @@ def run_all(given: argparse.Namespace) -> None:
         "protocol": PROTOCOL, "texts": {key: digest(file) for key, file in texts.items()}, "window": WINDOW,
         "windows": given.windows, "lambada": lambada and digest(lambada), "passages": given.passages, "dtype": given.dtype,
     }  # fmt: skip
+    stamp = hashlib.sha256(json.dumps([same["model"], scored, given.device]).encode()).hexdigest()[:16]
+    asked["states"] = str(given.work / f"states-{stamp}.safetensors")
     parts = ["size", "texts"] + ["lambada"] * (lambada is not None) + ["full"] * given.full
     rows = [(Contender("dense"), 1.0)] + [(one, keep) for keep in given.keep for one in chosen(given.contenders)]
     for contender, keep in rows:
@@ -305,7 +307,7 @@ def make(given, contender: Contender, keep: float, model: Path, folder: Path, ca
     done = run(command, folder.with_name(f"{folder.name}.log"))
     shown = {str(model): "MODEL", str(folder): "DIR", str(calibration): "TEXT"}
     made = {"command": " ".join(shown.get(word, word) for word in about)} | {
-        key: done[key] for key in ("seconds", "mb")
+        key: done[key] for key in ("seconds", "cpu_seconds", "mb")
     }
     note.write_text(json.dumps({"made": made, "inputs": inputs}, indent=1) + "\n")
     return made
@@ -320,7 +322,7 @@ def score(asked: dict, work: Path) -> dict:
 
 
 def run(command: list[str], log: Path) -> dict:
-    """Return seconds, peak memory in MB and the output of a process; what it says on standard error goes to ``log``.
+    """Return seconds, those of processors, peak memory in MB and the output of a process; its standard error goes to ``log``.
 
     Raises:
         Failed: with the last line that it wrote there.
@@ -333,7 +335,12 @@ def run(command: list[str], log: Path) -> dict:
     if status:
         last = ([text for text in log.read_text().splitlines() if text.strip()] or [f"no word, status {status}"])[-1]
         raise Failed(f"killed by signal {status}; {last}" if os.WIFSIGNALED(status) else last.strip())
-    return {"seconds": round(time.perf_counter() - begun, 1), "mb": round(usage.ru_maxrss / 1024), "output": output}
+    return {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "mb": round(usage.ru_maxrss / 1024),
+        "output": output,
+    }
 
 
 def line(scores: dict) -> str:

@@ -3,7 +3,8 @@
     python benchmarks/real_scores.py ASKED.json SCORES.json
 
 ASKED.json: ``model`` and ``original`` (folders), ``texts`` ({name: JSON lines}), ``window``, ``windows``, ``lambada`` (JSON
-lines), ``passages``, ``device``, ``dtype``, and ``parts``: ``size``, ``texts``, ``lambada``, ``full``, or some of them.
+lines), ``passages``, ``states`` (a file for those of the original), ``device``, ``dtype``, and ``parts``: ``size``, ``texts``,
+``lambada``, ``full``, or some of them.
 """
 
 import json
@@ -11,9 +12,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tenfold import api
@@ -37,16 +40,16 @@ def read_windows(file: str, model, tokenizer, window: int, count: int) -> Tensor
 
 
 @torch.no_grad()
-def score_windows(model, windows: Tensor, original: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+def score_windows(model, windows: Tensor, original: Callable[[int, Tensor], Tensor] | None = None) -> dict:
     """Return the perplexity per token on ``windows`` and, beside an original, the mean KL(original || model) per token.
 
     Args:
-        original: returns its logits, ``(window, vocabulary)``, for ``(1, window)`` tokens.
+        original: returns its logits, ``(window, vocabulary)``, for the number of a window and its tokens, ``(1, window)``.
     """
     nats, divergence, device = 0.0, 0.0, next(model.parameters()).device
-    for ids in windows.to(device):
+    for number, ids in enumerate(windows.to(device)):
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        theirs = None if original is None else original(ids[None])[:-1]
+        theirs = None if original is None else original(number, ids[None])[:-1]
         for begin in range(0, len(logits), ROWS):
             part = slice(begin, begin + ROWS)
             ours = logits[part].float().log_softmax(-1)
@@ -87,6 +90,37 @@ def score_last_words(model, tokenizer, passages: Sequence[str], batch: int = 16)
     return {"accuracy": right / len(rows), "perplexity": math.exp(nats / len(rows)), "passages": len(rows)}
 
 
+class Original:
+    """The original's logits; what its head reads is kept in a file, so that the rows that come later run its head alone.
+
+    Nothing is kept of a model that does more to the logits than its head.
+    """
+
+    def __init__(self, model, file: str):
+        self.model, self.file, self.new = model, Path(file), dict[str, Tensor]()
+        self.head = model.get_output_embeddings()
+        self.stored = load_file(self.file) if self.file.is_file() else {}
+
+    @torch.no_grad()
+    def __call__(self, text: str, number: int, ids: Tensor) -> Tensor:
+        key, read = f"{text}.{number}", list[Tensor]()
+        if key in self.stored:
+            return self.head(self.stored[key].to(ids.device))[0]
+        hook = self.head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        hook.remove()
+        if len(read) == 1 and torch.equal(self.head(read[0]), logits):
+            self.new[key] = read[0].cpu().clone()
+        return logits[0]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.new:
+            unfinished = self.file.with_suffix(".new")
+            save_file(self.stored | self.new, unfinished)
+            unfinished.replace(self.file)
+
+
 def measure_size(model, folder: str) -> dict:
     """Return parameters with and without embeddings, bytes of the saved weights, FLOPs per token at 1,024 rows a call."""
     priced = api.price(model)
@@ -103,18 +137,14 @@ def measure_size(model, folder: str) -> dict:
 
 def score_texts(model, tokenizer, asked: dict, device: str, dtype: str) -> dict:
     """Return the scores on every text, and the mean of their divergences."""
-    original = None
+    found, original = {}, None
     if asked["original"] != asked["model"]:
-        dense = api.load(asked["original"], device, dtype)[0]
-
-        def original(ids: Tensor) -> Tensor:
-            return dense(input_ids=ids, use_cache=False).logits[0]
-
-    found = {}
+        original = Original(api.load(asked["original"], device, dtype)[0], asked["states"])
     for name, file in asked["texts"].items():
         windows = read_windows(file, model, tokenizer, asked["window"], asked["windows"])
-        found[name] = score_windows(model, windows, original)
+        found[name] = score_windows(model, windows, original and partial(original, name))
     if original is not None:
+        original.save()
         found["kl"] = sum(scores["kl"] for scores in found.values()) / len(found)
     return found
 
