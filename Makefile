@@ -1,6 +1,7 @@
 # make demo [QUICK=1]   the main job on the small model that ships with the repository
 # make test             linter and tests
-# Both set up .venv first: torch's CPU build where there is no accelerator, everything else as in constraints.txt.
+# make real DATA=FOLDER every method on a real model, see docs/real-models.md (hours; goes on where it was)
+# All set up .venv first: torch's CPU build where there is no accelerator, everything else as in constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test lint types
+.PHONY: setup demo test real lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -34,5 +35,11 @@ types: setup
 
 # the shapes that signatures promise are checked at run time, but where torch.compile traces
 test: lint
-	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
+	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced and not real' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
 	$(BIN)/python -m pytest -n logical -m traced
+
+real: setup
+	@test -n "$(DATA)" || { echo "give the folder with the texts: make real DATA=FOLDER (docs/real-models.md says what is in it)"; exit 2; }
+	@$(PIP) -c constraints.txt -e '.[real]'
+	$(BIN)/python benchmarks/real_models.py --data $(DATA) $(REAL)
+	$(BIN)/python benchmarks/real_table.py

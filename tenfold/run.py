@@ -27,6 +27,7 @@ from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
 from tenfold.models.files import of_model, opened, read_json, stamps, write_json
+from tenfold.models.gguf import is_gguf
 from tenfold.models.healing import Heal
 from tenfold.models.lazy import INDEX, Lazy, open_lazy, weight_files
 from tenfold.models.ranks import is_first, wait
@@ -263,7 +264,9 @@ def _fingerprint(lazy: Lazy, recipe: Recipe, text: Calibration) -> dict[str, Any
 
 
 def _stamps(name: str | Path | None) -> list[list[Any]]:
-    """Of the weights in a folder, which may become others under the same name."""
+    """Of the weights in a folder or a GGUF file, which may become others under the same name."""
+    if name is not None and is_gguf(name):
+        return stamps([Path(name)])
     return stamps(weight_files(name)) if name is not None and Path(name).is_dir() else []
 
 

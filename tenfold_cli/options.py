@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a GGUF file, or a name on the hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 Overwrite = Annotated[bool, typer.Option(help="Write into a folder that holds something already.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")]

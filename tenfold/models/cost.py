@@ -11,6 +11,7 @@ import transformers
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
+from tenfold.models.gguf import is_gguf, read_gguf_config
 from tenfold.models.plan import Plan, make_plan
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import install_empty
@@ -48,6 +49,8 @@ def meta_model(name: str) -> PreTrainedModel:
 
 
 def read_config(name: str) -> Any:
+    if is_gguf(name):
+        return read_gguf_config(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
     try:

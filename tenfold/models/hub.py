@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from tenfold.models.files import opened
+from tenfold.models.gguf import dequantized, is_gguf, resolve_gguf
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
 from tenfold.models.stored import FoldedConfig, describe, folded_config, stored_plan, structures
@@ -99,7 +100,7 @@ def from_pretrained(
     """``kind.from_pretrained(name)`` that refuses what the plain loader would load wrongly.
 
     Args:
-        name: a folder, or a name on a hub.
+        name: a folder, a GGUF file, or a name on a hub.
         kind: an Auto class or a model class.
         whole: a dense model that lacks tensors is refused, too, and one of another class, whose head is not there.
 
@@ -107,11 +108,14 @@ def from_pretrained(
         FileNotFoundError: the folder, its config.json or a shard is missing.
         ValueError: tensors are missing, a factor has another shape than its structure, or the format is not known.
     """
-    if Path(name).exists() or str(name).startswith((".", "/", "~")):
+    place, where = resolve_gguf(name)
+    if is_gguf(name):
+        where |= dequantized(name)
+    elif Path(name).exists() or str(name).startswith((".", "/", "~")):
         check_folder(Path(name))
     try:
         with of_a_kind(kind):
-            model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+            model, report = kind.from_pretrained(place, output_loading_info=True, **where, **kwargs)
     except SafetensorError as reason:
         raise ValueError(
             f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from tenfold.models.cost import read_config
 from tenfold.models.experts import unpack
 from tenfold.models.files import opened
+from tenfold.models.gguf import is_gguf
 from tenfold.models.replace import install_empty
 from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.stored import folded_config, stored_plan
@@ -96,6 +97,8 @@ def open_lazy(name: str | Path, device: torch.device | str = "cpu", dtype: torch
 
 def weight_files(name: str | Path) -> list[Path]:
     """The safetensors files of a folder or of a name on a hub, none where there are none."""
+    if is_gguf(name):
+        return []
     if Path(name).is_dir():
         index = Path(name) / INDEX
         if index.is_file():

@@ -1,4 +1,4 @@
-"""A model and its tokenizer by the name of their folder, or on a hub."""
+"""A model and its tokenizer by the name of their folder, of a GGUF file, or on a hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tenfold.models.cost import read_config
+from tenfold.models.gguf import resolve_gguf
 from tenfold.models.hub import from_pretrained, silent
 
 
@@ -20,13 +21,14 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto") -> PreTraine
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer of a folder or a hub name, None if it has none.
+    """The tokenizer of a folder, a GGUF file or a hub name, None if it has none.
 
     Where there are no files of one, transformers makes one for some kinds of models; it knows special tokens at best, and the
     boundary of words.
     """
+    place, where = resolve_gguf(name)
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(place, **where)
     except (OSError, ValueError):
         return None
     return found if len(found.get_vocab().keys() - set(found.all_special_tokens)) > 1 else None
