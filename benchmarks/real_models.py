@@ -61,8 +61,8 @@ CONTENDERS = [
     Contender("slicegpt"),
     Contender("drop-layers"),
     Contender("drop-layers-perplexity"),
-    Contender("minitron-width"),
-    Contender("glu-peak-to-peak"),
+    Contender("minitron"),
+    Contender("peak-to-peak"),
     Contender("asvd"),
 ]
 
