@@ -18,7 +18,7 @@ from torch import Tensor
 from tenfold import api
 from tenfold.compress.calibration import calibration
 from tenfold.models.cost import read_config
-from tenfold.train.precision import multiplies_bfloat16
+from tenfold.models.precision import multiplies_bfloat16
 
 RIDGE, TOGETHER = 0.01, 8
 

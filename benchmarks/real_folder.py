@@ -87,7 +87,7 @@ def measure(folder: Path, text: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tenfold.train.precision import multiplies_bfloat16
+    from tenfold.models.precision import multiplies_bfloat16
 
     dtype = torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -23,7 +23,7 @@ from tenfold import api
 from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.lazy import weight_files
-from tenfold.train.precision import multiplies_bfloat16
+from tenfold.models.precision import multiplies_bfloat16
 
 ROWS = 256  # whose distributions are in float32 at once
 

@@ -14,7 +14,8 @@ Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,23 +44,33 @@ def fisher_loss(pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor
     return total_number(squares) / max(1.0, total_number(tokens)) / 2
 
 
-def held_out_loss(
-    pairs: list[tuple[Tensor, Tensor]], fit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], tokens: int
-) -> float:
-    """Return what the errors cost that ``fit`` leaves from one half of the batches, judged by the other half; both ways round.
+@dataclass
+class Fold:
+    """One half of the batches that an error is fitted to, and the other half that judges it.
 
     Args:
-        fit: makes an error and a shift from the second moment ``(in, in)`` and the mean ``(in,)`` of inputs.
+        second: ``(in, in)``, of the inputs of the first half.
+        mean: ``(in,)`` of these.
+        judged: pairs of the other half.
+        tokens: how many tokens these have.
     """
-    losses = []
-    for known, judged in ((pairs[::2], pairs[1::2]), (pairs[1::2], pairs[::2])):
+
+    second: Tensor
+    mean: Tensor
+    judged: list[tuple[Tensor, Tensor]]
+    tokens: int
+
+
+def folds_of(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> list[Fold]:
+    """Return both ways to let one half of ``pairs`` judge what is fitted to the other; none where there is one pair."""
+    found = []
+    for known, judged in ((pairs[::2], pairs[1::2]), (pairs[1::2], pairs[::2])) if len(pairs) > 1 else ():
         seen = max(1.0, total_number(sum(len(inputs) for inputs, _ in known)))
-        floats = [inputs.float() for inputs, _ in known]
-        width = pairs[0][0].shape[1]
+        floats, width = [inputs.float() for inputs, _ in known], pairs[0][0].shape[1]
         second = total(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
         mean = total(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
-        losses.append(fisher_loss(judged, *fit(second.double(), mean.double()), tokens * len(judged) // len(pairs)))
-    return sum(losses) / 2
+        found.append(Fold(second.double(), mean.double(), judged, tokens * len(judged) // len(pairs)))
+    return found
 
 
 def expected_loss(inside: float, outside: float) -> float:

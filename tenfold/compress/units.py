@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, with_ridge
-from tenfold.compress.evidence import corrected, expected_loss, fisher_loss, held_out_loss
+from tenfold.compress.evidence import Fold, corrected, expected_loss, fisher_loss, folds_of
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units, least_units
 from tenfold.models.heads import Heads
 from tenfold.models.ranks import total, total_number
@@ -115,9 +115,9 @@ class NarrowMlp:
         order, losses = self.chooser.units(block.take(self.name))
         block.orders[self.name] = torch.tensor(order)
         losses[-1] = 0.0
-        losses = (
-            corrected(losses, {k: self._cost(block, order[:k]) for k in _some(units)}) if block.evidence else losses
-        )
+        if pairs := block.evidence.get(self.name):
+            folds = folds_of(pairs, block.tokens)
+            losses = corrected(losses, {k: self._cost(block, order[:k], folds) for k in _some(units)[1:]})
         least = max(1, units // 32)
         step = ALIGNED if units >= 32 * ALIGNED else 1
         counts = np.array([k for k in range(least, units + 1) if k % step == 0 or k == units])
@@ -125,8 +125,8 @@ class NarrowMlp:
         prices = {"products": products, "calls": self.out.calls}
         return [Curve(self.name, self.unit * counts, losses[counts], counts.tolist(), **prices)]
 
-    def _cost(self, block: Block, kept: list[int]) -> float:
-        """What it costs when only the units ``kept`` stay, and make up for the others."""
+    def _cost(self, block: Block, kept: list[int], folds: list[Fold]) -> float:
+        """What it costs on other text when only the units ``kept`` stay, and make up for the others."""
         weight, at = block.weight(self.name), torch.tensor(sorted(kept))
 
         def left(second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -135,9 +135,10 @@ class NarrowMlp:
             error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
             return error, -error @ mean if free else None
 
-        inside = block.cost(self.name, left(block.moments(self.name).second, block.moments(self.name).mean)[0])
-        pairs = block.evidence[self.name]
-        return inside if len(pairs) < 2 else expected_loss(inside, held_out_loss(pairs, left, block.tokens))
+        moments = block.moments(self.name)
+        inside = block.cost(self.name, left(moments.second, moments.mean)[0])
+        outside = [fisher_loss(fold.judged, *left(fold.second, fold.mean), fold.tokens) for fold in folds]
+        return expected_loss(inside, sum(outside) / len(outside)) if outside else inside
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:

@@ -10,7 +10,7 @@ from plain import gradients, seen, text
 
 from tenfold.compress import layerwise
 from tenfold.compress.compress import compress
-from tenfold.compress.evidence import expected_loss, fisher_loss, held_out_loss
+from tenfold.compress.evidence import expected_loss, fisher_loss, folds_of
 
 
 def drawn(sequences: int = 6, tokens: int = 5, inner: int = 4, out: int = 3):
@@ -35,23 +35,14 @@ def test_the_cost_is_half_the_mean_square_of_what_a_sequence_loses():
 
 def test_either_half_is_judged_by_what_the_other_one_knows():
     pairs, _, _ = drawn()
-    told = []
-
-    def fit(second, mean):
-        told.append((second.numpy(), mean.numpy()))
-        return second[:3], mean[:3]
-
-    found, expected = held_out_loss(pairs, fit, 30), []
-    for first in (0, 1):
+    folds = folds_of(pairs, 30)
+    for first, fold in enumerate(folds):
         known = np.concatenate([inputs.numpy() for inputs, _ in pairs[first::2]])
-        second, mean = known.T @ known / len(known), known.mean(0)
-        np.testing.assert_allclose(told[first][0], second, rtol=1e-5)
-        np.testing.assert_allclose(told[first][1], mean, atol=1e-6)
-        expected += [
-            float((g.numpy() * (z.numpy() @ second[:3].T + mean[:3])).sum()) ** 2 / 15 / 2
-            for z, g in pairs[1 - first :: 2]
-        ]
-    assert found == pytest.approx(sum(expected) / 2, rel=1e-4)
+        np.testing.assert_allclose(fold.second, known.T @ known / len(known), rtol=1e-5)
+        np.testing.assert_allclose(fold.mean, known.mean(0), atol=1e-6)
+        assert fold.tokens == 15 and len(fold.judged) == 3
+        assert all(one is other for one, other in zip(fold.judged, pairs[1 - first :: 2], strict=True))
+    assert len(folds) == 2 and folds_of(pairs[:1], 5) == []
 
 
 def test_the_expected_cost_is_that_of_least_squares_on_many_tokens():
