@@ -1,13 +1,12 @@
-"""What an error of a site costs, by the gradients of whole sequences: the Fisher information along one direction.
+"""What an error of a site costs, by gradients token by token: the Fisher information along one direction.
 
 A site whose matrix is wrong by ``E`` makes ``E z_t`` too much of its input ``z_t``. With ``g_t`` the gradient at its output, of
-the loss summed over a sequence of tokens that the model itself draws, the error costs about
+the loss of tokens that the model itself draws, the error costs about
 
-    ``1/2 mean over sequences of (sum_t g_t^T E z_t)^2 / tokens of a sequence``
+    ``1/2 mean over tokens of (g_t^T E z_t)^2``
 
-nats a token. Unlike ``1/2 tr(G E C E^T)`` this takes nothing for independent: neither ``g`` of ``z``, nor one token of another.
-It is as noisy as there are few sequences, ``(2 / sequences)^(1/2)``, so that it sets the scale of a curve, and cheaper moments
-its shape.
+nats a token. Unlike ``1/2 tr(G E C E^T)`` this does not take ``g`` for independent of ``z``: few tokens with large inputs often
+carry the second moment and matter little, or much. It sets the scale of a curve, and moments its shape.
 
 Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradients), arXiv 1905.12558.
 """
@@ -40,7 +39,7 @@ def fisher_loss(pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor
         held = held.to(inputs)
         wrong = inputs @ held.T
         wrong = wrong if shift is None else wrong + shift.to(wrong)
-        squares += float((wrong.float() * gradients.float()).sum()) ** 2
+        squares += float((wrong.float() * gradients.float()).sum(1).square().sum(dtype=torch.float64))
     return total_number(squares) / max(1.0, total_number(tokens)) / 2
 
 

@@ -58,12 +58,13 @@ class Sums:
         self.one, self.tokens = one, 0
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        self.second += (z.T @ z).to(self.second.device)
-        self.mean += z.sum(0).to(self.mean)
-        if not self.one:
-            self.cross += (x.T @ z).to(self.cross.device)
-            self.other += x.sum(0).to(self.other)
-        self.tokens += len(z)
+        with torch.autocast(z.device.type, enabled=False):  # hooks run while a block does
+            self.second += (z.T @ z).to(self.second.device)
+            self.mean += z.sum(0).to(self.mean)
+            if not self.one:
+                self.cross += (x.T @ z).to(self.cross.device)
+                self.other += x.sum(0).to(self.other)
+            self.tokens += len(z)
 
     def of_all(self) -> Sums:
         """Those of all processes added up."""

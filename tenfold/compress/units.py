@@ -249,7 +249,7 @@ class NarrowHeads:
             found = self.chooser.queries(self, block, group)
             units, basis = self._in_order(found), found.basis
             block.orders[name] = torch.tensor(found.order) if basis is None else torch.stack([basis.there, basis.back])
-            some = _some(len(units)) if block.evidence else []
+            some = _some(len(units)) if block.evidence and basis is not None else []  # pairs go by the evidence
             costs = {
                 k: self._cost_of_queries(block, group, [i for unit in units[k:] for i in unit], basis) for k in some
             }
@@ -279,7 +279,7 @@ class NarrowHeads:
     def query_products(self, block: Block, group: int) -> Tensor:
         """The second moment ``(units, units)`` over tokens of ``g q``, summed over the dimensions of a unit.
 
-        That is what it costs, in twice nats a token, to lose units together, if no token has to do with another.
+        That is what it costs, in twice nats a token, to lose units together.
         """
         path = self.into["q"].path
         weight, bias, second, tokens = block.weight(path).float(), block.bias(path), 0, 0

@@ -1,4 +1,4 @@
-"""What an error costs by the gradients of whole sequences, against loops over them and against the model itself."""
+"""What an error costs by gradients token by token, against loops over them and against the model itself."""
 
 import copy
 
@@ -22,14 +22,12 @@ def drawn(sequences: int = 6, tokens: int = 5, inner: int = 4, out: int = 3):
     return pairs, torch.randn(out, inner, generator=generator), torch.randn(out, generator=generator)
 
 
-def test_the_cost_is_half_the_mean_square_of_what_a_sequence_loses():
+def test_the_cost_is_half_the_mean_square_of_what_a_token_loses():
     pairs, error, shift = drawn()
     squares = []
     for inputs, outputs in pairs:
-        lost = 0.0
         for z, g in zip(inputs.numpy(), outputs.numpy(), strict=True):
-            lost += float(g @ (error.numpy() @ z + shift.numpy()))
-        squares.append(lost**2)
+            squares.append(float(g @ (error.numpy() @ z + shift.numpy())) ** 2)
     assert fisher_loss(pairs, error, shift, 30) == pytest.approx(sum(squares) / 30 / 2, rel=1e-5)
 
 
