@@ -29,8 +29,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def calibration_in_float32(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def calibration_in_float32():
     """Laws are held to more digits than bfloat16 has; a test that is about it says so."""
     streams = import_module("tenfold.compress.streams")
-    monkeypatch.setattr(streams, "in_bfloat16", lambda precision, device: precision == "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "in_bfloat16", lambda precision, device: precision == "bfloat16")
+        yield

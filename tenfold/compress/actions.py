@@ -16,7 +16,8 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
 from tenfold.compress.fold import Fold, FoldExperts, FoldTogether
 from tenfold.compress.modegpt import Modules
-from tenfold.compress.units import ByLoss, Chooser, NarrowHeads, NarrowMlp
+from tenfold.compress.narrow_heads import NarrowHeads
+from tenfold.compress.units import ByLoss, Chooser, NarrowMlp
 from tenfold.models.heads import heads_of
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site

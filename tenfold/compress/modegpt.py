@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tenfold.compress.block import Block, Target
 from tenfold.compress.narrow import Basis, best_basis
-from tenfold.compress.units import NarrowHeads, Queries
+from tenfold.compress.narrow_heads import NarrowHeads
+from tenfold.compress.units import Queries
 
 
 class Modules:
