@@ -891,7 +891,8 @@ def test_two_processes_train_as_one(text, tmp_path):
     """Also when one of them is killed in the middle, behind a fold, and when a single one goes on with what both have begun."""
     train = {"precision": "float32", "accumulate": 2, "tokens": 13152, "held_out": 352, "save_steps": 10, "fold": 0.2}
     recipe = with_train(**train) | {"model": STILL}
-    recipe |= {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
+    calibrate = {"samples": 20, "precision": "float32"}
+    recipe |= {"replace": [{"narrow": "mlp"}], "calibrate": calibrate, "budget": {"keep": 0.7, "of": "blocks"}}
     one = api.pretrain(recipe, [text], tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]
