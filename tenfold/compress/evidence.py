@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.models.ranks import total, total_number
+from tenfold.models.ranks import processes, state, total, total_number
 
 Evidence = dict[
     str, list[tuple[Tensor, Tensor]]
@@ -60,15 +60,25 @@ class Fold:
     tokens: int
 
 
-def folds_of(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> list[Fold]:
-    """Return both ways to let one half of ``pairs`` judge what is fitted to the other; none where there is one pair."""
+def folds_of(pairs: list[tuple[Tensor, Tensor]], width: int, tokens: int) -> list[Fold]:
+    """Return both ways to let one half of the batches judge what is fitted to the other; none where there is one batch.
+
+    Args:
+        pairs: those of this process; batches alternate between the halves, whichever process has them.
+        width: values in an input.
+        tokens: how many tokens the batches of this process have.
+    """
+    if total_number(len(pairs)) < 2:
+        return []
+    numbers = [state().process_index + processes() * k for k in range(len(pairs))]
+    halves = [[pair for k, pair in zip(numbers, pairs, strict=True) if k % 2 == half] for half in (0, 1)]
     found = []
-    for known, judged in ((pairs[::2], pairs[1::2]), (pairs[1::2], pairs[::2])) if len(pairs) > 1 else ():
-        seen = max(1.0, total_number(sum(len(inputs) for inputs, _ in known)))
-        floats, width = [inputs.float() for inputs, _ in known], pairs[0][0].shape[1]
+    for known, judged in (halves, halves[::-1]):
+        floats = [inputs.float() for inputs, _ in known]
+        seen = max(1.0, total_number(sum(len(inputs) for inputs in floats)))
         second = total(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
         mean = total(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
-        found.append(Fold(second.double(), mean.double(), judged, tokens * len(judged) // len(pairs)))
+        found.append(Fold(second.double(), mean.double(), judged, tokens * len(judged) // max(1, len(pairs))))
     return found
 
 

@@ -116,8 +116,8 @@ class NarrowMlp:
         order, losses = self.chooser.units(block.take(self.name))
         block.orders[self.name] = torch.tensor(order)
         losses[-1] = 0.0
-        if pairs := block.evidence.get(self.name):
-            folds = folds_of(pairs, block.tokens)
+        if self.name in block.evidence:
+            folds = folds_of(block.evidence[self.name], units, block.tokens)
             losses = corrected(losses, {k: self._cost(block, order[:k], folds) for k in measured_sizes(units)[1:]})
         least = max(1, units // 32)
         step = ALIGNED if units >= 32 * ALIGNED else 1

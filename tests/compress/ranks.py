@@ -38,7 +38,8 @@ def compressed(case: str) -> dict[str, torch.Tensor]:
     tokens = torch.randint(3, model.get_input_embeddings().weight.shape[0], shape)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(2)]
     text = None if case == "blind" else Calibration(batches, {})
-    return tenfold.compress(model, {"name": case} | recipe, text=text)[0].state_dict()
+    settings = {} if text is None else {"calibrate": recipe.get("calibrate", {}) | {"precision": "float32"}}
+    return tenfold.compress(model, {"name": case} | recipe | settings, text=text)[0].state_dict()
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ def test_the_cost_is_half_the_mean_square_of_what_a_token_loses():
 
 def test_either_half_is_judged_by_what_the_other_one_knows():
     pairs, _, _ = drawn()
-    folds = folds_of(pairs, 30)
+    folds = folds_of(pairs, 4, 30)
     for first, fold in enumerate(folds):
         known = np.concatenate([inputs.numpy() for inputs, _ in pairs[first::2]])
         np.testing.assert_allclose(fold.second, known.T @ known / len(known), rtol=1e-5)
         np.testing.assert_allclose(fold.mean, known.mean(0), atol=1e-6)
         assert fold.tokens == 15 and len(fold.judged) == 3
         assert all(one is other for one, other in zip(fold.judged, pairs[1 - first :: 2], strict=True))
-    assert len(folds) == 2 and folds_of(pairs[:1], 5) == []
+    assert len(folds) == 2 and folds_of(pairs[:1], 4, 5) == []
 
 
 def test_the_expected_cost_is_that_of_least_squares_on_many_tokens():

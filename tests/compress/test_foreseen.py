@@ -7,7 +7,7 @@ from models import toys
 from plain import gradients, moment, seen, text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import units
+from tenfold.compress import narrow_heads, units
 from tenfold.compress.compress import compress
 from tenfold.compress.evidence import corrected
 from tenfold.models.sites import find_sites
@@ -18,7 +18,8 @@ WORDS = text(16)
 @pytest.fixture
 def by_moments(monkeypatch):
     """The curves as moments tell them, not scaled by gradients token by token."""
-    monkeypatch.setattr(units, "corrected", lambda losses, measured: losses)
+    for module in (units, narrow_heads):
+        monkeypatch.setattr(module, "corrected", lambda losses, measured: losses)
 
 
 PAIRS = {  # dimensions of queries and keys that go together
@@ -148,7 +149,7 @@ def test_dropped_rows_say_nothing(name):
 def test_a_curve_is_scaled_by_what_gradients_say(known_draws, monkeypatch):
     """Of values: the loss of three sizes by gradients token by token, over that by moments, in the mean of logarithms."""
     seen_before: list[tuple[np.ndarray, dict]] = []
-    monkeypatch.setattr(units, "corrected", lambda losses, told: seen_before.append((losses, told)) or losses)
+    monkeypatch.setattr(narrow_heads, "corrected", lambda losses, told: seen_before.append((losses, told)) or losses)
     foreseen(toys.build("llama"), "attention")
     assert sorted({len(told) for _, told in seen_before}) == [0, 3]  # pairs go by gradients in the first place
     for losses, told in (pair for pair in seen_before if pair[1]):

@@ -58,7 +58,7 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(dense)
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     text.write_text(small.text(6000))
-    recipe.write_text(json.dumps(RECIPE | {"calibrate": {"samples": 160, "survey": 4096}}))
+    recipe.write_text(json.dumps(RECIPE | {"calibrate": {"samples": 160, "survey": 4096, "precision": "float32"}}))
     command = ["-m", "tenfold", "compress", str(dense), "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
     first = two(*command, "--calibrate", str(text))
     reached = tmp_path / "out.partial" / "unfinished" / "block-00000.json"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.train import precision
+from tenfold.models import precision
 from tenfold.train.optimizer import orthogonal
 from tenfold.train.pretrain import pretrain
 
