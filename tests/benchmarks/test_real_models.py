@@ -14,13 +14,15 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # last: nothing of the tests is hidden by a benchmark's name
+sys.path.append(str(BENCHMARKS))
 
 import narrow_script  # noqa: E402
 import real_folder  # noqa: E402
 import real_models  # noqa: E402
 import real_scores  # noqa: E402
 import real_table  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))  # its models.py hides tests/models
 
 
 @pytest.fixture(scope="module")
