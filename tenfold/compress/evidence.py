@@ -22,9 +22,8 @@ from torch import Tensor
 
 from tenfold.models.ranks import processes, state, total, total_number
 
-Evidence = dict[
-    str, list[tuple[Tensor, Tensor]]
-]  # {path of a site: [(inputs (n, in), gradients (n, out))]}, a pair a batch
+# {path of a site: [(inputs (n, in), gradients (n, out))]}, a pair a batch
+Evidence = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 def fisher_loss(pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor | None, tokens: int) -> float:
