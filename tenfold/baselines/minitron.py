@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tenfold.baselines.widths import Scores, Widths, prune_widths
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.layerwise import enough
-from tenfold.compress.streams import counted, without_cache
+from tenfold.compress.streams import autocast, counted, without_cache
 from tenfold.models.ranks import mine, total
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.settings import Calibrate
@@ -42,28 +42,33 @@ def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibrati
     Raises:
         ValueError: a score is no number, and what :func:`tenfold.baselines.widths.prune_widths` raises.
     """
-    skip = (recipe.calibrate or Calibrate()).skip_first
+    settings = recipe.calibrate or Calibrate()
     shrink = recipe.shrink or Shrink(mlp=1, hidden=1)
-    return prune_widths(model, recipe, shrink, lambda widths, shrinking: by_activations(widths, shrinking, text, skip))
+    return prune_widths(
+        model, recipe, shrink, lambda widths, shrinking: by_activations(widths, shrinking, text, settings)
+    )
 
 
 @torch.no_grad()
-def by_activations(widths: Widths, shrinking: list[str], text: Calibration, skip: int = 0) -> Scores:
+def by_activations(
+    widths: Widths, shrinking: list[str], text: Calibration, settings: Calibrate | None = None
+) -> Scores:
     """Return the scores of what may go of the widths ``shrinking``.
 
     Args:
-        skip: how many positions at the beginning of every sample do not count.
+        settings: their ``skip_first`` and ``precision`` count.
 
     Raises:
         ValueError: a score is no number.
     """
+    settings = settings or Calibrate()
     model, squares, counts = widths.model, dict[tuple[str, str, str], Tensor](), dict[str, Tensor]()
 
     def hook(key: tuple[str, str, str], activation: Callable[[Tensor], Tensor]):
         def add(module, arguments, out=None) -> None:
             found = activation((arguments[0] if out is None else out).float())
             found = found.view(*counts["kept"].shape, -1) * counts["kept"][..., None]
-            mean = found.double().sum(1) / counts["kept"].sum(1, keepdim=True).clamp_min(1)
+            mean = found.sum(1, dtype=torch.float64) / counts["kept"].sum(1, keepdim=True).clamp_min(1)
             squares[key] = squares.get(key, 0) + mean.square().sum(0).cpu()
 
         return add
@@ -76,9 +81,10 @@ def by_activations(widths: Widths, shrinking: list[str], text: Calibration, skip
                 register = module.register_forward_hook if behind else module.register_forward_pre_hook
                 stack.callback(register(hook(key, activation)).remove)
         stack.callback(model.train, was)
+        stack.enter_context(autocast(model.device, settings.precision))
         model.eval()
         for batch in mine(enough(text.batches)):
-            counts["kept"] = counted(batch, skip).view_as(batch["attention_mask"]).to(model.device)
+            counts["kept"] = counted(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
             base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
     scores: Scores = {}
     for (width, path, where), found in squares.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.evidence import Evidence, fisher_loss
+from tenfold.compress.evidence import Evidence, fisher_losses
 from tenfold.compress.streams import Moments, Streams
 from tenfold.models.experts import expert_of
 from tenfold.models.plan import Entry
@@ -71,6 +71,7 @@ class Block:
         self.stages = stages_of(path, sites, streams, number)
         self._known: dict[int, Moments] = known or {}
         self.evidence = evidence or {}
+        self.ratios: list[float] = []  # of errors: what tokens cost together, by what each costs alone
         self.changed_before: set[str] = set()  # sites that read what the matrices of their own action make
         self._targets: dict[str, Target] = {}
         self.fitted: dict[str, Factors] = {}  # of sites that are next, by several processes
@@ -196,7 +197,7 @@ class Block:
         return with_ridge(known, share * float(known.diagonal().mean().clamp_min(1e-12)))
 
     def cost(self, path: str, error: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> float:
-        """Return what an error of a site costs in nats a token, by the evidence; see :func:`fisher_loss`.
+        """Return what an error of a site costs in nats a token, by the evidence; see :mod:`tenfold.compress.evidence`.
 
         A bias that takes up means takes up that of the error.
 
@@ -209,7 +210,10 @@ class Block:
         ]
         mean = self.moments(path).mean
         shift = -error @ (mean if columns is None else mean[columns]) if self.centres(path) else None
-        return fisher_loss(pairs, error, shift, self.tokens)
+        alone, together = fisher_losses(pairs, error, shift, self.tokens)
+        if alone > 0:
+            self.ratios.append(together / alone)
+        return alone
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +18,7 @@ from tenfold.models.reading import context_of, reads_streams
 
 Batch = dict[str, Tensor]
 AT_ONCE = 1024  # tokens: no slower than twice as many, whose activations were a quarter of the peak memory
+STRANGE = 2.0  # bits per byte
 READ_AHEAD = (
     4  # of a hub's data set, whose end is far, this many times the samples are read, and they are spread over it
 )
@@ -66,7 +69,26 @@ def calibration(
             "trained with"
         )
     source = {"files": [Path(f).name for f in files], "samples": samples, "window": window}
-    return Calibration(batches, source)
+    return Calibration(batches, source | {"bytes_per_token": _bytes_per_token(tokenizer, batches[0])})
+
+
+def check_text(text: Calibration, nats: float) -> None:
+    """Warn where the model, which needs ``nats`` a token for the text, does not know what this is about.
+
+    Bits per byte tell: what a model was trained on takes it 0.8 to 1.6, and another language as UTF-8, line noise or another
+    tokenizer's tokens 2 and more, although their short tokens may have low perplexities.
+    """
+    bits = nats / math.log(2) / text.source.get("bytes_per_token", math.inf)
+    if bits > STRANGE:
+        told = f"the model's perplexity on the calibration text is {math.exp(min(nats, 700)):,.0f}, {bits:.1f} bits per byte"
+        warnings.warn(f"{told}; is it the right text, in a language that the model was trained on?", stacklevel=2)
+
+
+def _bytes_per_token(tokenizer, batch: Batch) -> float:
+    read = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return sum(len(text.encode()) for text in tokenizer.batch_decode(read, skip_special_tokens=True)) / sum(
+        len(ids) for ids in read
+    )
 
 
 def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:

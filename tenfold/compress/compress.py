@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tenfold.compress.calibration import Calibration
 from tenfold.compress.first import FIRST, WEIGHTS_ONLY
 from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
+from tenfold.compress.progress import Progress, untold
 from tenfold.compress.squeeze import squeeze
 from tenfold.compress.weights import Weights
 from tenfold.models.cost import price
@@ -35,7 +36,7 @@ def compress(
     model: Any,
     recipe: Recipe | str | dict = "recommended",
     source: str = "weights",
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = untold,
     text: Calibration | None = None,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     weights: Weights | None = None,
@@ -47,7 +48,7 @@ def compress(
         model: a model, compressed in place, or the folder or hub name of one.
         recipe: a recipe, its name, its file or its mapping; :func:`recipe_for` makes one from a share to keep.
         source: ``weights`` or ``noise``.
-        progress: wraps the list of groups of sites, or of blocks.
+        progress: wraps the list of groups of sites, or of blocks, and is told the phase; see :mod:`tenfold.compress.progress`.
         text: what :func:`tenfold.compress.calibration.calibration` makes of text files; with it the matrices of the blocks
             are fitted to activations, whatever the recipe's ``start`` says, and budgets are shared out by sensitivity.
         announce: is told what was chosen for every item of the blocks, before the work starts.

@@ -8,6 +8,10 @@ the loss of tokens that the model itself draws, the error costs about
 nats a token. Unlike ``1/2 tr(G E C E^T)`` this does not take ``g`` for independent of ``z``: few tokens with large inputs often
 carry the second moment and matter little, or much. It sets the scale of a curve, and moments its shape.
 
+Errors of several tokens come together where later tokens attend to them: ``1/2 mean over texts of (sum over tokens of
+g_t^T E z_t)^2``, a token, is what they cost in all. One text is one draw of it, too noisy for a single curve; the mean of
+its ratio to the above over all items (:func:`fisher_losses`) raises all curves alike.
+
 Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradients), arXiv 1905.12558.
 """
 
@@ -33,13 +37,25 @@ def fisher_loss(pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor
         pairs: ``(inputs (n, in), gradients (n, out))`` of every batch of this process; all processes add up.
         tokens: how many tokens its batches have; an expert gets some of them.
     """
-    squares, held = 0.0, error
+    return fisher_losses(pairs, error, shift, tokens)[0]
+
+
+def fisher_losses(
+    pairs: list[tuple[Tensor, Tensor]], error: Tensor, shift: Tensor | None, tokens: int
+) -> tuple[float, float]:
+    """Return what an error costs as :func:`fisher_loss` does, and what it costs when tokens are taken together.
+
+    The latter sums over the tokens of a batch; of texts that have nothing to do with each other, products are zero in the mean.
+    """
+    alone, together, held = 0.0, 0.0, error
     for inputs, gradients in pairs:
         held = held.to(inputs)
         wrong = inputs @ held.T
         wrong = wrong if shift is None else wrong + shift.to(wrong)
-        squares += float((wrong.float() * gradients.float()).sum(1).square().sum(dtype=torch.float64))
-    return total_number(squares) / max(1.0, total_number(tokens)) / 2
+        along = (wrong.float() * gradients.float()).sum(1).double()
+        alone, together = alone + float(along.square().sum()), together + float(along.sum().square())
+    tokens = max(1.0, total_number(tokens))
+    return total_number(alone) / tokens / 2, total_number(together) / tokens / 2
 
 
 @dataclass
@@ -49,12 +65,14 @@ class Fold:
     Args:
         second: ``(in, in)``, of the inputs of the first half.
         mean: ``(in,)`` of these.
+        known: pairs of the first half.
         judged: pairs of the other half.
         tokens: how many tokens these have.
     """
 
     second: Tensor
     mean: Tensor
+    known: list[tuple[Tensor, Tensor]]
     judged: list[tuple[Tensor, Tensor]]
     tokens: int
 
@@ -77,8 +95,22 @@ def folds_of(pairs: list[tuple[Tensor, Tensor]], width: int, tokens: int) -> lis
         seen = max(1.0, total_number(sum(len(inputs) for inputs in floats)))
         second = total(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
         mean = total(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
-        found.append(Fold(second.double(), mean.double(), judged, tokens * len(judged) // max(1, len(pairs))))
+        found.append(Fold(second.double(), mean.double(), known, judged, tokens * len(judged) // max(1, len(pairs))))
     return found
+
+
+def unit_products(pairs: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+    """Return the sum over tokens of ``a a^T (units, units)``, ``a_u = (g^T w_u) z_u``: what the loss of units does together.
+
+    Args:
+        pairs: ``(inputs (n, units), gradients (n, out))`` of this process; all processes add up.
+        weight: ``(out, units)`` that reads the units.
+    """
+    found = torch.zeros(weight.shape[1], weight.shape[1])
+    for inputs, gradients in pairs:
+        losing = inputs.float() * (gradients.float() @ weight.float())
+        found += losing.T @ losing
+    return total(found)
 
 
 def expected_loss(inside: float, outside: float) -> float:

@@ -16,13 +16,14 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -30,10 +31,11 @@ from tenfold.compress.actions import Action, actions_for
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.budget import choose
-from tenfold.compress.calibration import Batch, Calibration
+from tenfold.compress.calibration import Batch, Calibration, check_text
 from tenfold.compress.fold import fit_apart, independent
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
+from tenfold.compress.progress import Phase, Progress, phases_of, untold
 from tenfold.compress.refine import refine
 from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shares import MEASURED
@@ -47,7 +49,6 @@ from tenfold.models.settings import Calibrate
 from tenfold.models.sites import Site, find_sites
 from tenfold.models.symmetry_maps import fold_maps
 
-Progress = Callable[[Iterable], Iterable]
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
 
 
@@ -64,7 +65,7 @@ def compress_blocks(
     model: PreTrainedModel,
     recipe: Recipe,
     text: Calibration,
-    progress: Progress = iter,
+    progress: Progress = untold,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     weights: Weights | None = None,
     journal: Journal | None = None,
@@ -93,7 +94,8 @@ def compress_blocks(
         with _folder(model, mine(batches), journal) as folder:
             begun = time.perf_counter()
             if journal.chosen is None:
-                curves, influence = survey(model, works, batches, settings, weights, journal, folder, progress)
+                given, told = (batches, settings, weights, journal, folder, progress), partial(check_text, text)
+                curves, influence = survey(model, works, *given, told)
                 if settings.allocate in MEASURED:
                     measure = MEASURED[settings.allocate]
                     measure(model, works, batches, settings, weights, journal, folder, curves, progress)
@@ -141,7 +143,7 @@ def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights
     shelf = Shelf(folder and folder / "streams")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first, settings.precision)
-    for number, work in enumerate(progress(works)):
+    for number, work in enumerate(progress(works, phases(batches, settings)[2])):
         with weights.at(work.path):
             _one_block(model, number, work, streams, settings, weights, journal, number + 1 == len(works))
 
@@ -210,11 +212,15 @@ def survey(
     weights: Weights,
     journal: Journal,
     folder: Path | None,
-    progress: Progress = iter,
+    progress: Progress = untold,
+    told: Callable[[float], None] = lambda nats: None,
 ) -> tuple[list[Curve], dict[str, float]]:
     """What every item could become, judged by the original model, and the influence of every block.
 
     Sensitivities go to the journal.
+
+    Args:
+        told: is told how many nats the model needs for a token of the text, if it predicts any.
     """
     some, gradients, steps = mine(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
     shelf = Shelf(steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey")
@@ -222,7 +228,8 @@ def survey(
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first, settings.precision)
     look = Survey(streams, settings.seed, settings.token_weights == "clipped")
     still = settings.model_copy(update={"refit": False})
-    stages, curves, influence = [], [], {}
+    stages, curves, influence, ratios = [], [], {}, []
+    ahead, back, _ = phases(batches, settings)
 
     def forward(number: int, work: Work) -> tuple[list[list[str]], float]:
         with weights.at(work.path):
@@ -234,7 +241,11 @@ def survey(
         with weights.outside():
             look.turn()
 
-    def backward(number: int, work: Work) -> tuple[list[dict], list[str]]:
+    def nats() -> float | None:
+        with weights.outside():
+            return look.nats()
+
+    def backward(number: int, work: Work) -> tuple[list[dict], list[str], list[float]]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
         evident = {path for action in work.actions for path in getattr(action, "evident", ())}
         with weights.at(work.path):
@@ -244,18 +255,23 @@ def survey(
                 block = Block(model, work.path, work.sites, streams, number, still, *given)
                 found = [curve.to_json() for action in work.actions for curve in action.curves(block)]
                 journal.weigh(number, seen.matters, block.orders)
-                return found, journal.weighed[number]
+                return found, journal.weighed[number], block.ratios
 
-    for number, work in enumerate(progress(works)):
+    for number, work in enumerate(progress(works, ahead)):
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
         stages.append(inside)
         look.stand_before(number + 1)
+    if (needed := steps.once("nats", nats)) is not None and is_first():
+        told(needed)
     if gradients:
         steps.once("turn", turn)
-    for number, work in reversed(list(enumerate(progress(works)))):
-        found, journal.weighed[number] = steps.once(f"backward-{number}", partial(backward, number, work))
+    for number, work in zip(reversed(range(len(works))), progress(works[::-1], back), strict=True):
+        found, journal.weighed[number], more = steps.once(f"backward-{number}", partial(backward, number, work))
         look.leave(number)
         curves = [Curve.from_json(plain) for plain in found] + curves
+        ratios += more
+    for curve in curves if ratios else []:
+        curve.losses = curve.losses * float(np.mean(ratios))
     return curves, influence
 
 
@@ -277,9 +293,18 @@ def enough(batches: list[Batch]) -> list[Batch]:
     return single
 
 
+def phases(batches: list[Batch], settings: Calibrate) -> tuple[Phase, Phase, Phase]:
+    """Forward and backward through the original model, and the fits; see :func:`tenfold.compress.progress.phases_of`."""
+    return phases_of(_tokens(part_of(batches, settings.survey)), _tokens(batches), settings.outputs != "none")
+
+
+def _tokens(batches: list[Batch]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
 def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
     """As many of ``batches``, spread evenly, as hold about ``tokens``, and one for every process."""
-    each = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
+    each = _tokens(batches) / len(batches)
     count = min(len(batches), max(processes(), round(tokens / each)))
     return [batches[k * len(batches) // count] for k in range(count)]
 

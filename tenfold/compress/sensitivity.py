@@ -13,11 +13,24 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from tenfold.compress.evidence import Evidence
-from tenfold.compress.streams import Moments, Streams, Sums, adding, checked, kept_here, like_others, passing, rows_of
+from tenfold.compress.streams import (
+    Moments,
+    Streams,
+    Sums,
+    adding,
+    checked,
+    kept_here,
+    like_others,
+    passing,
+    rows_of,
+    without_cache,
+)
 from tenfold.models.experts import expert_of
 from tenfold.models.ranks import processes, total, total_number
+from tenfold.models.reading import reads_streams
 from tenfold.models.sites import shape_of
 
 AT_ONCE = 128  # tokens that are drawn at once
@@ -86,6 +99,30 @@ class Survey:
         for path in sums:
             checked(sums[path].moments(), path, where)
         raise ValueError(f"block {where} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
+
+    @torch.no_grad()
+    def nats(self, samples: int = 8) -> float | None:
+        """Behind the last block: what the model needs for a token of the text, over so many samples of every process.
+
+        None where it predicts no next token.
+        """
+        streams, found, tokens, left = self.streams, 0.0, 0, samples
+        if not reads_streams(streams.model) or streams.model.get_output_embeddings() is None:
+            return None
+        for k, batch in enumerate(streams.batches):
+            states = streams.states(k)[0]
+            for row in range(min(left, len(states))):
+                given = {name: value[row : row + 1].to(streams.device) for name, value in batch.items()}
+                with passing(streams.blocks, streams.form, states[row : row + 1]), streams.autocast():
+                    logits = streams.model(**given, **without_cache(streams.model)).logits[0, :-1]
+                read = given["attention_mask"][0].bool()
+                ids, both = given["input_ids"][0, 1:], read[1:] & read[:-1]
+                found += float(cross_entropy(logits[both].float(), ids[both], reduction="sum"))
+                tokens += int(both.sum())
+            left -= len(states)
+            if left <= 0:
+                break
+        return total_number(found) / max(1.0, total_number(tokens))
 
     def turn(self) -> None:
         """Behind the last block: the gradient of the loss at what it returns."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, with_ridge
-from tenfold.compress.evidence import Fold, corrected, expected_loss, fisher_loss, folds_of
+from tenfold.compress.evidence import Fold, corrected, expected_loss, fisher_loss, folds_of, unit_products
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units, least_units
+from tenfold.models.ranks import total_number
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense
 from tenfold.structure.linalg import solve_symmetric
@@ -114,11 +115,10 @@ class NarrowMlp:
     def curves(self, block: Block) -> list[Curve]:
         units = self.out.shape[1]
         order, losses = self.chooser.units(block.take(self.name))
+        if self.name in block.evidence:
+            order, losses = self._judged(block, order, losses)
         block.orders[self.name] = torch.tensor(order)
         losses[-1] = 0.0
-        if self.name in block.evidence:
-            folds = folds_of(block.evidence[self.name], units, block.tokens)
-            losses = corrected(losses, {k: self._cost(block, order[:k], folds) for k in measured_sizes(units)[1:]})
         least = max(1, units // 32)
         step = ALIGNED if units >= 32 * ALIGNED else 1
         counts = np.array([k for k in range(least, units + 1) if k % step == 0 or k == units])
@@ -126,20 +126,48 @@ class NarrowMlp:
         prices = {"products": products, "calls": self.out.calls}
         return [Curve(self.name, self.unit * counts, losses[counts], counts.tolist(), **prices)]
 
-    def _cost(self, block: Block, kept: list[int], folds: list[Fold]) -> float:
-        """What it costs on other text when only the units ``kept`` stay, and make up for the others."""
-        weight, at = block.weight(self.name), torch.tensor(sorted(kept))
+    def _judged(self, block: Block, order: list[int], losses: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The order by moments or that by gradients token by token, whichever text that it does not know finds better.
 
-        def left(second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-            free = block.centres(self.name)
+        Moments know what the units that stay can make up for. Gradients know which units are large just where they matter: in
+        a last block, whose units write single tokens, that is worth more.
+        """
+        pairs, weight, sizes = block.evidence[self.name], block.weight(self.name), measured_sizes(len(losses) - 1)[1:]
+        folds = folds_of(pairs, len(losses) - 1, block.tokens)
+        found = [(order, losses, self._costs(block, sizes, order, folds, [order] * len(folds)))]
+        if folds:
+            halves = [unit_products(fold.known, weight) for fold in folds]
+            other, rest = least_units(sum(halves) / max(1.0, total_number(block.tokens)))
+            known = [least_units(half)[0] for half in halves]
+            found.append((other, rest, self._costs(block, sizes, other, folds, known)))
+        order, losses, costs = min(found, key=lambda one: sum(np.log(max(out, 1e-30)) for _, out in one[2]))
+        return order, corrected(losses, {k: expected_loss(*cost) for k, cost in zip(sizes, costs, strict=True)})
+
+    def _costs(
+        self, block: Block, sizes: list[int], order: list[int], folds: list[Fold], known: list[list[int]]
+    ) -> list[tuple[float, float]]:
+        """What it costs when the first units of ``order`` stay, and make up for the others, on the text and on other text.
+
+        Args:
+            known: the orders that the halves of the text would have.
+        """
+        weight, free = block.weight(self.name), block.centres(self.name)
+
+        def left(kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+            at = torch.tensor(sorted(kept))
             second = second - torch.outer(mean, mean) if free else second
             error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
             return error, -error @ mean if free else None
 
-        moments = block.moments(self.name)
-        inside = block.cost(self.name, left(moments.second, moments.mean)[0])
-        outside = [fisher_loss(fold.judged, *left(fold.second, fold.mean), fold.tokens) for fold in folds]
-        return expected_loss(inside, sum(outside) / len(outside)) if outside else inside
+        moments, costs = block.moments(self.name), []
+        for k in sizes:
+            inside = block.cost(self.name, left(order[:k], moments.second, moments.mean)[0])
+            outside = [
+                fisher_loss(fold.judged, *left(half[:k], fold.second, fold.mean), fold.tokens)
+                for fold, half in zip(folds, known, strict=True)
+            ]
+            costs.append((inside, sum(outside) / len(outside) if outside else inside))
+        return costs
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:

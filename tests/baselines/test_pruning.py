@@ -13,7 +13,6 @@ import toys
 from transformers import AutoModelForCausalLM
 
 from tenfold import api
-from tenfold.baselines import layer_perplexity
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.first import FIRST
 from tenfold.models import recipe as schema
@@ -343,8 +342,7 @@ def loss_of(model, words, numbers) -> float:
 
 
 @both
-def test_the_layers_go_without_which_the_loss_is_least(toy, monkeypatch):
-    monkeypatch.setattr(layer_perplexity, "multiplies_bfloat16", lambda device: False)
+def test_the_layers_go_without_which_the_loss_is_least(toy):
     before, words = deep(toy), text(padded=True)
     with torch.no_grad():  # blocks that matter
         for block in blocks(before):
@@ -368,10 +366,9 @@ def test_the_layers_go_without_which_the_loss_is_least(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("toy", ["gpt2", "llama", "gemma3_text"])
-@pytest.mark.parametrize("fast", [True, False])
-def test_blocks_that_do_nothing_go_first_and_nothing_changes(toy, fast, monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_blocks_that_do_nothing_go_first_and_nothing_changes(toy, precision, tmp_path):
     """The text is what the model itself finds likeliest, so that every block that does something is missed."""
-    monkeypatch.setattr(layer_perplexity, "multiplies_bfloat16", lambda device: fast)
     before = deep(toy)
     with torch.no_grad():
         for number, block in enumerate(blocks(before)):
@@ -382,7 +379,7 @@ def test_blocks_that_do_nothing_go_first_and_nothing_changes(toy, fast, monkeypa
         batch["input_ids"] = before.generate(
             batch["input_ids"][:, :1], min_new_tokens=39, max_new_tokens=39, do_sample=False
         )
-    after, report = pruned(before, "drop-layers-perplexity", 0.61, words)
+    after, report = pruned(before, "drop-layers-perplexity", 0.61, words, calibrate={"precision": precision})
     assert sorted(path.rpartition(".")[2] for path in report["dropped"]) == ["1", "3"]
     torch.testing.assert_close(toys.logits(after), toys.logits(before))
     after.save_pretrained(tmp_path)

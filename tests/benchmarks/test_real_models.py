@@ -160,6 +160,7 @@ def data(folder: Path) -> Path:
     rows = [{"source": source, "text": small.text(500, seed)} for seed, source in enumerate(["books", "wikipedia"] * 2)]
     packed(folder / "corpus/valid.jsonl.xz", rows)
     packed(folder / "corpus/train-00.jsonl.xz", rows)
+    packed(folder / "corpus/train-01.jsonl.xz", rows[::-1])
     packed(folder / "summarization/samsum_test.jsonl.xz", [{"document": small.text(800, 8)}])
     packed(folder / "lambada/lambada_test.jsonl.xz", [{"text": small.text(9, seed)[:-2]} for seed in range(5)])
     return folder
@@ -168,6 +169,7 @@ def data(folder: Path) -> Path:
 def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys):
     folder, work, results = small.folder(tmp_path / "toy"), tmp_path / "work", tmp_path / "results"
     monkeypatch.setattr(real_models, "WINDOW", 32)
+    monkeypatch.setattr(real_models, "STEP", 64)
     arguments = [
         "--data",
         data(tmp_path / "data"),
@@ -181,7 +183,7 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
         0.8,
     ]
     arguments += ["--contenders", "svd-llm", "script", "nonesuch", "--samples", 8, "--windows", 3, "--passages", 4]
-    arguments += ["--device", "cpu", "--dtype", "float32", "--full"]
+    arguments += ["--device", "cpu", "--dtype", "float32", "--full", "--heal", 128, "--rate", 0.001]
     monkeypatch.setattr(sys, "argv", ["real_models", *map(str, arguments)])
     process = real_models.run
 
@@ -206,6 +208,11 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
     assert row["scores"]["lambada"]["passages"] == 4
     failed = json.loads((results / "toy/0.8/script.json").read_text())
     assert failed["failed"] == "a sentence" and "scores" not in failed
+    healed = json.loads((results / "toy/0.8/svd-llm+0.000128M-0.001.json").read_text())
+    assert healed["made"]["command"].startswith("tenfold heal DIR --teacher MODEL --text TEXT -o HEALED --steps 2")
+    assert healed["healed"] == {"tokens": 128, "rate": 0.001} and healed["scores"]["texts"] != row["scores"]["texts"]
+    lost = json.loads((results / "toy/0.8/script+0.000128M-0.001.json").read_text())
+    assert "script is not there; make its row" in lost["failed"]
 
     monkeypatch.setattr(real_models, "run", lambda *_: pytest.fail("a row was made again"))
     real_models.main()
@@ -214,7 +221,12 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
     real_table.write_tables(results, document)
     written = document.read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
-    assert "| svd-llm | 0." in written and "script failed: a sentence" in written
+    assert (
+        "| svd-llm | 0." in written
+        and "80% of the model, healed" in written
+        and "| svd-llm | 128 | 0.001 |" in written
+        and "script failed: a sentence" in written
+    )
 
 
 def test_a_process_that_fails_is_its_last_sentence(tmp_path):

@@ -1,15 +1,20 @@
 """What is read of a text: windows of one stream for a causal model, a document a sample for any other."""
 
+import copy
 import json
+import math
+import warnings
 from itertools import pairwise
 
+import plain
 import pytest
 import small
 import torch
 from models import toys
 from transformers import BertConfig, BertForMaskedLM
 
-from tenfold.compress.calibration import calibration
+from tenfold.compress.calibration import Calibration, calibration
+from tenfold.compress.compress import compress
 from tenfold.train.tokenizer import train_tokenizer
 
 LINES = [small.text(words, seed=words).strip() for words in (3, 40, 1, 12, 7, 25, 2, 5, 60)]
@@ -87,7 +92,12 @@ def test_an_encoder_reads_a_document_a_sample(encoder, tokenizer, files, samples
 
 def test_the_source_names_files_only(causal, tokenizer, files):
     source = calibration(causal, tokenizer, files, 2, 8).source
-    assert source == {"files": ["a.txt", "b.jsonl"], "samples": 2, "window": 8}
+    assert source == {
+        "files": ["a.txt", "b.jsonl"],
+        "samples": 2,
+        "window": 8,
+        "bytes_per_token": source["bytes_per_token"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -125,3 +135,35 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     batch = calibration(model, tokenizer, [tmp_path / "long.txt"], samples=1).batches[0]
     longest = 63 if name == "roberta" else 64  # whose positions start behind that of padding
     assert batch["input_ids"].shape[1] == longest and torch.isfinite(model(**batch)[0]).all()
+
+
+def test_a_text_that_the_model_does_not_know_is_warned_of(monkeypatch):
+    """The loss is that of one pass of the whole model over the first samples; of bits per byte, 2 and more are strange."""
+    model, words = toys.build("llama"), plain.text(4, padded=True)
+    losses = []
+    with torch.no_grad():
+        for batch in words.batches:
+            chances = model(**batch, use_cache=False).logits.double().log_softmax(-1)
+            for sample, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+                losses += [-chances[sample, k - 1, ids[k]] for k in range(1, len(ids)) if mask[k] and mask[k - 1]]
+    nats = float(torch.stack(losses).mean())
+    recipe = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}}
+    for bits, expected in (
+        (1.99, []),
+        (2.01, [f"perplexity on the calibration text is {math.exp(nats):,.0f}, 2.0 bits"]),
+    ):
+        told = Calibration(words.batches, {"bytes_per_token": nats / math.log(2) / bits})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            compress(copy.deepcopy(model), recipe, text=told)
+        found = [str(one.message) for one in said if "right text" in str(one.message)]
+        assert len(found) == len(expected) and all(part in one for part, one in zip(expected, found, strict=True))
+
+
+def test_bytes_per_token_are_those_of_the_text(encoder, tokenizer, tmp_path):
+    lines = [line for line in LINES if len(tokenizer(line)["input_ids"]) <= 20] + ["αβγ"]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    found = calibration(encoder, tokenizer, [tmp_path / "text.txt"], 100, batch=100)
+    assert found.source["bytes_per_token"] == pytest.approx(
+        sum(len(line.encode()) for line in lines) / found.tokens, rel=1e-4
+    )

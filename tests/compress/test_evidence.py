@@ -10,7 +10,7 @@ from plain import gradients, seen, text
 
 from tenfold.compress import layerwise
 from tenfold.compress.compress import compress
-from tenfold.compress.evidence import expected_loss, fisher_loss, folds_of
+from tenfold.compress.evidence import expected_loss, fisher_loss, fisher_losses, folds_of, unit_products
 
 
 def drawn(sequences: int = 6, tokens: int = 5, inner: int = 4, out: int = 3):
@@ -111,3 +111,23 @@ def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
     inputs, outputs = (torch.cat(side).numpy() for side in zip(*found[path], strict=True))
     np.testing.assert_allclose(inputs, seen(model, words, path)[0], atol=1e-5)
     np.testing.assert_allclose(outputs, gradients(model, words, path), rtol=1e-3, atol=1e-6)
+
+
+def test_what_tokens_cost_together_and_units_too():
+    """One sequence at a time, one token at a time, in plain sums."""
+    generator = np.random.default_rng(1)
+    batches = [(generator.normal(size=(n, 5)), generator.normal(size=(n, 3))) for n in (4, 7)]
+    pairs = [(torch.tensor(z).float(), torch.tensor(g).float()) for z, g in batches]
+    error, weight = generator.normal(size=(3, 5)), generator.normal(size=(3, 5))
+    alone = together = 0.0
+    products = np.zeros((5, 5))
+    for inputs, slopes in batches:
+        each = [g @ error @ z for z, g in zip(inputs, slopes, strict=True)]
+        alone += sum(a * a for a in each)
+        together += sum(each) ** 2
+        for z, g in zip(inputs, slopes, strict=True):
+            lost = np.array([float(g @ weight[:, u] * z[u]) for u in range(5)])
+            products += np.outer(lost, lost)
+    found = fisher_losses(pairs, torch.tensor(error).float(), None, 11)
+    assert found == pytest.approx((alone / 22, together / 22), rel=1e-5)
+    np.testing.assert_allclose(unit_products(pairs, torch.tensor(weight)).numpy(), products, rtol=1e-4, atol=1e-4)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from idle import HEADS
 from models import toys
 from plain import gradients, moment, seen, text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import narrow_heads, units
+from tenfold.compress import block, narrow_heads, units
 from tenfold.compress.compress import compress
 from tenfold.compress.evidence import corrected
 from tenfold.models.sites import find_sites
@@ -20,6 +21,8 @@ def by_moments(monkeypatch):
     """The curves as moments tell them, not scaled by gradients token by token."""
     for module in (units, narrow_heads):
         monkeypatch.setattr(module, "corrected", lambda losses, measured: losses)
+    monkeypatch.setattr(block, "fisher_losses", lambda *given: (0.0, 0.0))
+    monkeypatch.setattr(units, "folds_of", lambda *given: [])
 
 
 PAIRS = {  # dimensions of queries and keys that go together
@@ -133,6 +136,34 @@ def test_hidden_units_lose_what_the_others_cant_make_up_for(name, known_draws, b
     wanted = hidden @ reads.T @ matters.T
     rest = wanted - hidden[:, found] @ np.linalg.lstsq(hidden[:, found], wanted, rcond=None)[0]
     assert nats == pytest.approx(float((rest**2).sum()) / len(hidden) / len(matters) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("worse", ["by moments", "by gradients"])
+def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
+    """One by moments, one by gradients token by token; here one of them gives the best units away first."""
+    taken = []
+
+    def watched(order: str, choose):
+        def chosen(*given):
+            found, losses = choose(*given)
+            found = found[::-1] if order == worse else found
+            taken.append((order, found))
+            return found, losses
+
+        return chosen
+
+    monkeypatch.setattr(units, "choose_units", watched("by moments", units.choose_units))
+    monkeypatch.setattr(units, "least_units", watched("by gradients", units.least_units))
+    model, after = toys.build("gpt2"), toys.build("gpt2")
+    with torch.no_grad():  # some units that matter, and many that do not
+        for one in (model, after):
+            one.get_submodule(path_of(one, "mlp.out")).weight[4:].mul_(0.01)
+    ((kept, _),) = foreseen(after, "mlp").values()
+    into = path_of(model, "mlp.in")
+    rows, left = matrix(model, into), after.get_submodule(into).dense().detach().double().numpy()
+    found = {int(((rows - row) ** 2).sum(1).argmin()) for row in left}
+    orders = dict(taken[:2])  # what comes behind is of halves of the text
+    assert found != set(orders[worse][:kept]) and set(range(4)) <= found
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi", "gpt_neox"])
