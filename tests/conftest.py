@@ -32,7 +32,7 @@ def seeded():
 @pytest.fixture(autouse=True, scope="session")
 def calibration_in_float32():
     """Laws are held to more digits than bfloat16 has; a test that is about it says so."""
-    streams = import_module("tenfold.compress.streams")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "in_bfloat16", lambda precision, device: precision == "bfloat16")
+        for name in ("tenfold.compress.streams", "tenfold.baselines.minitron"):
+            patch.setattr(import_module(name), "in_bfloat16", lambda precision, device: precision == "bfloat16")
         yield

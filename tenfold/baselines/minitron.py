@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from tenfold.baselines.widths import Scores, Widths, prune_widths
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.layerwise import enough
-from tenfold.compress.streams import autocast, counted, without_cache
+from tenfold.compress.streams import counted, without_cache
+from tenfold.models.precision import in_bfloat16
 from tenfold.models.ranks import mine, total
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.settings import Calibrate
@@ -81,7 +82,8 @@ def by_activations(
                 register = module.register_forward_hook if behind else module.register_forward_pre_hook
                 stack.callback(register(hook(key, activation)).remove)
         stack.callback(model.train, was)
-        stack.enter_context(autocast(model.device, settings.precision))
+        kind = model.device.type
+        stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(settings.precision, kind)))
         model.eval()
         for batch in mine(enough(text.batches)):
             counts["kept"] = counted(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)

@@ -120,7 +120,7 @@ class Streams:
         self.batches, self.kept = batches, [counted(batch, skip) for batch in batches]
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.shelf, self.device, self.form = shelf or Shelf(), _device(model), _form(model, self.blocks, batches[0])
-        self.precision, self.bfloat16 = precision, in_bfloat16(precision, self.device.type)
+        self.bfloat16 = in_bfloat16(precision, self.device.type)
         for number, batch in enumerate(batches):
             given = {name: value.to(self.device) for name, value in batch.items()}
             with torch.no_grad(), passing(self.blocks, self.form) as seen:
@@ -142,7 +142,7 @@ class Streams:
 
     def autocast(self) -> torch.autocast:
         """Products in the precision that was asked for."""
-        return autocast(self.device, self.precision)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
         """The output of ``block``, called as block ``number`` was."""
@@ -241,11 +241,6 @@ class Streams:
             stages.setdefault(id(states), []).append(path)
         found = [stage for stage in stages.values() if expert_of(stage[0]) is None]
         return found + experts_stages([path for path in paths if expert_of(path) is not None])
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Products on ``device`` as ``precision`` says; see :class:`tenfold.models.settings.Calibrate`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(precision, device.type))
 
 
 def adding(sums: dict[str, Sums], model: nn.Module, path: str, kept: Tensor):
