@@ -138,6 +138,15 @@ def test_hidden_units_lose_what_the_others_cant_make_up_for(name, known_draws, b
     assert nats == pytest.approx(float((rest**2).sum()) / len(hidden) / len(matters) / 2, rel=1e-2)
 
 
+def test_what_tokens_cost_together_raises_all_curves_alike(known_draws, monkeypatch):
+    losses = []
+    for times in (1.0, 3.0):
+        monkeypatch.setattr(block, "fisher_losses", lambda *given, times=times: (1e-3, times * 1e-3))
+        losses.append(foreseen(toys.build("llama"), "mlp"))
+    for item, (kept, nats) in losses[0].items():
+        assert losses[1][item] == (kept, pytest.approx(3 * nats, rel=1e-9)) and nats > 0
+
+
 @pytest.mark.parametrize("worse", ["by moments", "by gradients"])
 def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
     """One by moments, one by gradients token by token; here one of them gives the best units away first."""
