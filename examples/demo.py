@@ -72,7 +72,7 @@ results = [measure("dense", dense, 0.0)]
 models = {}
 for label, structure in STRUCTURES:
     recipe = api.recipe_for(structure, KEEP, "model")
-    model, report = api.compress(copy.deepcopy(dense), recipe, progress=cli.tracked(f"folding: {label}"))
+    model, report = api.compress(copy.deepcopy(dense), recipe, progress=cli.phased(f"folding: {label}"))
     models[label] = model, report
     results.append(measure(label, model, report["seconds"]))
 
@@ -87,7 +87,7 @@ results.append(measure(f"{best}, healed", healed, report["seconds"] + healing["s
 print("   and what the recommended recipe makes of it, guided by calibration text, without healing", file=sys.stderr)
 recommended = api.with_keep("recommended", KEEP)
 text = api.read_calibration(dense, tokenizer, [demo / "calibration.jsonl"], recommended, 32 if quick else 128)
-model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=cli.tracked("calibrating"), text=text)
+model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=cli.phased("calibrating"), text=text)
 results.append(measure("recommended, calibrated", model, calibrated["seconds"]))
 
 cli.show_table(

@@ -112,10 +112,10 @@ def error(error: float | None) -> str:
     return "" if error is None else f"{error:.4f}"
 
 
-def tracked(what: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar around a list, on standard error."""
+def tracked(what: str) -> Callable[..., Iterable]:
+    """A progress bar around a list, on standard error; ``what`` is shown, whatever the phase."""
 
-    def wrap(items: Iterable) -> Iterable:
+    def wrap(items: Iterable, phase: str = "") -> Iterable:
         from rich.console import Console
         from rich.progress import track
 
