@@ -39,19 +39,23 @@ def quantised(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
 
 
 @torch.no_grad()
-def quantise(model, bits: int) -> int:
-    """Quantise the matrices of the blocks of ``model``, in place; returns the bytes of the whole model."""
-    size = sum(4 * p.numel() for p in model.parameters())
+def quantise(model, bits: int, ends: int | None = None, rest: int = 4) -> int:
+    """Quantise the matrices of the blocks of ``model``, in place; returns the bytes of the whole model.
+
+    Args:
+        ends: bits of embeddings and heads; they stay as they are unless given.
+        rest: bytes of a parameter that stays as it is.
+    """
+    size, done = sum(rest * p.numel() for p in model.parameters()), set()
     for site in find_sites(model):
-        if site.layer is None:
-            continue
-        module = model.get_submodule(site.path)
-        for name, p in module.named_parameters():
-            if name != "bias":
+        module, kind = model.get_submodule(site.path), bits if site.layer is not None else ends
+        for name, p in module.named_parameters() if kind else ():
+            if name != "bias" and id(p) not in done:
+                done.add(id(p))  # a tied head is its embedding
                 flat = p.T if type(module).__name__ == "Conv1D" else p.reshape(-1, p.shape[-1])
-                near, held = quantised(flat.float().contiguous(), bits)
+                near, held = quantised(flat.float().contiguous(), kind)
                 p.copy_((near.T if type(module).__name__ == "Conv1D" else near).reshape(p.shape))
-                size += held - 4 * p.numel()
+                size += held - rest * p.numel()
     return size
 
 

@@ -4,7 +4,8 @@
     python benchmarks/real_models.py --data FOLDER --model Llama-3.2-1B --device cuda
     python benchmarks/real_models.py --data FOLDER --model Qwen3-8B --device cuda --delete
 
---heal TOKENS adds rows of the same models, distilled from the original on text that the calibration does not read.
+--heal TOKENS adds rows of the same models, distilled from the original on text that the calibration does not read; --bits
+those whose matrices are rounded to integers of eight or four bits, the dense model's included.
 
 Without --model the folder of SmolLM2-135M-Instruct is made from a package of PyPI (real_folder.py). Every row is made by the
 command that a user would run, `tenfold compress MODEL -o DIR --recipe NAME --keep K --of model --calibrate TEXT`, in a process
@@ -110,6 +111,9 @@ def main() -> None:
         help="also rows that are healed with so many tokens",
     )
     parser.add_argument("--rate", type=float, nargs="+", default=[3e-4], help="learning rates of healing")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=(8, 4), default=[], help="also rows whose matrices are quantised"
+    )
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {WINDOW} tokens of each text")
     parser.add_argument("--passages", type=int, default=1000, help="of LAMBADA, the first ones; 0 leaves it out")
     parser.add_argument("--full", action="store_true", help="also the perplexity on the whole of the first text")
@@ -158,19 +162,19 @@ def run_all(given: argparse.Namespace) -> None:
     healings = [None, *(Healing(tokens, rate) for tokens in given.heal for rate in given.rate)]
     rows = [(Contender("dense"), 1.0, None)]
     rows += [(one, keep, how) for keep in given.keep for one in chosen(given.contenders) for how in healings]
-    for contender, keep, healing in rows:
-        inputs = {"made": inputs_of(contender, keep, same), "scored": scored}
+    for contender, keep, healing, bits in [(*row, bits) for row in rows for bits in (None, *given.bits)]:
+        inputs = {"made": inputs_of(contender, keep, same), "scored": scored | ({"bits": bits} if bits else {})}
         named = contender.name if healing is None else f"{contender.name}+{healing}"
         if healing is not None:
             inputs["made"] |= {"heal": asdict(healing), "text": digest(given.work / "text" / "healing.jsonl")}
-        file = given.results / name / f"{keep:g}" / f"{named}.json"
+        file = given.results / name / f"{keep:g}" / f"{named}{f'-int{bits}' if bits else ''}.json"
         row = json.loads(file.read_text()) if file.is_file() else {}
         if not agree(row.get("inputs"), inputs, given.any_version):
             row = {}
         missing = [part for part in parts if part not in row.get("scores", {})]
         if not missing or ("failed" in row and not given.retry):
             continue
-        print(f"{named} at {keep:g} ..", flush=True)
+        print(f"{file.stem} at {keep:g} ..", flush=True)
         folder = model if contender.name == "dense" else given.work / name / f"{keep:g}" / named
         try:
             if folder == model:
@@ -179,7 +183,7 @@ def run_all(given: argparse.Namespace) -> None:
                 made = make(given, contender, keep, model, folder, calibration, inputs["made"])
             else:
                 made = heal(given, healing, model, folder.with_name(contender.name), folder, inputs["made"])
-            found = score(asked | {"model": str(folder), "parts": missing}, given.work)
+            found = score(asked | {"model": str(folder), "parts": missing, "bits": bits}, given.work)
             scores = (
                 row.get("scores", {}) | found | {"seconds": row.get("scores", {}).get("seconds", {}) | found["seconds"]}
             )
@@ -189,6 +193,7 @@ def run_all(given: argparse.Namespace) -> None:
             row = {key: row[key] for key in ("made", "scores") if key in row} | {"failed": str(reason)}
             print(f"  failed: {reason}", flush=True)
         about = {"contender": contender.name, "keep": keep} | ({"healed": asdict(healing)} if healing else {})
+        about |= {"bits": bits} if bits else {}
         row = about | row | {"inputs": inputs}
         row["versions"] = {one: version(one) for one in ("tenfold", "torch", "transformers")}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@
 
 ASKED.json: ``model`` and ``original`` (folders), ``texts`` ({name: JSON lines}), ``window``, ``windows``, ``lambada`` (JSON
 lines), ``passages``, ``states`` (a file for those of the original), ``device``, ``dtype``, and ``parts``: ``size``, ``texts``,
-``lambada``, ``full``, or some of them.
+``lambada``, ``full``, or some of them. ``bits`` (8 or 4): the matrices of the blocks are rounded to integers first, embeddings
+and heads to eight bits (quality_bytes.py); bytes are those of the integers, scales in float32 and the rest in bfloat16.
 """
 
 import json
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from quality_bytes import quantise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text import documents, token_stream
 from tenfold.models.lazy import weight_files
 from tenfold.models.precision import multiplies_bfloat16
+from tenfold_cli.memory import keep_freed
 
 ROWS = 256  # whose distributions are in float32 at once
 
@@ -138,7 +141,7 @@ def measure_size(model, folder: str) -> dict:
 def score_texts(model, tokenizer, asked: dict, device: str, dtype: str) -> dict:
     """Return the scores on every text, and the mean of their divergences."""
     found, original = {}, None
-    if asked["original"] != asked["model"]:
+    if asked["original"] != asked["model"] or asked.get("bits"):
         original = Original(api.load(asked["original"], device, dtype)[0], asked["states"])
     for name, file in asked["texts"].items():
         windows = read_windows(file, model, tokenizer, asked["window"], asked["windows"])
@@ -156,6 +159,7 @@ def score(asked: dict) -> dict:
     model, tokenizer = api.load(asked["model"], device, dtype)
     if tokenizer is None:
         raise ValueError(f"{asked['model']} has no tokenizer; copy tokenizer.json there")
+    held = {"bytes": quantise(model, asked["bits"], 8, 2)} if asked.get("bits") else {}
 
     def last_words() -> dict:
         passages = list(documents([asked["lambada"]]))[: asked["passages"]]
@@ -167,7 +171,7 @@ def score(asked: dict) -> dict:
         return {name: kept[name] for name in ("perplexity", "bits_per_byte", "tokens")}
 
     parts = {
-        "size": lambda: measure_size(model, asked["model"]),
+        "size": lambda: measure_size(model, asked["model"]) | held,
         "texts": lambda: score_texts(model, tokenizer, asked, device, dtype),
         "lambada": last_words,
         "full": full,
@@ -188,6 +192,7 @@ def main(question: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     try:
         main(*sys.argv[1:])
     except (OSError, ValueError, ImportError) as reason:

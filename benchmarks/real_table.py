@@ -51,7 +51,7 @@ def write_tables(results: Path, output: Path) -> None:
 def model_tables(folder: Path) -> list[str]:
     """Return the section of one model: a table for every size; none until its dense row is there."""
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))]
-    dense = next((row for row in rows if row["contender"] == "dense" and "scores" in row), None)
+    dense = next((row for row in rows if row["contender"] == "dense" and "scores" in row and "bits" not in row), None)
     if dense is None:
         return []
     scores, asked, machine = dense["scores"], dense["inputs"]["scored"], dense["scores"]["machine"]
@@ -63,7 +63,8 @@ def model_tables(folder: Path) -> list[str]:
         f"embeddings. Perplexity per token on the first {scores['texts'][names[0]]['tokens']:,} tokens of each text, windows of "
         f"{asked['window']:,} tokens that do not overlap, in {machine['dtype']} ({where}, {machine['threads']} threads).\n",
     ]
-    made = [row for row in rows if row is not dense]
+    quantised = [row for row in rows if "bits" in row and "scores" in row]
+    made = [row for row in rows if row["contender"] != "dense" and "bits" not in row]
     for keep in sorted({row["keep"] for row in made}, reverse=True):
         here = [row for row in made if row["keep"] == keep and "scores" in row]
         here.sort(key=lambda row: times_dense(row, dense, names))
@@ -72,8 +73,16 @@ def model_tables(folder: Path) -> list[str]:
             if some:
                 parts += [f"### {keep:.0%} of the model{told}\n", *table([dense, *some], dense, names), ""]
         failed = [row for row in made if row["keep"] == keep and "scores" not in row]
-        parts += [f"{row['contender']} failed: {row['failed']}\n" for row in failed]
+        parts += [f"{row['contender']}{told_healed(row)} failed: {row['failed']}\n" for row in failed]
+    if quantised:
+        quantised.sort(key=lambda row: -row["scores"]["size"]["bytes"])
+        parts += ["### Quantised\n", *table(quantised, dense, names), ""]
     return parts
+
+
+def told_healed(row: dict) -> str:
+    """Return with how many tokens a row was healed, nothing where it was not."""
+    return f", healed with {row['healed']['tokens']:,} tokens at {row['healed']['rate']:g}," if "healed" in row else ""
 
 
 def table(rows: list[dict], dense: dict, names: list[str]) -> list[str]:
@@ -83,6 +92,7 @@ def table(rows: list[dict], dense: dict, names: list[str]) -> list[str]:
         "method": lambda row, scores: (
             f"**{row['contender']}**" if row["contender"] == "recommended" else row["contender"]
         ),
+        "bits": lambda row, scores: str(row.get("bits", "")),
         "tokens": lambda row, scores: f"{row['healed']['tokens']:,}" if "healed" in row else "",
         "rate": lambda row, scores: f"{row['healed']['rate']:g}" if "healed" in row else "",
         "kept": lambda row, scores: f"{scores['size']['parameters'] / base['parameters']:.3f}",

@@ -32,7 +32,7 @@ from tenfold.models.named import load_model
 from tenfold.models.named import load_tokenizer as load_tokenizer
 from tenfold.models.plan import make_plan
 from tenfold.models.reading import positions_of
-from tenfold.models.recipe import Recipe, checked_keep, load_recipe, parse_recipe
+from tenfold.models.recipe import Recipe, Stage, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
 from tenfold.nn.kept import keep_matrices
 from tenfold.train.tokens import is_tokens
@@ -118,6 +118,20 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
     of = of or (loaded.budget.of if loaded.budget else "model")
     budget = parse_recipe({"budget": {"keep": checked_keep(keep), "of": of}}, "the budget").budget
     return loaded.model_copy(update={"budget": budget})
+
+
+def with_healing(recipe: Recipe, calibrated: bool) -> Recipe:
+    """Return ``recipe`` with a healing behind it: one stage that compresses and heals; a recipe of stages says itself where.
+
+    Args:
+        calibrated: whether there is a calibration text, which guides the stage then.
+    """
+    if recipe.stages:
+        return recipe
+    stage = {key: getattr(recipe, key) for key in Stage.model_fields if key in Recipe.model_fields}
+    stage["heal"] = recipe.heal or Heal()
+    stage["calibrate"] = recipe.calibrate or (Calibrate() if calibrated else None)
+    return Recipe(name=recipe.name, source=recipe.source, note=recipe.note, stages=[Stage(**stage)])
 
 
 def heal_settings(losses: Sequence[str] = (), recipe: Recipe | str | dict | None = None, **settings: Any) -> Heal:

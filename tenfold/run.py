@@ -27,6 +27,7 @@ from tenfold.compress.progress import Progress, untold
 from tenfold.compress.streams import blocks_of
 from tenfold.compress.weights import Streamed
 from tenfold.models.card import save_card, save_config
+from tenfold.models.cost import read_config
 from tenfold.models.files import of_model, opened, read_json, stamps, write_json
 from tenfold.models.gguf import is_gguf
 from tenfold.models.healing import Heal
@@ -34,6 +35,7 @@ from tenfold.models.lazy import INDEX, Lazy, open_lazy, weight_files
 from tenfold.models.ranks import is_first, wait
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites
+from tenfold.models.stored import check_plain
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.record import differences
 
@@ -72,6 +74,7 @@ def compress_checkpoint(
         ValueError: what :func:`tenfold.compress` raises.
     """
     output = api.check_output(Path(output), overwrite)
+    check_plain(read_config(str(name)), name)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     kind = api.checked_dtype(dtype)
     whole = bool(loaded.first or loaded.squeeze) or any(rule.share for rule in loaded.replace)  # not block by block
@@ -156,6 +159,7 @@ def compress_in_stages(
         ValueError: a stage needs a text that is not given, and what :func:`tenfold.compress` raises.
     """
     output = api.check_output(Path(output), overwrite)
+    check_plain(read_config(str(name)), name)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     for number, stage in enumerate(loaded.stages):
         if stage.heal and not healing:
@@ -221,6 +225,7 @@ def heal_checkpoint(
         given: what :func:`tenfold.heal` takes beside these.
     """
     output = api.check_output(Path(output), overwrite)
+    check_plain(read_config(str(name)), name)
     model, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]

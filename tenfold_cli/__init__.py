@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli import tasks, training
+from tenfold_cli.memory import keep_freed
 from tenfold_cli.options import SEEDS, TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first, stated
 from tenfold_cli.show import (
     count_line,
@@ -105,7 +106,10 @@ def compress(
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="With --calibrate: how many windows are read.")] = None,
-    heal: Annotated[list[str] | None, typer.Option(help="Text for the stages of a recipe that heal.")] = None,
+    heal: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to heal with behind the compression, or where stages say so."),
+    ] = None,
     roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
     source: Annotated[str, typer.Option(help="Factors from weights, or from noise.")] = "weights",
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this size.")] = "5GB",
@@ -117,7 +121,9 @@ def compress(
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
     from tenfold.compress.progress import untold
+    from tenfold.models.cost import read_config
     from tenfold.models.ranks import wait
+    from tenfold.models.stored import check_plain
     from tenfold.run import compress_checkpoint, compress_in_stages
 
     api.check_output(output, overwrite)
@@ -134,17 +140,18 @@ def compress(
         "--roles": roles and not structure,
         "--source": source != "weights" and calibrate,
         "--samples": samples is not None and not calibrate,
-        "--heal": heal and not chosen.stages,
     }
     if idle := [name for name, value in useless.items() if value]:
         raise ValueError(f"{idle[0]} changes nothing here; leave it out, or see tenfold compress --help")
+    if heal:
+        chosen = api.with_healing(chosen, calibrated=bool(calibrate))
     given = {"device": device, "dtype": dtype, "overwrite": overwrite, "max_shard_size": max_shard_size}
     announce, progress = (show_choices, phased("compressing")) if first() else (lambda choices: None, untold)
     if chosen.stages:
         with counted("healing") as advance:
             report = compress_in_stages(
                 model, output, chosen, api.texts(calibrate or []), api.texts(heal or []), samples, **given,
-                command=command(), announce=announce, advance=advance,
+                command=command(), progress=progress, announce=announce, advance=advance,
             )  # fmt: skip
     elif calibrate:
         report = compress_checkpoint(
@@ -152,6 +159,7 @@ def compress(
             command=command(), progress=progress, announce=announce,
         )  # fmt: skip
     else:
+        check_plain(read_config(model), model)
         loaded, tokenizer = api.load(model, device, dtype)
         folded, report = api.compress(loaded, chosen, source, progress)
         if first():
@@ -334,6 +342,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # MKL would keep hundreds of megabytes for later products
+    keep_freed()
     if not debug:
         _quiet()
     try:

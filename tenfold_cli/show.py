@@ -187,33 +187,37 @@ class counted:
     """A progress bar that is told ``(step, steps, tokens a second)``; where no one looks, a line every twentieth."""
 
     def __init__(self, what: str):
-        self.what, self.said = what, -1
+        self.what, self.step = what, math.inf
 
     def __enter__(self) -> Callable[..., None]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         if not sys.stderr.isatty():
-            self.bar, self.begun = None, time.perf_counter()
+            self.bar = None
             return self._line
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, TextColumn("{task.fields[speed]}"), console=Console(stderr=True), transient=True)
-        self.bar.start()
         task = self.bar.add_task(self.what, speed="")
-        return lambda step, steps, speed=None: self.bar.update(task, completed=step, total=steps, speed=_speed(speed))
+
+        def update(step: int, steps: int, speed: float | None = None) -> None:
+            self.bar.start()  # not before it is told anything: only one bar can be shown, and others may come first
+            self.bar.update(task, completed=step, total=steps, speed=_speed(speed))
+            if step == steps:
+                self.bar.stop()
+
+        return update
 
     def _line(self, step: int, steps: int, speed: float | None = None) -> None:
-        twentieth = 20 * step // steps
-        if self.said < 0:  # the first step says where an interrupted run goes on
-            self.said, self.first = 20 * (step - 1) // steps, step - 1
-        if twentieth > self.said:
-            self.said, seconds = twentieth, time.perf_counter() - self.begun
-            left = timedelta(seconds=round(seconds / (step - self.first) * (steps - step)))
-            print(
-                f"{self.what}: step {step:,} of {steps:,}, {left} left {_speed(speed)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+        if step <= self.step:  # the first one, where an interrupted run goes on, or the first of the next healing
+            self.said, self.first, self.begun = 20 * (step - 1) // steps, step, time.perf_counter()
+        self.step, twentieth = step, 20 * step // steps
+        if twentieth > self.said or step == self.first:
+            self.said, done = twentieth, step - self.first
+            seconds = (time.perf_counter() - self.begun) / max(1, done) * (steps - step)
+            left = f", {timedelta(seconds=round(seconds))} left" if done else ""
+            told = f"{self.what}: step {step:,} of {steps:,}{left} {_speed(speed)}"
+            print(told.rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, *reason) -> None:
         if self.bar is not None:

@@ -28,13 +28,13 @@ def heal(
         typer.Option(help="A file with a heal section: what is not given here is taken from there."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="The peak of the schedule; without --recipe 6e-4 unless given.")
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak of the schedule; 3e-4 unless given.")] = None,
     tokens_per_step: Annotated[
         int | None, typer.Option(help="Tokens in one step of all processes; 4096 unless given.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows at once; all of a step's unless given.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows at once; unless given a step's, or 1,024 tokens on a CPU.")
+    ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,8 +58,6 @@ def heal(
     from tenfold.run import heal_checkpoint
 
     files = api.texts(text)
-    if recipe is None and learning_rate is None:
-        learning_rate = 6.0e-4
     given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step, "batch": batch}
     settings = api.heal_settings(loss or (), recipe, temperature=temperature, **given)
     more = {"window": window, "seed": seed, "store": store, "top_k": top_k, "progress": tracked("asking the teacher")}

@@ -1,6 +1,7 @@
 """Checkpoint to checkpoint: the same result from disk as in memory, and after an interruption; what goes wrong loses nothing."""
 
 import json
+import shutil
 import sys
 import warnings
 
@@ -19,6 +20,7 @@ from tenfold import api, run
 from tenfold.compress.journal import Journal, Steps
 from tenfold.compress.shelf import Shelf
 from tenfold.models import lazy
+from tenfold.models.healing import Heal
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
 
@@ -288,6 +290,34 @@ def test_a_folded_checkpoint_is_compressed_again(dense, tmp_path):
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(torch.arange(12)[None]).logits).all()
 
 
+@pytest.mark.parametrize("how", ["compress", "stages", "weights", "heal", "memory"])
+def test_what_others_have_quantised_is_refused(dense, tmp_path, capsys, monkeypatch, how):
+    """Before a tensor is read: FP8 matrices without their scales would pass for the model's."""
+    shutil.copytree(dense, tmp_path / "int")
+    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "int" / "config.json").write_text(json.dumps(config))
+    name, out, text = tmp_path / "int", tmp_path / "out", [dense / "text.txt"]
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        if how == "compress":
+            go(name, out)
+        elif how == "stages":
+            run.compress_in_stages(name, out, STAGES, text, text)
+        elif how == "heal":
+            run.heal_checkpoint(name, dense, out, text, Heal(steps=1))
+        elif how == "memory":
+            model = AutoModelForCausalLM.from_pretrained(dense)
+            model.config.quantization_config = {"quant_method": "fp8"}
+            api.compress(model, LOW_RANK)
+        else:
+            given = ["compress", str(name), "-o", str(out), "--recipe", "low-rank"]
+            monkeypatch.setattr(sys, "argv", ["tenfold", *given])
+            monkeypatch.setattr(warnings, "showwarning", None)  # is set by the command; put back behind the test
+            tenfold_cli.main()
+    said = capsys.readouterr().err if how == "weights" else str(refused.value)
+    assert "is quantised (fp8); take the model that it was made of, and quantise the result" in said
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_a_checkpoint_without_safetensors_by_name_is_read_whole(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "open_lazy", lambda *rest: None)
     go(dense, tmp_path / "out", LOW_RANK)
@@ -339,6 +369,27 @@ def test_stages_are_folded_and_healed_one_after_another(dense, tmp_path):
     first = api.price(api.load(dense)[0])["parameters"]["total"]
     assert first > report["stages"][0]["parameters"]["total"] > report["stages"][1]["parameters"]["total"]
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_healing_behind_a_recipe_is_that_of_what_it_makes(dense, tmp_path):
+    whole = api.with_healing(load_recipe(RECIPE), calibrated=True)
+    report = in_stages(dense, tmp_path / "both", whole)
+    go(dense, tmp_path / "compressed")
+    run.heal_checkpoint(tmp_path / "compressed", dense, tmp_path / "healed", [dense / "text.txt"], Heal())
+    both, apart, before = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("both", "healed", "compressed")
+    )
+    assert both.keys() == apart.keys() and report["stages"][0]["heal"]["settings"] == Heal().model_dump(mode="json")
+    for name, value in both.items():
+        torch.testing.assert_close(value, apart[name], rtol=1e-4, atol=1e-6)
+    assert report["stages"][0]["heal"]["steps"] == 1, "and one step moves something"
+    assert any(not torch.equal(value, before[name]) for name, value in both.items())
+
+
+def test_healing_is_added_where_no_stage_says_so():
+    assert api.with_healing(load_recipe(STAGES), calibrated=True) == load_recipe(STAGES)
+    (stage,) = api.with_healing(load_recipe(LOW_RANK | {"heal": HEAL}), calibrated=False).stages
+    assert stage.heal == Heal(**HEAL) and stage.calibrate is None and stage.replace == load_recipe(LOW_RANK).replace
 
 
 def test_interrupted_stages_go_on(dense, tmp_path, monkeypatch):

@@ -29,10 +29,11 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
 from tenfold.compress.calibration import Batch
 from tenfold.compress.fold import Fold
-from tenfold.compress.layerwise import Work, part_of
+from tenfold.compress.layerwise import part_of
 from tenfold.compress.progress import Phase, Progress
 from tenfold.compress.shelf import Shelf
 from tenfold.compress.streams import Streams, passing, without_cache
+from tenfold.compress.work import Work
 from tenfold.models.ranks import mine, total_number
 from tenfold.models.settings import Calibrate
 

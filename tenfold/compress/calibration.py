@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from tenfold.evaluate.text import HUB, documents, token_stream
 from tenfold.models.reading import context_of, reads_streams
@@ -82,6 +83,23 @@ def check_text(text: Calibration, nats: float) -> None:
     if bits > STRANGE:
         told = f"the model's perplexity on the calibration text is {math.exp(min(nats, 700)):,.0f}, {bits:.1f} bits per byte"
         warnings.warn(f"{told}; is it the right text, in a language that the model was trained on?", stacklevel=2)
+
+
+@torch.no_grad()
+def nats_per_token(model, batches: Sequence[Batch]) -> float | None:
+    """What a model needs for a token of ``batches``, in the mean; None where it predicts no next token."""
+    if not reads_streams(model) or model.get_output_embeddings() is None:
+        return None
+    found, tokens, device, training = 0.0, 0, next(model.parameters()).device, model.training
+    model.eval()
+    for batch in batches:
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        both = mask[:, 1:] & mask[:, :-1]
+        found += float(cross_entropy(logits[both].float(), ids[:, 1:][both], reduction="sum"))
+        tokens += int(both.sum())
+    model.train(training)
+    return found / max(1, tokens)
 
 
 def _bytes_per_token(tokenizer, batch: Batch) -> float:

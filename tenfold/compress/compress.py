@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from tenfold.compress.budget import total_of
-from tenfold.compress.calibration import Calibration
+from tenfold.compress.calibration import Calibration, check_text, nats_per_token
 from tenfold.compress.first import FIRST, WEIGHTS_ONLY
 from tenfold.compress.journal import Journal
 from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.progress import Progress, untold
 from tenfold.compress.squeeze import squeeze
 from tenfold.compress.weights import Weights
-from tenfold.models.cost import price
+from tenfold.models.cost import price, read_config
 from tenfold.models.hub import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
 from tenfold.models.ranks import is_first
@@ -26,10 +26,12 @@ from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.replace import Change, finish, replace, take_apart, untie
 from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites
+from tenfold.models.stored import check_plain
 from tenfold.models.symmetry_maps import fold_maps
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
+LOOKED_AT = 8  # batches of the calibration text, to see whether the model knows it
 
 
 def compress(
@@ -59,13 +61,16 @@ def compress(
         The compressed model, and a report: prices before and after, what every site became, seconds.
 
     Raises:
-        ValueError: the recipe needs activations and there is no ``text``, and whatever planning and fitting raise.
+        ValueError: another tool has quantised the model, the recipe needs activations and there is no ``text``, and whatever
+            planning and fitting raise.
 
     Warns:
         UserWarning: the calibration text has fewer tokens than twice the inputs of the widest matrix.
     """
     if isinstance(model, str | Path):
+        check_plain(read_config(str(model)), model)
         model = from_pretrained(model)
+    check_plain(model.config, "the model")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.stages:
         raise ValueError(
@@ -153,6 +158,10 @@ def _whole_change(model, recipe: Recipe, text: Calibration | None) -> dict[str, 
     if recipe.first is None:
         return {}
     check_finite(model)
+    if text is not None and not recipe.replace and is_first():  # else the survey looks
+        nats = nats_per_token(model, text.batches[:LOOKED_AT])
+        if nats is not None:
+            check_text(text, nats)
     return FIRST[recipe.first](model, recipe, text)
 
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.compress.actions import Action, actions_for
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.budget import choose
@@ -37,28 +35,20 @@ from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
 from tenfold.compress.progress import Phase, Progress, phases_of, untold
 from tenfold.compress.refine import refine
+from tenfold.compress.room import check_room
 from tenfold.compress.sensitivity import Survey
 from tenfold.compress.shares import MEASURED
 from tenfold.compress.shelf import Shelf
-from tenfold.compress.streams import Streams, blocks_of, twin
+from tenfold.compress.streams import Streams, twin
 from tenfold.compress.weights import Resident, Weights
+from tenfold.compress.work import Work, plan_work
 from tenfold.models.ranks import is_first, mine, processes, state, wait
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
-from tenfold.models.sites import Site, find_sites
 from tenfold.models.symmetry_maps import fold_maps
 
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
-
-
-@dataclass
-class Work:
-    """What is to be done in one block."""
-
-    path: str
-    sites: list[Site]
-    actions: list[Action]
 
 
 def compress_blocks(
@@ -87,6 +77,9 @@ def compress_blocks(
     """
     settings, works, journal = recipe.calibrate or Calibrate(), plan_work(model, recipe), journal or Journal()
     batches = enough(text.batches)
+    if is_first():
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        check_room(model, works, _tokens(mine(part_of(batches, settings.survey))), longest, settings)
     weights = weights or Resident(model, [work.path for work in works])
     training = model.training
     model.eval()
@@ -174,34 +167,6 @@ def _one_block(model, number: int, work: Work, streams: Streams, settings, weigh
         streams.advance(number, original if settings.original_share or settings.refine else None)
     elif not last:
         streams.advance(number, now=original)
-
-
-def plan_work(model: PreTrainedModel, recipe: Recipe) -> list[Work]:
-    """The actions of every block; of several rules the first that matches a site wins.
-
-    Raises:
-        ValueError: a rule matches nothing in the blocks.
-    """
-    blocks, used, works = blocks_of(find_sites(model)), set(), []
-    for path, sites in blocks.items():
-        matched: dict[int, list[Site]] = {}
-        for site in sites:
-            number = next((k for k, rule in enumerate(recipe.replace) if rule.matches(site)), None)
-            if number is not None:
-                matched.setdefault(number, []).append(site)
-        used |= matched.keys()
-        actions = [a for k, found in matched.items() for a in actions_for(model, recipe.replace[k], found, sites)]
-        # what experts read comes first, so that one pass tells what all of them make of it
-        actions.sort(
-            key=lambda action: all(site.expert is not None and site.role == "mlp.out" for site in action.sites)
-        )
-        works.append(Work(path, sites, actions))
-    for k, rule in enumerate(recipe.replace):
-        if k not in used:
-            raise ValueError(
-                f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.narrow}"
-            )
-    return works
 
 
 def survey(

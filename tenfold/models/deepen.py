@@ -21,7 +21,7 @@ from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.replace import finish, install_empty, replace
 from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.sites import FOLDED, Site, base_path, find_sites, module_at
-from tenfold.models.stored import describe
+from tenfold.models.stored import check_plain, describe
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import LowRank, Structure, Sum
 
@@ -57,11 +57,12 @@ def deepen(
         The deeper model, and a report: ``layers`` and ``parameters`` before and after, ``scale``, ``errors`` of the fit.
 
     Raises:
-        ValueError: fewer layers than there are, an architecture without a table or with an encoder and a decoder, a recipe
-            for a model that is folded already, and what planning and fitting raise.
+        ValueError: another tool has quantised the model, fewer layers than there are, an architecture without a table or with an
+            encoder and a decoder, a recipe for a model that is folded already, and what planning and fitting raise.
 
     Reference: MPOBERT, arXiv 2303.16753, section 3.
     """
+    check_plain(model.config, "the model")
     before = _depth(model)
     if layers < before:
         raise ValueError(

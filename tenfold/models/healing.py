@@ -17,7 +17,8 @@ class Heal(Strict):
     """Distillation after compression; see :mod:`tenfold.train.heal`.
 
     Args:
-        tokens_per_step: of all processes together, ``batch`` windows at once; all of a step's unless given.
+        tokens_per_step: of all processes together, ``batch`` windows at once: by default all of a step's, on a CPU 1,024
+            tokens.
         save_steps: how often a checkpoint is written, where one is kept.
         losses: the weight of each; see :mod:`tenfold.train.losses`.
         temperature: of the distributions that divergences compare.
@@ -36,7 +37,7 @@ class Heal(Strict):
     tokens_per_step: int = Field(4096, ge=1)
     batch: int | None = Field(None, ge=1)
     save_steps: int = Field(200, ge=1)
-    learning_rate: float = Field(6.0e-5, gt=0)
+    learning_rate: float = Field(3.0e-4, gt=0)
     schedule: Schedule = "cosine"
     warmup: float = Field(0.05, ge=0)
     weight_decay: float = Field(0.0, ge=0)

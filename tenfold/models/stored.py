@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -42,6 +43,24 @@ def stored_plan(model: PreTrainedModel, config: FoldedConfig) -> Plan:
             mask = spec.get("mask", 0.0)
             entries[path] = Entry(site, structure, spec["bias"], shared=shared, frozen=frozen, mask=mask)
     return Plan(entries, config.untied, config.recipe)
+
+
+def check_plain(config: Any, name: str | Path) -> None:
+    """Refuse a model whose weights another tool has quantised: read as they are stored, they are other matrices.
+
+    Raises:
+        ValueError: the configuration names a quantisation other than a folding, or GGUF, which is dequantised when it is read.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found or folded_config(config) is not None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = getattr(method, "value", method)
+    if method != "gguf":
+        raise ValueError(
+            f"{name} is quantised ({method or 'its config.json does not say how'}); take the model that it was made of, and "
+            "quantise the result"
+        )
 
 
 def structures(config: FoldedConfig) -> dict[str, Structure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -40,6 +41,8 @@ from tenfold.train.trainer import (
     training_arguments,
     unwrapped,
 )
+
+AT_ONCE = 1024  # tokens that a CPU reads at once
 
 
 def heal(
@@ -100,6 +103,9 @@ def heal(
         arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None, reads_streams(model))
         data, collator = _data(model, tokenizer, files, window, seed)
         tokens = step_size(arguments) * _mean_length(data)
+        if settings.warmup < 1:  # Trainer would round up, and the rate of a first step of warming up is 0
+            steps = settings.steps or math.ceil((settings.epochs or 1.0) * math.ceil(len(data) / step_size(arguments)))
+            arguments.warmup_steps = int(settings.warmup * steps)
         loaded = None
         if asked and store is not None:
             data = _answered(data, model, teacher, tokenizer, settings, Path(store), top_k, arguments, progress)
@@ -132,7 +138,7 @@ def _window(model: PreTrainedModel, window: int | None) -> int:
 def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool, whole: bool) -> TrainingArguments:
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     windows = max(1, settings.tokens_per_step // window)
-    batch = min(settings.batch or windows, windows)
+    batch = min(settings.batch or _at_once(windows, window), windows)
     batch, accumulate = _shared_out(batch, max(1, round(windows / batch)), window, settings)
     return training_arguments(
         folder,
@@ -153,6 +159,15 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, keep: bool,
         seed=seed,
         **length,
     )
+
+
+def _at_once(windows: int, window: int) -> int:
+    """All of a step on an accelerator; a CPU is as fast with ``AT_ONCE`` tokens, whose activations take less memory."""
+    if torch.accelerator.is_available():
+        return windows
+    processes, most = int(os.environ.get("WORLD_SIZE", "1")), max(1, AT_ONCE // window)
+    fitting = [n for n in range(1, most + 1) if windows % n == 0 and windows // n % processes == 0]
+    return max(fitting, default=windows)
 
 
 def _shared_out(batch: int, accumulate: int, window: int, settings: Heal) -> tuple[int, int]:

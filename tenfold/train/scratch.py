@@ -14,7 +14,7 @@ from tenfold.models.plan import make_plan
 from tenfold.models.reading import MASKED, positions_of
 from tenfold.models.recipe import Recipe
 from tenfold.models.replace import replace
-from tenfold.models.stored import folded_config
+from tenfold.models.stored import check_plain, folded_config
 from tenfold.train.wanted import check_known
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -136,8 +136,7 @@ def _model(recipe: Recipe, config):
 def _configuration(recipe: Recipe, **more):
     if recipe.origin:
         config = read_config(recipe.origin)
-        if getattr(config, "quantization_config", None) and not folded_config(config):
-            raise ValueError(f"{recipe.origin} is quantised, and only what is not can be trained; dequantise it first")
+        check_plain(config, recipe.origin)
         if recipe.train.fold and folded_config(config):
             raise ValueError(f"{recipe.origin} is folded already, so that train.fold has nothing to do; leave it out")
         return config

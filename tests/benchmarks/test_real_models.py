@@ -21,6 +21,7 @@ import real_folder  # noqa: E402
 import real_models  # noqa: E402
 import real_scores  # noqa: E402
 import real_table  # noqa: E402
+from quality_bytes import GROUP, quantise  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))  # its models.py hides tests/models
 
@@ -166,7 +167,37 @@ def data(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_is_its_rounded_rows(bits):
+    """Rows of the blocks in groups, those of the embedding whole and in eight bits; norms stay."""
+    pytest.importorskip("torchao")
+    sizes = {"vocab_size": 40, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    size, expected = quantise(model, bits, 8, 2), 0
+    for name, p in model.named_parameters():
+        was = before[name]
+        if was.ndim < 2:
+            assert torch.equal(p, was)
+            expected += 2 * was.numel()
+            continue
+        whole = bits == 8 or "embed" in name or "lm_head" in name
+        kind, width = (8, was.shape[1]) if whole else (4, GROUP)
+        groups = torch.nn.functional.pad(was, (0, -was.shape[1] % width)).unflatten(1, (-1, width))
+        scale = groups.abs().amax(-1, keepdim=True) / (2 ** (kind - 1) - 0.5)
+        wrong = torch.nn.functional.pad((p - was).abs(), (0, -was.shape[1] % width)).unflatten(1, (-1, width)) / scale
+        assert (
+            wrong.max() < 0.51
+            and len((p / scale.repeat_interleave(width, 1)[:, : was.shape[1], 0]).round().unique()) <= 2**kind
+        )
+        expected += was.numel() * kind // 8 + 4 * groups.shape[0] * groups.shape[1]
+    assert size == expected
+
+
 def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchao")
     folder, work, results = small.folder(tmp_path / "toy"), tmp_path / "work", tmp_path / "results"
     monkeypatch.setattr(real_models, "WINDOW", 32)
     monkeypatch.setattr(real_models, "STEP", 64)
@@ -183,7 +214,7 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
         0.8,
     ]
     arguments += ["--contenders", "svd-llm", "script", "nonesuch", "--samples", 8, "--windows", 3, "--passages", 4]
-    arguments += ["--device", "cpu", "--dtype", "float32", "--full", "--heal", 128, "--rate", 0.001]
+    arguments += ["--device", "cpu", "--dtype", "float32", "--full", "--heal", 128, "--rate", 0.001, "--bits", 8]
     monkeypatch.setattr(sys, "argv", ["real_models", *map(str, arguments)])
     process = real_models.run
 
@@ -211,6 +242,10 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
     healed = json.loads((results / "toy/0.8/svd-llm+0.000128M-0.001.json").read_text())
     assert healed["made"]["command"].startswith("tenfold heal DIR --teacher MODEL --text TEXT -o HEALED --steps 2")
     assert healed["healed"] == {"tokens": 128, "rate": 0.001} and healed["scores"]["texts"] != row["scores"]["texts"]
+    eight = json.loads((results / "toy/1/dense-int8.json").read_text())
+    assert 0 < eight["scores"]["texts"]["kl"] < row["scores"]["texts"]["kl"]
+    assert eight["scores"]["size"]["bytes"] < 0.6 * dense["scores"]["size"]["bytes"]
+    assert (results / "toy/0.8/svd-llm+0.000128M-0.001-int8.json").is_file()
     lost = json.loads((results / "toy/0.8/script+0.000128M-0.001.json").read_text())
     assert "script is not there; make its row" in lost["failed"]
 
@@ -226,6 +261,9 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
         and "80% of the model, healed" in written
         and "| svd-llm | 128 | 0.001 |" in written
         and "script failed: a sentence" in written
+        and "script, healed with 128 tokens at 0.001, failed: " in written
+        and "### Quantised" in written
+        and "| dense | 8 |" in written
     )
 
 

@@ -1,6 +1,7 @@
 """The commands, run in this process: what they print, what they write, and one sentence for what goes wrong."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,23 @@ def test_what_does_not_train_imports_no_trainer():
 def test_nothing_is_said_of_a_library_that_is_there():
     code = "import tenfold_cli; tenfold_cli._quiet(); import torchao"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
+    """Few pages are handed out while 64 megabytes are taken and freed again and again, once that has been done for a while."""
+    code = (
+        "import resource, torch; from tenfold_cli.memory import keep_freed; "
+        "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        f"if {kept}: keep_freed()\n"
+        "for k in range(40):\n"
+        "    before = pages() if k == 20 else before if k else 0\n"
+        "    torch.ones(2**24)\n"
+        "print(pages() - before)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (int(told.stdout) < 1000) == kept
 
 
 def test_inspect_prices_a_recipe(call):

@@ -49,3 +49,19 @@ def test_phases_share_the_whole():
     for gradients in (True, False):
         phases = phases_of(32_768, 196_608, gradients)
         assert phases == ("forward", "backward", "fits") and sum(p.share for p in phases) == pytest.approx(1)
+
+
+def test_every_healing_is_told_from_its_first_step_on(clock, capsys):
+    """Of one that goes on, time is that of the steps that were seen."""
+    with show.counted("healing") as advance:
+        clock[0] += 1000
+        for step in (31, 32, 33, 40, 1, 2):
+            advance(step, 40, 100.0)
+            clock[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "healing: step 31 of 40 100 tokens/s",
+        "healing: step 32 of 40, 0:01:20 left 100 tokens/s",
+        "healing: step 40 of 40, 0:00:00 left 100 tokens/s",
+        "healing: step 1 of 40 100 tokens/s",
+        "healing: step 2 of 40, 0:06:20 left 100 tokens/s",
+    ]

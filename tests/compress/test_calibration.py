@@ -137,7 +137,15 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     assert batch["input_ids"].shape[1] == longest and torch.isfinite(model(**batch)[0]).all()
 
 
-def test_a_text_that_the_model_does_not_know_is_warned_of(monkeypatch):
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}},
+        {"first": "slice", "budget": {"keep": 0.8, "of": "model"}},
+    ],
+    ids=["blocks", "first"],
+)
+def test_a_text_that_the_model_does_not_know_is_warned_of(recipe):
     """The loss is that of one pass of the whole model over the first samples; of bits per byte, 2 and more are strange."""
     model, words = toys.build("llama"), plain.text(4, padded=True)
     losses = []
@@ -147,7 +155,6 @@ def test_a_text_that_the_model_does_not_know_is_warned_of(monkeypatch):
             for sample, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
                 losses += [-chances[sample, k - 1, ids[k]] for k in range(1, len(ids)) if mask[k] and mask[k - 1]]
     nats = float(torch.stack(losses).mean())
-    recipe = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}}
     for bits, expected in (
         (1.99, []),
         (2.01, [f"perplexity on the calibration text is {math.exp(nats):,.0f}, 2.0 bits"]),

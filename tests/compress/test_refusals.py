@@ -233,6 +233,14 @@ def test_the_command_compresses_by_a_text(call, dense, tmp_path):
     assert "--calibrate" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_command_heals_what_it_has_compressed(call, dense, tmp_path):
+    given = (dense, "-o", tmp_path / "out", "--keep", 0.8, "--calibrate", dense / "text.txt", "--samples", 8)
+    status, out, err = call(*given, "--heal", dense / "text.txt")
+    assert status == 0 and "with the head" in out
+    assert err.index("compressing: fits") < err.index("healing: step 1 of ")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 TEXT = ("--calibrate", "{dense}/text.txt", "--samples", "4")
 REFUSED = {
     "missing text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/none.txt"), "there is no file"),
@@ -246,7 +254,7 @@ REFUSED = {
     "cut weights": (("{dense}/cut", "--keep", "0.8", *TEXT), "is no whole file of safetensors"),
     "no model": (("{dense}/none/there", "--keep", "0.8", *TEXT), "there is no model"),
     "roles of nothing": (("{dense}", "--keep", "0.8", "--roles", "mlp.in", *TEXT), "--roles changes nothing here"),
-    "healing of nothing": (("{dense}", "--keep", "0.8", "--heal", "x", *TEXT), "--heal changes nothing here"),
+    "healing by nothing": (("{dense}", "--keep", "0.8", "--heal", "x", *TEXT), "there is no file x"),
     "too small": (("{dense}", "--keep", "0.01", *TEXT), "the smallest that these rules reach is"),
     "broken weights": (
         ("{dense}/broken", "--keep", "0.8", *TEXT),

@@ -18,12 +18,12 @@ from tenfold.compress.calibration import Calibration
 from tenfold.compress.influence import influence_shares
 from tenfold.compress.journal import Journal
 from tenfold.compress.layers import influences
-from tenfold.compress.layerwise import plan_work
 from tenfold.compress.modegpt import leverage
 from tenfold.compress.order import order_units
 from tenfold.compress.rotate import rotate_stream
 from tenfold.compress.slice import slice_stream, slice_to, stream_moment
 from tenfold.compress.units import NarrowMlp
+from tenfold.compress.work import plan_work
 from tenfold.models.card import save_folded
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.replace import set_matrix

@@ -195,7 +195,7 @@ def test_what_is_quantised_by_others_is_refused(place, tmp_path):
     config = json.loads((tmp_path / "int" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "int" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"int is quantised, and only what is not can be trained"):
+    with pytest.raises(ValueError, match=r"int is quantised \(gptq\); take the model that it was made of"):
         pretrain(further(tmp_path / "int"), [place / "text.txt"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

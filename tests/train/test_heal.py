@@ -21,7 +21,7 @@ from tenfold.models.files import written
 from tenfold.models.healing import Heal
 from tenfold.run import heal_checkpoint
 from tenfold.train.distil import Distillation
-from tenfold.train.heal import heal
+from tenfold.train.heal import _at_once, heal
 from tenfold.train.logits import Predictor
 from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
 from tenfold.train.tokenizer import train_tokenizer
@@ -616,6 +616,19 @@ def test_batches_add_up_to_a_step(tmp_path):
         assert report["tokens"] == 4 * 128
         curves.append([loss for _, loss in report["curve"]])
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_a_cpu_reads_some_windows_of_a_step_at_once(monkeypatch, processes):
+    """As many as 1,024 tokens have, or one; all processes have equally many rounds."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for windows in (8, 24, 40, 104):
+        for window in (16, 100, 384, 1024, 4096):
+            found = _at_once(windows, window)
+            rounds = [windows / n for n in range(1, windows + 1) if n == 1 or n * window <= 1024]
+            assert windows / found == min(r for r in rounds if r == int(r) and r % processes == 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert _at_once(24, 1024) == 24
 
 
 def test_weights_that_are_no_numbers_are_not_kept(folder, tokenizer, tmp_path):

@@ -1,0 +1,55 @@
+"""What is said where memory is short."""
+
+import copy
+import re
+import warnings
+from types import SimpleNamespace
+
+import plain
+import psutil
+import pytest
+from models import toys
+
+from tenfold.compress import layerwise, room
+from tenfold.compress.compress import compress
+
+RECIPE = {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
+
+
+def said(monkeypatch, model, free: float, survey: int = 32768) -> list[str]:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        compress(copy.deepcopy(model), RECIPE | {"calibrate": {"survey": survey}}, text=plain.text(40))
+    return [str(one.message) for one in found if "of memory are needed" in str(one.message)]
+
+
+def test_what_is_advised_fits(monkeypatch):
+    monkeypatch.setattr(room, "STATES", 0)
+    monkeypatch.setattr(room, "LOGITS", 0)
+    model = toys.build("llama")
+    assert said(monkeypatch, model, 1e12) == []
+    (told,) = said(monkeypatch, model, 1e3)
+    assert told.endswith("and 1e-06 GB are free; close other programs")
+    needed = float(re.search(r"about (\S+) GB", told)[1]) * 1e9
+    (told,) = said(monkeypatch, model, 0.9 * needed)
+    survey = int(re.search(r"calibrate: {survey: (\d+)}", told)[1])
+    assert 0 < survey < plain.text(40).tokens
+    assert said(monkeypatch, model, 0.9 * needed, survey) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_matrix_and_every_moment_is_counted(name, monkeypatch):
+    """Twice the weights, moments of what goes in and of gradients, and of the judged ones inputs and gradients."""
+    model, seen = toys.build(name), []
+    monkeypatch.setattr(room, "STATES", 0)
+    monkeypatch.setattr(room, "LOGITS", 0)
+    monkeypatch.setattr(layerwise, "check_room", lambda *given: seen.append(given))
+    compress(model, RECIPE, text=plain.text(4))
+    ((_, works, tokens, window, settings),) = seen
+    for fewer in (tokens, 2 * tokens):
+        shapes = [site.shape for site in works[0].sites]
+        judged = sum(sum(s.shape) for s in works[0].sites if s.role in ("attn.out", "attn.q", "attn.qkv", "mlp.out"))
+        expected = 8 * sum(a * b for a, b in shapes) + 8 * sum(a * a for a, _ in shapes)
+        expected += 16 * sum(b * b for b in {b for _, b in shapes}) + 2 * fewer * judged
+        assert room.needed_bytes(model, works, fewer, window, settings) == expected
