@@ -22,27 +22,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from tenfold.baselines.knapsack import knapsack
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
 from tenfold.compress.calibration import Batch
+from tenfold.compress.divergence import Correction, divergences, enough, through
 from tenfold.compress.fold import Fold
 from tenfold.compress.layerwise import part_of
 from tenfold.compress.progress import Phase, Progress
 from tenfold.compress.shelf import Shelf
-from tenfold.compress.streams import Streams, passing, without_cache
+from tenfold.compress.streams import Streams
 from tenfold.compress.work import Work
-from tenfold.models.ranks import mine, total_number
+from tenfold.models.ranks import mine
 from tenfold.models.settings import Calibrate
 
 GAMMA = 5.0  # in the published configuration, with alpha 0
 REFERENCE = 0.1  # the share of the whole cost at which the divergence is measured
 LEAST = (0.3, 0.1)  # of its cost every matrix keeps, where half or more is kept in all, and where less is
 TOKENS = 8192  # on which divergences are measured
-
-Correction = tuple[Tensor, Tensor | None]
 
 
 def allocate(
@@ -107,26 +105,20 @@ def measure(
                 block = Block(model, work.path, work.sites, streams, number, still, journal.matters(number), None)
                 truncated = _truncated(work, block, open_ones)
                 ways = [{}, *({path: correction} for path, correction in truncated.items())]
-                count = _enough(streams)
+                count = enough(streams, TOKENS)
                 states = [
-                    [_through(streams, number, streams.states(k)[0], k, way) for way in ways] for k in range(count)
+                    [through(streams, number, streams.states(k)[0], k, way) for way in ways] for k in range(count)
                 ]
             for later in range(number + 1, len(works)):
                 with weights.at(works[later].path):
-                    states = [[_through(streams, later, x, k, {}) for x in row] for k, row in enumerate(states)]
+                    states = [[through(streams, later, x, k, {}) for x in row] for k, row in enumerate(states)]
             with weights.outside():
-                return dict(zip(truncated, _divergences(streams, states), strict=True))
+                return dict(zip(truncated, divergences(streams, states), strict=True))
 
         for path, divergence in steps.once(f"measured-{number}", partial(one, number, work)).items():
             _scale(open_ones[path], divergence)
         with weights.at(work.path):
             streams.advance(number)
-
-
-def _enough(streams: Streams) -> int:
-    """How many of its batches hold ``TOKENS`` tokens."""
-    counts = np.cumsum([int(kept.sum()) for kept in streams.kept])
-    return min(len(counts), int(np.searchsorted(counts, TOKENS)) + 1)
 
 
 def _at_reference(curve: Curve) -> int:
@@ -155,47 +147,3 @@ def _truncated(work: Work, block: Block, curves: dict[str, Curve]) -> dict[str, 
             bias, new = block.bias(curve.name), block.new_bias(curve.name, near)
             found[curve.name] = near - block.weight(curve.name), None if bias is None else new - bias
     return found
-
-
-def _through(streams: Streams, number: int, states: Tensor, batch: int, way: dict[str, Correction]) -> Tensor:
-    """``states`` behind block ``number`` where the matrices of the sites in ``way`` are corrected."""
-
-    def hook(module: nn.Module, arguments: tuple, out: Tensor, path: str) -> Tensor:
-        matrix, bias = way[path]
-        change = arguments[0] @ matrix.T.to(arguments[0])
-        return out + change if bias is None else out + change + bias.to(change)
-
-    handles = [streams.model.get_submodule(p).register_forward_hook(partial(hook, path=p)) for p in way]
-    try:
-        return streams.run(number, streams.blocks[number], states, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _divergences(streams: Streams, states: list[list[Tensor]]) -> list[float]:
-    """``KL(first || other)`` in nats a token for all but the first of every row of ``states``, behind the last block."""
-    sums, tokens = torch.zeros(len(states[0]) - 1, dtype=torch.float64), 0
-    for k, row in enumerate(states):
-        kept = streams.kept[k].reshape(streams.batches[k]["attention_mask"].shape)
-        for sample in range(len(row[0])):  # one at a time: logits are large
-            given = {name: value[sample : sample + 1].to(streams.device) for name, value in streams.batches[k].items()}
-            at = kept[sample].to(streams.device)
-            first = _log_probabilities(streams, row[0][sample : sample + 1], given, at)
-            for number, other in enumerate(row[1:]):
-                log = _log_probabilities(streams, other[sample : sample + 1], given, at)
-                sums[number] += float((first.exp() * (first - log)).sum())
-            tokens += int(at.sum())
-    return [total_number(float(value)) / max(1, total_number(tokens)) for value in sums]
-
-
-def _log_probabilities(streams: Streams, states: Tensor, given: Batch, at: Tensor) -> Tensor:
-    """``(tokens, vocabulary)`` at the tokens ``at`` of one sample, from what the last block returns."""
-    with passing(streams.blocks, streams.form, states):
-        logits = getattr(streams.model(**given, **without_cache(streams.model)), "logits", None)
-    if logits is None:
-        raise ValueError(
-            f"allocate lems measures how predictions change, and {type(streams.model).__name__} makes none; load the model with "
-            "its head, or take another allocation"
-        )
-    return logits[0][at].float().log_softmax(-1)

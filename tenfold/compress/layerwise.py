@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, stages_of
-from tenfold.compress.budget import choose
+from tenfold.compress.budget import choose, total_of
 from tenfold.compress.calibration import Batch, Calibration, check_text
+from tenfold.compress.divergence import scale_by_trials
 from tenfold.compress.fold import fit_apart, independent
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
@@ -88,7 +89,7 @@ def compress_blocks(
             begun = time.perf_counter()
             if journal.chosen is None:
                 given, told = (batches, settings, weights, journal, folder, progress), partial(check_text, text)
-                curves, influence = survey(model, works, *given, told)
+                curves, influence = survey(model, works, *given, told, share=_share(model, recipe, works))
                 if settings.allocate in MEASURED:
                     measure = MEASURED[settings.allocate]
                     measure(model, works, batches, settings, weights, journal, folder, curves, progress)
@@ -179,6 +180,7 @@ def survey(
     folder: Path | None,
     progress: Progress = untold,
     told: Callable[[float], None] = lambda nats: None,
+    share: float = 0.5,
 ) -> tuple[list[Curve], dict[str, float]]:
     """What every item could become, judged by the original model, and the influence of every block.
 
@@ -186,6 +188,7 @@ def survey(
 
     Args:
         told: is told how many nats the model needs for a token of the text, if it predicts any.
+        share: about how much of an item will stay: at that size divergences are measured.
     """
     some, gradients, steps = mine(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
     shelf = Shelf(steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey")
@@ -193,8 +196,9 @@ def survey(
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first, settings.precision)
     look = Survey(streams, settings.seed, settings.token_weights == "clipped")
     still = settings.model_copy(update={"refit": False})
-    stages, curves, influence, ratios = [], [], {}, []
+    stages, curves, influence, ratios, measured = [], [], {}, [], set[str]()
     ahead, back, _ = phases(batches, settings)
+    wanted = settings.divergence and gradients and model.get_output_embeddings() is not None
 
     def forward(number: int, work: Work) -> tuple[list[list[str]], float]:
         with weights.at(work.path):
@@ -210,7 +214,7 @@ def survey(
         with weights.outside():
             return look.nats()
 
-    def backward(number: int, work: Work) -> tuple[list[dict], list[str], list[float]]:
+    def backward(number: int, work: Work) -> tuple[list[dict], list[str], list[float], list[str]]:
         weighed = {p for a in work.actions for p in getattr(a, "weighed", [site.path for site in a.sites])}
         evident = {path for action in work.actions for path in getattr(action, "evident", ())}
         with weights.at(work.path):
@@ -218,9 +222,11 @@ def survey(
             with torch.no_grad():
                 given = (seen.matters, None, seen.moments, seen.evidence)
                 block = Block(model, work.path, work.sites, streams, number, still, *given)
-                found = [curve.to_json() for action in work.actions for curve in action.curves(block)]
+                found = {curve.name: curve for action in work.actions for curve in action.curves(block)}
+                trials = [t for a in work.actions if hasattr(a, "trials") and wanted for t in a.trials(block, share)]
+                done = scale_by_trials(found, trials, streams, weights, number, settings.divergence)
                 journal.weigh(number, seen.matters, block.orders)
-                return found, journal.weighed[number], block.ratios
+                return [curve.to_json() for curve in found.values()], journal.weighed[number], block.ratios, done
 
     for number, work in enumerate(progress(works, ahead)):
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
@@ -231,13 +237,28 @@ def survey(
     if gradients:
         steps.once("turn", turn)
     for number, work in zip(reversed(range(len(works))), progress(works[::-1], back), strict=True):
-        found, journal.weighed[number], more = steps.once(f"backward-{number}", partial(backward, number, work))
+        step = partial(backward, number, work)
+        found, journal.weighed[number], more, done = steps.once(f"backward-{number}", step)
         look.leave(number)
         curves = [Curve.from_json(plain) for plain in found] + curves
         ratios += more
+        measured |= set(done)
     for curve in curves if ratios else []:
+        if curve.name in measured:
+            continue
         curve.losses = curve.losses * float(np.mean(ratios))
     return curves, influence
+
+
+def _share(model: PreTrainedModel, recipe: Recipe, works: list[Work]) -> float:
+    """About what share of the blocks a budget leaves."""
+    if recipe.budget is None:
+        return 0.5
+    keep, of = recipe.budget.keep, recipe.budget.of
+    if of in ("model", "without_head"):
+        inside = sum(site.shape[0] * site.shape[1] for work in works for site in work.sites)
+        keep = 1 - (1 - keep) * total_of(model, recipe.budget) / inside
+    return min(0.9, max(0.1, keep))
 
 
 def enough(batches: list[Batch]) -> list[Batch]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
+from tenfold.compress.divergence import Trial
 from tenfold.compress.evidence import corrected, fisher_loss
 from tenfold.compress.narrow import Basis
 from tenfold.compress.units import ByLoss, Chooser, Queries, measured_sizes, refit_site, restricted
@@ -98,6 +99,44 @@ class NarrowHeads:
         pairs = [(inputs, gradients[:, at]) for inputs, gradients in block.evidence[path]]
         shift = None if bias is None else torch.block_diag(*[rest] * self.heads.each) @ bias[at]
         return fisher_loss(pairs, error, shift, block.tokens)
+
+    def trials(self, block: Block, share: float) -> list[Trial]:
+        """The values of all groups with the share ``share`` of their dimensions, and then the queries and keys."""
+        size, weight = self.heads.size, block.weight(self.out.path)
+        error, count, sizes = torch.zeros_like(weight), max(1, round(share * size)), {}
+        for group in range(self.heads.groups):
+            sizes[f"{self.out.path} v{group}"] = count
+            basis = _basis(block.orders[f"{self.out.path} v{group}"])
+            for head in self.members(group):
+                at = self.columns(head)
+                error[:, at] = -weight[:, at] @ basis.back[:, count:] @ basis.there[count:]
+        free = block.centres(self.out.path)
+        found = [Trial(sizes, {self.out.path: (error, -error @ block.moments(self.out.path).mean if free else None)})]
+        return found if self.heads.freedom == "none" else [*found, self._trial_of_queries(block, share)]
+
+    def _trial_of_queries(self, block: Block, share: float) -> Trial:
+        path = self.into["q"].path
+        weight, bias, sizes = block.weight(path), block.bias(path), {}
+        error, shift = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for group in range(self.heads.groups):
+            known = block.orders[f"{self.out.path} q{group}"]
+            units = self.units if known.dim() == 1 else [[i] for i in range(self.heads.size)]
+            order = known.long().tolist() if known.dim() == 1 else range(len(units))
+            count = max(1, round(share * len(units)))
+            sizes[f"{self.out.path} q{group}"] = count
+            rest = self._projection([i for unit in [*order][count:] for i in units[unit]], known).to(weight)
+            for head in self.members(group):
+                at = self.rows("q", head)
+                error[at] = -rest @ weight[at]
+                if shift is not None and bias is not None:
+                    shift[at] = -rest @ bias[at]
+        return Trial(sizes, {path: (error, shift)})
+
+    def _projection(self, gone: list[int], known: Tensor) -> Tensor:
+        """``(size, size)``: what the dimensions ``gone`` hold of a head."""
+        rest = torch.zeros(self.heads.size, self.heads.size).to(known if known.dim() > 1 else torch.float64)
+        rest[gone, gone] = 1.0
+        return rest if known.dim() == 1 else known[1] @ rest @ known[0]
 
     def query_products(self, block: Block, group: int) -> Tensor:
         """The second moment ``(units, units)`` over tokens of ``g q``, summed over the dimensions of a unit.

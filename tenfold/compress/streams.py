@@ -116,7 +116,7 @@ class Streams:
         skip: int = 0,
         precision: str = "float32",
     ):
-        self.model, self.blocks = model, [model.get_submodule(path) for path in blocks]
+        self.model, self.paths, self.blocks = model, blocks, [model.get_submodule(path) for path in blocks]
         self.batches, self.kept = batches, [counted(batch, skip) for batch in batches]
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.shelf, self.device, self.form = shelf or Shelf(), _device(model), _form(model, self.blocks, batches[0])

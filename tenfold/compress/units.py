@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block, Target, with_ridge
+from tenfold.compress.divergence import Trial
 from tenfold.compress.evidence import Fold, corrected, expected_loss, fisher_loss, folds_of, unit_products
 from tenfold.compress.narrow import Basis, best_basis, best_units, choose_units, least_units
 from tenfold.models.ranks import total_number
@@ -151,23 +152,30 @@ class NarrowMlp:
         Args:
             known: the orders that the halves of the text would have.
         """
-        weight, free = block.weight(self.name), block.centres(self.name)
-
-        def left(kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-            at = torch.tensor(sorted(kept))
-            second = second - torch.outer(mean, mean) if free else second
-            error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
-            return error, -error @ mean if free else None
-
         moments, costs = block.moments(self.name), []
         for k in sizes:
-            inside = block.cost(self.name, left(order[:k], moments.second, moments.mean)[0])
+            inside = block.cost(self.name, self._left(block, order[:k], moments.second, moments.mean)[0])
             outside = [
-                fisher_loss(fold.judged, *left(half[:k], fold.second, fold.mean), fold.tokens)
+                fisher_loss(fold.judged, *self._left(block, half[:k], fold.second, fold.mean), fold.tokens)
                 for fold, half in zip(folds, known, strict=True)
             ]
             costs.append((inside, sum(outside) / len(outside) if outside else inside))
         return costs
+
+    def _left(self, block: Block, kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``W - What``, and what the bias lacks, where the units ``kept`` make up for the others."""
+        weight, free, at = block.weight(self.name), block.centres(self.name), torch.tensor(sorted(kept))
+        second = second - torch.outer(mean, mean) if free else second
+        error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
+        return error, -error @ mean if free else None
+
+    def trials(self, block: Block, share: float) -> list[Trial]:
+        """The MLP with the share ``share`` of its units."""
+        if self.out.expert is not None:  # there are many of them, each of which matters little
+            return []
+        count, moments = max(1, round(share * self.out.shape[1])), block.moments(self.name)
+        error, lacks = self._left(block, block.orders[self.name][:count].tolist(), moments.second, moments.mean)
+        return [Trial({self.name: count}, {self.name: (-error, None if lacks is None else -lacks)})]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:

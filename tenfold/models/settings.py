@@ -34,6 +34,8 @@ class Calibrate(Strict):
         center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
         skip_first: how many positions at the beginning of every window do not count.
         survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
+        divergence: on how many tokens it is measured, at one size of every item, how far predictions move, which scales what
+            is foreseen; 0: not at all. Of rules that narrow, outside of experts.
         token_weights: ``clipped`` scales the gradient of a token whose norm is not within 0.1 and 10 times the mean to the nearer
             of both, so that no token decides ``outputs`` alone (KFAC-SVD); ``none`` takes gradients as they are.
         damping: what is added to the diagonal of a moment, as a share of its mean.
@@ -58,6 +60,7 @@ class Calibrate(Strict):
     center: bool = True
     skip_first: int = Field(0, ge=0)
     survey: int = Field(32768, ge=1)
+    divergence: int = Field(0, ge=0)
     token_weights: Literal["none", "clipped"] = "none"
     damping: float = Field(0.01, gt=0)
     output_damping: float | None = Field(None, gt=0)

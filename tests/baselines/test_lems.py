@@ -187,7 +187,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
     whole = compress(build("llama"), recipe(), text=text())[1]["choices"]
     from tenfold.baselines import lems
 
-    real, calls = lems._divergences, []
+    real, calls = lems.divergences, []
 
     def once(*given):
         calls.append(1)
@@ -195,12 +195,12 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(lems, "_divergences", once)
+    monkeypatch.setattr(lems, "divergences", once)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         compress(build("llama"), recipe(), text=text(), journal=Journal(folder, 2))
     assert len([*folder.rglob("measured-*.json")]) == 1
-    monkeypatch.setattr(lems, "_divergences", lambda *given: calls.append(2) or real(*given))
+    monkeypatch.setattr(lems, "divergences", lambda *given: calls.append(2) or real(*given))
     again = compress(build("llama"), recipe(), text=text(), journal=Journal(folder, 2))[1]["choices"]
     assert calls.count(2) == 1 and json.dumps(again) == json.dumps(whole)
 

@@ -1,0 +1,90 @@
+"""Divergences that scale what is foreseen, against copies of the whole model whose matrices are wrong."""
+
+import copy
+
+import pytest
+import torch
+from idle import HEADS
+from models import toys
+from plain import text
+from transformers.pytorch_utils import Conv1D
+
+from tenfold.compress import layerwise
+from tenfold.compress.compress import compress
+
+WORDS = text(8, padded=True)
+RULES = [{"narrow": "mlp"}, {"narrow": "attention"}]
+
+
+@torch.no_grad()
+def log_probabilities(model) -> torch.Tensor:
+    kept = [batch["attention_mask"].bool() for batch in WORDS.batches]
+    return torch.cat(
+        [model(**b, use_cache=False).logits[at].log_softmax(-1) for b, at in zip(WORDS.batches, kept, strict=True)]
+    )
+
+
+def wrong(model, correction: dict):
+    """A copy of the model with ``correction`` added to its matrices."""
+    model = copy.deepcopy(model)
+    for path, (matrix, bias) in correction.items():
+        module = model.get_submodule(path)
+        matrix = matrix.T if isinstance(module, Conv1D) else matrix
+        module.weight.data += matrix.to(module.weight)
+        if bias is not None:
+            module.bias.data += bias.to(module.bias)
+    return model
+
+
+def tried(model, monkeypatch, **calibrate) -> list:
+    """``(trials of a block, its curves before and after)`` of every block."""
+    found, real = [], layerwise.scale_by_trials
+
+    def scale(curves, trials, *given):
+        before = copy.deepcopy(curves)
+        done = real(curves, trials, *given)
+        found.append((trials, before, curves))
+        return done
+
+    monkeypatch.setattr(layerwise, "scale_by_trials", scale)
+    recipe = {"replace": RULES, "budget": {"keep": 0.6, "of": "sites"}}
+    compress(copy.deepcopy(model), recipe | {"calibrate": {"divergence": 10_000} | calibrate}, text=WORDS)
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_curves_lose_what_was_measured(name, monkeypatch):
+    model = toys.build(name).eval()
+    original, found = log_probabilities(model), tried(model, monkeypatch)
+    assert len(found) == model.config.num_hidden_layers
+    for trials, before, after in found:
+        for trial in trials:
+            other = log_probabilities(wrong(model, trial.wrong))
+            divergence = float((original.exp() * (original - other)).sum(-1).mean())
+            at = {item: min(range(len(after[item].options)), key=lambda k: abs(after[item].options[k] - size))
+                  for item, size in trial.sizes.items()}  # fmt: skip
+            assert sum(after[n].losses[k] for n, k in at.items()) == pytest.approx(divergence, rel=2e-2, abs=1e-6)
+            for item in trial.sizes:
+                ratio = after[item].losses[:-1] / before[item].losses[:-1]
+                torch.testing.assert_close(torch.tensor(ratio), torch.full((len(ratio),), ratio[0]).double())
+
+
+def test_a_trial_of_an_mlp_is_what_narrowing_makes_of_it(monkeypatch):
+    model = toys.build("llama").eval()
+    trials = [trial for some, *_ in tried(model, monkeypatch) for trial in some]
+    (trial,) = [one for one in trials if "model.layers.1.mlp.down_proj" in one.sizes]
+    (size,) = trial.sizes.values()
+    told: list[dict] = []
+    units = model.config.intermediate_size
+    recipe = {"replace": [{"narrow": "mlp", "layers": [1]}], "budget": {"keep": size / units, "of": "sites"}}
+    narrow, _ = compress(
+        copy.deepcopy(model), recipe | {"calibrate": {"refit": False}}, text=WORDS, announce=told.extend
+    )
+    assert [choice["chosen"] for choice in told] == [size]
+    torch.testing.assert_close(
+        log_probabilities(narrow), log_probabilities(wrong(model, trial.wrong)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_nothing_is_measured_unless_it_is_asked_for(monkeypatch):
+    assert all(not trials for trials, *_ in tried(toys.build("llama"), monkeypatch, divergence=0))
