@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.compress.allocate import Curve
+from tenfold.compress.allocate import Curve, allocate
 from tenfold.compress.block import Block, stages_of
 from tenfold.compress.budget import choose, total_of
 from tenfold.compress.calibration import Batch, Calibration, check_text
-from tenfold.compress.divergence import scale_by_trials
+from tenfold.compress.divergence import Trial, scale_by_trials
 from tenfold.compress.fold import fit_apart, independent
 from tenfold.compress.influence import block_influence
 from tenfold.compress.journal import Journal
@@ -49,6 +49,7 @@ from tenfold.models.replace import finish
 from tenfold.models.settings import Calibrate
 from tenfold.models.symmetry_maps import fold_maps
 
+WAYS = 4  # in which a block is wrong: its MLP, its values, its queries and keys, and hardly at all
 IN_MEMORY = 2**28  # bytes of hidden states of one stream that are held in memory; more go to a temporary folder
 
 
@@ -137,7 +138,7 @@ def _carry_out(model, works: list[Work], batches: list[Batch], settings, weights
     shelf = Shelf(folder and folder / "streams")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], batches, shelf, settings.skip_first, settings.precision)
-    for number, work in enumerate(progress(works, phases(batches, settings)[2])):
+    for number, work in enumerate(progress(works, phases(batches, settings, len(works))[2])):
         with weights.at(work.path):
             _one_block(model, number, work, streams, settings, weights, journal, number + 1 == len(works))
 
@@ -197,7 +198,7 @@ def survey(
     look = Survey(streams, settings.seed, settings.token_weights == "clipped")
     still = settings.model_copy(update={"refit": False})
     stages, curves, influence, ratios, measured = [], [], {}, [], set[str]()
-    ahead, back, _ = phases(batches, settings)
+    ahead, back, _ = phases(batches, settings, len(works))
     wanted = settings.divergence and gradients and model.get_output_embeddings() is not None
 
     def forward(number: int, work: Work) -> tuple[list[list[str]], float]:
@@ -223,10 +224,18 @@ def survey(
                 given = (seen.matters, None, seen.moments, seen.evidence)
                 block = Block(model, work.path, work.sites, streams, number, still, *given)
                 found = {curve.name: curve for action in work.actions for curve in action.curves(block)}
-                trials = [t for a in work.actions if hasattr(a, "trials") and wanted for t in a.trials(block, share)]
+                trials = trials_of(work, block, [*found.values(), *curves]) if wanted else []
                 done = scale_by_trials(found, trials, streams, weights, number, settings.divergence)
                 journal.weigh(number, seen.matters, block.orders)
                 return [curve.to_json() for curve in found.values()], journal.weighed[number], block.ratios, done
+
+    def trials_of(work: Work, block: Block, known: list[Curve]) -> list[Trial]:
+        """At the sizes that the items would get if there were no other blocks than those that are known."""
+        free = [curve for curve in known if curve.settled is None]
+        least, whole = (sum(float(curve.costs[k]) for curve in free) for k in (0, -1))
+        sizes = allocate(free, max(least, share * whole))
+        tried = [a for a in work.actions if hasattr(a, "trials")]
+        return [trial for action in tried for trial in action.trials(block, sizes)]
 
     for number, work in enumerate(progress(works, ahead)):
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
@@ -279,9 +288,10 @@ def enough(batches: list[Batch]) -> list[Batch]:
     return single
 
 
-def phases(batches: list[Batch], settings: Calibrate) -> tuple[Phase, Phase, Phase]:
+def phases(batches: list[Batch], settings: Calibrate, blocks: int) -> tuple[Phase, Phase, Phase]:
     """Forward and backward through the original model, and the fits; see :func:`tenfold.compress.progress.phases_of`."""
-    return phases_of(_tokens(part_of(batches, settings.survey)), _tokens(batches), settings.outputs != "none")
+    surveyed, behind = _tokens(part_of(batches, settings.survey)), WAYS * settings.divergence * blocks / 2
+    return phases_of(surveyed, _tokens(batches), settings.outputs != "none", behind)
 
 
 def _tokens(batches: list[Batch]) -> int:

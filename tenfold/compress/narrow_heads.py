@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,43 +101,39 @@ class NarrowHeads:
         shift = None if bias is None else torch.block_diag(*[rest] * self.heads.each) @ bias[at]
         return fisher_loss(pairs, error, shift, block.tokens)
 
-    def trials(self, block: Block, share: float) -> list[Trial]:
-        """The values of all groups with the share ``share`` of their dimensions, and then the queries and keys."""
-        size, weight = self.heads.size, block.weight(self.out.path)
-        error, count, sizes = torch.zeros_like(weight), max(1, round(share * size)), {}
-        for group in range(self.heads.groups):
-            sizes[f"{self.out.path} v{group}"] = count
-            basis = _basis(block.orders[f"{self.out.path} v{group}"])
-            for head in self.members(group):
-                at = self.columns(head)
-                error[:, at] = -weight[:, at] @ basis.back[:, count:] @ basis.there[count:]
-        free = block.centres(self.out.path)
-        found = [Trial(sizes, {self.out.path: (error, -error @ block.moments(self.out.path).mean if free else None)})]
-        return found if self.heads.freedom == "none" else [*found, self._trial_of_queries(block, share)]
+    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
+        """Return what the values of all groups lack at their ``sizes``, and then what queries and keys do."""
+        kinds = ("v",) if self.heads.freedom == "none" else ("v", "q")
+        return [trial for kind in kinds for trial in self._trial(block, kind, sizes)]
 
-    def _trial_of_queries(self, block: Block, share: float) -> Trial:
-        path = self.into["q"].path
-        weight, bias, sizes = block.weight(path), block.bias(path), {}
+    def _trial(self, block: Block, kind: str, sizes: Mapping[str, Any]) -> list[Trial]:
+        site = self.out if kind == "v" else self.into["q"]
+        names = [f"{self.out.path} {kind}{group}" for group in range(self.heads.groups)]
+        weight, bias, free = block.weight(site.path), block.bias(site.path), block.centres(self.out.path)
         error, shift = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        for group in range(self.heads.groups):
-            known = block.orders[f"{self.out.path} q{group}"]
-            units = self.units if known.dim() == 1 else [[i] for i in range(self.heads.size)]
-            order = known.long().tolist() if known.dim() == 1 else range(len(units))
-            count = max(1, round(share * len(units)))
-            sizes[f"{self.out.path} q{group}"] = count
-            rest = self._projection([i for unit in [*order][count:] for i in units[unit]], known).to(weight)
+        for group, name in enumerate(names):
+            rest = self._beyond(block.orders[name], sizes[name]).to(weight)
             for head in self.members(group):
-                at = self.rows("q", head)
-                error[at] = -rest @ weight[at]
-                if shift is not None and bias is not None:
-                    shift[at] = -rest @ bias[at]
-        return Trial(sizes, {path: (error, shift)})
+                if kind == "v":
+                    at = self.columns(head)
+                    error[:, at] = -weight[:, at] @ rest
+                else:
+                    at = self.rows("q", head)
+                    error[at] = -rest @ weight[at]
+                    if shift is not None and bias is not None:
+                        shift[at] = -rest @ bias[at]
+        if kind == "v":
+            shift = -error @ block.moments(self.out.path).mean if free else None
+        return [Trial({name: sizes[name] for name in names}, {site.path: (error, shift)})] if error.any() else []
 
-    def _projection(self, gone: list[int], known: Tensor) -> Tensor:
-        """``(size, size)``: what the dimensions ``gone`` hold of a head."""
-        rest = torch.zeros(self.heads.size, self.heads.size).to(known if known.dim() > 1 else torch.float64)
+    def _beyond(self, known: Tensor, count: int) -> Tensor:
+        """``(size, size)``: what the dimensions of a head hold that go when ``count`` units of an order, or of a basis, stay."""
+        if known.dim() > 1:
+            return known[1][:, count:] @ known[0][count:]
+        gone = [i for unit in known.long().tolist()[count:] for i in self.units[unit]]
+        rest = torch.zeros(self.heads.size, self.heads.size)
         rest[gone, gone] = 1.0
-        return rest if known.dim() == 1 else known[1] @ rest @ known[0]
+        return rest
 
     def query_products(self, block: Block, group: int) -> Tensor:
         """The second moment ``(units, units)`` over tokens of ``g q``, summed over the dimensions of a unit.

@@ -6,6 +6,7 @@ has that of a paper.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -169,11 +170,11 @@ class NarrowMlp:
         error = weight.index_add(1, at, _on(second, weight @ second, at, weight, block.damping(second)), alpha=-1)
         return error, -error @ mean if free else None
 
-    def trials(self, block: Block, share: float) -> list[Trial]:
-        """The MLP with the share ``share`` of its units."""
-        if self.out.expert is not None:  # there are many of them, each of which matters little
+    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
+        """Return what the MLP lacks at its size in ``sizes``."""
+        count, moments = sizes[self.name], block.moments(self.name)
+        if self.out.expert is not None or count == self.out.shape[1]:  # of experts, each of many matters little
             return []
-        count, moments = max(1, round(share * self.out.shape[1])), block.moments(self.name)
         error, lacks = self._left(block, block.orders[self.name][:count].tolist(), moments.second, moments.mean)
         return [Trial({self.name: count}, {self.name: (-error, None if lacks is None else -lacks)})]
 
