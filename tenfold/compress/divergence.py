@@ -23,6 +23,7 @@ from tenfold.compress.weights import Weights
 from tenfold.models.ranks import total_number
 
 Correction = tuple[Tensor, Tensor | None]  # What - W (out, in), and the change of the bias
+ROWS = 128  # tokens whose distributions are in float32 at once
 FAINT = 0.02  # of an error: what it still moves is rounding
 
 
@@ -126,16 +127,23 @@ def divergences(streams: Streams, states: list[list[Tensor]]) -> list[float]:
         for sample in range(len(row[0])):  # one at a time: logits are large
             given = {name: value[sample : sample + 1].to(streams.device) for name, value in streams.batches[k].items()}
             at = kept[sample].to(streams.device)
-            first = _log_probabilities(streams, row[0][sample : sample + 1], given, at)
-            chances = first.exp()
+            first = _logits(streams, row[0][sample : sample + 1], given, at)
             for number, other in enumerate(row[1:]):
-                log = _log_probabilities(streams, other[sample : sample + 1], given, at)
-                sums[number] += float((chances * (first - log)).sum())
+                sums[number] += _divergence(first, _logits(streams, other[sample : sample + 1], given, at))
             tokens += int(at.sum())
     return [total_number(float(value)) / max(1, total_number(tokens)) for value in sums]
 
 
-def _log_probabilities(streams: Streams, states: Tensor, given: Batch, at: Tensor) -> Tensor:
+def _divergence(logits: Tensor, others: Tensor) -> float:
+    """Return the sum over tokens of ``KL(softmax(logits) || softmax(others))``, some tokens at a time."""
+    found = 0.0
+    for one, other in zip(logits.split(ROWS), others.split(ROWS), strict=True):
+        first, log = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        found += float((first.exp() * (first - log)).sum())
+    return found
+
+
+def _logits(streams: Streams, states: Tensor, given: Batch, at: Tensor) -> Tensor:
     """``(tokens, vocabulary)`` at the tokens ``at`` of one sample, from what the last block returns."""
     with passing(streams.blocks, streams.form, states), streams.autocast():
         logits = getattr(streams.model(**given, **without_cache(streams.model)), "logits", None)
@@ -144,4 +152,4 @@ def _log_probabilities(streams: Streams, states: Tensor, given: Batch, at: Tenso
             f"divergences are of predictions, and {type(streams.model).__name__} makes none; load the model with its head, or "
             "take another allocation"
         )
-    return logits[0][at].float().log_softmax(-1)
+    return logits[0] if bool(at.all()) else logits[0][at]
