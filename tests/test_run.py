@@ -105,8 +105,13 @@ STEPS = ["forward-0", "forward-1", "nats", "turn", "backward-1", "backward-0"]
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     ("when", "recipe"),
-    [("in it", RECIPE), ("behind it", RECIPE), ("behind it", LOW_RANK | {"budget": {"keep": 0.9}})],
-    ids=["in it", "behind it", "folds"],
+    [
+        ("in it", RECIPE),
+        ("behind it", RECIPE),
+        ("behind it", RECIPE | {"calibrate": {"divergence": 64}}),
+        ("behind it", LOW_RANK | {"budget": {"keep": 0.9}}),
+    ],
+    ids=["in it", "behind it", "measured", "folds"],
 )
 def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step, when, recipe):
     once, put, made = Steps.once, Shelf.put, []

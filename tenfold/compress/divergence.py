@@ -7,6 +7,7 @@ is measured takes their place, and scales the whole curve.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from tenfold.compress.allocate import Curve
 from tenfold.compress.calibration import Batch
 from tenfold.compress.streams import Streams, passing, without_cache
 from tenfold.compress.weights import Weights
-from tenfold.models.ranks import total_number
+from tenfold.models.ranks import processes, total_number
 
 Correction = tuple[Tensor, Tensor | None]  # What - W (out, in), and the change of the bias
 ROWS = 128  # tokens whose distributions are in float32 at once
@@ -82,7 +83,7 @@ def _measured(
     streams: Streams, weights: Weights, number: int, ways: list[dict[str, Correction]], tokens: int
 ) -> list[float]:
     """``KL(original || wrong)`` of every way in which block ``number``, whose weights are there, may be wrong."""
-    count, last = enough(streams, tokens), len(streams.blocks)
+    count, last = enough(streams, math.ceil(tokens / processes())), len(streams.blocks)
     before = [streams.shelf.get(f"before-{number}-{k}").to(streams.device) for k in range(count)]
     states = [[through(streams, number, x, k, way) for way in ways] for k, x in enumerate(before)]
     for later in range(number + 1, last):

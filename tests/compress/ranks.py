@@ -18,7 +18,8 @@ MLP = ["mlp.in", "mlp.gate", "mlp.out"]
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", *MLP]
 LOW = {"kind": "low_rank"}
 CASES = {
-    "recommended": ("gpt2", {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.7}}),
+    "recommended": ("gpt2", {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.7},
+                             "calibrate": {"divergence": 64}}),
     "folds": ("llama", {"replace": [{"role": ROLES, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
     "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "inner": [2, 2]}]}],
                         "budget": {"keep": 0.8, "of": "blocks"}}),
