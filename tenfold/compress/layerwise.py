@@ -224,6 +224,7 @@ def survey(
                 given = (seen.matters, None, seen.moments, seen.evidence)
                 block = Block(model, work.path, work.sites, streams, number, still, *given)
                 found = {curve.name: curve for action in work.actions for curve in action.curves(block)}
+                seen.evidence.clear()  # logits of trials take as much memory
                 trials = trials_of(work, block, [*found.values(), *curves]) if wanted else []
                 done = scale_by_trials(found, trials, streams, weights, number, settings.divergence)
                 journal.weigh(number, seen.matters, block.orders)
