@@ -27,7 +27,7 @@ from tenfold.baselines.knapsack import knapsack
 from tenfold.compress.allocate import Curve
 from tenfold.compress.block import Block
 from tenfold.compress.calibration import Batch
-from tenfold.compress.divergence import Correction, divergences, enough, through
+from tenfold.compress.divergence import Correction, batches_with, divergences, through
 from tenfold.compress.fold import Fold
 from tenfold.compress.layerwise import part_of
 from tenfold.compress.progress import Phase, Progress
@@ -105,7 +105,7 @@ def measure(
                 block = Block(model, work.path, work.sites, streams, number, still, journal.matters(number), None)
                 truncated = _truncated(work, block, open_ones)
                 ways = [{}, *({path: correction} for path, correction in truncated.items())]
-                count = enough(streams, TOKENS)
+                count = batches_with(streams, TOKENS)
                 states = [
                     [through(streams, number, streams.states(k)[0], k, way) for way in ways] for k in range(count)
                 ]

@@ -83,7 +83,7 @@ def _measured(
     streams: Streams, weights: Weights, number: int, ways: list[dict[str, Correction]], tokens: int
 ) -> list[float]:
     """``KL(original || wrong)`` of every way in which block ``number``, whose weights are there, may be wrong."""
-    count, last = enough(streams, math.ceil(tokens / processes())), len(streams.blocks)
+    count, last = batches_with(streams, math.ceil(tokens / processes())), len(streams.blocks)
     before = [streams.shelf.get(f"before-{number}-{k}").to(streams.device) for k in range(count)]
     states = [[through(streams, number, x, k, way) for way in ways] for k, x in enumerate(before)]
     for later in range(number + 1, last):
@@ -94,7 +94,7 @@ def _measured(
         return divergences(streams, [[x, *row] for x, row in zip(originals, states, strict=True)])
 
 
-def enough(streams: Streams, tokens: int) -> int:
+def batches_with(streams: Streams, tokens: int) -> int:
     """Return how many batches of this process hold ``tokens`` tokens; all, if these are fewer."""
     counts = np.cumsum([int(kept.sum()) for kept in streams.kept])
     return min(len(counts), int(np.searchsorted(counts, tokens)) + 1)

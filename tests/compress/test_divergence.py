@@ -88,3 +88,24 @@ def test_a_trial_of_an_mlp_is_what_narrowing_makes_of_it(monkeypatch):
 
 def test_nothing_is_measured_unless_it_is_asked_for(monkeypatch):
     assert all(not trials for trials, *_ in tried(toys.build("llama"), monkeypatch, divergence=0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_trial_of_heads_leaves_as_many_dimensions_as_it_says(name, monkeypatch):
+    """The rank of what each head still makes, its bias included, and of what still reads it."""
+    model, (queries, groups, size, _) = toys.build(name).eval(), HEADS[name]
+    trials = [trial for some, *_ in tried(model, monkeypatch) for trial in some if " " in next(iter(trial.sizes))]
+    assert trials
+    for trial in trials:
+        ((path, (error, shift)),) = trial.wrong.items()
+        module, values = model.get_submodule(path), " v" in next(iter(trial.sizes))
+        weight = module.weight.detach().double()
+        weight = (weight.T if isinstance(module, Conv1D) else weight) + error
+        if shift is not None and not values:
+            weight = torch.cat([weight, (module.bias.detach() + shift)[:, None]], 1)
+        pairs = name == "llama"  # of queries and keys, which rotate together
+        for head in range(queries):
+            at = slice(head * size, (head + 1) * size)
+            count = [*trial.sizes.values()][head * groups // queries] * (2 if pairs and not values else 1)
+            left = weight[:, at] if values else weight[at]
+            assert int(torch.linalg.matrix_rank(left, rtol=1e-5)) == count
