@@ -41,5 +41,5 @@ test: lint
 real: setup
 	@test -n "$(DATA)" || { echo "give the folder with the texts: make real DATA=FOLDER (docs/real-models.md says what is in it)"; exit 2; }
 	@$(PIP) -c constraints.txt -e '.[real]'
-	$(BIN)/python benchmarks/real_models.py --data $(DATA) $(REAL)
-	$(BIN)/python benchmarks/real_table.py
+	$(BIN)/python research/benchmarks/real_models.py --data $(DATA) $(REAL)
+	$(BIN)/python research/benchmarks/real_table.py

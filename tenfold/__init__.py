@@ -31,19 +31,35 @@ if TYPE_CHECKING:
     from tenfold.models.deepen import deepen
     from tenfold.models.hub import from_pretrained
     from tenfold.models.replace import densify, replace
-    from tenfold.nn.kept import keep_matrices
+    from tenfold.nn.dense_cache import dense_cache
 
 _HOME = {
+    "dense_cache": "tenfold.nn.dense_cache",
     "deepen": "tenfold.models.deepen",
     "from_pretrained": "tenfold.models.hub",
-    "keep_matrices": "tenfold.nn.kept",
     "densify": "tenfold.models.replace",
     "replace": "tenfold.models.replace",
 }
 
 __all__ = [
-    "bench", "compress", "deepen", "densify", "evaluate", "evaluate_task", "finetune", "from_pretrained", "generate", "heal",
-    "inspect", "keep_matrices", "load", "plan", "pretrain", "read_calibration", "replace", "save",
+    "bench",
+    "compress",
+    "deepen",
+    "dense_cache",
+    "densify",
+    "evaluate",
+    "evaluate_task",
+    "finetune",
+    "from_pretrained",
+    "generate",
+    "heal",
+    "inspect",
+    "load",
+    "plan",
+    "pretrain",
+    "read_calibration",
+    "replace",
+    "save",
 ]  # fmt: skip
 
 

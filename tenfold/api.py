@@ -22,7 +22,6 @@ from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.speed import bench as bench
 from tenfold.evaluate.tasks import evaluate_task as evaluate_task
 from tenfold.evaluate.text import HUB
-from tenfold.evaluate.worth import calibrate as calibrate
 from tenfold.models.card import save_folded
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
@@ -34,7 +33,7 @@ from tenfold.models.plan import make_plan
 from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, Stage, checked_keep, load_recipe, parse_recipe
 from tenfold.models.settings import Calibrate
-from tenfold.nn.kept import keep_matrices
+from tenfold.nn.dense_cache import dense_cache
 from tenfold.train.tokens import is_tokens
 
 if TYPE_CHECKING:
@@ -77,8 +76,6 @@ def load(name: str | Path, device: str | None = None, dtype: str | None = None) 
     """
     place, kind = checked_device(device), checked_dtype(dtype)
     model = load_model(name, kind).to(place).eval()
-    if place.type != "cpu":
-        keep_matrices(model)  # other layers gain by a matrix there
     return model, load_tokenizer(name)
 
 
@@ -190,7 +187,8 @@ def generate(model, tokenizer, prompt: str, tokens: int = 40, temperature: float
     tokens = _fitting(model, ids["input_ids"].shape[1], tokens)
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    written = model.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **how)
+    with dense_cache(model):
+        written = model.generate(**ids, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **how)
     return tokenizer.decode(written[0], skip_special_tokens=True)
 
 
@@ -227,7 +225,7 @@ def texts(files: Sequence[str | Path]) -> list[str | Path]:
 
 
 __all__ = [
-    "bench", "bench_layers", "calibrate", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune",
+    "bench", "bench_layers", "check_output", "comparable", "compress", "evaluate", "evaluate_task", "finetune",
     "generate", "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "texts",
     "with_keep", "with_teacher",
 ]  # fmt: skip

@@ -246,7 +246,7 @@ def generate(
 @app.command()
 def bench(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="A model folder, or a name on the hub.")] = None,
+    model: Model,
     against: Annotated[str | None, typer.Option(help="Another model; its dense twin unless given.")] = None,
     batch: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1],  # noqa: B006
     length: Annotated[int | None, typer.Option(help="Tokens of the prompt.")] = None,
@@ -255,42 +255,24 @@ def bench(
     train: Annotated[bool, typer.Option(help="Also steps of training.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, with a static cache.")] = False,
     layers: Annotated[bool, typer.Option(help="Instead of the model: every structure in it, layer by layer.")] = False,
-    mode: Annotated[str, typer.Option(help="Which layers keep their matrix: auto, speed or memory.")] = "auto",
-    limit: Annotated[
-        int | None, typer.Option(help="MiB of factors and kept matrices in mode auto; the dense layers'.")
-    ] = None,
-    calibrate: Annotated[bool, typer.Option(help="Measure this machine first; plans use it from now on.")] = False,
+    dense_cache: Annotated[
+        bool, typer.Option(help="Let layers cache their dense matrix where that is faster and takes no more memory.")
+    ] = True,
     as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Measure tokens per second and memory against the dense twin or another model, in turns, in one run."""
-    import tenfold
     from tenfold import api
     from tenfold.evaluate.machine import check_counts
     from tenfold.evaluate.speed import sizes
 
-    said = stated(context)
-    if model is None and not calibrate:
-        raise ValueError("there is no model to measure; name a folder, or measure the machine alone with --calibrate")
-    if model is None and (unused := [name for name in said if name not in ("--calibrate", "--device", "--json")]):
-        raise ValueError(f"--calibrate alone measures the machine; name a model, or leave {', '.join(unused)} out")
-    if layers and (unused := [name for name in said if name in WHOLE]):
+    if layers and (unused := [name for name in stated(context) if name in WHOLE]):
         raise ValueError(f"--layers times layers by themselves, with 1 to 4,096 rows; leave {', '.join(unused)} out")
     for one in batch:
         check_counts(batch=one, length=length, new_tokens=new_tokens, repeats=repeats)
-    if calibrate:
-        found = api.calibrate(api.checked_device(device))
-        told = ", ".join(f"{name} {value:,.0f}" for name, value in found["worth"].items())
-        print(f"FLOPs in the time of a number or a product: {told}; stored in {found['file']}", file=sys.stderr)
-    if model is None:
-        return show_json(found) if as_json else None
     loaded, _ = api.load(model, device, dtype)
     other = None if against is None else api.load(against, device, dtype)[0]
-    size = None if limit is None else limit * 2**20
-    kept = tenfold.keep_matrices(loaded, mode, size)
-    if other is not None:
-        tenfold.keep_matrices(other, mode, size)
     if layers:
         cells = api.bench_layers(loaded, repeats=repeats, progress=tracked("measuring"))
         if not cells:
@@ -298,15 +280,12 @@ def bench(
         return show_json(cells) if as_json else show_cells(cells)
     sizes([loaded] if other is None else [loaded, other], length, new_tokens)  # before a progress bar is there
     turns = tracked("measuring")(batch)
-    results = [api.bench(loaded, one, length, new_tokens, repeats, other, train, compile) for one in turns]
+    results = [api.bench(loaded, one, length, new_tokens, repeats, other, train, compile, dense_cache) for one in turns]
     if as_json:
         return show_json(results if len(results) > 1 else results[0])
     show_speeds(results, "dense" if against is None else "other")
-    if kept["layers"] and not compile:
-        print(
-            f"kept W: layers that run as dense ones do at these rows; {kept['layers']} keep one at some, "
-            f"{kept['bytes'] / 2**20:,.0f} MiB in all"
-        )
+    if results[0]["cached"]:
+        print("cached W: layers that multiply by their dense matrix at these rows, as dense ones do")
     return None
 
 

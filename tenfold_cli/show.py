@@ -53,7 +53,6 @@ def show_cells(cells: list[dict]) -> None:
             f"{cell['floor'] / cell['seconds']:.0%}",
             f"{cell['bytes'] / 2**20:,.1f}",
             f"{cell['dense_bytes'] / 2**20:,.1f}",
-            "dense" if cell["kept"] else "",
         ]
         for cell in cells
     ]
@@ -69,7 +68,6 @@ def show_cells(cells: list[dict]) -> None:
         "of the floor",
         "MiB",
         "dense MiB",
-        "kept",
     ]
     show_table(columns, rows)
 
@@ -86,14 +84,14 @@ def show_speeds(results: list[dict], other: str) -> None:
             f"{r['tokens_per_second'] / r['most_tokens_per_second']:.0%}",
             f"{r['bytes'] / 2**20:,.1f}",
             f"{r['dense_bytes'] / 2**20:,.1f}",
-            str(result["kept_at"].get(name, 0)),
+            str(result["cached_at"].get(name, 0)),
         ]
         for result in results
         for name in ("prefill", "decode", "training")
         if name in result
         for r in [result[name]]
     ]
-    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB", "kept W"]
+    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB", "cached W"]
     show_table(columns, rows)
 
 

@@ -1,14 +1,9 @@
 """Every test: offline, seeded, on one thread."""
 
 import os
-import tempfile
 from importlib import import_module
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: no test may need the network
-
-# plans are those of the shipped constants, whatever was measured on this machine
-os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "tenfold-tests" / "cache")
 
 import jaxtyping
 import pytest
@@ -16,9 +11,6 @@ import shapes
 import torch
 
 jaxtyping.jaxtyped = shapes.where_said  # before the package is imported
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on a CPU
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and spins where the machine is busy
 

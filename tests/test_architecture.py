@@ -77,7 +77,7 @@ def test_parts_import_only_what_is_below_them(path):
 @each([path for path in FILES if part_of(path) == "structure"])
 def test_structure_is_mathematics_only(path):
     roots = {name.split(".")[0] for name in imported(path)}
-    assert roots - sys.stdlib_module_names <= {"tenfold", "torch", "opt_einsum", "scipy", "jaxtyping", "triton"}
+    assert roots - sys.stdlib_module_names <= {"tenfold", "torch", "opt_einsum", "scipy", "jaxtyping"}
     assert not roots & NO_MATHEMATICS
     assert not [name for name in imported(path) if name.startswith("torch.nn")]
     assert not called(path) & {"open", "print", "input", "exec", "eval"}

@@ -13,7 +13,6 @@ from torch import nn
 
 from tenfold.evaluate.machine import bytes_per_second, check_counts, flops_per_second, footprint, peak, turns
 from tenfold.nn import FactorizedLinear
-from tenfold.structure.contract import bucket
 
 ROWS = (1, 8, 64, 512, 4096)
 FEW = 64  # rows: with fewer, factors come from memory, not from caches
@@ -36,9 +35,8 @@ def bench_layers(
         ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
         large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
         backward pass counts as twice the forward pass. ``bytes`` and ``dense_bytes``: the most that a pass holds at once, with
-        parameters and a kept matrix, without its input. ``kept`` is false where this goes through the factors; where the layer
-        keeps its matrix for so many rows a second cell is that of the matrix, and of a dense layer in truth. With few rows as
-        many copies of a layer are called by turns as no cache holds: in a model, too, a layer is read from memory each time.
+        parameters, without its input. With few rows as many copies of a layer are called by turns as no cache holds: in a
+        model, too, a layer is read from memory each time.
 
     Raises:
         ValueError: ``repeats``, or a number of rows, is below 1.
@@ -49,37 +47,27 @@ def bench_layers(
     for layer in model.modules():
         if isinstance(layer, FactorizedLinear):
             layers.setdefault((layer.structure, layer.bias is None, layer.dtype), []).append(layer)
-    cells = []
-    for some in layers.values():
-        for count in rows:
-            kept = bucket(count) in some[0].keeps
-            cells += [
-                (some, count, False, False),
-                *([(some, count, False, True)] if kept else []),
-                *([(some, count, True, False)] if backward else []),
-            ]
+    passes = (False, True) if backward else (False,)
+    cells = [(some, count, way) for some in layers.values() for count in rows for way in passes]
     return [_cell(*cell, repeats) for cell in progress(cells)]
 
 
-def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, kept: bool, repeats: int) -> dict[str, Any]:
+def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: int) -> dict[str, Any]:
     layer = layers[0]
     device, dtype, (out, inner) = layer.like.device, layer.dtype, layer.structure.shape
     twin = nn.Linear(inner, out, layer.bias is not None, device, dtype)
     x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_(backward)
     upstream = torch.randn(rows, out, device=device).to(dtype)
-    training = layer.training
-    layer.train(not kept)  # a matrix is kept in evaluation only
     runs = [by_turns(copies(module, rows), x, upstream, backward) for module in (layer, twin)]
     pairs = turns(*runs, device, repeats)
     most = [held(module, x, upstream, backward) for module in (layer, twin)]
-    layer.train(training).zero_grad(set_to_none=True)
+    layer.zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
         "shape": [out, inner],
         "layers": len(layers),
         "rows": rows,
         "pass": "forward + backward" if backward else "forward",
-        "kept": kept,
         "seconds": statistics.median(ours for ours, _ in pairs),
         "dense_seconds": statistics.median(dense for _, dense in pairs),
         "ratio": statistics.median(dense / ours for ours, dense in pairs),
@@ -121,7 +109,7 @@ def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backwar
 
 
 def held(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> int:
-    """Bytes that a pass holds at most, with parameters and a kept matrix, without ``x`` and ``upstream``."""
+    """Bytes that a pass holds at most, with parameters, without ``x`` and ``upstream``."""
     run = one_pass(module, x, upstream, backward)
     run()  # whatever is made once
     for value in (x, *module.parameters()):

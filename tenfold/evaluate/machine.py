@@ -72,10 +72,9 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def footprint(module: nn.Module) -> int:
-    """Bytes of its parameters, of what else is saved, and of kept matrices."""
-    found = [layer._again.kept for layer in module.modules() if hasattr(layer, "_again")]
-    kept = [one.matrix for one in found if one is not None]
-    return sum(map(stored, (*module.parameters(), *module.buffers(), *kept)))
+    """Bytes of its parameters, of what else is saved, and of cached matrices."""
+    cached = [layer.cached for layer in module.modules() if getattr(layer, "cached", None) is not None]
+    return sum(map(stored, (*module.parameters(), *module.buffers(), *cached)))
 
 
 def stored(tensor: torch.Tensor) -> int:

@@ -16,7 +16,8 @@ from tenfold.models.cost import site_flops
 from tenfold.models.reading import context_of, positions_of
 from tenfold.models.replace import densify
 from tenfold.models.sites import find_sites, is_tied, module_at
-from tenfold.structure.contract import bucket
+from tenfold.nn.dense_cache import dense_cache
+from tenfold.structure.matmul import bucket
 
 PROMPT = 8  # tokens at most behind which new ones are written
 
@@ -30,6 +31,7 @@ def bench(
     against=None,
     training: bool = False,
     compiled: bool = False,
+    cache: bool = True,
 ) -> dict[str, Any]:
     """Reading a prompt, writing tokens and, if asked for, a step of training, for ``model`` and another one, turn by turn.
 
@@ -42,15 +44,16 @@ def bench(
         repeats: counted turns; one more warms up.
         against: the other model; the dense twin unless given.
         training: also forward, backward and AdamW on the prompts, of copies.
-        compiled: both under torch.compile, decoding with a static cache; layers keep no matrix then.
+        compiled: both under torch.compile, decoding with a static cache; layers cache no matrix then.
+        cache: let layers cache their dense matrix (:func:`tenfold.nn.dense_cache.dense_cache`) for prompts and decoding.
 
     Returns:
         For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``,
         the median of the ratios turn by turn, which noise of the machine touches least; ``most_tokens_per_second``: no more are
         possible for the FLOPs of the cheapest plans at the rate of a large matrix product, or for the bytes of the matrices at
         the rate of a large copy (attention itself is left out); ``bytes`` and ``dense_bytes``: the model and the most that one
-        call holds beside it, after the first. ``kept``: how many layers multiply by a kept matrix at some numbers of rows, and
-        are dense layers then; ``kept_at``: how many at those of ``prefill`` and ``decode``, if they see all rows of a call.
+        call holds beside it, after the first. ``cached``: how many layers multiply by a cached matrix at some numbers of rows,
+        and are dense layers then; ``cached_at``: how many at those of ``prefill`` and ``decode``, if they see all rows of a call.
 
     Raises:
         ValueError: a number is below 1 or more than the positions of a model, or a model can't be measured like this.
@@ -64,16 +67,22 @@ def bench(
     ids = torch.randint(0, words, (batch, length), device=device)
     runs = {"prefill": _prefill} | ({"decode": _static if compiled else _decode} if new_tokens else {})
     rows = {"prefill": batch * length, "decode": batch}
-    keeps = [one.keeps for one in model.modules() if getattr(one, "keeps", None) and not compiled]
     result = {
         "rows": {name: rows[name] for name in runs},
         "device": str(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "kept": len(keeps),
-        "kept_at": {name: sum(bucket(rows[name]) in one for one in keeps) for name in runs},
         "compiled": compiled,
     }
-    with torch.no_grad(), traced((model, twin) if compiled else ()):
+    limit = None if cache and not compiled else 0
+    with (
+        torch.no_grad(),
+        traced((model, twin) if compiled else ()),
+        dense_cache(model, limit),
+        dense_cache(twin, limit),
+    ):
+        cached = [one.cached_rows for one in model.modules() if getattr(one, "cached_rows", None)]
+        result["cached"] = len(cached)
+        result["cached_at"] = {name: sum(bucket(rows[name]) in one for one in cached) for name in runs}
         for name, run in runs.items():
             calls = [lambda one=one, run=run: run(one, ids, new_tokens) for one in (model, twin)]
             tokens = batch * (length if name == "prefill" else new_tokens)

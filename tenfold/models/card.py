@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tenfold.models.files import whole_folder
 from tenfold.models.hub import silent
-from tenfold.structure.products import is_quantised
+from tenfold.nn.quantized import is_quantized
 
 CARD = """---
 library_name: tenfold
@@ -64,7 +64,7 @@ def save_folded(
         OSError: there is no room; ``folder`` is as it was.
         ValueError: torchao has quantised a parameter.
     """
-    if quantised := next((name for name, value in model.named_parameters() if is_quantised(value)), None):
+    if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
     with silent(), whole_folder(folder) as new:
         model.save_pretrained(new, max_shard_size=max_shard_size)

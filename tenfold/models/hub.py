@@ -26,7 +26,6 @@ from tenfold.models.gguf import dequantized, is_gguf, resolve_gguf
 from tenfold.models.replace import CONTAINER, install_empty
 from tenfold.models.sites import FOLDED
 from tenfold.models.stored import FoldedConfig, describe, folded_config, stored_plan, structures
-from tenfold.nn.kept import keep_matrices
 
 APART = "its weights and its config.json do not belong together: save it again from the model"
 
@@ -54,7 +53,6 @@ def step_aside(model: PreTrainedModel, config: FoldedConfig) -> None:
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
     del model.hf_quantizer, model.quantization_method  # save_pretrained would discard a caller's state_dict
-    keep_matrices(model)
 
 
 def check_read(model: PreTrainedModel) -> None:

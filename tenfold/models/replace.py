@@ -19,7 +19,6 @@ from tenfold.models.sites import FOLDED, base_model, dtype_of, forget_tie, head_
 from tenfold.models.starts import QUICK, STARTS, beside_adapter, factors_from, of_fits
 from tenfold.models.stored import describe
 from tenfold.nn import Experts, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
-from tenfold.nn.kept import keep_matrices
 from tenfold.nn.kinds import check_matrix, layer_of
 from tenfold.structure import Factors, Structure
 
@@ -294,7 +293,6 @@ def finish(model: PreTrainedModel, recipe: str) -> None:
         if not used:
             _drop_container(model)
     model.config.quantization_config = describe(model, recipe)
-    keep_matrices(model)
 
 
 @torch.no_grad()

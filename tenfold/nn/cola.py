@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from tenfold.nn.layers import FactorizedLinear
 from tenfold.structure import Factors
-from tenfold.structure.hold import NOTHING, Hold
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -132,7 +131,6 @@ class Cola:
         factors: Factors,
         x: Float[Tensor, "*rows inner"],
         bias: Float[Tensor, "out"] | None = None,
-        hold: Hold = NOTHING,
     ) -> Float[Tensor, "*rows out"]:
         hidden = ACTIVATIONS[self.activation](functional.linear(x, factors["down"]))
         return functional.linear(hidden, factors["up"], bias)

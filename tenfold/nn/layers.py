@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from tenfold.nn.again import Again, Kept
-from tenfold.nn.straight import Straight, serves
-from tenfold.structure import Factors, Structure, products
-from tenfold.structure.contract import BUCKETS, bucket, forward_plans
-from tenfold.structure.hold import NOTHING
-from tenfold.structure.traced import is_traced
-from tenfold.structure.worth import worth_of
+from tenfold.nn.quantized import dequantized, is_quantized
+from tenfold.structure import Factors, Structure
+from tenfold.structure.cost_model import hardware_costs
+from tenfold.structure.matmul import BUCKETS, bucket, counts_of, is_traced
 
 FEW = 128  # rows of a call
 
@@ -25,24 +22,10 @@ FEW = 128  # rows of a call
 def _chained(structure: Structure, kind: str) -> bool:
     """Whether the product of the matrices of ``structure`` is wanted for no number of rows, for code that is compiled."""
     (place,) = structure.normal_form()
-    return all(forward_plans(place.diagram, rows, worth_of(kind))[1] is None for rows in BUCKETS)
+    return all(counts_of(place.diagram, rows, hardware_costs(kind))[1] for rows in BUCKETS)
 
 
-class _Sharable(nn.Module):
-    """A module that knows whether its parameters were ever parts of tensors on several devices.
-
-    What FSDP gathers for a call looks like any parameter, at the same address as in the call before, and says of no change.
-    """
-
-    sharded = False
-
-    def __setattr__(self, name: str, value) -> None:
-        if isinstance(value, nn.Parameter) and hasattr(value, "device_mesh"):
-            self.sharded = True
-        super().__setattr__(name, value)
-
-
-class SharedFactors(_Sharable):
+class SharedFactors(nn.Module):
     """Factors that several layers use, registered once on the base model.
 
     Layers hold it in a plain list and fetch a factor by calling it, so that hooks of offloading and of FSDP fire.
@@ -73,7 +56,7 @@ class SharedFactors(_Sharable):
         return factor
 
 
-class _Factorized(_Sharable):
+class _Factorized(nn.Module):
     """What the layers have in common: a structure, its factors, and a ``weight`` that only tells shape and dtype."""
 
     def __init__(self, structure: Structure, shared=None, frozen: Sequence[str] = (), device=None, dtype=None):
@@ -86,7 +69,6 @@ class _Factorized(_Sharable):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         for name, shape in structure.index_shapes().items():
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int32))
-        self._straight = Straight()
 
     def attach(self, container: SharedFactors) -> None:
         """Take the shared factors from ``container``."""
@@ -106,7 +88,7 @@ class _Factorized(_Sharable):
 
     def factors(self) -> Factors:
         """The factors by name, shared ones fetched from their container, quantised ones as the numbers that they stand for."""
-        return {name: products.plain(value) for name, value in self._stored().items()}
+        return {name: dequantized(value) for name, value in self._stored().items()}
 
     def _stored(self) -> Factors:
         shared = {name: self._container[0](key).to(self.dtype) for name, key in self.shared.items()}
@@ -123,16 +105,6 @@ class _Factorized(_Sharable):
         for name in self._names:
             if name not in self.shared:
                 getattr(self, name).copy_(factors[name])
-
-    def _few(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ W.T + bias`` of a few rows, without a gradient."""
-        names, biases = tuple(factors), () if bias is None else (bias,)
-
-        def multiply(x: Tensor, *rest: Tensor) -> Tensor:
-            given = dict(zip(names, rest, strict=False))
-            return self.structure._apply(given, x, rest[-1] if biases else None)
-
-        return self._straight(multiply, x, *factors.values(), *biases)
 
     def dense(self) -> Float[Tensor, "out inner"]:
         """``W (out, in)``"""
@@ -162,9 +134,6 @@ class _Factorized(_Sharable):
     def extra_repr(self) -> str:
         return repr(self.structure)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_straight": Straight()}
-
 
 class FactorizedLinear(_Factorized):
     """``y = x @ W.T + bias`` with ``W (out, in)`` in a structure.
@@ -180,66 +149,45 @@ class FactorizedLinear(_Factorized):
         super().__init__(structure, shared, frozen, device, dtype)
         self.out_features, self.in_features = structure.shape
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        self.keeps: frozenset[int] = frozenset()  # the buckets of rows at which W is kept: tenfold.nn.kept
-        self.hold = NOTHING  # what is kept for the way back: tenfold.nn.kept
-        self._again = Again()
+        self.cached_rows: frozenset[int] = frozenset()  # buckets of rows that use a cached W: tenfold.nn.dense_cache
+        self.cached: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows out"]:
         """``x (..., in) -> y (..., out)``"""
         if x.shape[-1] != self.in_features:  # else rows would be cut elsewhere, and fit by chance
             raise ValueError(f"the layer reads {self.in_features} numbers a row, the input has {tuple(x.shape)}")
         factors = self._stored()
-        quantised = any(map(products.is_quantised, factors.values()))
+        quantised = any(map(is_quantized, factors.values()))
         if (names := self.structure.matrices) is not None and (quantised or self._quick(x, len(names))):
             return self.structure._product(factors, x, self.bias)
         factors = self.factors() if quantised else factors
-        if self.keeps and not quantised and (w := self._matrix(x, factors)) is not None:
-            return products.linear(x, w, self.bias)
-        if serves(x) and 0 < x.numel() <= FEW * self.in_features:
-            return self._few(factors, x, self.bias)
-        hold = self.hold
-        if self.keeps and not is_traced() and bucket(x.numel() // self.in_features) in self.keeps:
-            hold = replace(hold, matrices=self._again.matrices(factors))
-        return self.structure._apply(factors, x, self.bias, hold)
+        if self.cached_rows and not quantised and (w := self._matrix(x, factors)) is not None:
+            return linear(x, w, self.bias)
+        return self.structure._apply(factors, x, self.bias)
 
     def _quick(self, x: Tensor, matrices: int) -> bool:
         """Whether plain products of matrices are all there is to do: for few rows what is around them takes longer than they."""
         if matrices == 1 or torch.compiler.is_compiling():
             return matrices == 1 or _chained(self.structure, x.device.type)  # whatever the number of rows: one graph
         rows = x.numel() // self.in_features
-        return rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.keeps
+        return rows <= FEW and not torch.is_grad_enabled() and bucket(rows) not in self.cached_rows
 
     def _matrix(self, x: Tensor, factors: Factors) -> Tensor | None:
-        """``W``, made once, where it may be used: in evaluation, with factors that are here to stay."""
-        if self.training or is_traced() or torch.is_grad_enabled():
+        """Return the cached ``W`` where it may be used: without gradients, and for this number of rows."""
+        if self.training or is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return None
-        passing = hasattr(self, "_hf_hook") or any(value.is_inference() for value in factors.values())
-        passing = passing or any(owner.sharded for owner in (self, *self._container))
-        rows = x.numel() // self.in_features
-        if passing or torch.is_autocast_enabled(x.device.type) or bucket(rows) not in self.keeps:
+        if bucket(x.numel() // self.in_features) not in self.cached_rows:
             return None
-        now = [(value.data_ptr(), value._version, value.dtype) for value in factors.values()]
-        kept = self._again.kept
-        if kept is None or kept.made_of != now:
-            held = [value.detach() for value in factors.values()]
-            trained = any(value.requires_grad for value in factors.values())
-            kept = self._again.keep(Kept(self.structure.dense(factors), now, held, trained))
-        return kept.matrix
-
-    def train(self, mode: bool = True) -> FactorizedLinear:
-        """As everywhere; a kept matrix is dropped."""
-        self._drop()
-        return super().train(mode)
-
-    def _drop(self) -> None:
-        self._again = Again()
+        if self.cached is None:
+            self.cached = self.structure.dense(factors)
+        return self.cached
 
     def _apply(self, *arguments, **keywords):  # to another device or type
-        self._drop()
+        self.cached = None
         return super()._apply(*arguments, **keywords)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_again": Again()}
+        return self.__dict__ | {"cached_rows": frozenset(), "cached": None}
 
 
 class FactorizedEmbedding(_Factorized):
@@ -273,11 +221,10 @@ class FactorizedEmbedding(_Factorized):
         """
         if as_head:
             stored = self._stored()
-            if self.structure.matrices is not None and any(map(products.is_quantised, stored.values())):
+            if self.structure.matrices is not None and any(map(is_quantized, stored.values())):
                 return self.structure._product(stored, x)
-            factors = {name: products.plain(value) for name, value in stored.items()}
-            few = serves(x) and 0 < x.numel() <= FEW * self.embedding_dim
-            return self._few(factors, x) if few else self.structure._apply(factors, x)
+            factors = {name: dequantized(value) for name, value in stored.items()}
+            return self.structure._apply(factors, x)
         cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():  # as nn.Embedding
             rows = self._rows(x)
@@ -288,12 +235,12 @@ class FactorizedEmbedding(_Factorized):
     def _rows(self, ids: Tensor) -> Tensor:
         """``W[ids]``; of a quantised factor no more than the rows that are looked up become numbers."""
         stored, names = self._stored(), self.structure.matrices
-        quantised = any(map(products.is_quantised, stored.values()))
+        quantised = any(map(is_quantized, stored.values()))
         if not quantised or names is None or self.structure.index_shapes():
-            return self.structure._rows({name: products.plain(value) for name, value in stored.items()}, ids)
+            return self.structure._rows({name: dequantized(value) for name, value in stored.items()}, ids)
         rows = torch.nn.functional.embedding(ids, stored[names[0]])
         for name in names[1:]:
-            rows = rows @ products.plain(stored[name])
+            rows = rows @ dequantized(stored[name])
         return rows
 
 

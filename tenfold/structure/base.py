@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold.structure import contract, dims
-from tenfold.structure.hold import NOTHING, Hold
-from tenfold.structure.placement import Placement, summed
-from tenfold.structure.worth import Cost, Worth
+from tenfold.structure import dims, matmul
+from tenfold.structure.cost_model import HardwareCosts, OpCounts
+from tenfold.structure.placement import Placement
 
 Factors = dict[str, Tensor]
 SHARES = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # at which an error curve is sampled
@@ -178,17 +177,17 @@ class Structure(ABC):
 
     def flops(self, rows: int = 1) -> int:
         """FLOPs of ``apply`` on ``rows`` vectors: a multiply-add is 2, a rebuild of ``W`` is counted where it is made."""
-        return rows * self._added + sum(contract.flops(place.diagram, rows) for place in self._placements)
+        return rows * self._added + sum(matmul.flops(place.diagram, rows) for place in self._placements)
 
-    def price(self, rows: int, worth: Worth) -> float:
-        """What :meth:`apply` on ``rows`` vectors is expected to take, in FLOPs: those, and what moves, copies and calls take."""
+    def price(self, rows: int, costs: HardwareCosts) -> float:
+        """Return the expected time of :meth:`apply` on ``rows`` vectors, in equivalent FLOPs."""
         adds, more = rows * self._added, len(self._placements) - 1
-        parts = [contract.cost_of(place.diagram, rows, worth) for place in self._placements]
-        return sum(parts, Cost(adds, 3 * adds, 0, more)).price(worth)
+        parts = [matmul.counts_of(place.diagram, rows, costs)[0] for place in self._placements]
+        return sum(parts, OpCounts(adds, 3 * adds, 0, more)).price(costs)
 
     def lookup_flops(self, rows: int = 1) -> int:
         """FLOPs of ``rows`` for so many indices."""
-        return sum(contract.lookup_flops(place.diagram, rows) for place in self._placements)
+        return sum(matmul.lookup_flops(place.diagram, rows) for place in self._placements)
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
         """Random factors so that the entries of ``W`` have mean 0 and standard deviation ``std``.
@@ -213,17 +212,18 @@ class Structure(ABC):
             raise ValueError(f"x has {x.shape[-1]} columns but {self} takes {self.shape[1]}")
         return self._apply(factors, x)
 
-    def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
+    def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out, inner = self.shape
         flat, places = x.reshape(-1, inner), self._placements
-        if (blocks := self._blocks) is not None:
-            made = []
-            for start, size, some in blocks:
-                own = bias if bias is None or size == out else bias.narrow(0, start, size)
-                made.append(summed(some, factors, flat, own, hold))
-            return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
-        parts = [place.apply(factors, flat, bias if place is places[0] else None, hold) for place in places]
-        return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
+        if (blocks := self._blocks) is None:
+            parts = [place.apply(factors, flat, bias if place is places[0] else None) for place in places]
+            return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
+        made = []
+        for start, size, some in blocks:
+            own = bias if bias is None or size == out else bias.narrow(0, start, size)
+            parts = [place.block(factors, flat, own if place is some[0] else None) for place in some]
+            made.append(sum(parts[1:], parts[0]))
+        return (made[0] if len(made) == 1 else torch.cat(made, 1)).reshape(*x.shape[:-1], out)
 
     def _product(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`_apply` where ``matrices`` are known: their products and nothing around them."""

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
+from tenfold.structure.contraction import plan_of, run
 from tenfold.structure.diagram import Diagram
 from tenfold.structure.linalg import solve_symmetric
 from tenfold.structure.placement import Placement
-from tenfold.structure.plan import plan_of, run
 
 LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is left to L-BFGS
 NEAR = 1e-6  # the tolerance of the nearest member that a fit in a metric starts from

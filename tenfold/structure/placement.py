@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.structure import added, contract, joint, mapped, products
+from tenfold.structure import matmul
 from tenfold.structure.diagram import Diagram
-from tenfold.structure.hold import NOTHING, Hold
-from tenfold.structure.mapped import Maps
 
 
 @dataclass(frozen=True)
@@ -69,40 +67,29 @@ class Placement:
         starts = [step for step in self.rows if isinstance(step, int)]
         return sum(starts) if len(starts) == len(self.rows) else None
 
-    def block(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
-        """``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
-        tensors = self.tensors(factors)
-        if self.columns and self.columns_from is None and mapped.many(x):
-            maps = Maps(None, self.index(factors, "columns"), self.diagram.shape[0], x.shape[1])
-            if mapped.serves(self.diagram, x, maps):
-                return mapped.multiply(self.diagram, tensors, x, bias, maps, hold)
-        return joint.multiply([contract.slim(self.diagram, tensors)], self.picked(factors, x), bias, hold)
+    def block(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x (n, in) @ W.T + bias`` of its own rows ``(n, k)``."""
+        return matmul.apply(self.diagram, self.tensors(factors), self.picked(factors, x), bias)
 
-    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None, hold: Hold = NOTHING) -> Tensor:
-        """``x (n, in) @ W.T + bias -> (n, out)``"""
-        if self.rows_from is not None:  # no index needed
-            y = self.block(factors, x, None, hold)
-            y = torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
-        else:
-            if mapped.many(x) and mapped.serves(self.diagram, x, maps := self.maps_of(factors)):
-                return mapped.multiply(self.diagram, self.tensors(factors), x, bias, maps, hold)
-            y, rows = self.block(factors, x, None, hold), self.index(factors, "rows")
-            y = y if rows is None else spread(y, rows, self.shape[0])
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def maps_of(self, factors: dict[str, Tensor]) -> Maps:
-        return Maps(self.index(factors, "rows"), self.index(factors, "columns"), *self.shape)
+    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x (n, in) @ W.T + bias -> (n, out)``."""
+        return self._scattered(factors, self.block(factors, x), bias)
 
     def product(self, factors: dict[str, Tensor], names: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x (..., in) @ W.T + bias``, where the matrices ``names`` have the diagram's matrix for their product."""
-        rows, x = self.index(factors, "rows"), self.picked(factors, x)
+        """Return ``x (..., in) @ W.T + bias``, where the matrices ``names`` multiply to the diagram's matrix."""
+        x = self.picked(factors, x)
         for name in names[:0:-1]:
-            x = products.linear(x, factors[name])
-        y = products.linear(x, factors[names[0]], bias if rows is None else None)
-        if rows is not None:
+            x = torch.nn.functional.linear(x, factors[name])
+        if not self.rows:
+            return torch.nn.functional.linear(x, factors[names[0]], bias)
+        return self._scattered(factors, torch.nn.functional.linear(x, factors[names[0]]), bias)
+
+    def _scattered(self, factors: dict[str, Tensor], y: Tensor, bias: Tensor | None) -> Tensor:
+        if self.rows_from is not None:  # no index needed
+            y = torch.nn.functional.pad(y, (self.rows_from, self.shape[0] - self.rows_from - y.shape[-1]))
+        elif (rows := self.index(factors, "rows")) is not None:
             y = spread(y, rows, self.shape[0])
-            y = y if bias is None else y + bias.to(y.dtype)
-        return y
+        return y if bias is None else y + bias.to(y.dtype)
 
     @property
     def columns_from(self) -> int | None:
@@ -125,29 +112,16 @@ class Placement:
             inverse[rows] = torch.arange(len(rows), device=index.device, dtype=index.dtype)
             index = inverse[torch.where(index < 0, len(inverse), index)]  # a row that does not exist raises IndexError
             inside, index = index >= 0, index.clamp_min(0)
-        w = contract.rows_of(self.diagram, self.tensors(factors), index)
+        w = matmul.rows_of(self.diagram, self.tensors(factors), index)
         w = w if inside is None else w * inside[:, None]
         return w if columns is None else spread(w, columns, self.shape[1])
 
     def dense(self, factors: dict[str, Tensor]) -> Tensor:
-        """``W (out, in)``"""
-        maps, w = self.maps_of(factors), contract.dense(self.diagram, self.tensors(factors))
-        if not torch.is_grad_enabled():
-            return maps.placed(w)
-        rows, columns = maps.rows, maps.columns
+        """Return ``W (out, in)``."""
+        w = matmul.dense(self.diagram, self.tensors(factors))
+        rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
         w = w if columns is None else spread(w, columns, self.shape[1])
         return w if rows is None else spread(w.T, rows, self.shape[0]).T
-
-
-def summed(places: list[Placement], factors: dict[str, Tensor], x: Tensor, bias: Tensor | None, hold: Hold) -> Tensor:
-    """``x (n, in) @ W.T + bias -> (n, k)`` of the sum of ``places``, which have the same rows."""
-    if not any(place.columns for place in places):
-        return joint.multiply([contract.slim(place.diagram, place.tensors(factors)) for place in places], x, bias, hold)
-    first, *rest = places
-    y = first.block(factors, x, bias, hold)
-    for place in rest:
-        y = added.plus(y, place.block(factors, x, None, hold), x)
-    return y
 
 
 def spread(y: Tensor, index: Tensor, size: int) -> Tensor:

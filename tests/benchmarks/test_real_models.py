@@ -13,7 +13,7 @@ import small
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "research" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import narrow_script  # noqa: E402

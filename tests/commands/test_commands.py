@@ -98,24 +98,14 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
     status, out, _ = call("bench", folded, "--against", dense, "--train", "--batch", 1, "--batch", 2, "--repeats", "1")
     assert status == 0 and out.count("training") == 2 and "other tokens/s" in out and "of the most" in out
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    status, out, err = call("bench", "--calibrate")
-    assert status == 0 and "stored in" in err and (tmp_path / "cache" / "tenfold" / "worth-cpu.json").exists()
-    status, _, err = call("bench", "--calibrate", "--layers", "--against", dense)
-    assert status == 2 and "name a model, or leave --against, --layers out" in err
-    monkeypatch.undo()
-    status, _, err = call("bench")
-    assert status == 2 and "--calibrate" in err
     status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
     assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
     status, _, err = call("bench", folded, "--layers", "--against", dense, "--batch", 2)
     assert status == 2 and "leave --against, --batch out" in err
     status, _, err = call("bench", dense, "--layers")
     assert status == 2 and "fold it first" in err
-    status, out, _ = call(
-        "bench", folded, "--mode", "auto", "--limit", 1, "--repeats", "1", "--new-tokens", "2", "--json"
-    )
-    assert status == 0 and json.loads(out)
+    status, out, _ = call("bench", folded, "--no-dense-cache", "--repeats", "1", "--new-tokens", "2", "--json")
+    assert status == 0 and json.loads(out)["cached"] == 0
     status, _, _ = call("densify", folded, "-o", plain)
     ids = torch.arange(12)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]
@@ -288,8 +278,6 @@ WRONG = {
     "bench: no prompt": (("bench", "{dense}", "--length", 0), "length 0 leaves nothing"),
     "bench: too long": (("bench", "{dense}", "--length", 99), "a prompt of length 99 is more than the model's 32"),
     "bench: too many": (("bench", "{dense}", "--new-tokens", 99), "99 new tokens behind a prompt of 1 are more"),
-    "bench: less than no limit": (("bench", "{dense}", "--limit", -5), "a limit of -5,242,880 bytes is less than"),
-    "bench: a limit of speed": (("bench", "{dense}", "--mode", "speed", "--limit", 5), "mode speed has no limit"),
     "bench: tokens of layers": (
         ("bench", "{dense}", "--layers", "--new-tokens", 16, "--batch", 1),
         "leave --batch, --new-tokens out",

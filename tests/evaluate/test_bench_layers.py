@@ -11,8 +11,7 @@ import torch
 from tenfold.api import bench_layers, compress
 from tenfold.evaluate import layers, machine
 from tenfold.nn import FactorizedLinear
-from tenfold.nn.kept import keep_matrices
-from tenfold.structure import LowRank, Structure
+from tenfold.structure import LowRank
 
 RULES = [
     {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}},
@@ -22,7 +21,6 @@ RULES = [
 
 def test_every_structure_is_in_it_once_and_the_model_stays():
     model, _ = compress(small.model(), {"replace": RULES})
-    keep_matrices(model, "memory")
     before = copy.deepcopy(model.state_dict())
     found = bench_layers(model, rows=(1, 3), repeats=2)
     told = [(cell["structure"]["kind"], cell["rows"], cell["pass"]) for cell in found]
@@ -32,20 +30,6 @@ def test_every_structure_is_in_it_once_and_the_model_stays():
         assert cell["layers"] == 2 and min(cell[name] for name in ("seconds", "dense_seconds", "ratio", "floor")) > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_kept_matrices_have_cells_of_their_own(monkeypatch):
-    layer = FactorizedLinear(LowRank(out_features=8, in_features=6, rank=6)).eval()
-    layer.set_factors(layer.structure.init(0.1))
-    layer.keeps, made = frozenset({1}), []
-    dense = LowRank.dense
-    monkeypatch.setattr(layers, "COPIES", 0)
-    monkeypatch.setattr(LowRank, "dense", lambda self, factors: made.append(1) or dense(self, factors))
-    found = bench_layers(torch.nn.ModuleDict({"a": layer}), rows=(1, 300), repeats=2)
-    told = [(cell["rows"], cell["pass"], cell["kept"]) for cell in found]
-    assert [one for one in told if one[2]] == [(1, "forward", True)] and len(told) == 5
-    assert made == [1], "once, and in its own cell"
-    assert not layer.training
 
 
 @pytest.mark.parametrize(
@@ -59,7 +43,7 @@ def test_the_floor_is_flops_or_bytes(monkeypatch, rate, copies, expected):
 
 
 def test_the_memory_of_a_pass_is_counted():
-    """Of nn.Linear by hand; a structured layer holds no matrix but a kept one."""
+    """Of nn.Linear by hand; a structured layer holds no matrix."""
     layer, x, upstream = torch.nn.Linear(64, 96), torch.randn(32, 64, requires_grad=True), torch.randn(32, 96)
     matrix, output = 4 * 64 * 96, 4 * 32 * 96
     own = matrix + 4 * 96
@@ -70,35 +54,8 @@ def test_the_memory_of_a_pass_is_counted():
     folded.set_factors(folded.structure.init(0.1))
     factors = 4 * (4 * (96 + 64) + 96)
     assert factors + output < layers.held(folded, x, upstream, False) < matrix + output
-    folded.keeps = frozenset({32, 80})
-    assert layers.held(folded, x, upstream, False) >= matrix + factors + output
     cell = bench_layers(torch.nn.ModuleDict({"a": folded}), rows=(32,), repeats=1)[0]
     assert cell["dense_bytes"] == own + output and factors + output < cell["bytes"] < matrix + output
-
-
-@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (768, 768)])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kind": "tensor_train", "parts": 3},
-        {"kind": "tensor_train", "parts": 4},
-        {"kind": "kronecker", "inner": [4, 4]},
-        {"kind": "block_train"},
-        {"kind": "blast", "blocks": 4},
-        {"kind": "tucker", "parts": 2},
-        {"kind": "cp", "parts": 2},
-        {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]},
-    ],
-    ids=lambda fields: fields["kind"],
-)
-def test_a_step_of_training_in_mode_memory_holds_no_more_than_a_dense_layer_and_its_matrix(shape, fields):
-    structure = Structure.within(*shape, fields, shape[0] * shape[1] / 2)
-    layer = FactorizedLinear(structure)
-    layer.set_factors(structure.init(0.1))
-    keep_matrices(layer, "memory")
-    given = torch.randn(512, shape[1], requires_grad=True), torch.randn(512, shape[0]), True
-    dense = layers.held(torch.nn.Linear(shape[1], shape[0]), *given)
-    assert layers.held(layer, *given) <= dense + 4 * shape[0] * shape[1]
 
 
 def test_nothing_that_was_measured_is_held():

@@ -19,7 +19,8 @@ from tenfold.api import bench, compress
 from tenfold.evaluate import speed
 from tenfold.evaluate.machine import peak
 from tenfold.models.sites import find_sites
-from tenfold.structure.contract import bucket
+from tenfold.nn import dense_cache
+from tenfold.structure.matmul import bucket
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -144,17 +145,16 @@ def test_all_positions_may_be_used_and_no_more(last, beyond, sentence):
         bench(small.model(), repeats=1, **beyond)
 
 
-def test_layers_on_a_kept_matrix_are_counted_where_it_is_used():
+def test_layers_on_a_cached_matrix_are_counted_where_it_is_used(monkeypatch):
     rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
     model, _ = compress(small.model(), {"replace": [rule]})
-    layers = [module for module in model.modules() if hasattr(module, "keeps")]
-    for layer in layers:
-        layer.keeps = frozenset()
-    layers[0].keeps, layers[1].keeps = frozenset({bucket(1), bucket(30)}), frozenset({bucket(1)})
+    rows = iter([frozenset({bucket(1), bucket(30)}), frozenset({bucket(1)})] * 2)
+    monkeypatch.setattr(dense_cache, "gain", lambda layer: (1.0, next(rows)))
     assert bucket(1) != bucket(30)
     found = bench(model, new_tokens=2, repeats=1)
-    assert found["kept"] == 2 and found["kept_at"] == {"prefill": 1, "decode": 2}
-    assert bench(model, repeats=1, against=bert())["kept_at"] == {"prefill": 1}
+    assert found["cached"] == 1 and found["cached_at"] == {"prefill": 1, "decode": 1}, "a second one is over the limit"
+    assert bench(model, repeats=1, against=bert(), cache=False)["cached_at"] == {"prefill": 0}
+    assert not any(module.cached_rows for module in model.modules() if hasattr(module, "cached_rows"))
 
 
 def test_the_peak_is_what_is_held_at_once():

@@ -23,13 +23,11 @@ from transformers import (
 )
 
 import tenfold.models.hub
-from tenfold import api
 from tenfold.models.cost import count
 from tenfold.models.replace import CONTAINER, densify
 from tenfold.models.sites import FOLDED
 from tenfold.models.stored import describe
 from tenfold.nn import Adapter, FactorizedLinear, TiedHead
-from tenfold.nn.kept import keep_matrices
 
 SHARED = {"role": "mlp.in", "structure": TRAIN, "share": {"factors": ["core_1"]}, "freeze": ["core_1", "core_0"]}
 PLACED = {"role": "attn.out", "structure": {"kind": "placed", "base": KRONECKER}}
@@ -209,14 +207,6 @@ def test_index_maps_stay_int32(mixed):
 @pytest.fixture
 def loaded(mixed):
     return AutoModelForCausalLM.from_pretrained(mixed[2])
-
-
-def test_which_matrices_are_kept_is_chosen_for_the_device_that_it_is_loaded_to(mixed, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(api, "keep_matrices", lambda model: chosen.append(model.device.type))
-    for device in ("cpu", "meta"):
-        api.load(mixed[2], device)
-    assert chosen == ["meta"], "on a processor it was chosen with the layers"
 
 
 def test_it_generates_with_and_without_a_cache(loaded):
@@ -409,8 +399,6 @@ def test_an_adapter_is_saved_with_what_it_stands_beside(tmp_path):
     model.config.quantization_config = describe(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for one in (again, model):
-        keep_matrices(one, "memory")  # which layers keep one was chosen without the adapters in one of them
     torch.testing.assert_close(toys.logits(again), toys.logits(model))
     assert count(again) == count(model)
 

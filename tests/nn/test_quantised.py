@@ -10,9 +10,10 @@ from torchao.quantization.granularity import PerGroup
 from tenfold.evaluate.machine import stored
 from tenfold.models.card import save_folded
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
-from tenfold.nn.kept import keep_matrices
-from tenfold.structure import CP, Dense, LowRank, products
-from tenfold.structure.contract import BUCKETS
+from tenfold.nn import layers as nn_layers
+from tenfold.nn.dense_cache import dense_cache
+from tenfold.nn.quantized import is_quantized
+from tenfold.structure import CP, Dense, LowRank
 
 NAMES = FqnToConfig({r"re:.*\.(left|right|matrix|out_.|in_.)": Int8WeightOnlyConfig(version=2)})
 STRUCTURES = {
@@ -35,19 +36,18 @@ def numbers_of(layer) -> dict[str, torch.Tensor]:
     return {name: p.dequantize() for name, p in layer.named_parameters() if name != "bias"}
 
 
-@pytest.mark.parametrize("mode", ["auto", "memory", "speed"])
+@pytest.mark.parametrize("limit", [0, 2**40])
 @pytest.mark.parametrize("rows", [1, 5, 40, 700])
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_a_layer_multiplies_by_what_its_factors_stand_for(structure, rows, mode):
+def test_a_layer_multiplies_by_what_its_factors_stand_for(structure, rows, limit):
     model = made(structure)
     before = {name: p.detach().clone() for name, p in model[0].named_parameters() if name != "bias"}
-    keep_matrices(model, mode)
     quantize_(model, NAMES, filter_fn=None)
-    assert all(products.is_quantised(p) for name, p in model[0].named_parameters() if name != "bias")
+    assert all(is_quantized(p) for name, p in model[0].named_parameters() if name != "bias")
     held = numbers_of(model[0])
     assert any((held[name] != value).any() for name, value in before.items())  # they are others than before
     x = torch.randn(rows, 160)
-    with torch.no_grad():
+    with torch.no_grad(), dense_cache(model, limit):
         expected = x @ structure.dense(held).T + model[0].bias
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -56,7 +56,7 @@ def test_a_layer_multiplies_by_what_its_factors_stand_for(structure, rows, mode)
 def test_matrices_are_multiplied_as_they_are_held(structure, monkeypatch):
     model = made(structure)
     quantize_(model, NAMES, filter_fn=None)
-    monkeypatch.setattr(products, "plain", lambda value: pytest.fail("they need not be written out"))
+    monkeypatch.setattr(nn_layers, "dequantized", lambda value: pytest.fail("they need not be written out"))
     with torch.no_grad():
         model(torch.randn(700, 160))
 
@@ -84,23 +84,18 @@ def test_an_embedding_and_its_head():
 @torch.no_grad()
 def test_an_embedding_and_its_head_write_out_no_table(monkeypatch):
     """A look-up makes numbers of ``right`` only, which is small; the head of neither factor."""
-    model, ids, plain, seen = made(STRUCTURES["low rank"], FactorizedEmbedding), torch.tensor([5]), products.plain, []
+    model, ids, plain, seen = (
+        made(STRUCTURES["low rank"], FactorizedEmbedding),
+        torch.tensor([5]),
+        nn_layers.dequantized,
+        [],
+    )
     quantize_(model, NAMES, filter_fn=None)
-    monkeypatch.setattr(products, "plain", lambda value: seen.append(tuple(value.shape)) or plain(value))
+    monkeypatch.setattr(nn_layers, "dequantized", lambda value: seen.append(tuple(value.shape)) or plain(value))
     model(ids)
     assert seen == [(64, 160)]
     model[0](torch.randn(3, 160), as_head=True)
     assert len(seen) == 1
-
-
-@torch.no_grad()
-def test_a_quantised_layer_keeps_no_matrix():
-    """It would be made anew for every call: what a factor stands for is another tensor each time."""
-    model = made(STRUCTURES["cp"])
-    model[0].keeps = frozenset(BUCKETS)
-    quantize_(model, NAMES, filter_fn=None)
-    model(torch.randn(300, 160))
-    assert model[0]._again.kept is None
 
 
 def test_its_bytes_are_those_it_takes():
@@ -121,4 +116,4 @@ def test_a_quantised_model_is_not_saved(tmp_path):
 
 def test_plain_tensors_are_left_as_they_are():
     value = torch.nn.Parameter(torch.randn(3, 4))
-    assert products.plain(value) is value and not products.is_quantised(value)
+    assert nn_layers.dequantized(value) is value and not is_quantized(value)

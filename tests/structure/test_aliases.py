@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tenfold.nn import FactorizedLinear
-from tenfold.nn.kept import keep_matrices
-from tenfold.structure import Dense, LowRank, Placed, Sum, TensorTrain, Written
+from tenfold.structure import Dense, LowRank, Placed, Sum, Written
 
 SQUARE = LowRank(out_features=16, in_features=16, rank=16)
 ALIASED = {
@@ -74,20 +73,3 @@ def test_a_label_of_one_factor_alone_between_maps_has_a_gradient():
     found = torch.autograd.grad(structure.apply(factors, x).square().sum(), learnt)
     expected = torch.autograd.grad((x @ structure.dense(factors).T).square().sum(), learnt)
     torch.testing.assert_close(found, expected)
-
-
-def test_micro_batches_of_a_permuted_layer_share_one_matrix():
-    base = TensorTrain(outs=(12, 8), ins=(8, 9), ranks=(60,))
-    layer = FactorizedLinear(Placed(base=base, out_features=96, in_features=72), bias=False)
-    layer.set_factors(layer.structure.init(0.1))
-    keep_matrices(layer, "speed")
-    optimizer, made, held = torch.optim.SGD(layer.parameters(), 0.01), [], []
-    for _ in range(3):
-        for number in range(5):
-            held.append(torch.randn(1000 + number))  # so that copies of maps come to lie elsewhere
-            layer(torch.randn(1100, 72)).sum().backward()
-            made.append(len(layer._again._made))
-        optimizer.step()
-        optimizer.zero_grad()
-        held.clear()
-    assert max(made) == 1

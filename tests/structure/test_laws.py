@@ -1,7 +1,6 @@
 """Laws of every structure: all ways to its matrix agree with the matrix of its definition, and so do the gradients."""
 
 from itertools import product
-from math import prod
 
 import numpy as np
 import oracle
@@ -10,20 +9,12 @@ import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
 from tenfold.structure import (
-    Kronecker,
-    LowRank,
-    RowTrain,
     Structure,
     Sum,
-    TensorTrain,
     Transposed,
-    Tucker,
-    contract,
-    plan,
-    products,
-    rebuild,
+    matmul,
 )
-from tenfold.structure.hold import Hold
+from tenfold.structure.cost_model import CPU
 
 F64 = torch.float64
 LEADS = [(), (5,), (2, 3), (1,), (40,), (300,), (1100,), (0,)]  # 1, 40, 300 and 1,100 rows have plans of their own
@@ -112,39 +103,27 @@ def test_gradients_are_those_of_the_dense_matrix(structure, rows):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.fixture(params=["chain", "dense"])
+def way(request, monkeypatch):
+    """Every product through the factors, or through ``W``, forward and backward; a few rows at a time."""
+    through = request.param == "chain"
+    monkeypatch.setattr(matmul, "_chosen", lambda spec, rows, kind: matmul.chain(spec, rows, CPU) if through else None)
+    monkeypatch.setattr(matmul, "_back_through_chain", lambda *given: through)
+    for name, number in (("PART", 3), ("LEAST", 1)):
+        monkeypatch.setattr(matmul, name, number)
+    return request.param
+
+
 @each(ALL)
-@pytest.mark.parametrize(("rows", "large"), [(6, 0), (8, 0), (1, 2**14), (6, 2**14)])
-def test_large_tensors_are_multiplied_as_small_ones(structure, rows, large, monkeypatch):
-    """As products of matrices instead of by einsum, and some rows at a time."""
+@pytest.mark.parametrize("rows", [1, 8])
+def test_all_ways_agree(structure, rows, way):
     factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
-    expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
-    y = x @ structure.dense(factors).T
-    monkeypatch.setattr(plan, "SMALL", 0)
-    monkeypatch.setattr(products, "LARGE", large)
-    monkeypatch.setattr(contract, "PART", 3)
-    monkeypatch.setattr(contract, "LEAST", 1)
+    w, bias = torch.from_numpy(oracle.matrix(structure, factors)), torch.randn(structure.shape[0], dtype=F64)
     with torch.no_grad():
-        torch.testing.assert_close(structure.apply(factors, x), y)
+        torch.testing.assert_close(structure._apply(factors, x, bias), x @ w.T + bias)
+    expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
     for got, one in zip(gradients(structure.apply, x, factors), expected, strict=True):
         torch.testing.assert_close(got, one)
-    torch.testing.assert_close(structure.dense(factors), torch.from_numpy(oracle.matrix(structure, factors)))
-
-
-@each(ALL)
-@pytest.mark.parametrize(("rows", "part"), [(2, 512), (40, 512), (40, 7), (300, 512)])
-def test_what_is_kept_for_the_way_back_changes_no_gradient(structure, rows, part, monkeypatch):
-    monkeypatch.setattr(contract, "PART", part)
-    monkeypatch.setattr(contract, "LEAST", 1)
-    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
-    expected = gradients(structure.apply, x, factors)
-    for matrix, between, little in ((True, False, False), (False, True, False), (False, False, True)):
-        ours = gradients(
-            lambda f, x, m=matrix, b=between, k=little: structure._apply(f, x, None, Hold({} if m else None, b, k)),
-            x,
-            factors,
-        )
-        for got, one in zip(ours, expected, strict=True):
-            torch.testing.assert_close(got, one)
 
 
 @each(ALL)
@@ -156,21 +135,8 @@ def test_gradients_have_gradients(structure, rows):
         torch.testing.assert_close(got, one)
 
 
-@each(ALL)
-def test_both_ways_back_agree(structure, monkeypatch):
-    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
-    ways = []
-    for through_dense in (False, True):
-        monkeypatch.setattr(contract, "_through_dense", lambda *given, way=through_dense: way)
-        ways.append(gradients(structure.apply, x, factors))
-    for chain, dense in zip(*ways, strict=True):
-        torch.testing.assert_close(chain, dense)
-
-
-@pytest.mark.parametrize("through_dense", [False, True])
 @pytest.mark.parametrize("name", ["kronecker-scaled", "tensor_train-three", "placed-nested", "stacked", "diagram-0"])
-def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda *given: through_dense)
+def test_gradients_are_those_of_finite_differences(name, way):
     structure, factors = ALL[name], factors_of(ALL[name])
     learned = parameters(factors)
 
@@ -181,10 +147,10 @@ def test_gradients_are_those_of_finite_differences(name, through_dense, monkeypa
     assert torch.autograd.gradcheck(apply, [value.clone().requires_grad_() for value in inputs])
 
 
-WANTED = list(product([False, True], repeat=3))[1:]
-
-
-def check_only_wanted(structure, wanted):
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("name", ["low_rank", "tensor_train", "row_train"])
+def test_only_gradients_asked_for_are_made(name, wanted, way):
+    structure = FAMILIES[name]
     wanted = [*wanted, *wanted][: 1 + len(structure.factor_shapes())]
     factors, x = factors_of(structure), torch.randn(3, structure.shape[1], dtype=F64)
     expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
@@ -195,73 +161,6 @@ def check_only_wanted(structure, wanted):
         assert value.requires_grad == (value.grad is not None)
         if value.requires_grad:
             torch.testing.assert_close(value.grad, gradient)
-
-
-@pytest.mark.parametrize("through_dense", [False, True])
-@pytest.mark.parametrize("wanted", WANTED)
-def test_only_gradients_asked_for_are_made(wanted, through_dense, monkeypatch):
-    monkeypatch.setattr(contract, "_through_dense", lambda *given: through_dense)
-    check_only_wanted(FAMILIES["low_rank"], wanted)
-
-
-@pytest.fixture
-def in_parts(monkeypatch):
-    """Every matrix is made, a few rows at a time, multiplied and forgotten."""
-    monkeypatch.setattr(contract, "_through_dense", lambda *given: True)
-    monkeypatch.setattr(contract, "cheaper", lambda *given: False)
-    monkeypatch.setattr(rebuild, "PART", 1)
-    for known in (contract.forward_plans, rebuild._cut):
-        known.cache_clear()
-    yield
-    for known in (contract.forward_plans, rebuild._cut):
-        known.cache_clear()
-
-
-def check_in_parts(structure):
-    factors, x = factors_of(structure), torch.randn(6, structure.shape[1], dtype=F64)
-    expected = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
-    for got, one in zip(gradients(structure.apply, x, factors), expected, strict=True):
-        torch.testing.assert_close(got, one)
-    with torch.no_grad():
-        made = structure.dense(factors)
-    torch.testing.assert_close(made, structure.dense(factors))
-    bias = torch.randn(structure.shape[0], dtype=F64)
-    torch.testing.assert_close(structure._apply(factors, x, bias), x @ made.T + bias)
-
-
-@each(ALL)
-def test_a_matrix_made_in_parts_is_the_same(structure, in_parts):
-    check_in_parts(structure)
-
-
-@each(
-    {
-        "low_rank": LowRank(out_features=5, in_features=6, rank=3),
-        "kronecker": Kronecker(outs=(5, 2), ins=(2, 3), terms=2),
-        "tensor_train": TensorTrain(outs=(5, 2, 2), ins=(2, 3, 2), ranks=(4, 3)),
-        "tucker": Tucker(outs=(5, 2), ins=(2, 3), ranks=(3, 2, 2, 3)),
-        "row_train": RowTrain(out_features=5, ins=(2, 3, 2), ranks=(2, 2)),
-    }
-)
-def test_the_last_part_may_be_smaller(structure, in_parts, monkeypatch):
-    monkeypatch.setattr(rebuild, "PART", prod(structure.shape) * 2 // 5)
-    rebuild._cut.cache_clear()
-    with torch.no_grad():
-        parts = rebuild.in_parts(structure._placements[0].diagram, list(factors_of(structure).values()))
-        each = structure.shape[0] // 5
-        assert [some.stop - some.start for some, _ in parts] == [2 * each, 2 * each, each]
-    check_in_parts(structure)
-
-
-@pytest.mark.parametrize("wanted", WANTED)
-@pytest.mark.parametrize("name", ["low_rank", "tensor_train", "row_train"])
-def test_of_parts_only_gradients_asked_for_are_made(name, wanted, in_parts):
-    structure = FAMILIES[name]
-    with torch.no_grad():
-        parts = rebuild.in_parts(structure._placements[0].diagram, list(factors_of(structure).values()))
-    rows = [rows for rows, _ in parts]
-    assert len(rows) > 1 and [some.stop for some in rows] == [*(some.start for some in rows[1:]), structure.shape[0]]
-    check_only_wanted(structure, wanted)
 
 
 @each(ALL)

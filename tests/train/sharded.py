@@ -15,10 +15,6 @@ from torch.distributed.fsdp import fully_shard
 
 from tenfold.api import compress
 from tenfold.models.healing import Heal
-from tenfold.nn import FactorizedLinear
-from tenfold.nn.kept import keep_matrices
-from tenfold.structure import Kronecker
-from tenfold.structure.contract import BUCKETS
 from tenfold.train.distil import Distillation
 from tenfold.train.optimizer import optimizer_for
 
@@ -68,37 +64,9 @@ def saved_and_loaded(model, optimizer, kind: str):
     return other
 
 
-@torch.no_grad()
-def evaluated(shard: bool, ranks: int = 1) -> list[float]:
-    """What layers give that may keep their matrices, while two sets of weights are loaded in turns."""
-    torch.manual_seed(0)
-    layers = [FactorizedLinear(Kronecker(outs=(48, 4), ins=(48, 4), terms=7), bias=False) for _ in range(3)]
-    for layer in layers:
-        layer.set_factors(layer.structure.init(0.05))
-    model, found = torch.nn.Sequential(*layers).eval(), []
-    if shard:
-        mesh = init_device_mesh("cpu", (ranks,))
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    keep_matrices(model, "speed")
-    for layer in layers:
-        layer.keeps = frozenset(BUCKETS)
-    one = {name: value.clone() for name, value in model.state_dict().items()}
-    other = {name: 1.3 * value for name, value in one.items()}
-    for state in (one, other) * 4:
-        model.load_state_dict(state)
-        found.append(float(model(torch.ones(40, 192)).norm()))
-        for name, value in model.named_parameters():
-            value.copy_(1.1 * state[name])
-        found.append(float(model(torch.ones(40, 192)).norm()))
-    return found
-
-
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     result = {kind: losses(kind, True, dist.get_rank(), dist.get_world_size()) for kind in TOLERANCE}
-    result["kept"] = evaluated(True, dist.get_world_size())
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))
     dist.barrier()

@@ -96,9 +96,6 @@ def test_one_of_two_processes_writes(tmp_path):
 def test_sharded_parameters_train_as_whole_ones(tmp_path):
     two(sharded.__file__, tmp_path / "losses.json")
     result = json.loads((tmp_path / "losses.json").read_text())
-    np.testing.assert_allclose(
-        result.pop("kept"), sharded.evaluated(False), rtol=1e-4
-    )  # what FSDP gathers tells no change
     for kind, found in result.items():
         np.testing.assert_allclose(found, sharded.losses(kind, False), rtol=sharded.TOLERANCE[kind], err_msg=kind)
         assert found[-1] < found[0], kind

@@ -1,0 +1,342 @@
+"""Contract labelled tensors: choose the order of pairwise products by price, run it, and differentiate it.
+
+A *term* is a string with one character per axis, in memory order. Every pairwise product becomes one (batched) matrix product;
+an operand is copied only where its axes can't be viewed as matrices, and a result in between stays in the order in which the
+product wrote it. Layouts, and thereby copies, are known before anything runs, so that the search can price them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import inf, prod
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+from tenfold.structure.cost_model import HardwareCosts, OpCounts
+
+ROWS = "(rows)"  # label of the leading axis of x; no spec can use it
+OPEN = "#"  # its character in terms: plans are reused for other numbers of rows
+EXACT = 10  # operands up to which the best order is searched; opt_einsum's heuristics take over above
+THIN = 16  # columns below which a batch of products is slower than a copy for a single one
+CLEARLY = 0.8  # an order must be this much cheaper than that of the fewest FLOPs, since prices are rough
+Sizes = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """How an operand becomes a batch of matrices.
+
+    Args:
+        dropped: axes to sum first.
+        order: the axes of ``(batch, rows, columns)``; None for one along which the operand is repeated.
+        shape: of the result.
+    """
+
+    dropped: tuple[int, ...]
+    order: tuple[int | None, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of two terms, ``(batch, rows, summed) @ (batch, summed, columns)``.
+
+    Args:
+        left, right: how the operands become matrices; ``swapped``: the second operand is on the left.
+        repeated: axes of one operand along which the other one is repeated, and which operand has them.
+        made: the term of the result, with its ``shape``.
+        counts: of the product.
+    """
+
+    left: Matrices
+    right: Matrices
+    swapped: bool
+    repeated: tuple[int, tuple[int, ...]]
+    made: str
+    shape: tuple[int, ...]
+    counts: OpCounts
+
+
+def multiply(product: Product, one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of two operands, its axes in the order of ``product.made``."""
+    side, axes = product.repeated
+    repeats = [(one, other)[side].shape[axis] for axis in axes]
+    first, second = (other, one) if product.swapped else (one, other)
+    left = _matrices(product.left, first, repeats if side == int(not product.swapped) else [])
+    right = _matrices(product.right, second, repeats if side == int(product.swapped) else [])
+    return (torch.mm if left.dim() == 2 else torch.bmm)(left, right).view(product.shape)
+
+
+def _matrices(how: Matrices, value: Tensor, repeats: list[int]) -> Tensor:
+    value = value.sum(how.dropped) if how.dropped else value
+    value = value.permute([axis for axis in how.order if axis is not None])
+    if repeats:
+        for place, axis in enumerate(how.order):
+            if axis is None:
+                value = value.unsqueeze(place)
+        sizes, own = list(repeats), list(value.shape)
+        value = value.expand([sizes.pop(0) if axis is None else own[place] for place, axis in enumerate(how.order)])
+    return value.reshape(how.shape)
+
+
+@lru_cache(maxsize=16384)
+def product_of(one: str, other: str, kept: str, sizes: Sizes) -> Product:
+    """Plan the product of two terms that keeps the labels ``kept``, with the fewest copied elements."""
+    size, given = dict(sizes), (one, other)
+
+    def count(labels: str) -> int:
+        return prod([size[x] for x in labels])
+
+    def extents(*groups: str) -> tuple[int, ...]:
+        return tuple(-1 if OPEN in labels else count(labels) for labels in groups)
+
+    terms = tuple("".join(x for x in term if x in kept or x in others) for term, others in (given, given[::-1]))
+    numbers = tuple(map(count, terms))
+    larger = terms[numbers[1] > numbers[0]]
+    batch = "".join(x for x in larger if x in terms[0] and x in terms[1] and x in kept)
+    summed = "".join(x for x in larger if x in terms[0] and x in terms[1] and x not in kept)
+    free = tuple("".join(x for x in term if x not in batch + summed) for term in terms)
+
+    def copied(side: int, outer: str, rest: str) -> int:
+        term = terms[side]
+        lies = all(group in term for group in (outer, rest, summed)) and (term[-1:] not in outer or not term)
+        return 0 if lies else numbers[side]
+
+    # some labels of one operand may join the batch, the other operand repeated along them: (copies, side, labels)
+    ways = [(sum(copied(k, batch, free[k]) for k in range(2)), 0, "")]
+    for side in range(2):
+        for split in range(1, len(free[side])):
+            some, rest = free[side][:split], free[side][split:]
+            if count(rest) < THIN and count(some) * numbers[1 - side] > numbers[side]:
+                continue  # thin products, each of which reads the other operand again
+            outer = "".join(x for x in terms[side] if x in batch + some)
+            again = numbers[1 - side] * count(some) if batch else copied(1 - side, "", free[1 - side])
+            ways.append((copied(side, outer, rest) + again, side, some))
+    copies, side, some = min(ways, key=lambda way: way[0])
+    outer = "".join(x for x in terms[side] if x in batch + some)
+    rest = tuple("".join(x for x in labels if x not in some) for labels in free)
+    swapped = bool(some and not batch and side == 0)  # the repeated operand on the left: prefix, its own labels, suffix
+    first, second = (1, 0) if swapped else (0, 1)
+    made = outer + rest[first] + rest[second]
+    orders = {first: outer + rest[first] + summed, second: outer + summed + rest[second]}
+    shapes = {first: extents(rest[first], summed), second: extents(summed, rest[second])}
+    matrices = [
+        Matrices(
+            tuple(axis for axis, x in enumerate(given[k]) if x not in terms[k]),
+            tuple(terms[k].index(x) if x in terms[k] else None for x in orders[k]),
+            (*(extents(outer) if outer else ()), *shapes[k]),
+        )
+        for k in (first, second)
+    ]
+    axes = tuple(given[side].index(x) for x in outer if x in some)
+    union = count("".join(set(one + other)))
+    counts = OpCounts(union * (1 + (len(set(one + other)) > len(made))), sum(numbers) + count(made), copies, 1)
+    return Product(matrices[0], matrices[1], swapped, (side, axes), made, extents(*made), counts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairwise products in order. Operands are numbered from 0, results on from there.
+
+    Args:
+        terms: of the operands and of every result.
+        steps: ``(number, number)`` of what each product takes.
+        products: how.
+        target: the order of the axes of the final result.
+        sizes: of all labels.
+    """
+
+    terms: tuple[str, ...]
+    steps: tuple[tuple[int, int], ...]
+    products: tuple[Product, ...]
+    target: str
+    sizes: Sizes
+
+    @property
+    def inputs(self) -> int:
+        """Number of operands."""
+        return len(self.terms) - len(self.steps)
+
+    @property
+    def counts(self) -> OpCounts:
+        """Return the operation counts of all steps."""
+        total = sum((product.counts for product in self.products), OpCounts())
+        return total if self.terms[-1] == self.target else total + OpCounts(copied=_numel(self.target, self.sizes))
+
+    @property
+    def counts_back(self) -> OpCounts:
+        """Return the counts of :func:`gradients`: two products for each, and all but the last one made again."""
+        each = [product.counts for product in self.products]
+        return sum(each[:-1], sum(each, sum(each, OpCounts())))
+
+    @property
+    def passing(self) -> int:
+        """Elements in the results that depend on operand 0, the final one left out."""
+        moving, total = {0}, 0
+        for number, taken in enumerate(self.steps[:-1], self.inputs):
+            if moving & set(taken):
+                moving.add(number)
+                total += _numel(self.terms[number], self.sizes)
+        return total
+
+
+def _numel(term: str, sizes: Sizes) -> int:
+    return prod([number for label, number in sizes if label in term])
+
+
+def run(plan: Plan, operands: Sequence[Tensor]) -> Tensor:
+    """Contract ``operands``; the axes of the result are those of the plan's target."""
+    if not plan.steps:
+        (term,), (value,) = plan.terms, operands
+        alone = tuple(k for k, x in enumerate(term) if x not in plan.target)
+        value, term = (value.sum(alone) if alone else value), "".join(x for x in term if x in plan.target)
+        return value.permute([term.index(x) for x in plan.target])
+    return _ordered(_values(plan, operands)[-1], plan.terms[-1], plan.target)
+
+
+def _values(plan: Plan, operands: Sequence[Tensor], last: bool = True) -> list[Tensor]:
+    values = list(operands)
+    for (one, other), product in zip(plan.steps[: None if last else -1], plan.products, strict=False):
+        values.append(multiply(product, values[one], values[other]))
+    return values
+
+
+def _ordered(value: Tensor, term: str, target: str) -> Tensor:
+    return value if term == target else value.permute([term.index(x) for x in target])
+
+
+def gradients(plan: Plan, operands: Sequence[Tensor], gradient: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of the operands that ``needs`` names, given that of the result."""
+    if not plan.steps:
+        (term,) = plan.terms
+        return [_repeated(gradient, plan.target, term, operands[0]) if needs[0] else None]
+    values, wanted = _values(plan, operands, last=False), list(needs)
+    for taken in plan.steps:
+        wanted.append(any(wanted[k] for k in taken))
+    found: dict[int, tuple[Tensor, str]] = {len(plan.terms) - 1: (gradient, plan.target)}
+    for number in range(len(plan.terms) - 1, plan.inputs - 1, -1):
+        if not wanted[number]:
+            continue
+        above, term = found.pop(number)
+        taken = plan.steps[number - plan.inputs]
+        for k, other in (taken, taken[::-1]):
+            if wanted[k]:
+                labels = plan.terms[k]
+                known = "".join(x for x in labels if x in term + plan.terms[other])
+                product = product_of(term, plan.terms[other], known, plan.sizes)
+                made = multiply(product, above, values[other])
+                if len(known) < len(labels):
+                    made, product_term = _repeated(made, product.made, labels, values[k]), labels
+                else:
+                    product_term = product.made
+                found[k] = made, product_term
+        del above
+        if number < len(values):
+            values[number] = values[number].new_empty(0)
+    return [_ordered(*found[k], plan.terms[k]) if needs[k] else None for k in range(plan.inputs)]
+
+
+def _repeated(value: Tensor, term: str, target: str, like: Tensor) -> Tensor:
+    """Return ``value`` with the axes of ``target``, the same along those that it lacks."""
+    value = value.permute([term.index(x) for x in target if x in term])
+    for axis, label in enumerate(target):
+        if label not in term:
+            value = value.unsqueeze(axis)
+    return value.expand(like.shape)
+
+
+@lru_cache(maxsize=4096)
+def plan_of(
+    inputs: tuple[tuple[str, ...], ...],
+    output: tuple[str, ...],
+    sizes: tuple[tuple[str, int], ...],
+    costs: HardwareCosts | None = None,
+) -> Plan:
+    """Return the order of the fewest FLOPs, or with ``costs`` one that is clearly cheaper by price.
+
+    Args:
+        inputs: the labels of every operand.
+        output: the labels of the result.
+        sizes: ``(label, size)`` of every label.
+    """
+    letters = {label: OPEN if label == ROWS else opt_einsum.get_symbol(k) for k, (label, _) in enumerate(sizes)}
+    terms = ["".join(letters[label] for label in labels) for labels in inputs]
+    target, named = "".join(letters[label] for label in output), tuple((letters[label], n) for label, n in sizes)
+    least = _along(_order(terms, target, named, None, inf), terms, target, named)
+    if costs is None or not 2 < len(terms) <= EXACT:
+        return least
+    limit = CLEARLY * least.counts.price(costs)
+    order = _order(terms, target, named, costs, limit)
+    best = _along(order, terms, target, named) if order is not None else least
+    return best if best.counts.price(costs) < limit else least
+
+
+def _along(order: list[tuple[int, int]] | None, terms: list[str], target: str, sizes: Sizes) -> Plan:
+    made, products, left = list(terms), [], dict(enumerate(terms))
+    for one, other in order or ():
+        first, second = left.pop(one), left.pop(other)
+        kept = "".join(sorted(set(first + second) & set("".join(left.values()) + target)))
+        products.append(product_of(first, second, kept, sizes))
+        left[len(made)] = products[-1].made
+        made.append(products[-1].made)
+    return Plan(tuple(made), tuple(order or ()), tuple(products), target, sizes)
+
+
+def _order(terms: list[str], target: str, sizes: Sizes, costs: HardwareCosts | None, limit: float):
+    """Search the best pairwise order by dynamic programming over subsets of the operands (bit masks).
+
+    opt_einsum's exact search errs by up to a factor of 4 where more than two operands share a label. A subset is kept with
+    the layout that its own cheapest order leaves. Partial orders above ``limit`` are pruned; None: all are.
+    """
+    if len(terms) == 1:
+        return []
+    if len(terms) > EXACT:
+        shapes = [tuple(dict(sizes)[x] for x in term) for term in terms]
+        path = opt_einsum.contract_path(",".join(terms) + "->" + target, *shapes, shapes=True, optimize="auto")[0]
+        return [(one, other) for one, other in opt_einsum.paths.linear_to_ssa(path)]
+    everything, size = 2 ** len(terms) - 1, dict(sizes)
+    members = [[k for k in range(len(terms)) if subset >> k & 1] for subset in range(everything + 1)]
+    inside = [frozenset("".join(terms[k] for k in some)) for some in members]
+    outside = [frozenset(target) | inside[everything - subset] for subset in range(everything + 1)]
+    labels = [own if len(some) == 1 else own & other for some, own, other in zip(members, inside, outside, strict=True)]
+    kept = ["".join(sorted(some)) for some in labels]
+    number = cache(lambda some: prod([size[x] for x in some]))
+
+    @cache
+    def best(subset: int):
+        """The price, the elements moved, the pairs of subsets in order, and the term."""
+        if len(members[subset]) == 1:
+            return 0.0, 0, (), terms[members[subset][0]]
+        found, half = None, (subset - 1) & subset
+        while half:
+            other = subset - half
+            if half & -half > other & -other:  # the operand of the lowest number, which x is, comes first
+                bound = limit if found is None else found[0]
+                union = labels[half] | labels[other]
+                flops = number(union) * (1 + (union != labels[subset]))
+                one, two = (best(other), best(half)) if flops <= bound else (None, None)
+                if one is not None and two is not None and (before := one[0] + two[0]) + flops <= bound:
+                    moved, term = number(labels[half]) + number(labels[other]) + number(labels[subset]), kept[subset]
+                    price = float(flops)
+                    if costs is not None:
+                        product = product_of(one[3], two[3], kept[subset], sizes)
+                        term, counts = product.made, product.counts
+                        if subset == everything and term != target:
+                            counts += OpCounts(copied=number(labels[subset]))
+                        price = counts.price(costs)
+                    new = before + price, one[1] + two[1] + moved, (*one[2], *two[2], (other, half)), term
+                    found = new if new[0] <= limit and (found is None or new[:2] < found[:2]) else found
+            half = (half - 1) & subset
+        return found
+
+    whole = best(everything)
+    if whole is None:
+        return None
+    numbers = {1 << k: k for k in range(len(terms))}
+    for one, other in whole[2]:
+        numbers[one | other] = len(numbers)
+    return [(numbers[one], numbers[other]) for one, other in whole[2]]
