@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import tenfold.models.hook as _hook  # noqa: F401 - registers it
+import tenfold.models.hf_quantizer as _hook  # noqa: F401 - registers it
 
 if TYPE_CHECKING:
     from tenfold.api import (
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
         save,
     )
     from tenfold.models.deepen import deepen
-    from tenfold.models.hub import from_pretrained
-    from tenfold.models.replace import densify, replace
+    from tenfold.models.loading import from_pretrained
+    from tenfold.models.surgery import densify, replace
     from tenfold.nn.dense_cache import dense_cache
 
 _HOME = {
     "dense_cache": "tenfold.nn.dense_cache",
     "deepen": "tenfold.models.deepen",
-    "from_pretrained": "tenfold.models.hub",
-    "densify": "tenfold.models.replace",
-    "replace": "tenfold.models.replace",
+    "from_pretrained": "tenfold.models.loading",
+    "densify": "tenfold.models.surgery",
+    "replace": "tenfold.models.surgery",
 }
 
 __all__ = [

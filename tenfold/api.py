@@ -16,23 +16,23 @@ import tenfold.baselines  # noqa: F401 - registers them
 from tenfold.compress.calibration import Batch, Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
-from tenfold.evaluate.layers import bench_layers as bench_layers
+from tenfold.evaluate.bench_layers import bench_layers as bench_layers
+from tenfold.evaluate.bench_model import bench as bench
 from tenfold.evaluate.perplexity import comparable as comparable
 from tenfold.evaluate.perplexity import perplexity
-from tenfold.evaluate.speed import bench as bench
 from tenfold.evaluate.tasks import evaluate_task as evaluate_task
-from tenfold.evaluate.text import HUB
-from tenfold.models.card import save_folded
+from tenfold.evaluate.text_files import HUB
+from tenfold.models.auto import load_model
+from tenfold.models.auto import load_tokenizer as load_tokenizer
+from tenfold.models.config import Calibrate
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
-from tenfold.models.healing import Heal
-from tenfold.models.hub import check_output
-from tenfold.models.named import load_model
-from tenfold.models.named import load_tokenizer as load_tokenizer
+from tenfold.models.distillation_config import Heal
+from tenfold.models.loading import check_output
+from tenfold.models.model_card import save_folded
 from tenfold.models.plan import make_plan
-from tenfold.models.reading import positions_of
 from tenfold.models.recipe import Recipe, Stage, checked_keep, load_recipe, parse_recipe
-from tenfold.models.settings import Calibrate
+from tenfold.models.text_mode import positions_of
 from tenfold.nn.dense_cache import dense_cache
 from tenfold.train.tokens import is_tokens
 

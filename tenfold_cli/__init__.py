@@ -15,7 +15,7 @@ import typer
 from tenfold_cli import tasks, training
 from tenfold_cli.memory import keep_freed
 from tenfold_cli.options import SEEDS, TEXT, Device, Dtype, Json, Model, Output, Overwrite, command, first, stated
-from tenfold_cli.show import (
+from tenfold_cli.output import (
     count_line,
     counted,
     error,
@@ -120,11 +120,11 @@ def compress(
 ) -> None:
     """Compress a model, guided by a calibration text or without data, and save it."""
     from tenfold import api
+    from tenfold.checkpoint_jobs import compress_checkpoint, compress_in_stages
     from tenfold.compress.progress import untold
+    from tenfold.models.checkpoint_format import check_plain
     from tenfold.models.cost import read_config
-    from tenfold.models.ranks import wait
-    from tenfold.models.stored import check_plain
-    from tenfold.run import compress_checkpoint, compress_in_stages
+    from tenfold.models.distributed import wait
 
     api.check_output(output, overwrite)
     wait()  # until all of several processes have looked: the first one writes
@@ -264,8 +264,8 @@ def bench(
 ) -> None:
     """Measure tokens per second and memory against the dense twin or another model, in turns, in one run."""
     from tenfold import api
-    from tenfold.evaluate.machine import check_counts
-    from tenfold.evaluate.speed import sizes
+    from tenfold.evaluate.bench_model import sizes
+    from tenfold.evaluate.timing import check_counts
 
     if layers and (unused := [name for name in stated(context) if name in WHOLE]):
         raise ValueError(f"--layers times layers by themselves, with 1 to 4,096 rows; leave {', '.join(unused)} out")
@@ -300,8 +300,8 @@ def densify(
     """Turn a folded model into a plain checkpoint that needs no tenfold."""
     import tenfold
     from tenfold import api
-    from tenfold.models.files import whole_folder
-    from tenfold.models.ranks import wait
+    from tenfold.models.atomic_io import whole_folder
+    from tenfold.models.distributed import wait
 
     api.check_output(output, overwrite)
     wait()  # until all of several processes have looked: the first one writes

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli.options import SEEDS, first
-from tenfold_cli.show import counted, show_json, show_table, tracked
+from tenfold_cli.output import counted, show_json, show_table, tracked
 
 
 def finetune(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli.options import SEEDS, Device, Dtype, Model, Output, Overwrite, command, first
-from tenfold_cli.show import count_line, counted, tracked
+from tenfold_cli.output import count_line, counted, tracked
 
 
 def heal(
@@ -55,7 +55,7 @@ def heal(
 ) -> None:
     """Distil the dense model into the folded one and save it; repeat the command after an interruption and it goes on."""
     from tenfold import api
-    from tenfold.run import heal_checkpoint
+    from tenfold.checkpoint_jobs import heal_checkpoint
 
     files = api.texts(text)
     given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step, "batch": batch}
@@ -118,7 +118,7 @@ def deepen(
     """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
     import tenfold
     from tenfold import api
-    from tenfold.models.ranks import wait
+    from tenfold.models.distributed import wait
 
     api.check_output(output, overwrite)
     wait()  # until all of several processes have looked: the first one writes

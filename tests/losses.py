@@ -1,6 +1,6 @@
 """Losses that are not those of the model."""
 
-from tenfold.train.trainer import Watched
+from tenfold.train.trainer import DivergenceGuardTrainer
 
 
 def off_by(monkeypatch, more: dict[int, float]):
@@ -9,5 +9,5 @@ def off_by(monkeypatch, more: dict[int, float]):
     def told(self, *arguments, **keywords):
         return whole(self, *arguments, **keywords) + more[max(at for at in more if at <= self.state.global_step)]
 
-    whole = Watched.__mro__[1].training_step
-    monkeypatch.setattr(Watched.__mro__[1], "training_step", told)
+    whole = DivergenceGuardTrainer.__mro__[1].training_step
+    monkeypatch.setattr(DivergenceGuardTrainer.__mro__[1], "training_step", told)

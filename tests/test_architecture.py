@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "demo": set(),
 }
-TOP = {"__init__", "__main__", "api", "run", "cli", "tenfold_cli"}  # may import everything
+TOP = {"__init__", "__main__", "api", "checkpoint_jobs", "cli", "tenfold_cli"}  # may import everything
 NO_MATHEMATICS = {"io", "json", "logging", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
-from tenfold import api, run
-from tenfold.compress.journal import Journal, Steps
-from tenfold.compress.shelf import Shelf
-from tenfold.models import lazy
-from tenfold.models.healing import Heal
+from tenfold import api, checkpoint_jobs
+from tenfold.compress.resume_state import CheckpointedTasks, ResumeState
+from tenfold.compress.tensor_store import TensorStore
+from tenfold.models import lazy_checkpoint
+from tenfold.models.distillation_config import Heal
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
 
@@ -53,7 +53,7 @@ def whole(dense, tmp_path_factory):
 
 
 def go(dense, output, recipe=RECIPE, **more):
-    return run.compress_checkpoint(dense, output, recipe, [dense / "text.txt"], samples=8, **more)
+    return checkpoint_jobs.compress_checkpoint(dense, output, recipe, [dense / "text.txt"], samples=8, **more)
 
 
 def in_memory(dense, recipe=RECIPE):
@@ -88,7 +88,7 @@ def test_half_precision_stays(tmp_path):
 
 def test_shards_where_the_model_is_large(dense, whole, tmp_path, monkeypatch):
     one = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
-    monkeypatch.setattr(run, "TOGETHER", 0)
+    monkeypatch.setattr(checkpoint_jobs, "TOGETHER", 0)
     go(dense, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3  # two blocks, and what is outside of them
     many = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
@@ -114,7 +114,7 @@ STEPS = ["forward-0", "forward-1", "nats", "turn", "backward-1", "backward-0"]
     ids=["in it", "behind it", "measured", "folds"],
 )
 def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step, when, recipe):
-    once, put, made = Steps.once, Shelf.put, []
+    once, put, made = CheckpointedTasks.once, TensorStore.put, []
     recipe = recipe | {"replace": [{k: v for k, v in rule.items() if k != "keep"} for rule in recipe["replace"]]}
     expected = load_file(whole(recipe) / "model.safetensors")
 
@@ -124,17 +124,19 @@ def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step
 
     def stop(self, name, make):
         if name == step and when == "in it":
-            patch.setattr(Shelf, "put", half)
+            patch.setattr(TensorStore, "put", half)
         value = once(self, name, make)
         if name == step:
             raise Interrupted
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "once", stop)
+        patch.setattr(CheckpointedTasks, "once", stop)
         with pytest.raises(Interrupted):
             go(dense, tmp_path / "out", recipe)
-    monkeypatch.setattr(Steps, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make()))
+    monkeypatch.setattr(
+        CheckpointedTasks, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make())
+    )
     go(dense, tmp_path / "out", recipe)
     behind = when == "behind it" or step == "nats"  # which puts nothing on the shelf
     assert made == STEPS[STEPS.index(step) + behind :]
@@ -144,14 +146,14 @@ def test_an_interrupted_survey_goes_on(dense, whole, tmp_path, monkeypatch, step
 
 def test_an_interrupted_run_goes_on(dense, whole, tmp_path, monkeypatch):
     expected = load_file(whole() / "model.safetensors")
-    keep, done = Journal.keep, []
+    keep, done = ResumeState.keep, []
 
     def stop_before_the_second(self, model, number, *rest):
         if number == 1:
             raise Interrupted
         keep(self, model, number, *rest)
 
-    monkeypatch.setattr(Journal, "keep", stop_before_the_second)
+    monkeypatch.setattr(ResumeState, "keep", stop_before_the_second)
     with pytest.raises(Interrupted):
         go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
@@ -160,7 +162,7 @@ def test_an_interrupted_run_goes_on(dense, whole, tmp_path, monkeypatch):
         done.append(number)
         keep(self, model, number, *rest)
 
-    monkeypatch.setattr(Journal, "keep", note)
+    monkeypatch.setattr(ResumeState, "keep", note)
     go(dense, tmp_path / "out")
     assert done == [1]  # the first block was not compressed again
     resumed = load_file(tmp_path / "out" / "model.safetensors")
@@ -169,15 +171,15 @@ def test_an_interrupted_run_goes_on(dense, whole, tmp_path, monkeypatch):
 
 def test_a_full_disk_at_the_end_loses_no_block(dense, whole, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
-        raise run.SafetensorError("No space left on device")
+        raise checkpoint_jobs.SafetensorError("No space left on device")
 
     expected = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_torch_state_dict", full)
+        patch.setattr(checkpoint_jobs, "save_torch_state_dict", full)
         with pytest.raises(OSError, match=r"can't be written .*make room"):
             go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(Journal, "keep", lambda *rest: pytest.fail("a block was compressed again"))
+    monkeypatch.setattr(ResumeState, "keep", lambda *rest: pytest.fail("a block was compressed again"))
     go(dense, tmp_path / "out", max_shard_size="30KB")
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert expected.keys() == out.keys() and all(torch.equal(expected[key], out[key]) for key in expected)
@@ -192,7 +194,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(dense, tmp_path, monkeypatch):
 
     def full(self, folder, **keywords):
         save(self, folder, **keywords)
-        raise run.SafetensorError("No space left on device")
+        raise checkpoint_jobs.SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "save_pretrained", full)
@@ -229,7 +231,7 @@ def test_another_run_does_not_take_over(dense, tmp_path, monkeypatch):
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "keep", stop)
+        patch.setattr(ResumeState, "keep", stop)
         with pytest.raises(Interrupted):
             go(dense, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"out\.partial holds what another run"):
@@ -239,13 +241,13 @@ def test_another_run_does_not_take_over(dense, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_what_is_finished(dense, tmp_path, monkeypatch):
-    from tenfold.compress import journal
+    from tenfold.compress import resume_state
 
     def full(*arguments, **keywords):
-        raise journal.SafetensorError("No space left on device")
+        raise resume_state.SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "save_file", full)
+        patch.setattr(resume_state, "save_file", full)
         with pytest.raises(OSError, match=r"can't be written .*make room"):
             go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -254,14 +256,14 @@ def test_a_full_disk_leaves_what_is_finished(dense, tmp_path, monkeypatch):
 
 
 def test_only_one_block_is_in_memory(dense, tmp_path, monkeypatch):
-    most, load = [], lazy.Lazy.load
+    most, load = [], lazy_checkpoint.LazyCheckpoint.load
 
     def watch(self, path, *rest):
         load(self, path, *rest)
         inside = [site for site in find_sites(self.model) if site.layer is not None]
         most.append(len({site.layer for site in inside if not self.model.get_submodule(site.path).weight.is_meta}))
 
-    monkeypatch.setattr(lazy.Lazy, "load", watch)
+    monkeypatch.setattr(lazy_checkpoint.LazyCheckpoint, "load", watch)
     go(
         dense,
         tmp_path / "out",
@@ -274,7 +276,7 @@ def test_only_one_block_is_in_memory(dense, tmp_path, monkeypatch):
 def test_lazy_reads_what_from_pretrained_reads(name, tmp_path):
     model = toys.build(name)
     model.save_pretrained(tmp_path)
-    opened = lazy.open_lazy(tmp_path)
+    opened = lazy_checkpoint.open_lazy(tmp_path)
     opened.load_outside([])
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), opened.model.state_dict().values(), strict=True)
@@ -284,12 +286,14 @@ def test_lazy_reads_what_from_pretrained_reads(name, tmp_path):
 
 def test_a_checkpoint_with_other_names_is_not_read_lazily(tmp_path):
     toys.build("gpt_neox").save_pretrained(tmp_path)  # its files say embed_out, the model says lm_head
-    assert lazy.open_lazy(tmp_path) is None
+    assert lazy_checkpoint.open_lazy(tmp_path) is None
 
 
 def test_a_folded_checkpoint_is_compressed_again(dense, tmp_path):
     go(dense, tmp_path / "once")
-    again = run.compress_checkpoint(tmp_path / "once", tmp_path / "twice", RECIPE, [dense / "text.txt"], samples=8)
+    again = checkpoint_jobs.compress_checkpoint(
+        tmp_path / "once", tmp_path / "twice", RECIPE, [dense / "text.txt"], samples=8
+    )
     once = json.loads((tmp_path / "once" / "tenfold.json").read_text())
     assert again["parameters"]["total"] < 0.81 * once["parameters"]["total"]
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(torch.arange(12)[None]).logits).all()
@@ -306,9 +310,9 @@ def test_what_others_have_quantised_is_refused(dense, tmp_path, capsys, monkeypa
         if how == "compress":
             go(name, out)
         elif how == "stages":
-            run.compress_in_stages(name, out, STAGES, text, text)
+            checkpoint_jobs.compress_in_stages(name, out, STAGES, text, text)
         elif how == "heal":
-            run.heal_checkpoint(name, dense, out, text, Heal(steps=1))
+            checkpoint_jobs.heal_checkpoint(name, dense, out, text, Heal(steps=1))
         elif how == "memory":
             model = AutoModelForCausalLM.from_pretrained(dense)
             model.config.quantization_config = {"quant_method": "fp8"}
@@ -324,7 +328,7 @@ def test_what_others_have_quantised_is_refused(dense, tmp_path, capsys, monkeypa
 
 
 def test_a_checkpoint_without_safetensors_by_name_is_read_whole(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "open_lazy", lambda *rest: None)
+    monkeypatch.setattr(checkpoint_jobs, "open_lazy", lambda *rest: None)
     go(dense, tmp_path / "out", LOW_RANK)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
         assert any("left" in key for key in stored.keys())  # noqa: SIM118 - no mapping
@@ -358,7 +362,7 @@ STAGES = {
 
 def in_stages(dense, output, recipe=STAGES, **more):
     texts = [dense / "text.txt"]
-    return run.compress_in_stages(dense, output, recipe, texts, texts, samples=8, **more)
+    return checkpoint_jobs.compress_in_stages(dense, output, recipe, texts, texts, samples=8, **more)
 
 
 def test_stages_are_folded_and_healed_one_after_another(dense, tmp_path):
@@ -380,7 +384,7 @@ def test_healing_behind_a_recipe_is_that_of_what_it_makes(dense, tmp_path):
     whole = api.with_healing(load_recipe(RECIPE), calibrated=True)
     report = in_stages(dense, tmp_path / "both", whole)
     go(dense, tmp_path / "compressed")
-    run.heal_checkpoint(tmp_path / "compressed", dense, tmp_path / "healed", [dense / "text.txt"], Heal())
+    checkpoint_jobs.heal_checkpoint(tmp_path / "compressed", dense, tmp_path / "healed", [dense / "text.txt"], Heal())
     both, apart, before = (
         load_file(tmp_path / name / "model.safetensors") for name in ("both", "healed", "compressed")
     )
@@ -420,9 +424,9 @@ def test_interrupted_stages_go_on(dense, tmp_path, monkeypatch):
 
 def test_stages_say_which_text_they_lack(dense, tmp_path):
     with pytest.raises(ValueError, match=r"stage 0 of recipe gradual heals: give the text for it"):
-        run.compress_in_stages(dense, tmp_path / "out", STAGES, [dense / "text.txt"])
+        checkpoint_jobs.compress_in_stages(dense, tmp_path / "out", STAGES, [dense / "text.txt"])
     with pytest.raises(ValueError, match=r"stage 2 of recipe gradual goes by activations"):
-        run.compress_in_stages(dense, tmp_path / "out", STAGES, [], [dense / "text.txt"])
+        checkpoint_jobs.compress_in_stages(dense, tmp_path / "out", STAGES, [], [dense / "text.txt"])
     assert not list(tmp_path.iterdir())
 
 
@@ -456,22 +460,22 @@ def test_a_mixture_goes_from_disk_to_disk_and_on_after_an_interruption(name, tmp
     model.save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
     (tmp_path / "moe" / "text.txt").write_text((dense / "text.txt").read_text())
-    assert lazy.open_lazy(tmp_path / "moe") is not None
+    assert lazy_checkpoint.open_lazy(tmp_path / "moe") is not None
     go(tmp_path / "moe", tmp_path / "out")
     expected, ids = in_memory(tmp_path / "moe"), torch.arange(12)[None]
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(whole(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5, rtol=0)
-    keep = Journal.keep
+    keep = ResumeState.keep
 
     def stop(self, lazy_model, number, *rest):
         if number == 1:
             raise Interrupted
         keep(self, lazy_model, number, *rest)
 
-    monkeypatch.setattr(Journal, "keep", stop)
+    monkeypatch.setattr(ResumeState, "keep", stop)
     with pytest.raises(Interrupted):
         go(tmp_path / "moe", tmp_path / "again")
-    monkeypatch.setattr(Journal, "keep", keep)
+    monkeypatch.setattr(ResumeState, "keep", keep)
     go(tmp_path / "moe", tmp_path / "again")
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(resumed(input_ids=ids).logits, whole(input_ids=ids).logits)

@@ -47,10 +47,10 @@ RUNS = {
 RUN = """
 import json, sys, time
 import tenfold, torch
-from tenfold.run import compress_checkpoint
+from tenfold.checkpoint_jobs import compress_checkpoint
 from tenfold.models.recipe import load_recipe
-from tenfold.models.settings import Calibrate
-from tenfold.compress import layerwise
+from tenfold.models.config import Calibrate
+from tenfold.compress import blockwise
 source, target, files, samples, calibrate, only = json.loads(sys.argv[1])
 def peak_kb():  # of this process alone: ru_maxrss begins with that of the process it was forked from
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -58,13 +58,13 @@ before = peak_kb()
 recipe = load_recipe("recommended")
 recipe.calibrate = Calibrate(**calibrate)
 if only:  # the survey, whatever comes behind it
-    survey = layerwise.survey
+    survey = blockwise.survey
     def alone(*rest):
         begun = time.perf_counter()
         survey(*rest)
         print(json.dumps({"seconds": time.perf_counter() - begun}))
         raise SystemExit
-    layerwise.survey = alone
+    blockwise.survey = alone
 report = compress_checkpoint(source, target, recipe, files, samples)
 peak = peak_kb()
 print(json.dumps({"before": before / 1024, "peak": peak / 1024, "phases": report["phases"], "seconds": report["seconds"],

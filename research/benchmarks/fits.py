@@ -18,7 +18,7 @@ from study import arguments, results
 from transformers import AutoModel
 
 from tenfold import api
-from tenfold.models.reading import reads_streams
+from tenfold.models.text_mode import reads_streams
 
 STRUCTURES = {
     "low rank": {"kind": "low_rank"},

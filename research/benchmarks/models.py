@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold import api
 from tenfold.models.plan import make_plan
-from tenfold.models.replace import replace
+from tenfold.models.surgery import replace
 
 WHAT, MATRICES = ("prefill", "decode", "training"), r"re:.*\.(left|right|matrix)"
 STRUCTURES = {

@@ -14,8 +14,8 @@ import torch
 
 import tenfold
 from tenfold.models.sites import weight_of
-from tenfold.structure import Kronecker, Placed
-from tenfold.structure.permute import search
+from tenfold.structure import Kronecker, Scattered
+from tenfold.structure.permutation_search import search
 
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "research/results/permutations.json")
 SITES = {
@@ -40,7 +40,7 @@ rows = []
 for path, base in SITES.items():
     torch.manual_seed(0)
     weight = weight_of(model.get_submodule(path)).detach().double()
-    placed = Placed(base=base, out_features=base.shape[0], in_features=base.shape[1])
+    placed = Scattered(base=base, out_features=base.shape[0], in_features=base.shape[1])
     row = {"site": path, "structure": repr(base), "identity": error(base, base.closed_form(weight), weight)}
     row["best_of_100_random"] = min(drawn(placed, weight) for _ in range(100))
     for method in ("alternate", "anneal"):

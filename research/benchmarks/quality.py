@@ -30,9 +30,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from tenfold import api
 from tenfold.compress.calibration import calibration
-from tenfold.models.reading import reads_streams
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, share_of
+from tenfold.models.text_mode import reads_streams
 
 BASELINES = [
     "svd-llm", "svd-llm-update", "modegpt", "modegpt-uniform", "slicegpt", "joint-svd-llm", "procrustesgpt",

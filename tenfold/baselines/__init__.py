@@ -5,19 +5,33 @@ Importing the package adds them to the tables of :mod:`tenfold.compress`, by the
 """
 
 from tenfold.baselines import knapsack, lems, rocket, svd_llm_v2
+from tenfold.baselines.drop_layers import drop_layers
 from tenfold.baselines.layer_perplexity import drop_layers_by_perplexity
 from tenfold.baselines.minitron import prune_by_activations
+from tenfold.baselines.modegpt import MoDeGPTCriterion, influence_shares
 from tenfold.baselines.peak_to_peak import prune_by_peak_to_peak
-from tenfold.compress.actions import FOLDS
-from tenfold.compress.first import FIRST, WEIGHTS_ONLY
-from tenfold.compress.shares import MEASURED, SHARED
+from tenfold.baselines.rotation import rotate_stream
+from tenfold.baselines.slicegpt import slice_stream
+from tenfold.baselines.unit_order import order_units
+from tenfold.compress.actions import CRITERIA, FITS
+from tenfold.compress.allocate import by_shares
+from tenfold.compress.budget_split import ALLOCATORS, LOSS_MODELS
+from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
 
-FIRST["drop-layers-perplexity"] = drop_layers_by_perplexity
-FIRST["minitron"] = prune_by_activations
-FIRST["peak-to-peak"] = prune_by_peak_to_peak
+TRANSFORMS["drop-layers"] = drop_layers
+TRANSFORMS["drop-layers-perplexity"] = drop_layers_by_perplexity
+TRANSFORMS["minitron"] = prune_by_activations
+TRANSFORMS["order"] = order_units
+TRANSFORMS["peak-to-peak"] = prune_by_peak_to_peak
+TRANSFORMS["rotate"] = rotate_stream
+TRANSFORMS["slice"] = slice_stream
 WEIGHTS_ONLY.add("peak-to-peak")
-SHARED["svd-llm-v2"] = svd_llm_v2.allocate
-SHARED["lems"] = lems.allocate
-SHARED["knapsack"] = lambda settings, curves, budget, influence: knapsack.knapsack(curves, budget)
-MEASURED["lems"] = lems.measure
-FOLDS["rocket"] = rocket.Sparse
+CRITERIA["modegpt"] = MoDeGPTCriterion
+FITS["rocket"] = rocket.Sparse
+ALLOCATORS["influence"] = lambda settings, curves, budget, influence: by_shares(
+    curves, influence_shares(curves, influence, budget, settings.temperature)
+)
+ALLOCATORS["knapsack"] = lambda settings, curves, budget, influence: knapsack.knapsack(curves, budget)
+ALLOCATORS["lems"] = lems.allocate
+ALLOCATORS["svd-llm-v2"] = svd_llm_v2.allocate
+LOSS_MODELS["lems"] = lems.measure

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.compress.allocate import Curve, filled
+from tenfold.compress.allocate import TradeoffCurve, filled
 
 GRID = 50_000  # steps in which the budget is spent
 OPTIONS = 128  # of one item; of more, so many are tried that are evenly spread
 
 
-def knapsack(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+def knapsack(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
     """Return ``{name: option}`` with the least sum of losses at a cost of at most ``budget``.
 
     Exact where the costs are whole numbers, no item has more than ``OPTIONS`` options, and at most ``GRID`` is left above the

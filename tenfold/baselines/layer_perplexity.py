@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tenfold.baselines.drop_layers import drop_one_by_one, list_of_blocks, to_drop
+from tenfold.compress.activations import Streams, passing, without_cache
+from tenfold.compress.blockwise import enough, part_of
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.layers import drop_one_by_one, list_of_blocks, to_drop
-from tenfold.compress.layerwise import enough, part_of
-from tenfold.compress.streams import Streams, passing, without_cache
-from tenfold.models.ranks import mine, total_number
-from tenfold.models.reading import reads_streams
+from tenfold.models.config import Calibrate
+from tenfold.models.distributed import mine, total_number
 from tenfold.models.recipe import Recipe
-from tenfold.models.settings import Calibrate
+from tenfold.models.text_mode import reads_streams
 
 
 def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
         without this block}``.
 
     Raises:
-        ValueError: the model is no causal language model, a loss is no number, or as :func:`tenfold.compress.layers.to_drop`.
+        ValueError: the model is no causal language model, a loss is no number, or as :func:`to_drop`.
     """
     if not reads_streams(model) or model.get_output_embeddings() is None:
         raise ValueError(

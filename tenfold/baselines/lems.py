@@ -24,18 +24,18 @@ import numpy as np
 import torch
 
 from tenfold.baselines.knapsack import knapsack
-from tenfold.compress.allocate import Curve
+from tenfold.compress.activations import Streams
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.block import Block
+from tenfold.compress.block_plan import BlockPlan
+from tenfold.compress.blockwise import part_of
 from tenfold.compress.calibration import Batch
 from tenfold.compress.divergence import Correction, batches_with, divergences, through
-from tenfold.compress.fold import Fold
-from tenfold.compress.layerwise import part_of
+from tenfold.compress.fit_actions import Fold
 from tenfold.compress.progress import Phase, Progress
-from tenfold.compress.shelf import Shelf
-from tenfold.compress.streams import Streams
-from tenfold.compress.work import Work
-from tenfold.models.ranks import mine
-from tenfold.models.settings import Calibrate
+from tenfold.compress.tensor_store import TensorStore
+from tenfold.models.config import Calibrate
+from tenfold.models.distributed import mine
 
 GAMMA = 5.0  # in the published configuration, with alpha 0
 REFERENCE = 0.1  # the share of the whole cost at which the divergence is measured
@@ -44,7 +44,7 @@ TOKENS = 8192  # on which divergences are measured
 
 
 def allocate(
-    settings: Calibrate, curves: Sequence[Curve], budget: float, influence: Mapping[str, float]
+    settings: Calibrate, curves: Sequence[TradeoffCurve], budget: float, influence: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return ``{name: option}`` with the least sum of modelled errors; no item keeps less than the share ``LEAST``.
 
@@ -60,10 +60,10 @@ def allocate(
     return knapsack([_part(*three) for three in zip(curves, open_to, depth, strict=True)], budget)
 
 
-def _part(curve: Curve, some: np.ndarray, factor: float) -> Curve:
+def _part(curve: TradeoffCurve, some: np.ndarray, factor: float) -> TradeoffCurve:
     """The options ``some`` of ``curve``, their losses times ``factor``."""
     options = [option for option, stays in zip(curve.options, some, strict=True) if stays]
-    return Curve(curve.name, curve.costs[some], factor * curve.losses[some], options)
+    return TradeoffCurve(curve.name, curve.costs[some], factor * curve.losses[some], options)
 
 
 def propagation(names: Sequence[str]) -> list[float]:
@@ -76,13 +76,13 @@ def propagation(names: Sequence[str]) -> list[float]:
 @torch.no_grad()
 def measure(
     model: Any,
-    works: list[Work],
+    works: list[BlockPlan],
     batches: list[Batch],
     settings: Calibrate,
     weights: Any,
     journal: Any,
     folder: Path | None,
-    curves: list[Curve],
+    curves: list[TradeoffCurve],
     progress: Progress,
 ) -> None:
     """Scale the losses of every curve, in place, so that at ``REFERENCE`` they are what was measured there.
@@ -94,13 +94,13 @@ def measure(
         ValueError: a rule does more than fold matrices one by one, or the model returns no logits.
     """
     some, steps = mine(part_of(batches, settings.survey)), journal.survey
-    shelf = Shelf(folder and folder / "measured")
+    shelf = TensorStore(folder and folder / "measured")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
     still, open_ones = settings.model_copy(update={"refit": False}), {c.name: c for c in curves if c.settled is None}
     for number, work in enumerate(progress(works, Phase("divergences"))):
 
-        def one(number: int, work: Work) -> dict[str, float]:
+        def one(number: int, work: BlockPlan) -> dict[str, float]:
             with weights.at(work.path):
                 block = Block(model, work.path, work.sites, streams, number, still, journal.matters(number), None)
                 truncated = _truncated(work, block, open_ones)
@@ -121,17 +121,17 @@ def measure(
             streams.advance(number)
 
 
-def _at_reference(curve: Curve) -> int:
+def _at_reference(curve: TradeoffCurve) -> int:
     return max(0, int(np.searchsorted(curve.costs, REFERENCE * curve.whole, side="right")) - 1)
 
 
-def _scale(curve: Curve, divergence: float) -> None:
+def _scale(curve: TradeoffCurve, divergence: float) -> None:
     loss = float(curve.losses[_at_reference(curve)])
     if loss > 0:
         curve.losses = curve.losses * (divergence / loss)
 
 
-def _truncated(work: Work, block: Block, curves: dict[str, Curve]) -> dict[str, Correction]:
+def _truncated(work: BlockPlan, block: Block, curves: dict[str, TradeoffCurve]) -> dict[str, Correction]:
     """``{path: (What - W, change of the bias)}`` at the reference of every item of the block that is not settled."""
     found = {}
     for action in work.actions:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenfold.baselines.widths import Scores, Widths, prune_widths
+from tenfold.compress.activations import counted, without_cache
+from tenfold.compress.blockwise import enough
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.layerwise import enough
-from tenfold.compress.streams import counted, without_cache
+from tenfold.models.config import Calibrate
+from tenfold.models.distributed import mine, total
 from tenfold.models.precision import in_bfloat16
-from tenfold.models.ranks import mine, total
 from tenfold.models.recipe import Recipe, Shrink
-from tenfold.models.settings import Calibrate
 from tenfold.models.sites import base_model
 
 

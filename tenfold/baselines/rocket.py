@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocate import Curve
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.block import Block
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
@@ -123,7 +123,7 @@ class Sparse:
     def sites(self) -> list[Site]:
         return [self.site]
 
-    def curves(self, block: Block) -> list[Curve]:
+    def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), target = self.site.shape, block.target(self.site.path)
         found = coefficients(target.weight, target.inputs)
         costs, losses, options = [], [], []
@@ -137,7 +137,7 @@ class Sparse:
         if not costs:  # too small for any
             costs, losses, options = [out * inner], [0.0], [None]
         products = np.full(len(costs), out * inner)
-        curve = Curve(
+        curve = TradeoffCurve(
             self.site.path, np.array(costs), np.array(losses), options, products=products, calls=self.site.calls
         )
         curve.whole = out * inner  # as in the code, no matrix stays as it is

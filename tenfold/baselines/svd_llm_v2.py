@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.compress.allocate import Curve, by_shares
-from tenfold.models.settings import Calibrate
+from tenfold.compress.allocate import TradeoffCurve, by_shares
+from tenfold.models.config import Calibrate
 
 TOKENS = 256 * 2048  # of the paper's calibration text, over which its losses are sums; the logarithm depends on it
 
 
 def allocate(
-    settings: Calibrate, curves: Sequence[Curve], budget: float, influence: Mapping[str, float]
+    settings: Calibrate, curves: Sequence[TradeoffCurve], budget: float, influence: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return ``{name: option}`` for every item, shares by the truncation losses within each type.
 
@@ -36,7 +36,7 @@ def allocate(
         budget: parameters of all items together.
     """
     removed = 1 - budget / sum(curve.whole for curve in curves)
-    types: dict[str, list[Curve]] = {}
+    types: dict[str, list[TradeoffCurve]] = {}
     for curve in curves:
         types.setdefault(re.sub(r"\d+", "*", curve.name), []).append(curve)
     shares: dict[str, float] = {}
@@ -48,7 +48,7 @@ def allocate(
     return by_shares(curves, shares)
 
 
-def truncation_loss(curve: Curve, share: float) -> float:
+def truncation_loss(curve: TradeoffCurve, share: float) -> float:
     """Return ``||W X - SVD_r(W X)||_F`` at the largest rank within ``share``, over as many tokens as in the paper."""
     k = max(0, int(np.searchsorted(curve.costs, share * curve.whole, side="right")) - 1)
     return float(np.sqrt(2 * TOKENS * curve.losses[k]))

@@ -8,7 +8,7 @@
 
 A criterion scores them, the highest stay. The result is an ordinary checkpoint whose configuration has the smaller sizes: a new
 model is made from that configuration and gets the rows and columns that stay. To add a criterion, write a change of the whole
-model (:mod:`tenfold.compress.first`) that calls :func:`prune_widths`.
+model (:mod:`tenfold.compress.whole_model`) that calls :func:`prune_widths`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress.streams import blocks_of
-from tenfold.compress.units import ALIGNED
-from tenfold.models.heads import Heads, heads_of
+from tenfold.compress.activations import blocks_of
+from tenfold.compress.structured_pruning import ALIGNED
+from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.sites import FOLDED, find_sites, part_of, shape_of
 

@@ -2,7 +2,7 @@
 carries the choice out.
 
 Add an action by writing a class with ``curves`` and ``apply`` and a line in :func:`actions_for`, a way to choose what stays
-by a line in ``CHOOSERS``, a way to fill single matrices by a line in ``FOLDS``; :mod:`tenfold.baselines` adds to it.
+by a line in ``CRITERIA``, a way to fill single matrices by a line in ``FITS``; :mod:`tenfold.baselines` adds to it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from tenfold.compress.allocate import Curve
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.block import Block
-from tenfold.compress.fold import Fold, FoldExperts, FoldTogether
-from tenfold.compress.modegpt import Modules
-from tenfold.compress.narrow_heads import NarrowHeads
-from tenfold.compress.units import ByLoss, Chooser, NarrowMlp
-from tenfold.models.heads import heads_of
+from tenfold.compress.fit_actions import Fold, FoldExperts, FoldTogether
+from tenfold.compress.head_pruning import NarrowHeads
+from tenfold.compress.structured_pruning import ByLoss, NarrowMlp, PruningCriterion
+from tenfold.models.attention_layout import heads_of
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 
@@ -28,7 +27,7 @@ class Action(Protocol):
 
     sites: list[Site]
 
-    def curves(self, block: Block) -> list[Curve]:
+    def curves(self, block: Block) -> list[TradeoffCurve]:
         """What its items could become, judged by the original model."""
         ...
 
@@ -37,8 +36,8 @@ class Action(Protocol):
         ...
 
 
-CHOOSERS: dict[str, Callable[[], Chooser]] = {"loss": ByLoss, "modegpt": Modules}
-FOLDS: dict[str, Callable[[Site, Rule], Action]] = {"loss": Fold}
+CRITERIA: dict[str, Callable[[], PruningCriterion]] = {"loss": ByLoss}
+FITS: dict[str, Callable[[Site, Rule], Action]] = {"loss": Fold}
 
 
 def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site], block: list[Site]) -> list[Action]:
@@ -50,12 +49,12 @@ def actions_for(model: PreTrainedModel, rule: Rule, sites: list[Site], block: li
     if rule.narrow is None:
         _check_plain(rule)
         if rule.share is None:
-            return [_by_method(FOLDS, rule)(site, rule) for site in sites]
+            return [_by_method(FITS, rule)(site, rule) for site in sites]
         if rule.share.across == "experts":
             return _across_experts(sites, rule)
         return [FoldTogether(some, rule) if len(some) > 1 else Fold(some[0], rule) for some in _by_expert(sites)]
     _check_whole(rule, sites, block)
-    chooser = _by_method(CHOOSERS, rule)()
+    chooser = _by_method(CRITERIA, rule)()
     if rule.narrow == "mlp":
         return [NarrowMlp(some, chooser) for some in _by_expert(sites)]
     inside = [site.path for site in sites if site.role != "attn.out"]

@@ -1,6 +1,6 @@
 """Allocation: under one budget for all, how much every item may keep so that the losses add up to the least.
 
-The baselines have equal shares for all items, or shares by block (:mod:`tenfold.compress.influence`).
+The baselines have equal shares for all items, or shares by block (:mod:`tenfold.compress.block_influence`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tenfold.structure import Structure
 
 
 @dataclass
-class Curve:
+class TradeoffCurve:
     """What one item can become: option ``k`` costs ``costs[k]`` parameters and about ``losses[k]`` nats a token.
 
     Args:
@@ -62,10 +62,12 @@ class Curve:
         return plain | numbers | {"options": options}
 
     @staticmethod
-    def from_json(plain: dict[str, Any]) -> Curve:
+    def from_json(plain: dict[str, Any]) -> TradeoffCurve:
         """What :meth:`to_json` gave."""
         whole, rest = plain["whole"], {name: value for name, value in plain.items() if name != "whole"}
-        made = Curve(**rest | {name: np.array(plain[name]) for name in ("costs", "losses", "products", "indices")})
+        made = TradeoffCurve(
+            **rest | {name: np.array(plain[name]) for name in ("costs", "losses", "products", "indices")}
+        )
         made.options = [Structure.from_json(option) if isinstance(option, dict) else option for option in made.options]
         made.whole, made.whole_products = whole
         return made
@@ -92,7 +94,7 @@ class Curve:
         return k + 1
 
 
-def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+def allocate(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
     """``{name: option}`` with the least sum of losses that Lagrange finds at a cost of at most ``budget``, then filled up.
 
     The first step is optimal for its own cost; what it leaves of the budget goes to the items that gain most per
@@ -119,15 +121,15 @@ def allocate(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
     return {curve.name: curve.options[k] for curve, k in zip(curves, chosen, strict=True)}
 
 
-def _at(curve: Curve, price: float) -> int:
+def _at(curve: TradeoffCurve, price: float) -> int:
     return int(np.argmin(curve.losses + price * curve.costs))
 
 
-def _cost(curves: Sequence[Curve], chosen: Sequence[int]) -> int:
+def _cost(curves: Sequence[TradeoffCurve], chosen: Sequence[int]) -> int:
     return sum(int(curve.costs[k]) for curve, k in zip(curves, chosen, strict=True))
 
 
-def filled(curves: Sequence[Curve], chosen: list[int], budget: float) -> list[int]:
+def filled(curves: Sequence[TradeoffCurve], chosen: list[int], budget: float) -> list[int]:
     """Give what the options ``chosen``, by their numbers, leave of ``budget`` to the items that gain most per parameter."""
     left = budget - _cost(curves, chosen)
     while True:
@@ -145,7 +147,7 @@ def filled(curves: Sequence[Curve], chosen: list[int], budget: float) -> list[in
         chosen[-number] = j
 
 
-def uniform(curves: Sequence[Curve], keep: float) -> dict[str, Any]:
+def uniform(curves: Sequence[TradeoffCurve], keep: float) -> dict[str, Any]:
     """``{name: option}``: the dearest option within ``keep`` of every item's whole cost."""
     chosen = {}
     for curve in curves:
@@ -154,7 +156,7 @@ def uniform(curves: Sequence[Curve], keep: float) -> dict[str, Any]:
     return chosen
 
 
-def by_shares(curves: Sequence[Curve], shares: Mapping[str, float]) -> dict[str, Any]:
+def by_shares(curves: Sequence[TradeoffCurve], shares: Mapping[str, float]) -> dict[str, Any]:
     """``{name: option}``: the dearest option within the share of every item's whole cost.
 
     What rounding leaves of one item goes to the next, so that all together are within one step of their budget.
@@ -167,7 +169,7 @@ def by_shares(curves: Sequence[Curve], shares: Mapping[str, float]) -> dict[str,
     return chosen
 
 
-def equal_shares(curves: Sequence[Curve], budget: float) -> dict[str, Any]:
+def equal_shares(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
     """Every item keeps the same share of its parameters."""
     share = budget / max(1, sum(curve.whole for curve in curves))
     return by_shares(curves, {curve.name: share for curve in curves})

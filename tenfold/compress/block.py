@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tenfold.compress.activations import Streams
 from tenfold.compress.evidence import Evidence, fisher_losses
-from tenfold.compress.streams import Moments, Streams
+from tenfold.compress.moments import Moments
+from tenfold.models.config import Calibrate
 from tenfold.models.experts import expert_of
-from tenfold.models.plan import Entry
-from tenfold.models.replace import install, install_together, set_matrix
-from tenfold.models.settings import Calibrate
+from tenfold.models.plan import SitePlan
 from tenfold.models.sites import Site, weight_of
+from tenfold.models.surgery import install, install_together, set_matrix
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import Dense, Factors, Structure
 from tenfold.structure.linalg import solve_symmetric
@@ -239,10 +240,10 @@ class Block:
 
     def fold(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
         """Give the site a structure."""
-        install(self.model, Entry(self.sites[path], structure, bias is not None), factors, bias)
+        install(self.model, SitePlan(self.sites[path], structure, bias is not None), factors, bias)
         self._changed(path)
 
-    def fold_together(self, changes: list[tuple[Entry, Factors, Tensor | None]]) -> None:
+    def fold_together(self, changes: list[tuple[SitePlan, Factors, Tensor | None]]) -> None:
         """Give sites their structures, some factors of which they share."""
         install_together(self.model, changes)
         for entry, _, _ in changes:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tenfold.compress.allocate import Curve
-from tenfold.compress.shares import share_out
+from tenfold.compress.allocate import TradeoffCurve
+from tenfold.compress.budget_split import share_out
+from tenfold.models.config import Calibrate
 from tenfold.models.cost import price, site_flops
 from tenfold.models.recipe import Budget, Recipe
-from tenfold.models.settings import Calibrate
 from tenfold.models.sites import FOLDED, Site, dtype_of, share_of
 from tenfold.structure import Structure
 
@@ -25,7 +25,7 @@ def choose(
     recipe: Recipe,
     settings: Calibrate,
     sites: Sequence[Site],
-    curves: Sequence[Curve],
+    curves: Sequence[TradeoffCurve],
     influence: Mapping[str, float],
 ) -> dict[str, Any]:
     """``{name: option}`` for every item within the budget of the recipe; what a rule settles by itself is not in the budget.
@@ -86,7 +86,7 @@ class Parameters:
     model: PreTrainedModel
     name = "parameters"
 
-    def curve(self, curve: Curve) -> Curve:
+    def curve(self, curve: TradeoffCurve) -> TradeoffCurve:
         """``curve`` with this unit for parameters."""
         return curve
 
@@ -106,13 +106,13 @@ class Flops(Parameters):
 
     name = "FLOPs a token"
 
-    def curve(self, curve: Curve) -> Curve:
+    def curve(self, curve: TradeoffCurve) -> TradeoffCurve:
         costs = [
             curve.calls * (option.flops(ROWS) / ROWS if isinstance(option, Structure) else 2 * int(products))
             for option, products in zip(curve.options, curve.products, strict=True)
         ]
         settled = None if curve.settled is None else 2 * curve.calls * curve.settled
-        made = Curve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
+        made = TradeoffCurve(curve.name, np.array(costs), curve.losses, curve.options, settled=settled)
         made.whole = 2 * curve.calls * curve.whole_products if settled is None else settled
         return made
 
@@ -129,10 +129,12 @@ class Bytes(Parameters):
 
     name = "bytes"
 
-    def curve(self, curve: Curve) -> Curve:
+    def curve(self, curve: TradeoffCurve) -> TradeoffCurve:
         each = dtype_of(self.model).itemsize
         settled = None if curve.settled is None else each * curve.settled
-        made = Curve(curve.name, each * curve.costs + 4 * curve.indices, curve.losses, curve.options, settled=settled)
+        made = TradeoffCurve(
+            curve.name, each * curve.costs + 4 * curve.indices, curve.losses, curve.options, settled=settled
+        )
         made.whole = each * curve.whole
         return made
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tenfold.evaluate.text import HUB, documents, token_stream
-from tenfold.models.reading import context_of, reads_streams
+from tenfold.evaluate.text_files import HUB, documents, token_stream
+from tenfold.models.text_mode import context_of, reads_streams
 
 Batch = dict[str, Tensor]
 AT_ONCE = 1024  # tokens: no slower than twice as many, whose activations were a quarter of the peak memory

@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
+from tenfold.compress.blockwise import compress_blocks
 from tenfold.compress.budget import total_of
 from tenfold.compress.calibration import Calibration, check_text, nats_per_token
-from tenfold.compress.first import FIRST, WEIGHTS_ONLY
-from tenfold.compress.journal import Journal
-from tenfold.compress.layerwise import compress_blocks
 from tenfold.compress.progress import Progress, untold
-from tenfold.compress.squeeze import squeeze
-from tenfold.compress.weights import Weights
+from tenfold.compress.resume_state import ResumeState
+from tenfold.compress.truncate_ranks import squeeze
+from tenfold.compress.weight_source import Weights
+from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
+from tenfold.models.checkpoint_format import check_plain
+from tenfold.models.config import Calibrate
 from tenfold.models.cost import price, read_config
-from tenfold.models.hub import from_pretrained
+from tenfold.models.distributed import is_first
+from tenfold.models.invariances.maps import fold_maps
+from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
-from tenfold.models.ranks import is_first
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
-from tenfold.models.replace import Change, finish, replace, take_apart, untie
-from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites
-from tenfold.models.stored import check_plain
-from tenfold.models.symmetry_maps import fold_maps
+from tenfold.models.surgery import SiteReport, finish, replace, take_apart, untie
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
@@ -42,7 +42,7 @@ def compress(
     text: Calibration | None = None,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     weights: Weights | None = None,
-    journal: Journal | None = None,
+    journal: ResumeState | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress ``model`` as ``recipe`` says, without data or guided by a calibration text.
 
@@ -54,7 +54,7 @@ def compress(
         text: what :func:`tenfold.compress.calibration.calibration` makes of text files; with it the matrices of the blocks
             are fitted to activations, whatever the recipe's ``start`` says, and budgets are shared out by sensitivity.
         announce: is told what was chosen for every item of the blocks, before the work starts.
-        weights: where the weights of a block come from, if ``model`` does not hold them; see :mod:`tenfold.run`.
+        weights: where the weights of a block come from, if ``model`` does not hold them; see :mod:`tenfold.checkpoint_jobs`.
         journal: what an earlier run has reached, and this one will.
 
     Returns:
@@ -82,7 +82,7 @@ def compress(
         check_rules(recipe)
     take_apart(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
-    changes: list[Change] = []
+    changes: list[SiteReport] = []
     if recipe.squeeze is not None:
         changes = squeeze(model, recipe.squeeze, recipe.name)
     elif text is None:
@@ -118,8 +118,8 @@ def compress(
 
 
 def _calibrated(
-    model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: Journal | None
-) -> tuple[list[Change], dict[str, Any]]:
+    model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: ResumeState | None
+) -> tuple[list[SiteReport], dict[str, Any]]:
     """The blocks by activations, what is outside of them (embeddings, a head) without data."""
     inside = [site for site in find_sites(model) if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
@@ -162,7 +162,7 @@ def _whole_change(model, recipe: Recipe, text: Calibration | None) -> dict[str, 
         nats = nats_per_token(model, text.batches[:LOOKED_AT])
         if nats is not None:
             check_text(text, nats)
-    return FIRST[recipe.first](model, recipe, text)
+    return TRANSFORMS[recipe.first](model, recipe, text)
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.allocate import Curve
+from tenfold.compress.activations import Streams, passing, without_cache
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.calibration import Batch
-from tenfold.compress.streams import Streams, passing, without_cache
-from tenfold.compress.weights import Weights
-from tenfold.models.ranks import processes, total_number
+from tenfold.compress.weight_source import Weights
+from tenfold.models.distributed import processes, total_number
 
 Correction = tuple[Tensor, Tensor | None]  # What - W (out, in), and the change of the bias
 ROWS = 128  # tokens whose distributions are in float32 at once
@@ -43,7 +43,12 @@ class Trial:
 
 @torch.no_grad()
 def scale_by_trials(
-    curves: dict[str, Curve], trials: Sequence[Trial], streams: Streams, weights: Weights, number: int, tokens: int
+    curves: dict[str, TradeoffCurve],
+    trials: Sequence[Trial],
+    streams: Streams,
+    weights: Weights,
+    number: int,
+    tokens: int,
 ) -> list[str]:
     """Scale ``curves``, in place, so that they lose at the sizes of ``trials`` what is measured there; return their names.
 
@@ -74,7 +79,7 @@ def _faint(correction: Correction) -> Correction:
     return FAINT * matrix, None if bias is None else FAINT * bias
 
 
-def _loss_at(curve: Curve, size: int) -> float:
+def _loss_at(curve: TradeoffCurve, size: int) -> float:
     near = min(range(len(curve.options)), key=lambda k: abs(curve.options[k] - size))
     return float(curve.losses[near])
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.models.ranks import processes, state, total, total_number
+from tenfold.models.distributed import processes, state, total, total_number
 
 # {path of a site: [(inputs (n, in), gradients (n, out))]}, a pair a batch
 Evidence = dict[str, list[tuple[Tensor, Tensor]]]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.reading import context_of, fills_gaps
+from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.models.text_mode import context_of, fills_gaps
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tenfold.evaluate.metrics import METRICS, library
-from tenfold.evaluate.text import OPENERS
+from tenfold.evaluate.text_files import OPENERS
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 IGNORED = -100  # the label of a token that does not count in the loss

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.evaluate.task_kinds import Sentences, Summary, Task
-from tenfold.models.names import check_name
-from tenfold.models.reading import context_of
+from tenfold.models.suggestions import check_name
+from tenfold.models.text_mode import context_of
 
 LONGEST = 512  # tokens of an example at most, unless a length is given
 YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}

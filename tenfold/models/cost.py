@@ -11,19 +11,19 @@ import transformers
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
+from tenfold.models.checkpoint_format import folded_config, stored_plan
 from tenfold.models.gguf import is_gguf, read_gguf_config
 from tenfold.models.plan import Plan, make_plan
 from tenfold.models.recipe import Recipe
-from tenfold.models.replace import install_empty
 from tenfold.models.sites import Site, find_sites, is_tied, module_at
-from tenfold.models.stored import folded_config, stored_plan
+from tenfold.models.surgery import install_empty
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
 ROWS = (1, 1024)  # rows a call at which FLOPs are stated: decoding one token, reading a prompt
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load((resources.files("tenfold") / "models" / "known.yaml").read_text())
+    return yaml.safe_load((resources.files("tenfold") / "models" / "model_presets.yaml").read_text())
 
 
 def meta_model(name: str) -> PreTrainedModel:

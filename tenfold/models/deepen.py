@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tenfold.models.architectures import ARCHITECTURES
+from tenfold.models.checkpoint_format import check_plain, describe
 from tenfold.models.cost import count
-from tenfold.models.plan import Entry, Plan, make_plan
+from tenfold.models.plan import Plan, SitePlan, make_plan
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.models.replace import finish, install_empty, replace
-from tenfold.models.roles import ARCHITECTURES
 from tenfold.models.sites import FOLDED, Site, base_path, find_sites, module_at
-from tenfold.models.stored import check_plain, describe
+from tenfold.models.surgery import finish, install_empty, replace
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import LowRank, Structure, Sum
 
@@ -188,10 +188,10 @@ def _extended(model: PreTrainedModel, before: int, layers: int) -> PreTrainedMod
     return deep.train(model.training)
 
 
-def _entry(path: str, layer: nn.Module) -> Entry:
+def _entry(path: str, layer: nn.Module) -> SitePlan:
     bias = getattr(layer, "bias", None) is not None
     site = Site(path, "", None, layer.structure.shape, bias)
-    return Entry(site, layer.structure, bias, shared=layer.shared, frozen=layer.frozen, mask=layer.mask)
+    return SitePlan(site, layer.structure, bias, shared=layer.shared, frozen=layer.frozen, mask=layer.mask)
 
 
 def _begin(module: nn.Module, scale: float) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
 from tenfold.models.sites import Site, find_sites, is_tied, share_of
-from tenfold.nn.kinds import LAYERS, check_matrix, family
+from tenfold.nn.registry import LAYERS, check_matrix, family
 from tenfold.structure import LowRank, Stacked, Structure, Sum
 
 
 @dataclass(frozen=True)
-class Entry:
+class SitePlan:
     """What one site becomes.
 
     Args:
@@ -36,7 +36,7 @@ class Entry:
 class Plan:
     """``{path: entry}`` for one model, and what happens to its head."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, SitePlan]
     untie: bool = False
     recipe: str = ""
 
@@ -139,7 +139,7 @@ def _named(site: Site, spec: dict, make: Callable[[], Structure]) -> Structure:
         ) from None
 
 
-def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
+def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> SitePlan:
     structure = _fitting(rule, site, keep if rule.keep is None else rule.keep)
     prefix = "part_0_" if rule.adapter else ""
     names = structure.factor_shapes()
@@ -150,7 +150,7 @@ def _entry(rule: Rule, number: int, site: Site, keep: float | None) -> Entry:
     shared = {prefix + name: _key(rule.share, number, site, name) for name in rule.share.factors} if rule.share else {}
     bias = site.bias and rule.bias == "keep"
     frozen = tuple(prefix + name for name in rule.freeze)
-    return Entry(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None, _mask(rule))
+    return SitePlan(site, structure, bias, rule.start, shared, frozen, rule.adapter is not None, _mask(rule))
 
 
 def _mask(rule: Rule) -> float:
@@ -174,7 +174,7 @@ def plain(name: str) -> str:
     return name.replace("mlp", "ff").replace(".", "_")
 
 
-def _check_shared(entries: dict[str, Entry]) -> None:
+def _check_shared(entries: dict[str, SitePlan]) -> None:
     """Raise ValueError where sites would share a factor that has two shapes."""
     first: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, entry in entries.items():

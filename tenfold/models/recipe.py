@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tenfold.models.healing import Heal
-from tenfold.models.roles import ROLES
-from tenfold.models.settings import Calibrate, Strict, Tokenizer, Train
+from tenfold.models.architectures import ROLES
+from tenfold.models.config import Calibrate, StrictModel, Tokenizer, Train
+from tenfold.models.distillation_config import Heal
 from tenfold.models.sites import Site
 
 First = Literal[
@@ -28,10 +28,10 @@ First = Literal[
 ]
 
 
-class Start(Strict):
+class Start(StrictModel):
     """Where the factors come from.
 
-    ``fit`` names a start of :mod:`tenfold.models.starts`; ``norm`` says what is done about the norm that a fit loses.
+    ``fit`` names a start of :mod:`tenfold.models.initializers`; ``norm`` says what is done about the norm that a fit loses.
     """
 
     fit: str = "nearest"
@@ -39,7 +39,7 @@ class Start(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Share(Strict):
+class Share(StrictModel):
     """Factors that several sites of a rule use in common.
 
     Args:
@@ -56,13 +56,13 @@ class Share(Strict):
     mask: float = Field(0.0, ge=0, lt=1)
 
 
-class Rule(Strict):
+class Rule(StrictModel):
     """Which sites get which structure; of several rules the first that matches a site wins.
 
     ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
     leaves fewer hidden units, or fewer dimensions per head. Of several structures every site gets the one that loses least at
     its size, by activations only. ``method`` says how they are chosen: by the ``loss`` behind them
-    (:mod:`tenfold.compress.narrow`) or as in ``modegpt`` (:mod:`tenfold.compress.modegpt`). ``rocket``, with a ``dense``
+    (:mod:`tenfold.compress.unit_selection`) or as in ``modegpt`` (:mod:`tenfold.baselines.modegpt`). ``rocket``, with a ``dense``
     structure, fills the matrix with the product of a dictionary and sparse coefficients (:mod:`tenfold.baselines.rocket`).
     """
 
@@ -144,7 +144,7 @@ class Rule(Strict):
         return named and (self.layers is None or site.layer in self.layers)
 
 
-class Budget(Strict):
+class Budget(StrictModel):
     """The share of parameters that the rules without ``keep`` of their own leave.
 
     ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
@@ -161,8 +161,8 @@ class Budget(Strict):
         return checked_keep(value)
 
 
-class Squeeze(Strict):
-    """Bonds of tensor trains that are cut, those that lose least first; see :mod:`tenfold.compress.squeeze`.
+class Squeeze(StrictModel):
+    """Bonds of tensor trains that are cut, those that lose least first; see :mod:`tenfold.compress.truncate_ranks`.
 
     Args:
         role: of the matrices, which are folded as tensor trains already.
@@ -175,7 +175,7 @@ class Squeeze(Strict):
     bonds: int = Field(1, ge=1)
 
 
-class Shrink(Strict):
+class Shrink(StrictModel):
     """In which proportion the widths of a model shrink, where ``first`` prunes widths.
 
     Until the budget is met, every width loses the same fraction times its number here: with ``mlp: 1`` and ``heads: 0.5`` heads
@@ -201,7 +201,7 @@ class Shrink(Strict):
         return self
 
 
-class Stage(Strict):
+class Stage(StrictModel):
     """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it.
 
     Args:
@@ -220,10 +220,10 @@ class Stage(Strict):
     heal: Heal | None = None
 
 
-class Recipe(Strict):
+class Recipe(StrictModel):
     """One published system or one recommended setting.
 
-    ``first`` names a change of the whole model before the rules are carried out; see :mod:`tenfold.compress.first`.
+    ``first`` names a change of the whole model before the rules are carried out; see :mod:`tenfold.compress.whole_model`.
     """
 
     name: str = "unnamed"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.models.architectures import ARCHITECTURES, ROLES, Architecture
 from tenfold.models.experts import chosen_share, expert_of, fused_sites, is_fused
-from tenfold.models.roles import ARCHITECTURES, ROLES, Architecture
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
 LINEAR = (nn.Linear, Conv1D, FactorizedLinear)
@@ -161,7 +161,7 @@ def _unknown(model: PreTrainedModel) -> str:
     hint = f" (is it like {near[0]!r}?)" if near else ""
     return (
         f"there is no role table for model_type {kind!r}{hint}; its linear layers (out x in) are {layers}; write one, "
-        f'with the roles {", ".join(ROLES)}: tenfold.models.roles.ARCHITECTURES["{kind}"] = '
+        f'with the roles {", ".join(ROLES)}: tenfold.models.architectures.ARCHITECTURES["{kind}"] = '
         f'Architecture({{"mlp.in": "{next(iter(seen), "layers.*.up")}", ...}})'
     )
 

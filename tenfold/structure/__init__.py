@@ -14,16 +14,16 @@ number of factors. Sizes are the capital letters of their labels; ``R`` is a ran
 | ``LowRank`` | ``left[o, r] right[r, i]`` | R (O + I) | R (O + I) | optimal: SVD |
 | ``Kronecker`` | ``outer[r, a, c] inner[r, b, d]`` | R (AC + BD) | min(R AC(B or D) + ...) | optimal for 2 factors: Van Loan |
 | ``TensorTrain`` | ``core_0[., a0, c0, r] core_1[r, a1, c1, s] ..`` | sum R A C R' | by plan | TT-SVD, within sqrt(d - 1) |
-| ``RowTrain`` | ``core_0[t, ., c0, r] core_1[t, r, c1, .] ..`` | T sum R C R' | by plan | TT-SVD per row |
-| ``BlockTrain`` | ``left[b, a, c, r] right[c, b, d, r]`` | R (ABC + BCD) | R (ABC + BCD) | optimal: SVD per block |
+| ``RowTensorTrain`` | ``core_0[t, ., c0, r] core_1[t, r, c1, .] ..`` | T sum R C R' | by plan | TT-SVD per row |
+| ``BlockTensorTrain`` | ``left[b, a, c, r] right[c, b, d, r]`` | R (ABC + BCD) | R (ABC + BCD) | optimal: SVD per block |
 | ``Blast`` | ``left[p, a, r] coupling[p, q, r] right[q, c, r]`` | R (PA + PQ + QC) | the same | alternating |
 | ``Tucker`` | ``core[p.., q..] out_0[a0, p0] .. in_0[c0, q0] ..`` | prod R + sum A R + sum C R | by plan | HOSVD, HOOI |
 | ``CP`` | ``weights[r] out_0[a0, r] .. in_0[c0, r] ..`` | R (sum A + sum C) | by plan | alternating |
 | ``Stacked`` | its parts below each other (fused QKV, gate and up) | sum | sum | of its parts |
 | ``Sum`` | the entries of its parts added | sum | sum | greedy, then alternating |
-| ``Placed`` | ``base`` at given rows and columns, zero elsewhere | those of the base | those of the base | of the base |
+| ``Scattered`` | ``base`` at given rows and columns, zero elsewhere | those of the base | those of the base | of the base |
 | ``Transposed`` | ``base[i, o]`` | those of the base | by plan | of the base |
-| ``Written`` | any diagram, from a recipe | prod of sizes per factor | by plan | alternating |
+| ``CustomEinsum`` | any diagram, from a recipe | prod of sizes per factor | by plan | alternating |
 
 The order of contraction is chosen by price for the number of rows (:mod:`tenfold.structure.contract`), rebuilding
 ``W`` included, so no structure costs much more than a dense matrix at many rows.
@@ -37,16 +37,16 @@ Example: 1 x 2 blocks of a 2 x 4 matrix as one Kronecker term, ``outer (2 x 2)``
 from tenfold.structure.base import Factors as Factors
 from tenfold.structure.base import Structure as Structure
 from tenfold.structure.blast import Blast as Blast
-from tenfold.structure.block_train import BlockTrain as BlockTrain
-from tenfold.structure.combinators import Placed as Placed
+from tenfold.structure.block_train import BlockTensorTrain as BlockTensorTrain
+from tenfold.structure.combinators import CustomEinsum as CustomEinsum
+from tenfold.structure.combinators import Scattered as Scattered
 from tenfold.structure.combinators import Stacked as Stacked
 from tenfold.structure.combinators import Sum as Sum
 from tenfold.structure.combinators import Transposed as Transposed
-from tenfold.structure.combinators import Written as Written
 from tenfold.structure.kronecker import Kronecker as Kronecker
 from tenfold.structure.low_rank import Dense as Dense
 from tenfold.structure.low_rank import LowRank as LowRank
-from tenfold.structure.tensor_train import RowTrain as RowTrain
+from tenfold.structure.tensor_train import RowTensorTrain as RowTensorTrain
 from tenfold.structure.tensor_train import TensorTrain as TensorTrain
 from tenfold.structure.tucker import CP as CP
 from tenfold.structure.tucker import Tucker as Tucker

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold.structure import dims, matmul
+from tenfold.structure import factorization, matmul
 from tenfold.structure.cost_model import HardwareCosts, OpCounts
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
 
 Factors = dict[str, Tensor]
 SHARES = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # at which an error curve is sampled
@@ -35,7 +35,7 @@ class Structure(ABC):
     grows: ClassVar[str | None] = None  # the field that a budget may raise: "rank", "terms"
 
     @abstractmethod
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         """Diagrams that add up to ``W``, and where their matrices lie; factor names are the checkpoint keys."""
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
@@ -79,7 +79,7 @@ class Structure(ABC):
             spec = {"out_features": out, "in_features": inner} | spec
         if {"outs", "ins"} <= names:
             parts = spec.pop("parts", len(spec.get("outs") or spec.get("ins") or (1, 1)))
-            spec = dims.sides(out, inner, parts) | spec
+            spec = factorization.sides(out, inner, parts) | spec
         return spec
 
     # derived, final ------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Structure(ABC):
         self._blocks, self.matrices  # noqa: B018 - known before anything is compiled
 
     @cached_property
-    def _placements(self) -> tuple[Placement, ...]:
+    def _placements(self) -> tuple[ScatteredEinsum, ...]:
         return self.normal_form()
 
     @cached_property
@@ -110,9 +110,9 @@ class Structure(ABC):
         return diagram.names if plain and chained else None
 
     @cached_property
-    def _blocks(self) -> list[tuple[int, int, list[Placement]]] | None:
+    def _blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]] | None:
         """``(first row, number of rows, what is added there)`` where the rows of the matrix are blocks below each other."""
-        found: dict[tuple[int, int], list[Placement]] = {}
+        found: dict[tuple[int, int], list[ScatteredEinsum]] = {}
         for place in self._placements:
             if place.rows_from is None:
                 return None
@@ -253,8 +253,8 @@ class Structure(ABC):
         shared: Sequence[str] = (),
         **settings,
     ) -> Factors:
-        """The factors nearest to ``weights``; see :func:`tenfold.structure.fit.fit`."""
-        from tenfold.structure.fit import fit  # the fit needs this class: imported where it is called
+        """The factors nearest to ``weights``; see :func:`tenfold.structure.als.fit`."""
+        from tenfold.structure.als import fit  # the fit needs this class: imported where it is called
 
         return fit(self, weights, metrics, row_metrics, shared, **settings)
 
@@ -343,7 +343,7 @@ class Structure(ABC):
 
         smallest = make(1)
         bound = cls.bound(smallest)
-        number = dims.largest(lambda n: make(n).numel if n <= bound else 2**62, budget)
+        number = factorization.largest(lambda n: make(n).numel if n <= bound else 2**62, budget)
         if number == 0:
             raise ValueError(
                 f"{smallest} has {smallest.numel} parameters, more than the {int(budget)} that are to be kept; keep more"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tenfold.structure.base import Structure
-from tenfold.structure.diagram import Diagram
-from tenfold.structure.placement import Placement
+from tenfold.structure.einsum_spec import EinsumSpec
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Blast(Structure, kind="blast"):
         if len(self.outs) != 2 or len(self.ins) != 2:
             raise ValueError(f"outs {self.outs} and ins {self.ins} of a BLAST matrix are two numbers each")
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         (p, a), (q, c) = self.outs, self.ins
         sizes = (("p", p), ("a", a), ("q", q), ("c", c), ("r", self.rank))
         factors = (("left", ("p", "a", "r")), ("coupling", ("p", "q", "r")), ("right", ("q", "c", "r")))
-        return (Placement(Diagram(("p", "a"), ("q", "c"), factors, sizes)),)
+        return (ScatteredEinsum(EinsumSpec(("p", "a"), ("q", "c"), factors, sizes)),)

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.linalg import halves, roots
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockTrain(Structure, kind="block_train"):
+class BlockTensorTrain(Structure, kind="block_train"):
     """``W[a b, c d] = sum_r left[b, a, c, r] right[c, b, d, r]``
 
     Every sub-matrix ``W[:, b, c, :] (a x d)`` has rank ``rank``. Rank one is Monarch (Dao et al. 2022, arXiv
@@ -53,11 +53,11 @@ class BlockTrain(Structure, kind="block_train"):
     def optimal(self) -> bool:
         return True
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         (a, b), (c, d) = self.outs, self.ins
         sizes = (("a", a), ("b", b), ("c", c), ("d", d), ("r", self.rank))
         factors = (("left", ("b", "a", "c", "r")), ("right", ("c", "b", "d", "r")))
-        return (Placement(Diagram(("a", "b"), ("c", "d"), factors, sizes)),)
+        return (ScatteredEinsum(EinsumSpec(("a", "b"), ("c", "d"), factors, sizes)),)
 
     @classmethod
     def bound(cls, smallest) -> int:

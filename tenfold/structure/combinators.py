@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.diagram import Diagram
-from tenfold.structure.placement import Placement
+from tenfold.structure.einsum_spec import EinsumSpec
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Sum(Structure, kind="sum"):
                 f"the parts of a sum must be matrices of one shape, not {[part.shape for part in self.parts]}"
             )
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         return tuple(
             place.renamed(_prefix(f"part_{k}_")) for k, part in enumerate(self.parts) for place in part.normal_form()
         )
@@ -106,7 +106,7 @@ class Stacked(Structure, kind="stacked"):
         """The first row of every part, and the end."""
         return [sum(part.shape[0] for part in self.parts[:k]) for k in range(len(self.parts) + 1)]
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         outer = (self.starts[-1], self.parts[0].shape[1])
         return tuple(
             replace(place, rows=(*place.rows, self.starts[k]), outer=outer)
@@ -146,7 +146,7 @@ def _started(parts: tuple[Structure, ...], std: float, generator: torch.Generato
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed(Structure, kind="placed"):
+class Scattered(Structure, kind="placed"):
     """``W[rows[i], columns[j]] = base[i, j]``, every other entry zero.
 
     Args:
@@ -186,10 +186,10 @@ class Placed(Structure, kind="placed"):
             if small > large:
                 raise ValueError(f"{small} {side} of the base can't be placed in {large} {side}")
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         return tuple(self._place(place.renamed(_inner)) for place in self.base.normal_form())
 
-    def _place(self, place: Placement) -> Placement:
+    def _place(self, place: ScatteredEinsum) -> ScatteredEinsum:
         rows = (("rows", self.base.shape[0], self.out_features),) if self.map_rows else ()
         columns = (("columns", self.base.shape[1], self.in_features),) if self.map_columns else ()
         return replace(
@@ -211,7 +211,7 @@ class Placed(Structure, kind="placed"):
         return factors
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """With the first rows and columns as maps; :mod:`tenfold.structure.permute` searches for better ones."""
+        """With the first rows and columns as maps; :mod:`tenfold.structure.permutation_search` searches for better ones."""
         (out, inner), device = self.base.shape, weight.device
         identity = torch.arange(max(self.shape), dtype=torch.int32, device=device)
         return self.fitted(weight, identity[:out], identity[:inner])
@@ -259,7 +259,7 @@ class Transposed(Structure, kind="transposed"):
     def optimal(self) -> bool:
         return self.base.optimal
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         return tuple(place.transposed() for place in self.base.normal_form())
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
@@ -272,7 +272,7 @@ class Transposed(Structure, kind="transposed"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written(Structure, kind="diagram"):
+class CustomEinsum(Structure, kind="diagram"):
     """A diagram written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``.
 
     Args:
@@ -296,8 +296,8 @@ class Written(Structure, kind="diagram"):
             | {name: _words(spec[name]) for name in ("outs", "ins") if name in spec}
         )
 
-    def normal_form(self) -> tuple[Placement, ...]:
-        return (Placement(Diagram(self.outs, self.ins, self.factors, self.sizes)),)
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
+        return (ScatteredEinsum(EinsumSpec(self.outs, self.ins, self.factors, self.sizes)),)
 
 
 def _pairs(value: Any) -> list:

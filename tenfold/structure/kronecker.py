@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.linalg import halves
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ class Kronecker(Structure, kind="kronecker"):
     def optimal(self) -> bool:
         return len(self.outs) == 2
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         outs = tuple(f"a{k}" for k in range(len(self.outs)))
         ins = tuple(f"c{k}" for k in range(len(self.ins)))
         factors = tuple(zip(self.factor_names, zip("r" * len(outs), outs, ins, strict=True), strict=True))
         sizes = (("r", self.terms), *zip(outs, self.outs, strict=True), *zip(ins, self.ins, strict=True))
         scale = (("scale", ("r",)),) if self.scaled else ()
-        return (Placement(Diagram(outs, ins, factors + scale, sizes, ("scale",) if scale else ())),)
+        return (ScatteredEinsum(EinsumSpec(outs, ins, factors + scale, sizes, ("scale",) if scale else ())),)
 
     @classmethod
     def bound(cls, smallest) -> int:

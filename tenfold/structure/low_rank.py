@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.linalg import halves, roots
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class Dense(Structure, kind="dense"):
     def optimal(self) -> bool:
         return True
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         sizes = (("o", self.out_features), ("i", self.in_features))
-        return (Placement(Diagram(("o",), ("i",), (("matrix", ("o", "i")),), sizes)),)
+        return (ScatteredEinsum(EinsumSpec(("o",), ("i",), (("matrix", ("o", "i")),), sizes)),)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Exact."""
@@ -77,10 +77,10 @@ class LowRank(Structure, kind="low_rank"):
     def optimal(self) -> bool:
         return True
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         sizes = (("o", self.out_features), ("i", self.in_features), ("r", self.rank))
         factors = (("left", ("o", "r")), ("right", ("r", "i")))
-        return (Placement(Diagram(("o",), ("i",), factors, sizes)),)
+        return (ScatteredEinsum(EinsumSpec(("o",), ("i",), factors, sizes)),)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """Optimal in the Frobenius norm (truncated SVD, Eckart-Young 1936)."""

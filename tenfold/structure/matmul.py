@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from tenfold.structure import contraction
 from tenfold.structure.contraction import ROWS, Plan, plan_of, run
 from tenfold.structure.cost_model import CPU, HardwareCosts, hardware_costs, matmul_counts
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 
 BUCKETS = (1, 32, 512, 2048)  # numbers of rows that plans are made for; three of them make three branches when compiled
 PART, LEAST, CACHED = (
@@ -50,20 +50,20 @@ def bucket(rows: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def chain(spec: Diagram, rows: int, costs: HardwareCosts | None) -> Plan:
+def chain(spec: EinsumSpec, rows: int, costs: HardwareCosts | None) -> Plan:
     """Plan the products of ``x (rows, in)`` and the factors; without ``costs`` by FLOPs alone."""
     inputs = ((ROWS, *spec.ins), *(labels for _, labels in spec.factors))
     return plan_of(inputs, (ROWS, *spec.outs), (*spec.sizes, (ROWS, rows)), costs)
 
 
 @lru_cache(maxsize=4096)
-def rebuild(spec: Diagram) -> Plan:
+def rebuild(spec: EinsumSpec) -> Plan:
     """Plan ``W`` from the factors."""
     return plan_of(tuple(labels for _, labels in spec.factors), (*spec.outs, *spec.ins), spec.sizes)
 
 
 @lru_cache(maxsize=4096)
-def counts_of(spec: Diagram, rows: int, costs: HardwareCosts, by_flops: bool = False):
+def counts_of(spec: EinsumSpec, rows: int, costs: HardwareCosts, by_flops: bool = False):
     """Return the operation counts of the cheaper plan, and whether that is the chain.
 
     Args:
@@ -77,36 +77,36 @@ def counts_of(spec: Diagram, rows: int, costs: HardwareCosts, by_flops: bool = F
 
 
 @torch.compiler.assume_constant_result
-def _chosen(spec: Diagram, rows: int, device_type: str) -> Plan | None:
+def _chosen(spec: EinsumSpec, rows: int, device_type: str) -> Plan | None:
     """Return the chain that a device should run; None where it should make ``W``."""
     costs = hardware_costs(device_type)
     return chain(spec, rows, costs) if counts_of(spec, rows, costs)[1] else None
 
 
 @torch.compiler.assume_constant_result
-def _rebuild(spec: Diagram) -> Plan:
+def _rebuild(spec: EinsumSpec) -> Plan:
     return rebuild(spec)
 
 
 @lru_cache(maxsize=4096)
-def _back_through_chain(spec: Diagram, rows: int, costs: HardwareCosts) -> bool:
+def _back_through_chain(spec: EinsumSpec, rows: int, costs: HardwareCosts) -> bool:
     made = rebuild(spec)
     dense = made.counts_back + matmul_counts(rows, *spec.shape) + matmul_counts(rows, *spec.shape)
     return chain(spec, rows, costs).counts_back.price(costs) < NEARLY * dense.price(costs)
 
 
-def flops(spec: Diagram, rows: int) -> int:
+def flops(spec: EinsumSpec, rows: int) -> int:
     """Return the FLOPs of ``x @ W.T`` for ``rows`` vectors, those of making ``W`` included where it is made."""
     return counts_of(spec, rows, CPU, True)[0].flops
 
 
-def dense(spec: Diagram, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
+def dense(spec: EinsumSpec, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
     """Return ``W (out, in)``."""
     return run(_rebuild(spec), factors).reshape(spec.shape)
 
 
 def apply(
-    spec: Diagram, factors: list[Tensor], x: Float[Tensor, "n inner"], bias: Float[Tensor, "out"] | None = None
+    spec: EinsumSpec, factors: list[Tensor], x: Float[Tensor, "n inner"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "n out"]:
     """Return ``x @ W.T + bias`` by the cheaper plan for this number of rows."""
     if torch.is_autocast_enabled(x.device.type):
@@ -120,7 +120,7 @@ def apply(
     return _Apply.apply(spec, x, bias, *factors)
 
 
-def _forward(spec: Diagram, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(spec: EinsumSpec, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     plan = _chosen(spec, bucket(x.shape[0]), x.device.type)
     if plan is None:
         return torch.nn.functional.linear(x, dense(spec, factors), bias)
@@ -165,7 +165,7 @@ class _Apply(torch.autograd.Function):
 
 
 def _differentiable(
-    spec: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
+    spec: EinsumSpec, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Return gradients that can be differentiated again (``create_graph``), through ``W``."""
     factors = [factor.view_as(factor) for factor in factors]  # they may be one tensor, or made of each other
@@ -175,7 +175,9 @@ def _differentiable(
     return [dy @ w if needs[0] else None, *(next(found) if need else None for need in needs[1:])]
 
 
-def _gradients(spec: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def _gradients(
+    spec: EinsumSpec, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
     costs = hardware_costs(x.device.type)
     if not _back_through_chain(spec, bucket(x.shape[0]), costs):
         dx, found = dy @ dense(spec, factors) if needs[0] else None, [None for _ in factors]
@@ -196,7 +198,7 @@ def _gradients(spec: Diagram, x: Tensor, factors: list[Tensor], dy: Tensor, need
     return [dx, *total]
 
 
-def rows_of(spec: Diagram, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
+def rows_of(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
     """Return ``W[index] (n, in)`` without ``W``: every factor is looked up along its output labels, then contracted."""
     at, rest = {}, index
     for label in reversed(spec.outs[1:]):
@@ -222,7 +224,7 @@ def _known_plan(inputs, output, sizes) -> Plan:
     return plan_of(inputs, output, sizes)
 
 
-def lookup_flops(spec: Diagram, rows: int) -> int:
+def lookup_flops(spec: EinsumSpec, rows: int) -> int:
     """Return the FLOPs of :func:`rows_of` for ``rows`` indices."""
     inputs = []
     for _, labels in spec.factors:

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tenfold.structure import dims
+from tenfold.structure import factorization
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.centre import fit_centre
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.kronecker import rearrange
 from tenfold.structure.linalg import tt_ranks, tt_svd
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
+from tenfold.structure.shared_core_fit import fit_centre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class TensorTrain(Structure, kind="tensor_train"):
         if not len(self.outs) == len(self.ins) == len(self.ranks) + 1:
             raise ValueError(f"outs {self.outs}, ins {self.ins} need one rank between neighbours, not {self.ranks}")
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         count, bonds = len(self.outs), (1, *self.ranks, 1)
         sizes = [(f"r{k}", bond) for k, bond in enumerate(bonds)]
         for k in range(count):
             sizes += [(f"a{k}", self.outs[k]), (f"c{k}", self.ins[k])]
         factors = tuple((f"core_{k}", (f"r{k}", f"a{k}", f"c{k}", f"r{k + 1}")) for k in range(count))
         outs, ins = tuple(f"a{k}" for k in range(count)), tuple(f"c{k}" for k in range(count))
-        return (Placement(Diagram(outs, ins, factors, tuple(sizes))),)
+        return (ScatteredEinsum(EinsumSpec(outs, ins, factors, tuple(sizes))),)
 
     @classmethod
     def within_tolerance(
@@ -88,7 +88,7 @@ class TensorTrain(Structure, kind="tensor_train"):
     def shared_form(
         self, weights: Sequence[Tensor], shared: tuple[str, ...], sweeps: int, tolerance: float
     ) -> Factors | None:
-        """Where one core inside is shared and nothing is cut outside of its bonds: see :mod:`tenfold.structure.centre`."""
+        """See :mod:`tenfold.structure.shared_core_fit`: one core inside is shared, and no bond outside of it is cut."""
         count, bonds = len(self.outs), (1, *self.ranks, 1)
         sides = [a * c for a, c in zip(self.outs, self.ins, strict=True)]
         at = next((k for k in range(1, count - 1) if shared == (f"core_{k}",)), None)
@@ -167,7 +167,7 @@ def left_clipped(outs: tuple[int, ...], ins: tuple[int, ...], rank: int | Litera
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowTrain(Structure, kind="row_train"):
+class RowTensorTrain(Structure, kind="row_train"):
     """``W[t, c_1..c_d] = sum_r core_1[t, r_0, c_1, r_1] ... core_d[t, .., c_d, r_d]``: a tensor train per row.
 
     For embeddings: a row is looked up from its own cores and nothing else.
@@ -184,7 +184,7 @@ class RowTrain(Structure, kind="row_train"):
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         """Instead of ``ins`` a recipe may give ``parts``, instead of ``ranks`` a ``rank`` clipped to the bound."""
         spec = super().complete(out, inner, spec)
-        spec["ins"] = spec.get("ins") or dims.balanced(inner, spec.pop("parts", 3))
+        spec["ins"] = spec.get("ins") or factorization.balanced(inner, spec.pop("parts", 3))
         if "rank" in spec:
             full, rank = left_clipped((1,) * len(spec["ins"]), tuple(spec["ins"]), "full"), spec.pop("rank")
             spec["ranks"] = full if rank == "full" else tuple(min(rank, bond) for bond in full)
@@ -200,12 +200,12 @@ class RowTrain(Structure, kind="row_train"):
         if len(self.ins) != len(self.ranks) + 1:
             raise ValueError(f"ins {self.ins} need one rank between neighbours, not {self.ranks}")
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         count, bonds = len(self.ins), (1, *self.ranks, 1)
         sizes = (("t", self.out_features), *((f"r{k}", bond) for k, bond in enumerate(bonds)))
         sizes += tuple((f"c{k}", number) for k, number in enumerate(self.ins))
         factors = tuple((f"core_{k}", ("t", f"r{k}", f"c{k}", f"r{k + 1}")) for k in range(count))
-        return (Placement(Diagram(("t",), tuple(f"c{k}" for k in range(count)), factors, sizes)),)
+        return (ScatteredEinsum(EinsumSpec(("t",), tuple(f"c{k}" for k in range(count)), factors, sizes)),)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """TT-SVD of every row: within a factor ``sqrt(d - 1)`` of the nearest one."""

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold.structure.base import Factors, Structure
-from tenfold.structure.diagram import Diagram
+from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.linalg import hooi
-from tenfold.structure.placement import Placement
+from tenfold.structure.scattered import ScatteredEinsum
 
 
 def _axes(outs: tuple[int, ...], ins: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -61,13 +61,13 @@ class Tucker(Structure, kind="tucker"):
         if len(self.ranks) != len(modes) or any(r > mode for r, mode in zip(self.ranks, modes, strict=True)):
             raise ValueError(f"ranks {self.ranks} must be one per mode of {modes}, none above its mode")
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         outs, ins = _axes(self.outs, self.ins)
         ranks = tuple(f"r{k}" for k in range(len(self.ranks)))
         names = _factor_names(self.outs, self.ins)
         factors = (("core", ranks), *((n, (axis, r)) for n, axis, r in zip(names, outs + ins, ranks, strict=True)))
         sizes = (*zip(outs + ins, self.outs + self.ins, strict=True), *zip(ranks, self.ranks, strict=True))
-        return (Placement(Diagram(outs, ins, factors, sizes)),)
+        return (ScatteredEinsum(EinsumSpec(outs, ins, factors, sizes)),)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors:
         """HOSVD and orthogonal iteration (HOOI): a stationary point, near the optimum in practice."""
@@ -97,10 +97,10 @@ class CP(Structure, kind="cp"):
         modes = smallest.outs + smallest.ins
         return math.prod(modes) // max(modes)
 
-    def normal_form(self) -> tuple[Placement, ...]:
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         outs, ins = _axes(self.outs, self.ins)
         names = _factor_names(self.outs, self.ins)
         factors = tuple((name, (axis, "r")) for name, axis in zip(names, outs + ins, strict=True))
         sizes = (("r", self.rank), *zip(outs + ins, self.outs + self.ins, strict=True))
         weights = (("weights", ("r",)),) if self.weighted else ()
-        return (Placement(Diagram(outs, ins, factors + weights, sizes, ("weights",) if weights else ())),)
+        return (ScatteredEinsum(EinsumSpec(outs, ins, factors + weights, sizes, ("weights",) if weights else ())),)

@@ -18,26 +18,26 @@ from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
+from tenfold.models.atomic_io import whole_folder, write_json, written
+from tenfold.models.auto import load_tokenizer
 from tenfold.models.cost import read_config
-from tenfold.models.files import whole_folder, write_json, written
-from tenfold.models.hub import check_folder, silent
-from tenfold.models.named import load_tokenizer
+from tenfold.models.distributed import is_first, wait
+from tenfold.models.loading import check_folder, silent
 from tenfold.models.precision import check_saved_dtype
-from tenfold.models.ranks import is_first, wait
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.seeds import begin, finish, finished, kept, partial
-from tenfold.train.shards import Hollow
+from tenfold.train.finetune_state import begin, finish, finished, kept, partial
+from tenfold.train.fsdp import UnshardedShell
+from tenfold.train.methods import free_head, way_named
 from tenfold.train.teacher import weights_digest
 from tenfold.train.trainer import (
+    DivergenceGuard,
+    DivergenceGuardTrainer,
     Log,
     Progress,
-    Watch,
-    Watched,
     step_size,
     training_arguments,
     unwrapped,
 )
-from tenfold.train.ways import free_head, way_named
 
 HEADS = ("classifier.", "score.")
 LIBRARIES = ("tenfold", "torch", "transformers", "scikit-learn", "scipy", "rouge-score", "peft")
@@ -48,7 +48,7 @@ class Settings:
     """How a fine-tuning trains.
 
     Args:
-        train: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.ways`.
+        train: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.methods`.
         epochs: passes over the training examples; after each the dev examples are scored, and a checkpoint is written.
         learning_rate: the peak of a linear schedule; that of ``train`` unless given.
         batch: examples a step.
@@ -246,7 +246,7 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
         eval_dataset=dev,
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[Often()],
+        callbacks=[LogFrequently()],
         guess=task.guess(train),
         scored=lambda model: task.score(
             task.predict(model, tokenizer, dev, length, 2 * given.batch, progress=iter), dev
@@ -254,11 +254,11 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     )
     tokens = step_size(arguments) * sum(len(example["input_ids"]) for example in read) / max(1, len(read))
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(trainer))
+    trainer.add_callback(DivergenceGuard(trainer))
     trainer.add_callback(Log(folder / f"log-{seed}.jsonl", tokens))
     if advance:
         trainer.add_callback(Progress(advance, tokens))
-    whole, clock = Hollow(model) if trainer.is_fsdp_enabled else None, time.perf_counter()
+    whole, clock = UnshardedShell(model) if trainer.is_fsdp_enabled else None, time.perf_counter()
     with silent(), written(folder), kept(partial(folder, seed), report) as last:
         trainer.train(resume_from_checkpoint=last)
     if whole is not None:
@@ -325,7 +325,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Scored(Watched):
+class Scored(DivergenceGuardTrainer):
     """Trainer whose evaluation is the score of a task: the same code that scores a model without training.
 
     Nothing that is not finite is scored, nor therefore saved. Losses of tasks are of all sizes: one has run away that is ``AWAY``
@@ -386,7 +386,7 @@ class Scored(Watched):
         return super()._good() if last_checkpoint(Path(self.args.output_dir)) else "nothing of this seed is saved"
 
 
-class Often(TrainerCallback):
+class LogFrequently(TrainerCallback):
     """Logs in between, too, not only at the end of every epoch."""
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -16,26 +16,26 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Train
 from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.perplexity import check_tokens
-from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.files import written
-from tenfold.models.healing import Heal
-from tenfold.models.hub import silent
+from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.models.atomic_io import written
+from tenfold.models.distillation_config import Heal
+from tenfold.models.loading import silent
 from tenfold.models.precision import in_bfloat16
-from tenfold.models.reading import context_of, reads_streams
+from tenfold.models.text_mode import context_of, reads_streams
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.distil import Distillation
-from tenfold.train.logits import Predictor
+from tenfold.train.chunked_head import ChunkedHead
+from tenfold.train.distillation import Distillation
+from tenfold.train.fsdp import UnshardedShell
 from tenfold.train.losses import STATES, WITHOUT_TEACHER
-from tenfold.train.record import versions
-from tenfold.train.shards import Hollow
-from tenfold.train.store import Answered, Store, is_finished, origin, write_store
+from tenfold.train.run_manifest import versions
 from tenfold.train.teacher import Teacher, check_teacher, check_vocabulary, eager, load_teacher, weights_digest
+from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, origin, write_store
 from tenfold.train.trainer import (
+    DivergenceGuard,
+    DivergenceGuardTrainer,
     Log,
+    PackedDataset,
     Progress,
-    Watch,
-    Watched,
-    Windows,
     shared_out,
     step_size,
     training_arguments,
@@ -189,7 +189,7 @@ def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> t
     if reads_streams(model):
         tokens = token_stream(documents(files, tokenizer), tokenizer)
         check_tokens(tokens, model, window)
-        return Windows(tokens, window), None
+        return PackedDataset(tokens, window), None
     lines = [line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip()]
     if not lines or tokenizer.mask_token is None:
         lack = "the tokenizer has no mask token" if lines else "the text is empty"
@@ -200,10 +200,10 @@ def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> t
 
 
 def _mean_length(data) -> float:
-    return data.length if isinstance(data, Windows) else sum(len(row["input_ids"]) for row in data) / len(data)
+    return data.length if isinstance(data, PackedDataset) else sum(len(row["input_ids"]) for row in data) / len(data)
 
 
-def _answered(data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress) -> Answered:
+def _answered(data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress) -> DatasetWithTeacher:
     """``data`` with the teacher's answers, which are computed where they are not there yet."""
     if inside := sorted(settings.losses.keys() & STATES.keys()):
         raise ValueError(
@@ -224,8 +224,8 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
             check_teacher(model, loaded, ())
             batch = arguments.per_device_train_batch_size
             with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                write_store(folder, made_from, Predictor(loaded), data, batch, settings.chunk, progress)
-    return Answered(data, Store(folder))
+                write_store(folder, made_from, ChunkedHead(loaded), data, batch, settings.chunk, progress)
+    return DatasetWithTeacher(data, TeacherCache(folder))
 
 
 def _train(
@@ -234,12 +234,12 @@ def _train(
     told = {"train_dataset": _in_whole_steps(data, arguments), "data_collator": collator, "tokenizer": tokenizer}
     trainer = _Healer(model=model, args=arguments, **told)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(trainer))
+    trainer.add_callback(DivergenceGuard(trainer))
     if advance is not None:
         trainer.add_callback(Progress(advance, tokens))
     if kept is not None:
         trainer.add_callback(Log(kept / "log.jsonl", tokens))
-    whole = Hollow(model) if trainer.is_fsdp_enabled else None
+    whole = UnshardedShell(model) if trainer.is_fsdp_enabled else None
     begun, last = time.perf_counter(), kept and last_checkpoint(kept)
     with silent(), written(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last and str(last))
@@ -271,7 +271,7 @@ def _in_whole_steps(data, arguments: TrainingArguments):
     return torch.utils.data.Subset(data, [k % len(data) for k in range(-(-len(data) // size) * size)])
 
 
-class _Healer(Watched):
+class _Healer(DivergenceGuardTrainer):
     """Trainer of a model whose ``forward`` is its loss."""
 
     def __init__(self, *args, tokenizer, **kwargs):

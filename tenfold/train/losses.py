@@ -19,7 +19,7 @@ TINY = 1e-9  # attention probabilities below count as this much in logarithms
 
 
 @dataclass
-class Rows:
+class LossInputs:
     """Some positions of a batch, as the losses of ``LOGITS`` see them.
 
     Args:
@@ -37,22 +37,22 @@ class Rows:
     temperature: float = 1.0
 
 
-def cross_entropy(rows: Rows) -> Tensor:
+def cross_entropy(rows: LossInputs) -> Tensor:
     """``-log softmax(logits)[target]`` of every row, at temperature 1; 0 where there is no target."""
     return torch.nn.functional.cross_entropy(wide(rows.logits), rows.targets, reduction="none", ignore_index=IGNORED)
 
 
-def kl(rows: Rows) -> Tensor:
+def kl(rows: LossInputs) -> Tensor:
     """``T^2 sum_v p_v log(p_v / q_v)``: the student covers all that the teacher finds likely."""
     return rows.temperature**2 * _kl(rows.teacher, rows.student)
 
 
-def reverse_kl(rows: Rows) -> Tensor:
+def reverse_kl(rows: LossInputs) -> Tensor:
     """``T^2 sum_v q_v log(q_v / p_v)``: the student stays where the teacher is (MiniLLM, arXiv 2306.08543)."""
     return rows.temperature**2 * _kl(rows.student, rows.teacher)
 
 
-def jensen_shannon(rows: Rows) -> Tensor:
+def jensen_shannon(rows: LossInputs) -> Tensor:
     """``T^2 (KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``: symmetric, at most ``T^2 log 2`` (arXiv 2306.13649)."""
     middle = torch.logaddexp(rows.teacher, rows.student) - math.log(2)
     return rows.temperature**2 * (_kl(rows.teacher, middle) + _kl(rows.student, middle)) / 2
@@ -121,7 +121,7 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-LOGITS: dict[str, Callable[[Rows], Tensor]] = {
+LOGITS: dict[str, Callable[[LossInputs], Tensor]] = {
     "cross_entropy": cross_entropy,
     "kl": kl,
     "reverse_kl": reverse_kl,

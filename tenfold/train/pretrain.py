@@ -15,35 +15,35 @@ from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from tenfold.models.files import whole_folder, written
-from tenfold.models.hub import silent
+from tenfold.models.atomic_io import whole_folder, written
+from tenfold.models.config import Train
+from tenfold.models.distributed import state
+from tenfold.models.loading import silent
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.precision import check_saved_dtype, in_bfloat16
-from tenfold.models.ranks import state
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.models.settings import Train
 from tenfold.train.checkpoints import is_folded, last_checkpoint, step_of
-from tenfold.train.corpus import tokens_of
-from tenfold.train.guide import Guided
+from tenfold.train.compress_midway import Compress, fold_midway, go_on_with
+from tenfold.train.fsdp import whole_state
 from tenfold.train.losses import IGNORED
-from tenfold.train.midway import Compress, fold_midway, go_on_with
+from tenfold.train.model_factory import KINDS, length_of, new_model, outline, pad_as
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.record import check_apart, forget, same_recipe, same_sources, versions
-from tenfold.train.scratch import KINDS, length_of, new_model, outline, pad_as
-from tenfold.train.shards import whole_state
-from tenfold.train.taught import Taught, check_named, teacher_of
+from tenfold.train.pretrain_distillation import DistilledForward, check_named, teacher_of
+from tenfold.train.recipe_checks import check_wanted
+from tenfold.train.run_manifest import check_apart, forget, same_recipe, same_sources, versions
+from tenfold.train.self_guided import Guided
+from tenfold.train.token_dataset import tokens_of
 from tenfold.train.tokens import Tokens
 from tenfold.train.trainer import (
+    DivergenceGuard,
+    DivergenceGuardTrainer,
     Log,
+    PackedDataset,
     Progress,
-    Watch,
-    Watched,
-    Windows,
     shared_out,
     training_arguments,
     unwrapped,
 )
-from tenfold.train.wanted import check_wanted
 
 
 def pretrain(
@@ -106,14 +106,14 @@ def pretrain(
             f"the tokenizer of {tokens.folder} has no mask token, which the objective masked needs; give text"
         )
     train, rest = _split(tokens, length, settings.held_out)
-    held = Windows(rest, length, masked=masked) if len(rest) else None
-    windows = Windows(train, length, settings.seed, masked)
+    held = PackedDataset(rest, length, masked=masked) if len(rest) else None
+    windows = PackedDataset(train, length, settings.seed, masked)
     steps, teacher = _steps(windows, settings), teacher_of(recipe, tokenizer)
     torch.manual_seed(settings.seed)
 
     def trainer_of(model, checkpoints: Path) -> _Pretrainer:
         if teacher is not None:
-            model.forward = Taught(model, teacher, settings)  # hides the method of the class
+            model.forward = DistilledForward(model, teacher, settings)  # hides the method of the class
         return _trainer(model, checkpoints, recipe, windows, held, tokenizer, steps, device, folder, advance)
 
     begun, stop = time.perf_counter(), round(settings.fold * steps)
@@ -199,7 +199,7 @@ def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer,
     return trainer
 
 
-def _steps(windows: Windows, settings: Train) -> int:
+def _steps(windows: PackedDataset, settings: Train) -> int:
     each = settings.batch * settings.accumulate
     if len(windows) < each:
         raise ValueError(
@@ -208,7 +208,7 @@ def _steps(windows: Windows, settings: Train) -> int:
     return len(windows) // each
 
 
-class _Pretrainer(Watched):
+class _Pretrainer(DivergenceGuardTrainer):
     """Losses are means over the tokens of a step, however many batches and processes it is made of.
 
     Whole windows have equally many next tokens, so that the mean of the batches' losses is that, and what a mixture of experts
@@ -278,9 +278,9 @@ def _mean(told) -> dict[str, float]:
     return {"loss": float(told.predictions.sum(dtype="float64") / max(1, told.label_ids.sum()))}
 
 
-def _watch(trainer: Watched, folder: Path, tokens_a_step: int, advance) -> None:
+def _watch(trainer: DivergenceGuardTrainer, folder: Path, tokens_a_step: int, advance) -> None:
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(trainer))
+    trainer.add_callback(DivergenceGuard(trainer))
     trainer.add_callback(Log(folder / "log.jsonl", tokens_a_step))
     if advance is not None:
         trainer.add_callback(Progress(advance, tokens_a_step))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tenfold.models.atomic_io import opened
+from tenfold.models.auto import load_model, load_tokenizer
 from tenfold.models.cost import read_config
-from tenfold.models.files import opened
-from tenfold.models.lazy import weight_files
-from tenfold.models.named import load_model, load_tokenizer
-from tenfold.models.reading import reads_streams
+from tenfold.models.lazy_checkpoint import weight_files
+from tenfold.models.text_mode import reads_streams
 
 Teacher = PreTrainedModel | str | Path
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tenfold.evaluate.text import documents, token_parts
-from tenfold.models.files import read_json, write_json, written
-from tenfold.models.named import load_tokenizer
+from tenfold.evaluate.text_files import documents, token_parts
+from tenfold.models.atomic_io import read_json, write_json, written
+from tenfold.models.auto import load_tokenizer
 
 SHARD = 2**26  # tokens in one file
 ANEW = "or delete the folder and give the text"  # a way out of whatever is wrong with one

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from tenfold.train.checkpoints import STATE, check_checkpoint, step_of, whole_checkpoints
-from tenfold.train.shards import losses_as_they_are, whole_state
+from tenfold.train.fsdp import losses_as_they_are, whole_state
 
 
-class Windows(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset):
     """A token stream cut into windows of ``length`` that do not overlap; the last, shorter one is left out.
 
     Args:
@@ -54,7 +54,7 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": hidden[0], "labels": labels[0]}
 
 
-class Watched(Trainer):
+class DivergenceGuardTrainer(Trainer):
     """Trainer that stops where the loss is no number or runs away, before that is saved, and says where."""
 
     AWAY = 2.0  # nats above the best mean of so many steps, or the first loss, that count as running away:
@@ -193,13 +193,13 @@ class Watched(Trainer):
         return known[-1] if known else -math.inf
 
 
-class Watch(TrainerCallback):
-    """Lets a :class:`Watched` trainer look at its losses before it logs or saves, and at its weights before it saves.
+class DivergenceGuard(TrainerCallback):
+    """Let a :class:`DivergenceGuardTrainer` look at its losses before it logs or saves, and at its weights before it saves.
 
     The loss of every checkpoint is logged with it, by which it is known to be a good one.
     """
 
-    def __init__(self, trainer: Watched):
+    def __init__(self, trainer: DivergenceGuardTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):

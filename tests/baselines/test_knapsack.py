@@ -7,12 +7,12 @@ import pytest
 
 from tenfold.baselines import knapsack as module
 from tenfold.baselines.knapsack import knapsack
-from tenfold.compress.allocate import Curve, allocate
+from tenfold.compress.allocate import TradeoffCurve, allocate
 
 seeds = pytest.mark.parametrize("seed", range(20))
 
 
-def drawn(seed: int) -> list[Curve]:
+def drawn(seed: int) -> list[TradeoffCurve]:
     """Curves of any shape; losses fall with the cost."""
     draw = np.random.default_rng(seed)
     curves = []
@@ -20,17 +20,17 @@ def drawn(seed: int) -> list[Curve]:
         count = draw.integers(1, 6)
         costs, gains = draw.integers(1, 30, count).cumsum(), draw.exponential(size=count)
         losses = gains[::-1].cumsum()[::-1] - gains[-1]
-        curves.append(Curve(f"item {number}", costs, losses, list(range(count))))
+        curves.append(TradeoffCurve(f"item {number}", costs, losses, list(range(count))))
     return curves
 
 
-def every(curves: list[Curve]) -> list[tuple[int, float]]:
+def every(curves: list[TradeoffCurve]) -> list[tuple[int, float]]:
     """Cost and loss of every combination."""
     ways = product(*(zip(curve.costs, curve.losses, strict=True) for curve in curves))
     return [(sum(cost for cost, _ in way), sum(loss for _, loss in way)) for way in ways]
 
 
-def spent(curves: list[Curve], chosen: dict) -> tuple[int, float]:
+def spent(curves: list[TradeoffCurve], chosen: dict) -> tuple[int, float]:
     at = [curve.options.index(chosen[curve.name]) for curve in curves]
     pairs = list(zip(curves, at, strict=True))
     return sum(curve.costs[k] for curve, k in pairs), sum(curve.losses[k] for curve, k in pairs)
@@ -49,7 +49,7 @@ def test_no_combination_within_the_budget_loses_less(seed):
 
 def test_it_beats_a_price_that_is_filled_up():
     """Greedily the small gain of "a" comes first, after which "b", which gains more, has no room."""
-    curves = [Curve("a", [0, 4], [5.0, 0.0], [0, 4]), Curve("b", [0, 6], [7.0, 0.0], [0, 6])]
+    curves = [TradeoffCurve("a", [0, 4], [5.0, 0.0], [0, 4]), TradeoffCurve("b", [0, 6], [7.0, 0.0], [0, 6])]
     assert allocate(curves, 9) == {"a": 4, "b": 0} and knapsack(curves, 9) == {"a": 0, "b": 6}
 
 
@@ -67,6 +67,6 @@ def test_a_coarse_grid_keeps_the_budget_and_spends_it(seed, monkeypatch):
 
 
 def test_too_small_a_budget_is_refused():
-    curves = [Curve("a", [5, 9], [1.0, 0.0], [0, 1])]
+    curves = [TradeoffCurve("a", [5, 9], [1.0, 0.0], [0, 1])]
     with pytest.raises(ValueError, match="can't be made smaller than 5, but 4 is to be kept"):
         knapsack(curves, 4)

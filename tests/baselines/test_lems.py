@@ -11,12 +11,12 @@ from toys import build
 
 from tenfold.api import compress
 from tenfold.baselines.lems import GAMMA, LEAST, REFERENCE, allocate, propagation
-from tenfold.compress.allocate import Curve
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.journal import Journal
-from tenfold.compress.sensitivity import clipped
+from tenfold.compress.fisher import clipped
+from tenfold.compress.resume_state import ResumeState
+from tenfold.models.config import Calibrate
 from tenfold.models.recipe import Budget, load_recipe
-from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites, weight_of
 
 toys = pytest.mark.parametrize("toy", ["gpt2", "llama"])
@@ -83,7 +83,7 @@ def divergence(model, path: str, near: torch.Tensor) -> float:
 
 @toys
 def test_losses_are_scaled_to_the_measured_divergence(toy):
-    before, journal = build(toy), Journal()
+    before, journal = build(toy), ResumeState()
     norm = before.get_submodule({"gpt2": "transformer.ln_f", "llama": "model.norm"}[toy])
     norm.weight.data.mul_(20)  # sure of itself, so that the divergence is not the same the other way round
     _, report = compress(copy.deepcopy(before), recipe(), text=text(), journal=journal)
@@ -105,7 +105,7 @@ def test_losses_are_scaled_to_the_measured_divergence(toy):
 
 @toys
 def test_the_fit_is_optimal_in_the_shrunk_metrics(toy):
-    before, journal = build(toy), Journal()
+    before, journal = build(toy), ResumeState()
     after, report = compress(copy.deepcopy(before), recipe(), text=text(), journal=journal)
     matters = {path: g for k in range(2) for path, g in journal.matters(k).items()}
     folded = [choice for choice in report["choices"] if choice["chosen"] is not None]
@@ -130,7 +130,7 @@ def test_ranks_have_the_least_modelled_error(seed, keep):
         costs = np.sort(draw.choice(np.arange(1, 20), 5, replace=False))
         costs = np.append(costs, 20)
         losses = np.append(np.sort(draw.exponential(size=5))[::-1], 0.0)
-        curves.append(Curve(f"h.{layer}.x", costs, losses, list(costs)))
+        curves.append(TradeoffCurve(f"h.{layer}.x", costs, losses, list(costs)))
     budget, least = keep * 60, LEAST[0] if keep >= 0.5 else LEAST[1]
     ways = []
     for way in product(*(range(6) for _ in curves)):
@@ -147,7 +147,7 @@ def test_ranks_have_the_least_modelled_error(seed, keep):
 
 
 def test_where_the_least_share_is_too_much_less_is_kept():
-    curves = [Curve(f"h.{k}.x", [1, 30, 100], [2.0, 1.0, 0.0], ["least", "more", "whole"]) for k in range(2)]
+    curves = [TradeoffCurve(f"h.{k}.x", [1, 30, 100], [2.0, 1.0, 0.0], ["least", "more", "whole"]) for k in range(2)]
     assert set(allocate(Calibrate(), curves, 12, {}).values()) == {"least"}
 
 
@@ -166,7 +166,7 @@ def test_clipping_changes_the_metric_of_the_outputs():
     """At least one token of a toy has a gradient far below the mean; none is lost."""
     metrics = []
     for weights in ("clipped", "none"):
-        journal = Journal()
+        journal = ResumeState()
         compress(build("llama"), recipe(token_weights=weights), text=text(), journal=journal)
         metrics.append(journal.matters(0))
     path = "model.layers.0.self_attn.q_proj"
@@ -198,10 +198,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(lems, "divergences", once)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        compress(build("llama"), recipe(), text=text(), journal=Journal(folder, 2))
+        compress(build("llama"), recipe(), text=text(), journal=ResumeState(folder, 2))
     assert len([*folder.rglob("measured-*.json")]) == 1
     monkeypatch.setattr(lems, "divergences", lambda *given: calls.append(2) or real(*given))
-    again = compress(build("llama"), recipe(), text=text(), journal=Journal(folder, 2))[1]["choices"]
+    again = compress(build("llama"), recipe(), text=text(), journal=ResumeState(folder, 2))[1]["choices"]
     assert calls.count(2) == 1 and json.dumps(again) == json.dumps(whole)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tenfold import api
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.first import FIRST
+from tenfold.compress.whole_model import TRANSFORMS
 from tenfold.models import recipe as schema
 
 both = pytest.mark.parametrize("toy", ["gpt2", "llama"])
@@ -91,7 +91,7 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def test_every_change_that_a_recipe_may_name_is_there():
-    assert set(get_args(schema.First)) == set(FIRST)
+    assert set(get_args(schema.First)) == set(TRANSFORMS)
 
 
 # widths by weights -------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from tenfold.baselines.rocket import (
     sparse,
 )
 from tenfold.compress.calibration import Calibration
-from tenfold.models.card import save_folded
+from tenfold.models.model_card import save_folded
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, share_of, weight_of
-from tenfold_cli.show import count_line
+from tenfold_cli.output import count_line
 
 seeds = pytest.mark.parametrize("seed", range(3))
 

@@ -9,10 +9,10 @@ from toys import build
 
 from tenfold.api import compress
 from tenfold.baselines.svd_llm_v2 import TOKENS, allocate, removed_shares
-from tenfold.compress.allocate import Curve
+from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.calibration import Calibration
+from tenfold.models.config import Calibrate
 from tenfold.models.recipe import load_recipe
-from tenfold.models.settings import Calibrate
 from tenfold.models.sites import find_sites, weight_of
 from tenfold.structure import LowRank
 
@@ -38,9 +38,9 @@ def test_each_type_has_the_budget_to_itself():
     """Two types in two layers; the loss that counts is that at the share that all would keep."""
     costs = np.arange(1, 1001)
 
-    def curve(name: str, norm: float) -> Curve:
+    def curve(name: str, norm: float) -> TradeoffCurve:
         half = norm**2 / TOKENS / 2  # of the mean squared error, where 40 % stay
-        return Curve(name, costs, half * (1000 - costs) / 600, list(costs))
+        return TradeoffCurve(name, costs, half * (1000 - costs) / 600, list(costs))
 
     norms = {"h.0.a": 1e2, "h.1.a": 1e4, "h.0.b": 1e3, "h.1.b": 1e6}
     chosen = allocate(Calibrate(), [curve(*pair) for pair in norms.items()], 1600, {})

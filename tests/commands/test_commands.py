@@ -14,7 +14,7 @@ import toy_tasks
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import tenfold_cli
-from tenfold.models.named import load_tokenizer
+from tenfold.models.auto import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from models import toys
 
 import tenfold
+from tenfold.compress.activations import Streams
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.streams import Streams
-from tenfold.models.ranks import is_first, processes
+from tenfold.models.distributed import is_first, processes
 
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", *MLP]

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tenfold.compress.allocate import Curve, allocate, uniform
+from tenfold.compress.allocate import TradeoffCurve, allocate, uniform
 
 seeds = pytest.mark.parametrize("seed", range(15))
 
@@ -16,13 +16,13 @@ def steps_down(draw, convex: bool) -> np.ndarray:
     return np.sort(slopes)[::-1] if convex else slopes
 
 
-def curves_of(seed: int, convex: bool = True) -> list[Curve]:
+def curves_of(seed: int, convex: bool = True) -> list[TradeoffCurve]:
     draw, curves = np.random.default_rng(seed), []
     for number in range(draw.integers(1, 5)):
         slopes = steps_down(draw, convex)
         costs = draw.integers(1, 9, size=len(slopes) + 1).cumsum()
         losses = np.append((slopes * np.diff(costs))[::-1].cumsum()[::-1], 0.0)
-        curves.append(Curve(f"item {number}", costs, losses, list(range(len(costs)))))
+        curves.append(TradeoffCurve(f"item {number}", costs, losses, list(range(len(costs)))))
     return curves
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_lost_at_the_budgets_that_a_price_asks_for(seed, convex):
 
 def test_what_is_left_goes_where_it_gains_most_a_parameter():
     steps = {"does not fit": (10, 10.0), "gains most": (5, 4.0), "gains less": (6, 3.0)}
-    curves = [Curve(name, [1, 1 + cost], [gain, 0.0], [False, True]) for name, (cost, gain) in steps.items()]
+    curves = [TradeoffCurve(name, [1, 1 + cost], [gain, 0.0], [False, True]) for name, (cost, gain) in steps.items()]
     chosen = allocate(curves, 4 + 6)
     assert [name for name, taken in chosen.items() if taken] == ["gains most"]
 
@@ -107,7 +107,7 @@ def test_uniform_shares_are_better_by_one_step_at_most(seed, convex):
 def test_the_unit_of_the_losses_does_not_matter(seed, unit):
     curves = curves_of(seed)
     budget = budgets(curves, seed)[2]
-    scaled = [Curve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
+    scaled = [TradeoffCurve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
     assert allocate(scaled, budget) == allocate(curves, budget) == allocate(curves, budget)
 
 
@@ -131,7 +131,7 @@ def test_uniform_shares():
 def test_a_curve_keeps_what_no_other_option_beats(seed):
     draw = np.random.default_rng(seed)
     costs, losses = draw.integers(1, 12, size=8), draw.integers(0, 6, size=8) / 2
-    curve = Curve("item", costs, losses, list("abcdefgh"))
+    curve = TradeoffCurve("item", costs, losses, list("abcdefgh"))
     pairs = list(zip(costs, losses, strict=True))
     good = {(c, v) for c, v in pairs if not any(d <= c and w <= v and (d, w) != (c, v) for d, w in pairs)}
     assert list(zip(curve.costs, curve.losses, strict=True)) == sorted(good)
@@ -140,5 +140,5 @@ def test_a_curve_keeps_what_no_other_option_beats(seed):
 
 
 def test_items_with_one_option_leave_nothing_to_choose():
-    curves = [Curve(name, np.array([cost]), np.array([0.0]), [cost]) for name, cost in (("a", 3), ("b", 4))]
+    curves = [TradeoffCurve(name, np.array([cost]), np.array([0.0]), [cost]) for name, cost in (("a", 3), ("b", 4))]
     assert allocate(curves, 7) == {"a": 3, "b": 4}

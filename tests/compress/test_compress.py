@@ -11,8 +11,8 @@ from plain import text, watched
 from transformers import AutoModelForCausalLM
 
 import tenfold
+from tenfold.compress.activations import blocks_of
 from tenfold.compress.compress import compress
-from tenfold.compress.streams import blocks_of
 from tenfold.models.sites import find_sites
 from tenfold.nn import FactorizedLinear
 

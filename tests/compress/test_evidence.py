@@ -8,7 +8,7 @@ import torch
 from models import toys
 from plain import gradients, seen, text
 
-from tenfold.compress import layerwise
+from tenfold.compress import blockwise
 from tenfold.compress.compress import compress
 from tenfold.compress.evidence import expected_loss, fisher_loss, fisher_losses, folds_of, unit_products
 
@@ -98,13 +98,13 @@ def _drawn_pair(model, module, ids, seed):
 
 def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
     """Of every batch, next to its inputs."""
-    found, real = {}, layerwise.Block
+    found, real = {}, blockwise.Block
 
     def block(*given):
         found.update(given[9] if len(given) > 9 else {})
         return real(*given)
 
-    monkeypatch.setattr(layerwise, "Block", block)
+    monkeypatch.setattr(blockwise, "Block", block)
     model, words = toys.build("llama"), text(8)
     compress(copy.deepcopy(model), {"replace": [{"narrow": "mlp"}], "budget": {"keep": 0.6}}, text=words)
     path = "model.layers.1.mlp.down_proj"

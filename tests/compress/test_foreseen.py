@@ -8,7 +8,7 @@ from models import toys
 from plain import gradients, moment, seen, text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import block, narrow_heads, units
+from tenfold.compress import block, head_pruning, structured_pruning
 from tenfold.compress.compress import compress
 from tenfold.compress.evidence import corrected
 from tenfold.models.sites import find_sites
@@ -19,10 +19,10 @@ WORDS = text(16)
 @pytest.fixture
 def by_moments(monkeypatch):
     """The curves as moments tell them, not scaled by gradients token by token."""
-    for module in (units, narrow_heads):
+    for module in (structured_pruning, head_pruning):
         monkeypatch.setattr(module, "corrected", lambda losses, measured: losses)
     monkeypatch.setattr(block, "fisher_losses", lambda *given: (0.0, 0.0))
-    monkeypatch.setattr(units, "folds_of", lambda *given: [])
+    monkeypatch.setattr(structured_pruning, "folds_of", lambda *given: [])
 
 
 PAIRS = {  # dimensions of queries and keys that go together
@@ -161,8 +161,8 @@ def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
 
         return chosen
 
-    monkeypatch.setattr(units, "choose_units", watched("by moments", units.choose_units))
-    monkeypatch.setattr(units, "least_units", watched("by gradients", units.least_units))
+    monkeypatch.setattr(structured_pruning, "choose_units", watched("by moments", structured_pruning.choose_units))
+    monkeypatch.setattr(structured_pruning, "least_units", watched("by gradients", structured_pruning.least_units))
     model, after = toys.build("gpt2"), toys.build("gpt2")
     with torch.no_grad():  # some units that matter, and many that do not
         for one in (model, after):
@@ -189,7 +189,7 @@ def test_dropped_rows_say_nothing(name):
 def test_a_curve_is_scaled_by_what_gradients_say(known_draws, monkeypatch):
     """Of values: the loss of three sizes by gradients token by token, over that by moments, in the mean of logarithms."""
     seen_before: list[tuple[np.ndarray, dict]] = []
-    monkeypatch.setattr(narrow_heads, "corrected", lambda losses, told: seen_before.append((losses, told)) or losses)
+    monkeypatch.setattr(head_pruning, "corrected", lambda losses, told: seen_before.append((losses, told)) or losses)
     foreseen(toys.build("llama"), "attention")
     assert sorted({len(told) for _, told in seen_before}) == [0, 3]  # pairs go by gradients in the first place
     for losses, told in (pair for pair in seen_before if pair[1]):

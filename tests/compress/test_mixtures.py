@@ -10,13 +10,13 @@ from plain import moment, text
 from test_compress import NARROW, compressed, size
 from transformers import AutoModelForCausalLM
 
+from tenfold.compress.activations import Streams, blocks_of
 from tenfold.compress.block import stages_of
 from tenfold.compress.compress import compress
-from tenfold.compress.sensitivity import Survey
-from tenfold.compress.streams import Streams, blocks_of
+from tenfold.compress.fisher import FisherPass
 from tenfold.models.experts import unpack
-from tenfold.models.replace import densify
 from tenfold.models.sites import find_sites
+from tenfold.models.surgery import densify
 
 WORDS = text(8)
 each = pytest.mark.parametrize("name", toys.EXPERTS)
@@ -52,7 +52,7 @@ def test_moments_are_those_of_the_tokens_an_expert_gets():
     sites = blocks_of(find_sites(model))
     path = "model.layers.0"
     streams = Streams(model, list(sites), words.batches)
-    look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
+    look, stages = FisherPass(streams), stages_of(path, sites[path], streams, 0)
     look.forward(0, stages)
     seen = look.backward(0, path, stages, None).moments
     kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in words.batches])
@@ -113,11 +113,11 @@ def test_gate_and_up_of_every_expert_share_a_factor():
     assert torch.isfinite(toys.logits(after)).all()
 
 
-SHARED = {"share": {"factors": ["right"], "across": "experts"}}
+ALLOCATORS = {"share": {"factors": ["right"], "across": "experts"}}
 
 
 def shared(roles=("mlp.in", "mlp.gate"), **rule) -> list[dict]:
-    return [{"role": [*roles], "structure": {"kind": "low_rank"}, **SHARED, **rule}]
+    return [{"role": [*roles], "structure": {"kind": "low_rank"}, **ALLOCATORS, **rule}]
 
 
 @each
@@ -197,7 +197,7 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
     one, path = torch.ones(1, 1, dtype=torch.long), "model.layers.0"  # a single token, for two of four experts
     sites = blocks_of(find_sites(model))
     streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = Survey(streams), stages_of(path, sites[path], streams, 0)
+    look, stages = FisherPass(streams), stages_of(path, sites[path], streams, 0)
     look.forward(0, stages)
     seen = look.backward(0, path, stages, None).moments
     traces = [float(seen[k].second.trace()) for k, stage in enumerate(stages) if stage[0].endswith("gate")]
@@ -212,7 +212,7 @@ def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
     one = torch.ones(1, 1, dtype=torch.long)  # a single token, for two of four experts
     sites = blocks_of(find_sites(model))
     streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = Survey(streams), {}
+    look, stages = FisherPass(streams), {}
     for number, path in enumerate(sites):
         stages[number] = stages_of(path, sites[path], streams, number)
         look.forward(number, stages[number])

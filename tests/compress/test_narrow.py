@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.compress import narrow
-from tenfold.compress.narrow import best_basis, best_units, choose_units
+from tenfold.compress import unit_selection
+from tenfold.compress.unit_selection import best_basis, best_units, choose_units
 
 OUT, UNITS, SAMPLES = 5, 7, 40
 seeds = pytest.mark.parametrize("seed", range(4))
@@ -85,7 +85,7 @@ def test_a_copy_and_a_unit_that_is_not_read_come_last(seed):
 def test_several_at_once_are_chosen_nearly_as_well(seed, steps, monkeypatch):
     """The losses are still those of least squares, and there are no more of them in all than of units at random."""
     given = reader, directions, units = problem(seed)
-    monkeypatch.setattr(narrow, "STEPS", steps)
+    monkeypatch.setattr(unit_selection, "STEPS", steps)
     order, losses = chosen_by(*given)
     slow = [nats_left(*given, order[:k]) for k in range(UNITS + 1)]
     np.testing.assert_allclose(losses, slow, rtol=1e-6, atol=1e-10 * slow[0])

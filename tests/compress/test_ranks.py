@@ -15,8 +15,8 @@ from compress import ranks
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tenfold import run
-from tenfold.compress import layerwise
+from tenfold import checkpoint_jobs
+from tenfold.compress import blockwise
 
 RECIPE = {"name": "narrow", "replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8}}
 
@@ -72,7 +72,7 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
     said = second.communicate(timeout=300)
     assert second.returncode == 0, said[1]
     assert said[0].count("saved in") == 1  # one of them speaks
-    run.compress_checkpoint(dense, tmp_path / "one", str(recipe), [text])
+    checkpoint_jobs.compress_checkpoint(dense, tmp_path / "one", str(recipe), [text])
     one, out = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "out"))
     assert one.keys() == out.keys() and not (tmp_path / "out.partial").exists()
     for name, value in one.items():
@@ -81,12 +81,12 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
 
 @pytest.mark.parametrize("processes", [4, 7, 13])
 def test_every_process_has_something_to_read(monkeypatch, processes):
-    monkeypatch.setattr(layerwise, "processes", lambda: processes)
+    monkeypatch.setattr(blockwise, "processes", lambda: processes)
     batches = [{"input_ids": torch.full((2, 16), k), "attention_mask": torch.ones(2, 16)} for k in range(6)]
     if processes == 13:
         with pytest.raises(ValueError, match="13 processes can't share 12 samples of calibration text"):
-            layerwise.enough(batches)
+            blockwise.enough(batches)
     else:
-        found = layerwise.enough(batches)
+        found = blockwise.enough(batches)
         assert len(found) == (6 if processes == 4 else 12)
         assert torch.equal(*(torch.cat([b["input_ids"] for b in some]) for some in (found, batches)))

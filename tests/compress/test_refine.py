@@ -7,9 +7,9 @@ import torch
 from models import toys
 from plain import text
 
+from tenfold.compress.activations import Streams, blocks_of
+from tenfold.compress.block_finetune import refine
 from tenfold.compress.compress import compress
-from tenfold.compress.refine import refine
-from tenfold.compress.streams import Streams, blocks_of
 from tenfold.models.sites import find_sites
 
 

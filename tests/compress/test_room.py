@@ -10,7 +10,7 @@ import psutil
 import pytest
 from models import toys
 
-from tenfold.compress import layerwise, room
+from tenfold.compress import blockwise, memory_check
 from tenfold.compress.compress import compress
 
 RECIPE = {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
@@ -25,8 +25,8 @@ def said(monkeypatch, model, free: float, survey: int = 32768) -> list[str]:
 
 
 def test_what_is_advised_fits(monkeypatch):
-    monkeypatch.setattr(room, "STATES", 0)
-    monkeypatch.setattr(room, "LOGITS", 0)
+    monkeypatch.setattr(memory_check, "STATES", 0)
+    monkeypatch.setattr(memory_check, "LOGITS", 0)
     model = toys.build("llama")
     assert said(monkeypatch, model, 1e12) == []
     (told,) = said(monkeypatch, model, 1e3)
@@ -42,9 +42,9 @@ def test_what_is_advised_fits(monkeypatch):
 def test_every_matrix_and_every_moment_is_counted(name, monkeypatch):
     """Twice the weights, moments of what goes in and of gradients, and of the judged ones inputs and gradients."""
     model, seen = toys.build(name), []
-    monkeypatch.setattr(room, "STATES", 0)
-    monkeypatch.setattr(room, "LOGITS", 0)
-    monkeypatch.setattr(layerwise, "check_room", lambda *given: seen.append(given))
+    monkeypatch.setattr(memory_check, "STATES", 0)
+    monkeypatch.setattr(memory_check, "LOGITS", 0)
+    monkeypatch.setattr(blockwise, "check_room", lambda *given: seen.append(given))
     compress(model, RECIPE, text=plain.text(4))
     ((_, works, tokens, window, settings),) = seen
     for fewer in (tokens, 2 * tokens):
@@ -52,4 +52,4 @@ def test_every_matrix_and_every_moment_is_counted(name, monkeypatch):
         judged = sum(sum(s.shape) for s in works[0].sites if s.role in ("attn.out", "attn.q", "attn.qkv", "mlp.out"))
         expected = 8 * sum(a * b for a, b in shapes) + 8 * sum(a * a for a, _ in shapes)
         expected += 16 * sum(b * b for b in {b for _, b in shapes}) + 2 * fewer * judged
-        assert room.needed_bytes(model, works, fewer, window, settings) == expected
+        assert memory_check.needed_bytes(model, works, fewer, window, settings) == expected

@@ -10,8 +10,9 @@ import torch
 from models import toys
 from plain import seen, text, watched
 
+from tenfold.compress.activations import Streams, blocks_of, twin
 from tenfold.compress.compress import compress
-from tenfold.compress.streams import Streams, Sums, blocks_of, twin
+from tenfold.compress.moments import MomentAccumulator
 from tenfold.models.sites import find_sites
 
 CHAINS = ["gpt2", "llama", "qwen3", "gemma3_text", "phi", "gpt_neox", "opt", "opt-projected", "bert", "roberta"]
@@ -111,7 +112,7 @@ def test_bfloat16_is_near(name="llama"):
 
 def test_sums_are_in_float32_while_blocks_run_in_bfloat16():
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) + 30
-    plain, inside = Sums(16, True), Sums(16, True)
+    plain, inside = MomentAccumulator(16, True), MomentAccumulator(16, True)
     plain.add(rows, rows)
     with torch.autocast("cpu", torch.bfloat16):
         inside.add(rows, rows)

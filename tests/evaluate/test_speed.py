@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from tenfold.api import bench, compress
-from tenfold.evaluate import speed
-from tenfold.evaluate.machine import peak
+from tenfold.evaluate import bench_model
+from tenfold.evaluate.timing import peak
 from tenfold.models.sites import find_sites
 from tenfold.nn import dense_cache
 from tenfold.structure.matmul import bucket
@@ -101,7 +101,7 @@ def test_what_writes_no_text_has_prompts_and_training(kind, more):
         assert found["rows"] == {"prefill": 40, "training": 40} and "decode" not in found
         assert min(min(found[name].values()) for name in ("prefill", "training")) > 0
     assert "decode" not in bench(small.model(), repeats=1, against=model)
-    speed._loss(model, torch.arange(6).view(2, 3)).backward()
+    bench_model._loss(model, torch.arange(6).view(2, 3)).backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "encoder.layer" in name)
 
 
@@ -173,14 +173,14 @@ def test_the_floor_of_a_dense_model_is_its_matrices(monkeypatch):
     model = small.model()
     blocks = sum(site.shape[0] * site.shape[1] for site in find_sites(model) if site.role not in ("embed", "head"))
     head = model.get_output_embeddings().weight.numel()
-    monkeypatch.setattr(speed, "flops_per_second", lambda device, dtype: 1e6)
-    monkeypatch.setattr(speed, "bytes_per_second", lambda device: 1e30)
-    assert speed.floor(model, 3) == pytest.approx(2 * 3 * (blocks + head) / 1e6)
-    monkeypatch.setattr(speed, "flops_per_second", lambda device, dtype: 1e30)
-    monkeypatch.setattr(speed, "bytes_per_second", lambda device: 1e6)
+    monkeypatch.setattr(bench_model, "flops_per_second", lambda device, dtype: 1e6)
+    monkeypatch.setattr(bench_model, "bytes_per_second", lambda device: 1e30)
+    assert bench_model.floor(model, 3) == pytest.approx(2 * 3 * (blocks + head) / 1e6)
+    monkeypatch.setattr(bench_model, "flops_per_second", lambda device, dtype: 1e30)
+    monkeypatch.setattr(bench_model, "bytes_per_second", lambda device: 1e6)
     biases = sum(
         p.numel()
         for name, p in model.named_parameters()
         if ".h." in name and name.endswith("bias") and "ln" not in name
     )
-    assert speed.floor(model, 3) == pytest.approx(4 * (blocks + head + biases) / 1e6)
+    assert bench_model.floor(model, 3) == pytest.approx(4 * (blocks + head + biases) / 1e6)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import parse_recipe
-from tenfold.models.replace import replace
+from tenfold.models.surgery import replace
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 
 LOW_RANK = {"kind": "low_rank", "rank": 5}

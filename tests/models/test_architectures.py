@@ -11,14 +11,14 @@ from folding import LOW_RANK, TRAIN, fold, reference, rules
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import tenfold.models.hub  # noqa: F401 - registers the hook
+import tenfold.models.loading  # noqa: F401 - registers the hook
+from tenfold.models.architectures import ARCHITECTURES, Architecture
+from tenfold.models.checkpoint_format import describe, stored_plan
 from tenfold.models.cost import count, site_flops
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import parse_recipe
-from tenfold.models.replace import densify, install_empty
-from tenfold.models.roles import ARCHITECTURES, Architecture
 from tenfold.models.sites import base_path, find_sites, is_tied
-from tenfold.models.stored import describe, stored_plan
+from tenfold.models.surgery import densify, install_empty
 
 every = pytest.mark.parametrize("name", toys.TOYS)
 TIED = [name for name in toys.TOYS if name not in ("gpt2-untied", "gpt_neox", "llama", "mistral", "qwen2", "phi")]

@@ -22,16 +22,16 @@ from transformers import (
     TrainingArguments,
 )
 
-import tenfold.models.hub
+import tenfold.models.loading
+from tenfold.models.checkpoint_format import describe
 from tenfold.models.cost import count
-from tenfold.models.replace import CONTAINER, densify
 from tenfold.models.sites import FOLDED
-from tenfold.models.stored import describe
+from tenfold.models.surgery import CONTAINER, densify
 from tenfold.nn import Adapter, FactorizedLinear, TiedHead
 
-SHARED = {"role": "mlp.in", "structure": TRAIN, "share": {"factors": ["core_1"]}, "freeze": ["core_1", "core_0"]}
+ALLOCATORS = {"role": "mlp.in", "structure": TRAIN, "share": {"factors": ["core_1"]}, "freeze": ["core_1", "core_0"]}
 PLACED = {"role": "attn.out", "structure": {"kind": "placed", "base": KRONECKER}}
-MIXED = [SHARED, PLACED, {"role": "mlp.out", "structure": KRONECKER}, EMBED]
+MIXED = [ALLOCATORS, PLACED, {"role": "mlp.out", "structure": KRONECKER}, EMBED]
 
 
 def folded(name="gpt2", recipe=None, dtype=torch.float32, **more):
@@ -117,7 +117,7 @@ def test_a_callers_state_dict_is_what_is_saved(mixed, tmp_path):
 
 
 FRESH = """
-    import sys, torch, tenfold.models.hub
+    import sys, torch, tenfold.models.loading
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     for name, auto, way, folder, expected in [line.split() for line in sys.stdin]:
@@ -147,7 +147,7 @@ def test_a_fresh_process_that_imports_tenfold_reads_the_same_bits(tmp_path):
         input="\n".join(jobs),
         capture_output=True,
         text=True,
-        cwd=Path(tenfold.models.hub.__file__).parents[2],
+        cwd=Path(tenfold.models.loading.__file__).parents[2],
     )
     assert done.stdout.split("\n")[:-1] == [" ".join([*job.split()[::2][:2], "True"]) for job in jobs], done.stderr
 
@@ -421,7 +421,7 @@ def test_a_dense_copy_needs_no_tenfold(mixed, tmp_path):
 def test_a_folded_model_is_folded_on(tmp_path):
     """Stage by stage: other sites, the same sites again, the embedding again, and then a head of its own."""
     model, dense = toys.build("gpt2"), toys.build("gpt2")
-    fold(model, [{**SHARED, "layers": [0]}, EMBED])
+    fold(model, [{**ALLOCATORS, "layers": [0]}, EMBED])
     fold(model, [{"role": "mlp.out", "structure": KRONECKER}, {"role": "embed", "structure": {**LOW_RANK, "rank": 4}}])
     assert model.config.quantization_config.sites.keys() == {
         "transformer.wte", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"
@@ -436,6 +436,6 @@ def test_a_folded_model_is_folded_on(tmp_path):
 
 def test_two_stages_may_not_use_one_shared_factor():
     model = toys.build("gpt2")
-    fold(model, [{**SHARED, "layers": [0]}])
+    fold(model, [{**ALLOCATORS, "layers": [0]}])
     with pytest.raises(ValueError, match=r"share .*fold all that share a factor at once"):
-        fold(model, [{**SHARED, "layers": [1]}])
+        fold(model, [{**ALLOCATORS, "layers": [1]}])

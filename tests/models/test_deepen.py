@@ -18,7 +18,7 @@ from tenfold.models.sites import find_sites
 FULL = {"kind": "tensor_train", "parts": 3, "mirror": True, "rank": "full"}
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 ROUGH = {"options": {"sweeps": 2}}  # no test here is about how near a shared centre is fitted
-SHARED = {
+ALLOCATORS = {
     "replace": [{"role": BLOCK, "structure": FULL, "share": {"factors": ["core_1"]}, "adapter": 2, "start": ROUGH}]
 }
 OWN = {"replace": [{"role": BLOCK, "structure": FULL}]}
@@ -52,7 +52,7 @@ def deepened(name: str):
     """Five layers that share; and what the two were. Not to be changed."""
     model = toys.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    return *deepen(model, 5, SHARED), before
+    return *deepen(model, 5, ALLOCATORS), before
 
 
 def inside(model):
@@ -85,7 +85,7 @@ def test_added_layers_are_smaller_copies_beside_the_same_centres(name):
 
 def test_a_branch_keeps_to_the_bound_of_the_paper():
     """``(v^2 + u^2) u v = 1 / layers``, v and u the scales of a branch's two matrices."""
-    deep, _ = deepen(toys.build("gpt2"), 6, SHARED)
+    deep, _ = deepen(toys.build("gpt2"), 6, ALLOCATORS)
     for first, second in (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")):
         v, u = (
             np.linalg.norm(matrix(deep.get_submodule(f"transformer.h.4.{name}")))
@@ -140,13 +140,13 @@ def test_parameters_are_the_formula():
     block = own + (96 + 32 + 128 + 32) + 4 * 32
     outside = 97 * 32 + 64 * 32 + 2 * 32
     for layers in (2, 4, 7):
-        deep, report = deepen(toys.build("gpt2"), layers, SHARED)
+        deep, report = deepen(toys.build("gpt2"), layers, ALLOCATORS)
         assert sum(p.numel() for p in deep.parameters()) == outside + centres + layers * block
         assert report["parameters"]["total"] == outside + centres + layers * block
 
 
 def test_a_deepened_model_is_deepened_again():
-    first, _ = deepen(toys.build("llama"), 4, SHARED)
+    first, _ = deepen(toys.build("llama"), 4, ALLOCATORS)
     with torch.no_grad():  # trained in between
         for parameter in first.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -163,7 +163,7 @@ def test_a_deepened_model_is_deepened_again():
 
 
 def test_groups_of_layers_keep_their_own_centres():
-    groups = {"replace": [SHARED["replace"][0] | {"share": {"factors": ["core_1"], "group": 1}}]}
+    groups = {"replace": [ALLOCATORS["replace"][0] | {"share": {"factors": ["core_1"], "group": 1}}]}
     deep, _ = deepen(toys.build("llama"), 4, groups)
     at_0, at_1, at_2, at_3 = (layer.mlp.up_proj.factors()["part_0_core_1"].data_ptr() for layer in deep.model.layers)
     assert at_0 == at_2 != at_1 == at_3
@@ -208,8 +208,8 @@ def test_the_shipped_recipe_is_that_of_the_paper_at_its_width():
 
 
 REFUSED = {
-    "fewer layers": ("gpt2", 1, SHARED, "has 2 layers and deepening only adds: ask for more than 2, not 1"),
-    "two stacks": ("t5", 4, SHARED, "has an encoder and a decoder"),
+    "fewer layers": ("gpt2", 1, ALLOCATORS, "has 2 layers and deepening only adds: ask for more than 2, not 1"),
+    "two stacks": ("t5", 4, ALLOCATORS, "has an encoder and a decoder"),
 }
 
 
@@ -228,9 +228,9 @@ def test_an_unknown_architecture_is_refused():
 
 
 def test_a_folded_model_takes_no_recipe():
-    deep, _ = deepen(toys.build("gpt2"), 3, SHARED)
+    deep, _ = deepen(toys.build("gpt2"), 3, ALLOCATORS)
     with pytest.raises(ValueError, match="folded already and keeps its structures"):
-        tenfold.deepen(deep, 4, SHARED)
+        tenfold.deepen(deep, 4, ALLOCATORS)
 
 
 @pytest.mark.parametrize("untie", [False, True])

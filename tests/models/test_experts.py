@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tenfold.models.cost import count, price
 from tenfold.models.experts import unpack
-from tenfold.models.replace import densify
 from tenfold.models.sites import find_sites
+from tenfold.models.surgery import densify
 from tenfold.nn import Experts, FactorizedLinear
 
 every = pytest.mark.parametrize("name", toys.EXPERTS)

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenfold import api
+from tenfold.checkpoint_jobs import compress_checkpoint
 from tenfold.models.cost import inspect
 from tenfold.models.gguf import is_gguf
-from tenfold.run import compress_checkpoint
 from tenfold.train.tokenizer import train_tokenizer
 
 HEADS, WIDTH = 2, 64

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from tenfold.models.hub import FoldedConfig, check_output, from_pretrained
+from tenfold.models.loading import FoldedConfig, check_output, from_pretrained
 
 PLACED = {"role": "attn.qkv", "structure": {"kind": "placed", "base": LOW_RANK}}
-SHARED = {"role": "attn.out", "structure": TRAIN, "share": {"factors": ["core_1"]}}
+ALLOCATORS = {"role": "attn.out", "structure": TRAIN, "share": {"factors": ["core_1"]}}
 LOADERS = {"guard": from_pretrained, "plain": AutoModelForCausalLM.from_pretrained}
 GUARD_AND_PLAIN = pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 APART = "its weights and its config.json do not belong together: save it again from the model"
@@ -25,7 +25,7 @@ APART = "its weights and its config.json do not belong together: save it again f
 def written(tmp_path_factory):
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("written"), toys.build("gpt2")
-    fold(model, [SHARED, PLACED, MLP, EMBED])
+    fold(model, [ALLOCATORS, PLACED, MLP, EMBED])
     model.save_pretrained(folder / "single")
     model.save_pretrained(folder / "shards", max_shard_size="10KB")
     return folder

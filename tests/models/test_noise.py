@@ -6,12 +6,12 @@ import torch
 from models import toys
 
 import tenfold
-from tenfold.models.noise import DRAWS
 from tenfold.models.plan import make_plan
+from tenfold.models.random_init import DRAWS
 from tenfold.models.recipe import load_recipe
-from tenfold.models.replace import replace
 from tenfold.models.sites import find_sites
-from tenfold.structure import BlockTrain, LowRank, TensorTrain
+from tenfold.models.surgery import replace
+from tenfold.structure import BlockTensorTrain, LowRank, TensorTrain
 
 
 def test_balanced_cores_are_orthonormal_and_the_last_one_has_the_norm():
@@ -39,7 +39,7 @@ def test_balanced_cores_have_no_more_columns_than_rows():
 
 def test_every_factor_by_its_own_fans():
     """``right (c b d r)`` makes ``b r`` of ``d`` numbers, ``left (b a c r)`` makes ``a`` of ``c r``."""
-    structure = BlockTrain(outs=(96, 16), ins=(24, 32), rank=4)
+    structure = BlockTensorTrain(outs=(96, 16), ins=(24, 32), rank=4)
     factors = DRAWS["fans"](structure, 99.0, {}, torch.Generator().manual_seed(0))
     assert float(factors["right"].std()) == pytest.approx(np.sqrt(1 / 32) * min(1, np.sqrt(16 * 4 / 32)), rel=0.05)
     assert float(factors["left"].std()) == pytest.approx(np.sqrt(1 / 96) * min(1, np.sqrt(96 / 96)), rel=0.05)
@@ -91,7 +91,7 @@ def test_a_start_that_is_none_is_not_drawn_as_noise():
         drawn("llama", "fanz")
 
 
-SHARED = {
+ALLOCATORS = {
     "role": "mlp.in",
     "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"},
     "share": {"factors": ["core_1"]},
@@ -107,7 +107,7 @@ ALONE = {"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [2, 2], "
         (ALONE, {"options": {"sweeps": True}}, "sweeps of the start nearest .* is True; give one of type int"),
         (ALONE, {"fit": "van-loan", "options": {"sweeps": 3}}, "van-loan .* has no option 'sweeps'; there is none"),
         (ALONE, {"fit": "noise", "options": {"branch": "zero"}}, "noise .* has no option 'branch'; there is seed"),
-        (SHARED, {"options": {"sweep": 3}}, "a fit to several matrices or to activations has no option 'sweep'"),
+        (ALLOCATORS, {"options": {"sweep": 3}}, "a fit to several matrices or to activations has no option 'sweep'"),
     ],
 )  # fmt: skip
 def test_unknown_options_in_the_place_of_a_matrix(rule, start, sentence):

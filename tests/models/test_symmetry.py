@@ -9,10 +9,10 @@ import transformers
 from folding import LOW_RANK, fold
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tenfold.models.heads import heads_of
-from tenfold.models.roles import ARCHITECTURES, Architecture
-from tenfold.models.sites import find_sites, is_tied, weight_of
-from tenfold.models.symmetry import (
+from tenfold.models.architectures import ARCHITECTURES, Architecture
+from tenfold.models.attention_layout import heads_of
+from tenfold.models.invariances.choice import Part, best_rotation, helmert, order_hidden, pca_rotation, stream_parts
+from tenfold.models.invariances.free_symmetries import (
     center_residual,
     free_symmetries,
     fuse_norms,
@@ -22,8 +22,8 @@ from tenfold.models.symmetry import (
     rotate_residual,
     turn_heads,
 )
-from tenfold.models.symmetry_choice import Part, best_rotation, helmert, order_hidden, pca_rotation, stream_parts
-from tenfold.structure import BlockTrain, Kronecker, LowRank
+from tenfold.models.sites import find_sites, is_tied, weight_of
+from tenfold.structure import BlockTensorTrain, Kronecker, LowRank
 
 every = pytest.mark.parametrize("name", toys.TOYS)
 ONES, ANY, ORDER = "rotation that keeps ones", "rotation", "permutation"
@@ -796,7 +796,9 @@ def test_rotations_of_a_model():
         best_rotation([])
 
 
-@pytest.mark.parametrize("structure", [Kronecker(outs=(6, 2), ins=(5, 2)), BlockTrain(outs=(6, 2), ins=(5, 2), rank=1)])
+@pytest.mark.parametrize(
+    "structure", [Kronecker(outs=(6, 2), ins=(5, 2)), BlockTensorTrain(outs=(6, 2), ins=(5, 2), rank=1)]
+)
 def test_hidden_units_in_a_better_order(structure):
     factors = [structure.init(1.0, dtype=torch.float64) for _ in range(2)]
     if isinstance(structure, Kronecker):

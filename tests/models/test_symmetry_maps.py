@@ -7,11 +7,11 @@ from folding import KRONECKER, LOW_RANK, fold
 from transformers import AutoModelForCausalLM
 
 import tenfold
-from tenfold.models.plan import Entry
-from tenfold.models.replace import finish, install
+from tenfold.models.invariances.maps import fold_maps
+from tenfold.models.plan import SitePlan
 from tenfold.models.sites import find_sites
-from tenfold.models.symmetry_maps import fold_maps
-from tenfold.structure import Kronecker, Placed
+from tenfold.models.surgery import finish, install
+from tenfold.structure import Kronecker, Scattered
 
 MAPPED = {"kind": "placed", "base": KRONECKER}
 IN, GATE, OUT = "mlp.in", "mlp.gate", "mlp.out"
@@ -81,8 +81,8 @@ def test_what_can_not_follow_stays(structures):
 def test_units_that_are_pruned_stay():
     model, base = toys.build("llama"), Kronecker(outs=(12, 2), ins=(8, 4))
     (site, _) = (site for site in find_sites(model) if site.role == IN)
-    half = Placed(base=base, out_features=48, in_features=32)
-    install(model, Entry(site, half, False), half.init(0.02), None)
+    half = Scattered(base=base, out_features=48, in_features=32)
+    install(model, SitePlan(site, half, False), half.init(0.02), None)
     assert fold_maps(model) == []
 
 

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from tenfold.nn import Adapter, FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
-from tenfold.structure import BlockTrain, Dense, Kronecker, LowRank, Placed, Stacked, Structure, TensorTrain
+from tenfold.structure import BlockTensorTrain, Dense, Kronecker, LowRank, Scattered, Stacked, Structure, TensorTrain
 
 OUT, IN = 12, 8
 STRUCTURES = {
     "low_rank": LowRank(out_features=OUT, in_features=IN, rank=3),
     "kronecker": Kronecker(outs=(4, 3), ins=(2, 4), terms=2),
     "tensor_train": TensorTrain(outs=(2, 3, 2), ins=(2, 2, 2), ranks=(3, 2)),
-    "block_train": BlockTrain(outs=(4, 3), ins=(4, 2), rank=2),
+    "block_train": BlockTensorTrain(outs=(4, 3), ins=(4, 2), rank=2),
     "stacked": Stacked(parts=(LowRank(out_features=6, in_features=IN, rank=2), Kronecker(outs=(3, 2), ins=(4, 2)))),
     "stacked-low_rank": Stacked(parts=(LowRank(out_features=6, in_features=IN, rank=2),) * 2),
-    "placed": Placed(base=LowRank(out_features=9, in_features=6, rank=2), out_features=OUT, in_features=IN),
+    "placed": Scattered(base=LowRank(out_features=9, in_features=6, rank=2), out_features=OUT, in_features=IN),
 }
 each = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 TRAIN = STRUCTURES["tensor_train"]
@@ -73,7 +73,7 @@ PLAIN = Dense(out_features=9, in_features=6)
 MATRICES = {
     "dense": Dense(out_features=OUT, in_features=IN),
     "low_rank": STRUCTURES["low_rank"],
-    "narrowed": Placed(base=PLAIN, out_features=OUT, in_features=IN),
+    "narrowed": Scattered(base=PLAIN, out_features=OUT, in_features=IN),
 }
 
 

@@ -7,8 +7,8 @@ pytest.importorskip("torchao")
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from tenfold.evaluate.machine import stored
-from tenfold.models.card import save_folded
+from tenfold.evaluate.timing import stored
+from tenfold.models.model_card import save_folded
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn import layers as nn_layers
 from tenfold.nn.dense_cache import dense_cache

@@ -13,22 +13,21 @@ from toys import build, inputs, logits
 from transformers import AutoModelForCausalLM
 
 from tenfold.api import compress
-from tenfold.compress.allocate import Curve
+from tenfold.baselines.drop_layers import influences
+from tenfold.baselines.modegpt import influence_shares, leverage
+from tenfold.baselines.rotation import rotate_stream
+from tenfold.baselines.slicegpt import slice_stream, slice_to, stream_moment
+from tenfold.baselines.unit_order import order_units
+from tenfold.compress.allocate import TradeoffCurve
+from tenfold.compress.block_plan import plan_work
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.influence import influence_shares
-from tenfold.compress.journal import Journal
-from tenfold.compress.layers import influences
-from tenfold.compress.modegpt import leverage
-from tenfold.compress.order import order_units
-from tenfold.compress.rotate import rotate_stream
-from tenfold.compress.slice import slice_stream, slice_to, stream_moment
-from tenfold.compress.units import NarrowMlp
-from tenfold.compress.work import plan_work
-from tenfold.models.card import save_folded
+from tenfold.compress.resume_state import ResumeState
+from tenfold.compress.structured_pruning import NarrowMlp
+from tenfold.models.invariances.free_symmetries import groups_of
+from tenfold.models.model_card import save_folded
 from tenfold.models.recipe import Budget, load_recipe
-from tenfold.models.replace import set_matrix
 from tenfold.models.sites import find_sites, share_of, weight_of
-from tenfold.models.symmetry import groups_of
+from tenfold.models.surgery import set_matrix
 from tenfold.structure import Structure
 from tenfold.structure.kronecker import rearrange
 
@@ -63,7 +62,7 @@ def at(name: str, keep: float = 0.6, of: str = "blocks"):
 
 
 @cache
-def compressed(toy: str, name: str, journal: Journal | None = None):
+def compressed(toy: str, name: str, journal: ResumeState | None = None):
     """The original and what the recipe makes of it, which nobody changes."""
     model = build(toy)
     return model, compress(copy.deepcopy(model), at(name), text=text(), journal=journal)[0]
@@ -168,7 +167,7 @@ def test_asvd_scales_every_input(toy):
 
 @toys
 def test_fwsvd_weighs_every_row(toy):
-    journal = Journal()
+    journal = ResumeState()
     before, after = compressed(toy, "fwsvd", journal)
     weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in journal.matters(k).items()}
     for path, w, near, rank in ranked(before, after):
@@ -281,7 +280,7 @@ def narrowed(toy: str, units=None, values=None, queries=None):
     return before, after
 
 
-class Settled(Journal):
+class Settled(ResumeState):
     """A run in which it is known what is chosen, whatever the budget."""
 
     def __init__(self, wanted: dict):
@@ -366,7 +365,9 @@ def test_pairs_of_rotary_positions_go_together():
 
 
 def test_shares_by_influence():
-    curves = [Curve(f"h.{k}.x", np.array([1, 50, 100]), np.array([2.0, 1.0, 0.0]), [1, 50, 100]) for k in range(4)]
+    curves = [
+        TradeoffCurve(f"h.{k}.x", np.array([1, 50, 100]), np.array([2.0, 1.0, 0.0]), [1, 50, 100]) for k in range(4)
+    ]
     influence = {"h.0": 0.9, "h.1": 0.1, "h.2": 0.1, "h.3": 0.5}
     shares = influence_shares(curves, influence, 240, 0.5)
     assert 100 * sum(shares.values()) == pytest.approx(240, abs=1e-6)

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tenfold.models.cost import inspect, meta_model, plan_of
+from tenfold.models.initializers import STARTS
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import load_recipe, recipe_names
-from tenfold.models.replace import install_empty
 from tenfold.models.sites import share_of
-from tenfold.models.starts import STARTS
+from tenfold.models.surgery import install_empty
 
 # ---------------------------------------------------------------------------------------------- arithmetic
 # Below, matrices are (out, in); a Conv1D of GPT-2 has its bias of `out` numbers.

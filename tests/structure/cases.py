@@ -8,19 +8,19 @@ import torch
 from tenfold.structure import (
     CP,
     Blast,
-    BlockTrain,
+    BlockTensorTrain,
+    CustomEinsum,
     Dense,
     Kronecker,
     LowRank,
-    Placed,
-    RowTrain,
+    RowTensorTrain,
+    Scattered,
     Stacked,
     Structure,
     Sum,
     TensorTrain,
     Transposed,
     Tucker,
-    Written,
 )
 
 LOW_RANK = LowRank(out_features=4, in_features=6, rank=2)
@@ -40,22 +40,22 @@ FAMILIES: dict[str, Structure] = {
     "tensor_train-three": TensorTrain(outs=(2, 3, 2), ins=(1, 2, 3), ranks=(2, 3)),
     "tensor_train-above-bound": TensorTrain(outs=(2, 2), ins=(2, 1), ranks=(5,)),
     "tensor_train-one-core": TensorTrain(outs=(3,), ins=(4,), ranks=()),
-    "row_train": RowTrain(out_features=3, ins=(2, 3), ranks=(2,)),
-    "row_train-three": RowTrain(out_features=2, ins=(2, 2, 3), ranks=(2, 3)),
-    "block_train": BlockTrain(outs=(3, 2), ins=(2, 4), rank=2),
-    "block_train-monarch": BlockTrain(outs=(2, 3), ins=(3, 2), rank=1),
+    "row_train": RowTensorTrain(out_features=3, ins=(2, 3), ranks=(2,)),
+    "row_train-three": RowTensorTrain(out_features=2, ins=(2, 2, 3), ranks=(2, 3)),
+    "block_train": BlockTensorTrain(outs=(3, 2), ins=(2, 4), rank=2),
+    "block_train-monarch": BlockTensorTrain(outs=(2, 3), ins=(3, 2), rank=1),
     "blast": Blast(outs=(2, 3), ins=(3, 2), rank=2),
     "tucker": Tucker(outs=(4,), ins=(5,), ranks=(2, 3)),
     "tucker-four": Tucker(outs=(2, 3), ins=(3, 2), ranks=(2, 2, 2, 1)),
     "cp": CP(outs=(2, 3), ins=(3,), rank=3),
     "cp-weighted": CP(outs=(3, 2), ins=(2, 2), rank=2, weighted=True),
-    "written": Written(
+    "written": CustomEinsum(
         factors=(("gate", ("a", "k")), ("left", ("a", "b", "k")), ("right", ("k", "c"))),
         outs=("a", "b"),
         ins=("c",),
         sizes=(("a", 2), ("b", 2), ("c", 3), ("k", 2)),
     ),
-    "written-one-factor": Written(
+    "written-one-factor": CustomEinsum(
         factors=(("only", ("k", "c", "a")),), outs=("a",), ins=("c",), sizes=(("a", 2), ("c", 3), ("k", 2))
     ),
 }
@@ -64,23 +64,25 @@ COMBINED: dict[str, Structure] = {
     "sum": Sum(parts=(KRONECKER, LOW_RANK)),
     "sum-dense": Sum(parts=(Dense(out_features=4, in_features=6), LOW_RANK)),
     "sum-nested": Sum(parts=(Sum(parts=(LOW_RANK, SMALL_TRAIN)), LOW_RANK)),
-    "placed": Placed(base=LOW_RANK, out_features=6, in_features=7),
-    "placed-rows": Placed(base=LOW_RANK, out_features=6, in_features=6, map_columns=False),
-    "placed-columns": Placed(base=LOW_RANK, out_features=4, in_features=7, map_rows=False),
-    "placed-permutation": Placed(base=KRONECKER, out_features=4, in_features=6),
-    "placed-nested": Placed(base=Placed(base=LOW_RANK, out_features=5, in_features=6), out_features=6, in_features=8),
-    "placed-sum": Placed(base=Sum(parts=(LOW_RANK, KRONECKER)), out_features=5, in_features=6),
-    "sum-placed": Sum(parts=(LOW_RANK, Placed(base=KRONECKER, out_features=4, in_features=6))),
-    "transposed": Transposed(base=BlockTrain(outs=(3, 2), ins=(2, 4), rank=2)),
-    "transposed-placed": Transposed(base=Placed(base=LOW_RANK, out_features=6, in_features=7)),
-    "placed-transposed-placed": Placed(
-        base=Transposed(base=Placed(base=LOW_RANK, out_features=5, in_features=6)), out_features=7, in_features=6
+    "placed": Scattered(base=LOW_RANK, out_features=6, in_features=7),
+    "placed-rows": Scattered(base=LOW_RANK, out_features=6, in_features=6, map_columns=False),
+    "placed-columns": Scattered(base=LOW_RANK, out_features=4, in_features=7, map_rows=False),
+    "placed-permutation": Scattered(base=KRONECKER, out_features=4, in_features=6),
+    "placed-nested": Scattered(
+        base=Scattered(base=LOW_RANK, out_features=5, in_features=6), out_features=6, in_features=8
     ),
-    "stacked-placed": Stacked(parts=(Placed(base=LOW_RANK, out_features=5, in_features=6), LOW_RANK)),
+    "placed-sum": Scattered(base=Sum(parts=(LOW_RANK, KRONECKER)), out_features=5, in_features=6),
+    "sum-placed": Sum(parts=(LOW_RANK, Scattered(base=KRONECKER, out_features=4, in_features=6))),
+    "transposed": Transposed(base=BlockTensorTrain(outs=(3, 2), ins=(2, 4), rank=2)),
+    "transposed-placed": Transposed(base=Scattered(base=LOW_RANK, out_features=6, in_features=7)),
+    "placed-transposed-placed": Scattered(
+        base=Transposed(base=Scattered(base=LOW_RANK, out_features=5, in_features=6)), out_features=7, in_features=6
+    ),
+    "stacked-placed": Stacked(parts=(Scattered(base=LOW_RANK, out_features=5, in_features=6), LOW_RANK)),
     "stacked": Stacked(parts=(LOW_RANK, KRONECKER)),
     "stacked-sum": Stacked(parts=(LowRank(out_features=2, in_features=6, rank=1), Sum(parts=(LOW_RANK, KRONECKER)))),
     "transposed-stacked": Transposed(base=Stacked(parts=(LOW_RANK, LOW_RANK))),
-    "placed-stacked": Placed(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
+    "placed-stacked": Scattered(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
     "sum-stacked": Sum(
         parts=(
             LowRank(out_features=6, in_features=6, rank=1),
@@ -90,7 +92,7 @@ COMBINED: dict[str, Structure] = {
 }
 
 
-def random_diagram(seed: int) -> Written:
+def random_diagram(seed: int) -> CustomEinsum:
     """Two to four factors; every label goes to a random set of them, so it may be shared by all or belong to one.
 
     Labels differ in their primes only, as a mathematician would write them: no code may give primes a meaning.
@@ -106,7 +108,7 @@ def random_diagram(seed: int) -> Written:
             holders[draw.choice(labels)].append(name)
     held = {name: [label for label in labels if name in holders[label]] for name in names}
     factors = [(name, draw.sample(own, len(own))) for name, own in held.items()]
-    return Written(factors=factors, outs=outs, ins=ins, sizes=[(label, draw.randint(1, 3)) for label in labels])
+    return CustomEinsum(factors=factors, outs=outs, ins=ins, sizes=[(label, draw.randint(1, 3)) for label in labels])
 
 
 DIAGRAMS: dict[str, Structure] = {f"diagram-{seed}": random_diagram(seed) for seed in range(12)}

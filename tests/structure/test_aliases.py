@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tenfold.nn import FactorizedLinear
-from tenfold.structure import Dense, LowRank, Placed, Sum, Written
+from tenfold.structure import CustomEinsum, Dense, LowRank, Scattered, Sum
 
 SQUARE = LowRank(out_features=16, in_features=16, rank=16)
 ALIASED = {
     "low_rank": SQUARE,
-    "placed": Placed(base=SQUARE, out_features=16, in_features=16),
+    "placed": Scattered(base=SQUARE, out_features=16, in_features=16),
     "sum": Sum(parts=(SQUARE, SQUARE)),
 }
 
@@ -66,8 +66,8 @@ def test_parts_of_a_sum_do_not_share_the_memory_of_their_gradients():
 def test_a_label_of_one_factor_alone_between_maps_has_a_gradient():
     """Its gradient is the same number many times; parts of the rows add to it."""
     sizes = (("a", 256), ("c", 256), ("k", 8), ("j", 2))
-    written = Written(factors=(("f", ("a", "k", "j")), ("g", ("k", "c"))), outs=("a",), ins=("c",), sizes=sizes)
-    structure = Placed(base=written, out_features=256, in_features=256)
+    written = CustomEinsum(factors=(("f", ("a", "k", "j")), ("g", ("k", "c"))), outs=("a",), ins=("c",), sizes=sizes)
+    structure = Scattered(base=written, out_features=256, in_features=256)
     factors = {k: v.requires_grad_(v.is_floating_point()) for k, v in structure.init(0.1, dtype=torch.float64).items()}
     x, learnt = torch.randn(1100, 256, dtype=torch.float64), [factors[k] for k in structure.factor_shapes()]
     found = torch.autograd.grad(structure.apply(factors, x).square().sum(), learnt)

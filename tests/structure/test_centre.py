@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenfold.structure import TensorTrain
-from tenfold.structure.fit import Problem
+from tenfold.structure.als import Problem
 from tenfold.structure.tensor_train import left_clipped
 
 FIVE = ((2, 2, 3, 2, 1), (2, 1, 2, 2, 2))

@@ -9,12 +9,12 @@ import torch
 from cases import ALL, each, member
 
 from tenfold.structure import (
-    BlockTrain,
+    BlockTensorTrain,
     Dense,
     Kronecker,
     LowRank,
-    Placed,
-    RowTrain,
+    RowTensorTrain,
+    Scattered,
     Stacked,
     TensorTrain,
     Transposed,
@@ -78,7 +78,7 @@ def test_block_train_is_optimal_in_every_block(rank):
     w = weight(6, 8)
     blocks = [w[j::b, k * d : (k + 1) * d] for j in range(b) for k in range(c)]
     expected = sum(dropped(block, rank) for block in blocks)
-    assert error(BlockTrain(outs=outs, ins=ins, rank=rank), w) == pytest.approx(expected, abs=1e-10)
+    assert error(BlockTensorTrain(outs=outs, ins=ins, rank=rank), w) == pytest.approx(expected, abs=1e-10)
 
 
 def test_dense_is_exact_and_combinators_keep_optima():
@@ -90,7 +90,7 @@ def test_dense_is_exact_and_combinators_keep_optima():
 
 def test_a_placed_fit_takes_the_entries_at_its_place():
     """Of a matrix that is zero elsewhere nothing but the base's own error is left."""
-    placed = Placed(base=LowRank(out_features=4, in_features=5, rank=2), out_features=6, in_features=7)
+    placed = Scattered(base=LowRank(out_features=4, in_features=5, rank=2), out_features=6, in_features=7)
     small, maps = weight(4, 5), {"rows": torch.tensor([4, 0, 5, 2]), "columns": torch.tensor([6, 1, 0, 3, 2])}
     w = torch.zeros(6, 7, dtype=F64)
     w[maps["rows"][:, None], maps["columns"]] = small
@@ -118,7 +118,7 @@ def test_tt_svd_is_that_of_tensorly(outs, ins, ranks):
 
 
 def test_row_trains_are_those_of_tensorly():
-    w, train = weight(3, 24), RowTrain(out_features=3, ins=(2, 4, 3), ranks=(2, 2))
+    w, train = weight(3, 24), RowTensorTrain(out_features=3, ins=(2, 4, 3), ranks=(2, 2))
     theirs = [tensorly.decomposition.tensor_train(row.reshape(2, 4, 3), rank=(1, 2, 2, 1)) for row in w.numpy()]
     expected = np.stack([row.to_tensor().ravel() for row in theirs])
     np.testing.assert_allclose(train.dense(train.closed_form(w)), expected, atol=1e-10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DIAGRAMS, FAMILIES, each
 
-from tenfold.structure import BlockTrain, Kronecker, LowRank, TensorTrain, Tucker
+from tenfold.structure import BlockTensorTrain, Kronecker, LowRank, TensorTrain, Tucker
 from tenfold.structure.contraction import THIN, gradients, multiply, plan_of, product_of, run
 from tenfold.structure.cost_model import CPU, HardwareCosts
 from tenfold.structure.matmul import chain, rebuild
@@ -142,7 +142,7 @@ def test_copies_are_foreseen(one, other, kept, made, copied):
         LowRank(out_features=64, in_features=48, rank=8),
         Kronecker(outs=(4, 32), ins=(6, 32), terms=3),
         TensorTrain(outs=(4, 4, 16), ins=(4, 4, 16), ranks=(8, 8)),
-        BlockTrain(outs=(8, 8), ins=(8, 8), rank=2),
+        BlockTensorTrain(outs=(8, 8), ins=(8, 8), rank=2),
         Tucker(outs=(8, 6), ins=(4, 6), ranks=(6, 4, 3, 4)),
     ],
     ids=lambda s: s.kind,

@@ -8,19 +8,19 @@ import torch
 from tenfold.structure import (
     CP,
     Blast,
-    BlockTrain,
+    BlockTensorTrain,
+    CustomEinsum,
     Kronecker,
     LowRank,
-    Placed,
-    RowTrain,
+    RowTensorTrain,
+    Scattered,
     Stacked,
     Structure,
     Sum,
     TensorTrain,
     Transposed,
     Tucker,
-    Written,
-    dims,
+    factorization,
 )
 
 # factors ----------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ from tenfold.structure import (
 @pytest.mark.parametrize("number", [1, 2, 7, 12, 64, 768, 2304, 3072, 50257, 50304, 151936])
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_balanced_factors(number, parts):
-    factors = dims.balanced(number, parts)
+    factors = factorization.balanced(number, parts)
     assert prod(factors) == number
     assert len(factors) == parts
     assert list(factors) == sorted(factors, reverse=True)
@@ -40,25 +40,25 @@ def test_balanced_factors(number, parts):
 
 @pytest.mark.parametrize("number, parts, expected", [(768, 3, (12, 8, 8)), (3072, 2, (64, 48)), (13, 2, (13, 1))])
 def test_balanced_factors_of_known_numbers(number, parts, expected):
-    assert dims.balanced(number, parts) == expected
+    assert factorization.balanced(number, parts) == expected
 
 
 @pytest.mark.parametrize("number, parts", [(12, 0), (0, 2), (-4, 2)])
 def test_what_has_no_factors_is_refused(number, parts):
     with pytest.raises(ValueError, match=rf"{number} can't be split into {parts}"):
-        dims.balanced(number, parts)
+        factorization.balanced(number, parts)
 
 
 @pytest.mark.parametrize("budget", [0, 6, 7, 8, 20.9, 21, 10**6])
 def test_largest(budget):
-    best = dims.largest(lambda n: 7 * n, budget)
+    best = factorization.largest(lambda n: 7 * n, budget)
     assert 7 * best <= budget < 7 * (best + 1)
 
 
 def test_a_product_that_does_not_fit_is_refused():
-    dims.check_product("outs", (3, 4), 12, "the weight")
+    factorization.check_product("outs", (3, 4), 12, "the weight")
     with pytest.raises(ValueError, match=r"outs \(3, 5\) multiply to 15, but the weight has 12.*\(4, 3\)"):
-        dims.check_product("outs", (3, 5), 12, "the weight")
+        factorization.check_product("outs", (3, 5), 12, "the weight")
 
 
 # structures for a shape -------------------------------------------------------------------------------------------
@@ -77,9 +77,9 @@ FOR_768_3072 = [
         {"kind": "tensor_train", "outs": [1, 1, 768], "ins": [2, 3, 512], "rank": 64},  # clipped from the left only
         TensorTrain(outs=(1, 1, 768), ins=(2, 3, 512), ranks=(2, 6)),
     ),
-    ({"kind": "row_train", "rank": 64}, RowTrain(out_features=768, ins=(16, 16, 12), ranks=(16, 12))),
-    ({"kind": "row_train", "parts": 2, "rank": 4}, RowTrain(out_features=768, ins=(64, 48), ranks=(4,))),
-    ({"kind": "block_train", "rank": 1}, BlockTrain(outs=(32, 24), ins=(64, 48), rank=1)),
+    ({"kind": "row_train", "rank": 64}, RowTensorTrain(out_features=768, ins=(16, 16, 12), ranks=(16, 12))),
+    ({"kind": "row_train", "parts": 2, "rank": 4}, RowTensorTrain(out_features=768, ins=(64, 48), ranks=(4,))),
+    ({"kind": "block_train", "rank": 1}, BlockTensorTrain(outs=(32, 24), ins=(64, 48), rank=1)),
     ({"kind": "blast", "rank": 9}, Blast(outs=(4, 192), ins=(4, 768), rank=9)),
     ({"kind": "blast", "blocks": 8, "rank": 9}, Blast(outs=(8, 96), ins=(8, 384), rank=9)),
     ({"kind": "tucker", "rank": 1000}, Tucker(outs=(768,), ins=(3072,), ranks=(768, 1000))),
@@ -94,7 +94,7 @@ FOR_768_3072 = [
     ),
     (
         {"kind": "placed", "base": {"kind": "low_rank", "rank": 1}},
-        Placed(base=LowRank(out_features=768, in_features=3072, rank=1), out_features=768, in_features=3072),
+        Scattered(base=LowRank(out_features=768, in_features=3072, rank=1), out_features=768, in_features=3072),
     ),
     (
         {"kind": "transposed", "base": {"kind": "low_rank", "rank": 1}},
@@ -108,7 +108,7 @@ FOR_768_3072 = [
             "ins": "i",
             "sizes": {"o": 768, "i": 3072, "r": 2},
         },
-        Written(
+        CustomEinsum(
             factors=(("left", ("o", "r")), ("right", ("r", "i"))),
             outs=("o",),
             ins=("i",),
@@ -222,7 +222,7 @@ def test_a_sum_gives_what_its_fixed_parts_leave_to_the_open_ones():
 
 def test_a_placed_matrix_grows_as_its_base_does():
     found = Structure.within(24, 36, {"kind": "placed", "base": {"kind": "low_rank"}}, 600)
-    assert found == Placed(base=LowRank(out_features=24, in_features=36, rank=10), out_features=24, in_features=36)
+    assert found == Scattered(base=LowRank(out_features=24, in_features=36, rank=10), out_features=24, in_features=36)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
 from tenfold.structure import CP, Blast, Kronecker, LowRank, Sum, Tucker
-from tenfold.structure import fit as fitting
-from tenfold.structure.fit import Problem
+from tenfold.structure import als as fitting
+from tenfold.structure.als import Problem
 
 F64 = torch.float64
 MANY = [name for name, s in ALL.items() if not s.optimal and s.kind not in ("tensor_train", "row_train", "tucker")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import ALL, COMBINED, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
 
-from tenfold.structure import Blast, BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain
+from tenfold.structure import Blast, BlockTensorTrain, Kronecker, LowRank, Scattered, Sum, TensorTrain
 from tenfold.structure.cost_model import CPU, HardwareCosts
 from tenfold.structure.matmul import BUCKETS, _back_through_chain, _part, bucket, chain, counts_of
 
@@ -15,7 +15,7 @@ def test_flops_of_known_cases():
     """By hand, as on the definition page: ``O I`` multiply-adds, ``R (O + I)``, ``R (ABC + BCD)``."""
     assert FAMILIES["dense"].flops(5) == 2 * 5 * 3 * 4
     assert LowRank(out_features=40, in_features=60, rank=2).flops(5) == 2 * 5 * 2 * (40 + 60)
-    assert BlockTrain(outs=(16, 16), ins=(16, 16), rank=1).flops(3) == 2 * 3 * 2 * 16**3
+    assert BlockTensorTrain(outs=(16, 16), ins=(16, 16), rank=1).flops(3) == 2 * 3 * 2 * 16**3
     assert Kronecker(outs=(64, 2), ins=(64, 2)).flops(1) == 2 * (2 * 64 * 64 + 64 * 2 * 2)
 
 
@@ -34,12 +34,12 @@ def test_parts_below_each_other_are_put_together(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "pad", None)
     torch.testing.assert_close(structure.apply(factors, x), x @ structure.dense(factors).T)
     assert Sum(parts=(KRONECKER, LOW_RANK))._added == KRONECKER.shape[0]
-    assert Placed(base=KRONECKER, out_features=9, in_features=9)._blocks is None
+    assert Scattered(base=KRONECKER, out_features=9, in_features=9)._blocks is None
 
 
 def test_parts_of_rows_leave_what_is_between_in_the_cache():
     """512 rows at most, fewer where a row has much between the steps, and never fewer than a few."""
-    blocks = BlockTrain(outs=(32, 24), ins=(64, 48), rank=2).normal_form()[0].diagram
+    blocks = BlockTensorTrain(outs=(32, 24), ins=(64, 48), rank=2).normal_form()[0].diagram
     dear = TensorTrain(outs=(4, 4, 4, 4, 3), ins=(4, 4, 4, 4, 12), ranks=(12, 12, 12, 12)).normal_form()[0].diagram
     for spec, expected in ((blocks, range(256, 513)), (dear, range(64, 129))):
         plan = chain(spec, 2048, CPU)
@@ -48,7 +48,7 @@ def test_parts_of_rows_leave_what_is_between_in_the_cache():
 
 
 def test_flops_of_a_placed_matrix_are_those_of_its_base():
-    assert Placed(base=KRONECKER, out_features=9, in_features=9).flops(7) == KRONECKER.flops(7)
+    assert Scattered(base=KRONECKER, out_features=9, in_features=9).flops(7) == KRONECKER.flops(7)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tenfold.structure
-from tenfold.structure import BlockTrain, Kronecker, LowRank, Placed, Sum, TensorTrain, permute
-from tenfold.structure.permute import search
+from tenfold.structure import BlockTensorTrain, Kronecker, LowRank, Scattered, Sum, TensorTrain, permutation_search
+from tenfold.structure.permutation_search import search
 
 F64 = torch.float64
 DEMO = Path(tenfold.structure.__file__).parent.parent / "demo" / "model.safetensors"
@@ -21,16 +21,18 @@ BASES = {
     "kronecker-three": Kronecker(outs=(6, 2, 2), ins=(5, 1, 2), terms=2),
     "kronecker-last": Kronecker(outs=(2, 2, 6), ins=(2, 1, 5), terms=2, scaled=True),
     "tensor_train": TensorTrain(outs=(4, 4), ins=(3, 4), ranks=(3,)),
-    "block_train": BlockTrain(outs=(4, 4), ins=(4, 3), rank=1),
+    "block_train": BlockTensorTrain(outs=(4, 4), ins=(4, 3), rank=1),
     "sum": Sum(parts=(LowRank(out_features=16, in_features=12, rank=1), Kronecker(outs=(8, 2), ins=(6, 2)))),
 }
 
 
-def placed(base, rows: bool = True, columns: bool = True) -> Placed:
-    return Placed(base=base, out_features=base.shape[0], in_features=base.shape[1], map_rows=rows, map_columns=columns)
+def placed(base, rows: bool = True, columns: bool = True) -> Scattered:
+    return Scattered(
+        base=base, out_features=base.shape[0], in_features=base.shape[1], map_rows=rows, map_columns=columns
+    )
 
 
-def kronecker(outs, ins, terms: int = 1, **more) -> Placed:
+def kronecker(outs, ins, terms: int = 1, **more) -> Scattered:
     """Rows are mapped unless every block has one row only, as of an embedding."""
     return placed(Kronecker(outs=outs, ins=ins, terms=terms, **more), rows=sum(outs[1:]) > len(outs[1:]))
 
@@ -43,7 +45,7 @@ def search_error(structure, weight, **options) -> float:
     return error(structure, search(structure, weight, **options), weight)
 
 
-def planted(structure: Placed, noise: float, seed: int):
+def planted(structure: Scattered, noise: float, seed: int):
     """A permuted member with noise on it, and its own error."""
     generator = torch.Generator().manual_seed(seed)
     factors = structure.init(1.0, generator, F64)
@@ -63,7 +65,7 @@ def trained_like(out: int, inner: int, seed: int = 0) -> torch.Tensor:
     return scales[0][:, None] * ((u * spectrum) @ v) * scales[1]
 
 
-def best_of_random(structure: Placed, weight: torch.Tensor, draws: int = 100) -> float:
+def best_of_random(structure: Scattered, weight: torch.Tensor, draws: int = 100) -> float:
     generator = torch.Generator().manual_seed(0)
     identity = [torch.arange(n) for n in weight.shape]
     errors = []
@@ -170,13 +172,13 @@ def test_a_member_in_order_stays_as_it_is(base):
 @EACH
 def test_the_error_never_grows_and_is_what_the_factors_leave(base):
     structure, weight = placed(base), trained_like(*base.shape)
-    assign, generator = permute._solver(), torch.Generator().manual_seed(0)
-    kind = permute.KroneckerBase if isinstance(base, Kronecker) else permute.AnyBase
-    orders = {side: torch.randperm(n) for side, n in zip(permute.SIDES, base.shape, strict=True)}
+    assign, generator = permutation_search._solver(), torch.Generator().manual_seed(0)
+    kind = permutation_search.KroneckerBase if isinstance(base, Kronecker) else permutation_search.AnyBase
+    orders = {side: torch.randperm(n) for side, n in zip(permutation_search.SIDES, base.shape, strict=True)}
     trial = kind(structure, weight).begun(orders)
     first = trial.lost
     for step in range(12):
-        before, side = trial.lost, permute.SIDES[step % 2]
+        before, side = trial.lost, permutation_search.SIDES[step % 2]
         exchange = trial.exchange(side, generator)
         order = exchange.assigned(assign)
         saved = float(exchange.gains(order).sum())
@@ -187,11 +189,11 @@ def test_the_error_never_grows_and_is_what_the_factors_leave(base):
     assert trial.lost < 0.999 * first or not isinstance(base, Kronecker)
 
 
-@pytest.mark.parametrize("side", permute.SIDES)
+@pytest.mark.parametrize("side", permutation_search.SIDES)
 def test_an_exchange_knows_its_gain_before_any_fit(side):
     """``sum x^T (1 - P) x`` over the blocks, before and after: random orders, so the gain may be a loss."""
     structure = kronecker((6, 3), (5, 2), terms=2)
-    trial = permute.KroneckerBase(structure, torch.randn(structure.shape, dtype=F64))
+    trial = permutation_search.KroneckerBase(structure, torch.randn(structure.shape, dtype=F64))
     generator = torch.Generator().manual_seed(0)
     rest = trial.rest
     for _ in range(5):
@@ -245,11 +247,11 @@ def test_maps_are_whole_permutations_of_the_mapped_sides(kind, rows, columns):
     weight = torch.randn(structure.shape)
     factors = search(structure, weight, starts=3, rounds=1)
     structure.check_factors(factors)
-    assert {side for side in permute.SIDES if side in factors} == set(structure.index_shapes())
+    assert {side for side in permutation_search.SIDES if side in factors} == set(structure.index_shapes())
     for side in structure.index_shapes():
         assert factors[side].dtype == torch.int32
         assert factors[side].sort().values.equal(torch.arange(len(factors[side]), dtype=torch.int32))
-    others = [value for name, value in factors.items() if name not in permute.SIDES]
+    others = [value for name, value in factors.items() if name not in permutation_search.SIDES]
     assert all(value.dtype == F64 for value in others)
     assert (
         error(structure, factors, weight.double()) <= error(structure, structure.fit(weight, sweeps=50), weight) + 1e-9
@@ -266,7 +268,7 @@ def test_factors_share_their_norm_and_the_scalars_are_one():
 def test_two_stages_are_one_order():
     """What both stages lose adds up: the table that the second folds is a projection of the weight."""
     whole, weight = kronecker((24, 2, 2), (12, 1, 2)), trained_like(96, 24)
-    trial = permute.KroneckerBase(whole, weight)
+    trial = permutation_search.KroneckerBase(whole, weight)
     [orders] = trial.staged(rounds=2, seed=0)
     pairs, folded = kronecker((48, 2), (12, 2)), kronecker((24, 2), (12, 1))
     first = search(pairs, weight, rounds=2)
@@ -277,16 +279,16 @@ def test_two_stages_are_one_order():
 
 
 def test_a_large_matrix_is_exchanged_in_parts(monkeypatch):
-    monkeypatch.setattr(permute, "LARGEST", 10)
+    monkeypatch.setattr(permutation_search, "LARGEST", 10)
     structure, weight = kronecker((32, 2), (24, 2)), trained_like(64, 48)
-    assert len(permute.KroneckerBase(structure, weight).exchange("rows", torch.Generator()).items) == 10
+    assert len(permutation_search.KroneckerBase(structure, weight).exchange("rows", torch.Generator()).items) == 10
     found = search_error(structure, weight, rounds=3)
     assert found < 0.97 * best_of_random(structure, weight)
 
 
 def test_many_rows_that_stay_cost_no_more_than_their_gram_matrix():
     structure, weight = kronecker((500, 1), (6, 2)), trained_like(500, 12)
-    trial = permute.KroneckerBase(structure, weight)
+    trial = permutation_search.KroneckerBase(structure, weight)
     assert trial.source.shape == (12, 12)
     assert trial.lost == pytest.approx(float(weight.square().sum()) * error(structure, trial.factors(), weight) ** 2)
 
@@ -306,7 +308,12 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
         (kronecker((4, 2), (3, 2)), torch.ones(6, 8), {}, r"\(6, 8\)"),
         (kronecker((4, 2), (3, 2)), torch.full((8, 6), torch.nan), {}, "NaN"),
         (kronecker((4, 2), (3, 2)), torch.ones(8, 6), {"method": "random"}, "'random'.*alternate, anneal"),
-        (Placed(base=Kronecker(outs=(4, 2), ins=(3, 2)), out_features=9, in_features=6), torch.ones(9, 6), {}, "whole"),
+        (
+            Scattered(base=Kronecker(outs=(4, 2), ins=(3, 2)), out_features=9, in_features=6),
+            torch.ones(9, 6),
+            {},
+            "whole",
+        ),
     ],
 )
 def test_refuses_what_it_cannot_search(structure, weight, options, words):

@@ -11,7 +11,7 @@ from cases import ALL, FAMILIES, LOW_RANK, each, factors_of
 from oracle import matrix
 
 import tenfold.structure
-from tenfold.structure import CP, Blast, LowRank, Placed, Stacked, Structure, Sum, TensorTrain, Tucker, Written
+from tenfold.structure import CP, Blast, CustomEinsum, LowRank, Scattered, Stacked, Structure, Sum, TensorTrain, Tucker
 
 F64 = torch.float64
 
@@ -109,7 +109,7 @@ def test_scalars_start_at_one(structure):
         (lambda: Sum(parts=()), r"\[\]"),
         (lambda: Sum(parts=(LOW_RANK, LowRank(out_features=6, in_features=4, rank=1))), r"\(4, 6\), \(6, 4\)"),
         (lambda: Stacked(parts=(LOW_RANK, LowRank(out_features=4, in_features=5, rank=1))), r"\(4, 6\), \(4, 5\)"),
-        (lambda: Placed(base=LOW_RANK, out_features=3, in_features=6), "4 rows .* 3 rows"),
+        (lambda: Scattered(base=LOW_RANK, out_features=3, in_features=6), "4 rows .* 3 rows"),
     ],
 )
 def test_integers_that_make_no_matrix_are_refused(make, says):
@@ -139,9 +139,9 @@ GOOD = {
     ],
 )  # fmt: skip
 def test_diagrams_that_make_no_matrix_are_refused(wrong, says):
-    Written(**GOOD)
+    CustomEinsum(**GOOD)
     with pytest.raises(ValueError, match=says):
-        Written(**GOOD | wrong)
+        CustomEinsum(**GOOD | wrong)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_label_that_three_factors_have_is_in_no_product_of_matrices():
     sizes = tuple({"o": 3, "i": 4, "r": 2, "s": 5}.items())
 
     def written(*factors):
-        return Written(
+        return CustomEinsum(
             factors=[(str(k), tuple(labels)) for k, labels in enumerate(factors)], outs="o", ins="i", sizes=sizes
         )
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tenfold.api import compress
-from tenfold.models.healing import Heal
-from tenfold.train.distil import Distillation
+from tenfold.models.distillation_config import Heal
+from tenfold.train.distillation import Distillation
 from tenfold.train.optimizer import optimizer_for
 
 RULE = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "tensor_train", "parts": 3, "rank": 6}}

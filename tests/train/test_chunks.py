@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tenfold.train.chunks import summed
+from tenfold.train.chunked_loss import summed
 
 
 @pytest.mark.parametrize("again", [False, True])

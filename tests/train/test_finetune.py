@@ -20,8 +20,8 @@ from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
 from tenfold.nn.cola import Cola, ColaLinear
 from tenfold.train.finetune import Scored, counted
-from tenfold.train.trainer import Watched
-from tenfold.train.ways import WAYS, free_head
+from tenfold.train.methods import WAYS, free_head
+from tenfold.train.trainer import DivergenceGuardTrainer
 
 RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
 
@@ -277,7 +277,7 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
 
 def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
     """One that is twice that of the first step or of a guess; not one that is merely much larger than it was."""
-    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 3.0, 21: 3.4})
     trained(toys, tmp_path / "worse", "gpt2", False, "full")
     off_by(monkeypatch, {0: 0.0, 21: 6.0})

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 import tenfold
 import tenfold_cli
-from tenfold.models.files import whole_folder, written
+from tenfold.models.atomic_io import whole_folder, written
 from tenfold.train.pretrain import pretrain
 
 REASONS = [

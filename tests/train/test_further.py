@@ -14,9 +14,9 @@ from tenfold import api, deepen
 from tenfold.api import compress, evaluate
 from tenfold.models.recipe import load_recipe
 from tenfold.train.pretrain import pretrain
+from tenfold.train.recipe_checks import check_wanted
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import write_tokens
-from tenfold.train.wanted import check_wanted
 
 TRAIN = {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6, "held_out": 320}
 STILL = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tenfold import api
 from tenfold.api import compress, evaluate, heal_settings
-from tenfold.evaluate.text import documents, token_stream
-from tenfold.models.files import written
-from tenfold.models.healing import Heal
-from tenfold.run import heal_checkpoint
-from tenfold.train.distil import Distillation
+from tenfold.checkpoint_jobs import heal_checkpoint
+from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.models.atomic_io import written
+from tenfold.models.distillation_config import Heal
+from tenfold.train.chunked_head import ChunkedHead
+from tenfold.train.distillation import Distillation
 from tenfold.train.heal import _at_once, heal
-from tenfold.train.logits import Predictor
 from tenfold.train.teacher import check_teacher, check_vocabulary, eager, layer_map
 from tenfold.train.tokenizer import train_tokenizer
-from tenfold.train.trainer import Watched, Windows
+from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset
 
 CAPPED = {**toys.GEMMA, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
@@ -287,10 +287,10 @@ def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
 
 
 def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(Watched, "STEPS", 3)
-    spoilt, whole = {4: 50.0, 5: 50.0}, Watched.__mro__[1].training_step
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
+    spoilt, whole = {4: 50.0, 5: 50.0}, DivergenceGuardTrainer.__mro__[1].training_step
     monkeypatch.setattr(
-        Watched.__mro__[1],
+        DivergenceGuardTrainer.__mro__[1],
         "training_step",
         lambda self, *given, **named: whole(self, *given, **named) + spoilt.get(self.state.global_step, 0.0),
     )
@@ -324,7 +324,7 @@ def test_the_last_step_of_a_pass_is_a_whole_one(folder, tokenizer):
 
 def test_passes_over_the_text_are_counted(folder, tokenizer):
     student = AutoModelForCausalLM.from_pretrained(folder)
-    windows = len(Windows(token_stream(documents([folder / "text.txt"], tokenizer), tokenizer), 32))
+    windows = len(PackedDataset(token_stream(documents([folder / "text.txt"], tokenizer), tokenizer), 32))
     steps, saw = -(-windows // 40), []
 
     def spoil(step, *rest):
@@ -592,7 +592,7 @@ def test_student_and_teacher_may_be_compiled(tmp_path, monkeypatch, whole):
 
     monkeypatch.setattr(torch, "compile", counted)
     if whole:
-        monkeypatch.setattr(Predictor, "_agrees", lambda *_: False)
+        monkeypatch.setattr(ChunkedHead, "_agrees", lambda *_: False)
     losses = {"kl": 1.0, "cross_entropy": 0.1, "hidden": 0.1}
     for wanted in (False, True):
         torch.manual_seed(0)

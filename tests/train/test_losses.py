@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.models.healing import LOSSES
+from tenfold.models.distillation_config import LOSSES
 from tenfold.train import losses
-from tenfold.train.losses import IGNORED, LOGITS, STATES, Rows, log_probabilities
+from tenfold.train.losses import IGNORED, LOGITS, STATES, LossInputs, log_probabilities
 
 N, V = 6, 7
 
@@ -46,7 +46,7 @@ def test_losses_of_logits(name, temperature):
     targets = torch.randint(0, V, (N,))
     targets[2] = IGNORED
     logs = [log_probabilities(values, temperature) for values in (student, teacher)]
-    got = LOGITS[name](Rows(student, targets, *logs, temperature))
+    got = LOGITS[name](LossInputs(student, targets, *logs, temperature))
     expected = [
         reference(name, *(v[i].numpy() for v in (student, teacher)), int(targets[i]), temperature) for i in range(N)
     ]
@@ -55,7 +55,7 @@ def test_losses_of_logits(name, temperature):
 
 def test_half_precision_is_summed_in_single():
     logits = torch.randn(2, V).bfloat16()
-    rows = Rows(logits, torch.tensor([1, 2]), *(log_probabilities(logits, 1.0),) * 2)
+    rows = LossInputs(logits, torch.tensor([1, 2]), *(log_probabilities(logits, 1.0),) * 2)
     assert all(LOGITS[name](rows).dtype == torch.float32 for name in LOGITS)
 
 

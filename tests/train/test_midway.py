@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from tenfold.api import pretrain
 from tenfold.train import pretrain as alone
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.midway import go_on_with
-from tenfold.train.trainer import Watched
+from tenfold.train.compress_midway import go_on_with
+from tenfold.train.trainer import DivergenceGuardTrainer
 
 NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
 BLOCKS = {"replace": [FOLDED]}
@@ -46,7 +46,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_a_folded_model_is_not_compared_with_the_dense_one(text, tmp_path, monkeypatch):
     """It begins worse, also where it goes on behind an interruption."""
-    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 0.0, 12: 3.0})
     slow = halfway(BLOCKS, learning_rate=1e-9)
     with pytest.raises(Killed):
@@ -105,7 +105,7 @@ def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path):
     recipe = alone.load_recipe(halfway(NARROW, seed=3))
     alone.pretrain(recipe, [text], tmp_path / "run", compress=compress)
     tokens = alone.Tokens(tmp_path / "run" / "tokens")
-    windows = alone.Windows(tokens, 32, 3)
+    windows = alone.PackedDataset(tokens, 32, 3)
     trained = [windows[k]["input_ids"].tolist() for k in range(12 * 4)]
     assert len(seen) == 20 and all(row in trained for row in seen)
     assert seen[0] == trained[0] and seen[-1] == trained[-1], "spread over all of it"

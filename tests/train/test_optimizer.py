@@ -10,13 +10,13 @@ from models import toys
 
 from tenfold.api import compress
 from tenfold.nn import FactorizedLinear
-from tenfold.structure import BlockTrain, Kronecker, LowRank, TensorTrain
+from tenfold.structure import BlockTensorTrain, Kronecker, LowRank, TensorTrain
 from tenfold.train.optimizer import Muon, optimizer_for, orthogonal
 
 FOLDED = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "block_train", "rank": 2}}
 STRUCTURES = [
     LowRank(out_features=6, in_features=10, rank=3),
-    BlockTrain(outs=(3, 2), ins=(5, 4), rank=2),
+    BlockTensorTrain(outs=(3, 2), ins=(5, 4), rank=2),
     Kronecker(outs=(3, 2), ins=(5, 4), terms=3),
     TensorTrain(outs=(3, 2, 4), ins=(5, 4, 2), ranks=(3, 6)),
 ]

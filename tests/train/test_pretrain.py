@@ -24,13 +24,13 @@ from tenfold.api import compress, evaluate
 from tenfold.models.recipe import load_recipe, recipe_names
 from tenfold.nn import FactorizedLinear
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.guide import Guided
+from tenfold.train.model_factory import length_of
 from tenfold.train.pretrain import pretrain
-from tenfold.train.scratch import length_of
+from tenfold.train.recipe_checks import check_wanted
+from tenfold.train.self_guided import Guided
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import Watched, Windows, shared_out, training_arguments
-from tenfold.train.wanted import check_wanted
+from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset, shared_out, training_arguments
 
 RECIPE = {
     "name": "toy",
@@ -136,7 +136,7 @@ def placed(folder: Path, windows: int = 300) -> Path:
 def held_out_again(run: Path, tokens: Path, count: int) -> float:
     """The mean loss of the hidden tokens of the last ``count`` windows, by what the folder loads as."""
     model = AutoModelForMaskedLM.from_pretrained(run, dtype=torch.float32).eval()
-    hidden = Windows(Tokens(tokens)[-count * 32 :], 32, masked=(AutoTokenizer.from_pretrained(run), 0.15))
+    hidden = PackedDataset(Tokens(tokens)[-count * 32 :], 32, masked=(AutoTokenizer.from_pretrained(run), 0.15))
     batch = {key: torch.stack([hidden[k][key] for k in range(count)]) for key in hidden[0]}
     with torch.no_grad():
         return float(model(**batch).loss)
@@ -213,7 +213,7 @@ def test_what_is_hidden_depends_on_the_window_only(tmp_path):
     tokenizer = train_tokenizer([small.text()], 300, 32)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     tokens = np.arange(20, 20 + 256)
-    one, other = (Windows(tokens, 32, 3, (tokenizer, 0.3)) for _ in range(2))
+    one, other = (PackedDataset(tokens, 32, 3, (tokenizer, 0.3)) for _ in range(2))
     backwards = {k: other[k] for k in reversed(range(8))}
     hidden = torch.cat([one[k]["labels"] != -100 for k in range(8)])
     assert 0.1 < hidden.float().mean() < 0.5
@@ -326,7 +326,7 @@ def test_the_best_checkpoint_and_the_last_one_are_kept(text, tmp_path, monkeypat
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    monkeypatch.setattr(Watched, "evaluate", worse)
+    monkeypatch.setattr(DivergenceGuardTrainer, "evaluate", worse)
     pretrain(with_train(held_out=320), [text], tmp_path / "run")
     kept = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert {path.name for path in kept} == {"checkpoint-6", "checkpoint-22"}
@@ -457,8 +457,8 @@ def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
             self.model.transformer.ln_f.weight.grad[3] = torch.nan
         return loss
 
-    whole = Watched.training_step
-    monkeypatch.setattr(Watched, "training_step", poisoned)
+    whole = DivergenceGuardTrainer.training_step
+    monkeypatch.setattr(DivergenceGuardTrainer, "training_step", poisoned)
     with pytest.raises(
         ValueError, match=r"weights are NaN or infinite after step 12; the last good .* is .*checkpoint-6;"
     ):
@@ -487,7 +487,7 @@ def test_all_processes_stop_where_one_has_no_number():
         **{"recent": [], "best": np.inf, "STEPS": 50},
     )
     with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16\)"):
-        Watched.check(trainer)
+        DivergenceGuardTrainer.check(trainer)
 
 
 AWAY = r"the loss has run away to .* over the best mean before it; "
@@ -495,7 +495,7 @@ AWAY = r"the loss has run away to .* over the best mean before it; "
 
 def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
     """The checkpoint that is named is one at which it was good, not simply the last one."""
-    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 0.0, 8: 1.5, 14: 50.0})
     with pytest.raises(ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-6 \(delete those behind it"):
         pretrain(with_train(learning_rate=1e-9), [text], tmp_path / "run")
@@ -518,7 +518,7 @@ def test_a_loss_that_runs_away_at_once_has_no_good_checkpoint(text, tmp_path):
 
 def test_a_run_that_goes_on_knows_how_good_it_was(text, tmp_path, begun, monkeypatch):
     shutil.copytree(begun, tmp_path / "run")
-    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 4.0})
     with pytest.raises(
         ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-12; lower the learning rate"
@@ -528,7 +528,7 @@ def test_a_run_that_goes_on_knows_how_good_it_was(text, tmp_path, begun, monkeyp
 
 def test_no_hidden_token_in_the_first_step_is_no_good_loss(text, tmp_path, monkeypatch):
     """With which those behind it would be compared."""
-    monkeypatch.setattr(Watched, "STEPS", 3)
+    monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: -5.7, 1: 0.0})
     assert pretrain(with_train(objective="masked", learning_rate=1e-9) | {"model": BERT}, [text], tmp_path / "run")[
         "curve"
@@ -776,8 +776,8 @@ def test_parameters_without_a_gradient_are_borne_by_several_processes(tmp_path):
 def test_losses_are_those_of_whole_steps(text, tmp_path, accumulate, monkeypatch):
     """Whatever the number of batches that make one."""
     seen = []
-    check = Watched.check
-    monkeypatch.setattr(Watched, "check", lambda self: (check(self), seen.append(self.recent[0])))
+    check = DivergenceGuardTrainer.check
+    monkeypatch.setattr(DivergenceGuardTrainer, "check", lambda self: (check(self), seen.append(self.recent[0])))
     report = pretrain(with_train(accumulate=accumulate, learning_rate=1e-9), [text], tmp_path / "run")
     assert seen[0] == pytest.approx(report["curve"][0][1], rel=0.02)
 
@@ -796,7 +796,7 @@ def test_losses_are_means_over_the_tokens_of_a_step(text, tmp_path, model, objec
         told[accumulate] = pretrain(recipe, [text], tmp_path / f"run-{accumulate}")["curve"]
     place = tmp_path / "run-1"
     tokenizer = AutoTokenizer.from_pretrained(place)
-    windows = Windows(Tokens(place / "tokens"), 32, 0, (tokenizer, 0.15) if objective == "masked" else None)
+    windows = PackedDataset(Tokens(place / "tokens"), 32, 0, (tokenizer, 0.15) if objective == "masked" else None)
     own = (AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM).from_pretrained(
         last_checkpoint(place / "checkpoints")
     )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tenfold
 from tenfold.api import compress, save
-from tenfold.models.healing import Heal
+from tenfold.models.distillation_config import Heal
 from tenfold.train.heal import heal
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")

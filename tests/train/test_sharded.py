@@ -16,7 +16,7 @@ from train.test_processes import ONE, two
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tenfold
-from tenfold.train import shards
+from tenfold.train import fsdp
 from tenfold.train.checkpoints import check_checkpoint
 from tenfold_cli import app
 
@@ -29,8 +29,8 @@ DENSE = {
     "tokenizer": {"vocab_size": 300},
     "train": TRAIN,
 }
-SHARED = DENSE | {"replace": [sharded.RULE | {"start": "noise"}]}
-TAUGHT = SHARED | {"train": TRAIN | {"losses": {"kl": 0.5, "cross_entropy": 0.5}}}
+ALLOCATORS = DENSE | {"replace": [sharded.RULE | {"start": "noise"}]}
+TAUGHT = ALLOCATORS | {"train": TRAIN | {"losses": {"kl": 0.5, "cross_entropy": 0.5}}}
 LOW_RANK = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "low_rank", "rank": 4}}
 FOLDED = DENSE | {"model": LLAMA, "replace": [LOW_RANK], "train": TRAIN | {"fold": 0.5}}
 HEAL = {"steps": 6, "tokens_per_step": 256, "precision": "float32", "learning_rate": 1e-3, "chunk": 50, "save_steps": 2}
@@ -44,7 +44,7 @@ def commands(place: Path) -> dict[str, list]:
     dense, data, text = small.folder(place / "dense"), toy_tasks.write_sst2(place, 64, 16), place / "text.txt"
     text.write_text(small.text())
     tenfold.pretrain(DENSE, [text], place / "teacher", torch.float32)
-    for name, recipe in {"shared": SHARED, "folded": FOLDED, "taught": TAUGHT, "staged": STAGED}.items():
+    for name, recipe in {"shared": ALLOCATORS, "folded": FOLDED, "taught": TAUGHT, "staged": STAGED}.items():
         (place / f"{name}.json").write_text(json.dumps(recipe))
     pretrain = {
         name: ["pretrain", place / f"{name}.json", "--dtype", "float32", "--data"]
@@ -147,8 +147,8 @@ def test_a_sharded_checkpoint_may_be_written_as_a_whole(tmp_path):
 def test_losses_are_not_rounded_with_what_a_model_returns():
     policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(mixed_precision_policy=policy, fsdp_version=2)
-    shards.losses_as_they_are(plugin)
+    fsdp.losses_as_they_are(plugin)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)
-    shards.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=2))
+    fsdp.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=2))
     with pytest.raises(ValueError, match="second version only; give accelerate launch --fsdp_version 2"):
-        shards.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=1))
+        fsdp.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=1))

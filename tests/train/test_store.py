@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tenfold.api import compress
-from tenfold.models.healing import Heal
-from tenfold.train.distil import Distillation
+from tenfold.models.distillation_config import Heal
+from tenfold.train.chunked_head import ChunkedHead
+from tenfold.train.distillation import Distillation
 from tenfold.train.heal import heal
-from tenfold.train.logits import Predictor
-from tenfold.train.store import Answered, Store, is_finished, origin, write_store
 from tenfold.train.teacher import weights_digest
+from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, origin, write_store
 from tenfold.train.tokenizer import train_tokenizer
 
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
@@ -28,8 +28,8 @@ def windows_of(number=7, length=8, vocabulary=300):
 
 def stored_in(path, teacher, windows, k, temperature=1.0, batch=2, **more):
     made_from = {"top_k": k, "vocabulary": 300, "window": 8, "temperature": temperature}
-    write_store(path, made_from, Predictor(teacher), windows, batch, 5, **more)
-    return Answered(windows, Store(path))
+    write_store(path, made_from, ChunkedHead(teacher), windows, batch, 5, **more)
+    return DatasetWithTeacher(windows, TeacherCache(path))
 
 
 def losses_of(student, teacher, data, name, temperature):
@@ -64,7 +64,7 @@ def test_a_stored_teacher_of_some_tokens_has_one_class_for_the_rest(tmp_path, te
             a, b = ([*x[top], 1 - x[top].sum()] for x in (a, b))
             total += temperature**2 * sum(x * np.log(x / y) for x, y in zip(a, b, strict=True)) / 21
     assert losses_of(student, None, data, "kl", temperature) == pytest.approx(total, rel=1e-3)
-    assert Store(tmp_path / "store").arrays["log_probabilities"].dtype == np.float16
+    assert TeacherCache(tmp_path / "store").arrays["log_probabilities"].dtype == np.float16
 
 
 class Interrupted(Exception):
@@ -92,7 +92,7 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
     assert seen == [4, 6], "the first two batches of two were there"
     stored_in(tmp_path / "once", teacher, windows, 5)
     assert not (tmp_path / "store.partial").exists()
-    one, other = Store(tmp_path / "store"), Store(tmp_path / "once")
+    one, other = TeacherCache(tmp_path / "store"), TeacherCache(tmp_path / "once")
     assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in one.arrays)
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["ids.npy", "log_probabilities.npy", "store.json"]
     with pytest.raises(Interrupted):

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import tenfold
 import tenfold_cli
 from tenfold import api
-from tenfold.models.healing import Heal
+from tenfold.models.distillation_config import Heal
 from tenfold.models.recipe import load_recipe
-from tenfold.train.distil import Distillation
-from tenfold.train.taught import Taught
+from tenfold.train.distillation import Distillation
+from tenfold.train.pretrain_distillation import DistilledForward
 
 DENSE = RECIPE | {"model": STILL, "train": RECIPE["train"] | {"tokens": 1600}}
 
@@ -53,7 +53,7 @@ def test_the_loss_is_that_of_the_text_and_of_the_teacher(dense, losses):
         "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
     }
     settings = load_recipe(taught(dense, losses=losses)).train
-    student.forward = Taught(student, teacher, settings)
+    student.forward = DistilledForward(student, teacher, settings)
     expected = sum(weight * of[name] for name, weight in (losses or {"cross_entropy": 0.5, "kl": 0.5}).items())
     assert student.train()(input_ids=ids, labels=ids)["loss"].item() == pytest.approx(float(expected), rel=1e-4)
     assert student.eval()(input_ids=ids, labels=ids)["loss"].item() == pytest.approx(float(text), rel=1e-4)

@@ -9,8 +9,8 @@ import toy_tasks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tenfold
-from tenfold.models.healing import Heal
-from tenfold.run import heal_checkpoint
+from tenfold.checkpoint_jobs import heal_checkpoint
+from tenfold.models.distillation_config import Heal
 from tenfold.train.pretrain import pretrain
 
 RECIPE = {

@@ -1,0 +1,83 @@
+"""Rotating: one rotation of the residual stream after which all matrices at it are nearer to their structures.
+
+The rules of the recipe then fold the rotated model. The rotation is sought in the Frobenius norm, where a round is one closed
+form per matrix and one orthogonal Procrustes problem; the paper seeks it in the metric of the inputs, and rotates every
+block by itself, with matrices on the residual connections that an ordinary checkpoint can't hold.
+
+Reference: ProcrustesGPT, arXiv 2506.02818.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tenfold.compress.calibration import Calibration
+from tenfold.models.invariances.choice import best_rotation, stream_parts
+from tenfold.models.invariances.free_symmetries import free_symmetries, fuse_norms, rotate_residual
+from tenfold.models.invariances.stream import READS, WRITES
+from tenfold.models.recipe import Recipe, Rule
+from tenfold.models.sites import Site, find_sites, share_of
+from tenfold.structure import Structure
+
+ROUNDS = 30
+
+
+def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
+    """Rotate the residual stream of ``model``, in place, towards the structures of the rules.
+
+    Returns:
+        ``errors``: the squared error of all structures after every round, as a share of the first.
+
+    Raises:
+        ValueError: the stream can't be rotated, or no rule has a structure at it.
+    """
+    free = free_symmetries(model)
+    if not free["residual"].startswith("rotation"):
+        raise ValueError(f"the residual stream of this {model.config.model_type} can't be rotated: {free['because']}")
+    found = {site.path: structure_of(model, recipe, site) for site in find_sites(model) if site.layer is not None}
+    structures = {path: structure for path, structure in found.items() if structure is not None}
+    if not structures:
+        raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
+    fuse_norms(model, untie=True)
+    parts = stream_parts(model, structures)
+    turn, losses = best_rotation(parts, layer_norm=free["residual"] != "rotation", rounds=ROUNDS, sweeps=3)
+    rotate_residual(model, turn, untie=True)
+    return {"errors": [loss / losses[0] for loss in losses]}
+
+
+def structure_of(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structure | None:
+    """The structure that ``site`` gets at its equal share, None where it is not at the stream or stays as it is."""
+    rule: Rule | None = next((rule for rule in recipe.replace if rule.matches(site)), None)
+    if rule is None or rule.narrow or site.role not in (*READS, *WRITES):
+        return None
+    return shaped(model, recipe, rule, site.shape)
+
+
+def shaped(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
+    """The structure of ``rule`` for a matrix ``(out, in)``: of the size it says, or at its equal share."""
+    if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
+        return Structure.for_shape(*shape, rule.spec)
+    return Structure.within(*shape, rule.spec, share(model, recipe, rule) * shape[0] * shape[1])
+
+
+def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
+    """What a rule's matrices keep when all that are folded keep the same share."""
+    if rule.keep is not None or recipe.budget is None:
+        return rule.keep or 0.5
+    if recipe.budget.of == "sites":
+        return recipe.budget.keep
+    folded = sum(
+        site.shape[0] * site.shape[1]
+        for site in find_sites(model)
+        if site.layer is not None and any(rule.matches(site) for rule in recipe.replace)
+    )
+    whole = share_of(model, recipe.budget.of)
+    left = 1 - (1 - recipe.budget.keep) * whole / folded
+    if left <= 0:
+        raise ValueError(
+            f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves nothing of the matrices that are folded; keep more than "
+            f"{1 - folded / whole:.3f}"
+        )
+    return left

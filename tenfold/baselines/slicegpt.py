@@ -1,0 +1,138 @@
+"""Slicing: the residual stream is rotated so that few coordinates carry most of it, and the others go.
+
+One rotation serves all blocks: the paper rotates every block by itself and puts matrices on the residual connections, which
+an ordinary checkpoint can't hold. Matrices at the stream lose columns or rows (``Scattered`` at the first ones); the norms keep
+their width and see zeros, so that an RMSNorm divides by what it did before.
+
+LayerNorm models keep their norms, which take the mean away: the paper makes RMSNorms of them. So the rotation fixes the vector
+of ones, what is written to the stream is centred, and one coordinate more is needed; see ``pca_rotation``. A tied head gets a
+matrix of its own where the gains of the last norm have to move into it.
+
+Reference: SliceGPT, arXiv 2401.15024.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tenfold.compress.calibration import Calibration
+from tenfold.models.invariances.choice import pca_rotation
+from tenfold.models.invariances.free_symmetries import center_residual, free_symmetries, fuse_norms, rotate_residual
+from tenfold.models.invariances.stream import READS, WRITES, Stream
+from tenfold.models.plan import SitePlan
+from tenfold.models.recipe import Recipe
+from tenfold.models.sites import base_model, find_sites, share_of, weight_of
+from tenfold.models.surgery import finish, install
+from tenfold.structure import Dense, Scattered
+
+
+def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
+    """Slice the residual stream of ``model``, in place, so that the budget is kept.
+
+    Returns:
+        ``width`` of the stream and how many coordinates are ``left``.
+
+    Raises:
+        ValueError: the stream can't be rotated, there is no budget, or it leaves no coordinate.
+    """
+    if recipe.budget is None:
+        raise ValueError(f"nothing says how much recipe {recipe.name} shall slice; give it a budget, or --keep")
+    free = free_symmetries(model)
+    if not free["residual"].startswith("rotation"):
+        raise ValueError(f"the residual stream of this {model.config.model_type} can't be rotated: {free['because']}")
+    centred, before = free["residual"] != "rotation", share_of(model, recipe.budget.of.replace("sites", "blocks"))
+    fuse_norms(model, untie=True)
+    if centred:
+        center_residual(model, untie=True)
+    rotate_residual(model, pca_rotation(stream_moment(model, text), centred), untie=True)
+    width = model.get_input_embeddings().weight.shape[1]
+    left = slice_to(model, sliced_width(model, recipe.budget.of, recipe.budget.keep * before))
+    finish(model, recipe.name)
+    return {"width": width, "left": left}
+
+
+@torch.no_grad()
+def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
+    """The mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` what the norms of the stream make of it before their gains."""
+    feeds, total, state = Stream(model).feeds(), 0, {}
+
+    def hook(feed):
+        def add(module, arguments) -> None:
+            nonlocal total
+            x = arguments[0].flatten(0, -2)[state["kept"]].double()
+            x = x - x.mean(-1, keepdim=True) if feed.mean else x
+            x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            total = total + x.T @ x
+
+        return add
+
+    hooks, tokens = [feed.module.register_forward_pre_hook(hook(feed)) for feed in feeds], 0
+    was = model.training
+    model.eval()
+    try:
+        for batch in text.batches:
+            state["kept"] = batch["attention_mask"].flatten().bool().to(model.device)
+            tokens += int(state["kept"].sum())
+            base_model(model)(**{name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        model.train(was)
+        for handle in hooks:
+            handle.remove()
+    assert isinstance(total, Tensor)
+    return (total / max(1, tokens * len(feeds))).cpu()
+
+
+def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
+    """The most coordinates of the stream with which the model, or its blocks, have at most ``budget`` parameters."""
+    of = of.replace("sites", "blocks")
+    outside = {"model": (), "without_head": ("head",), "blocks": ("embed", "head")}[of]
+    sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
+    width = model.get_input_embeddings().weight.shape[1]
+    sliced = sum(site.shape[0] * site.shape[1] for site in sites if site.role not in outside)
+    fixed = share_of(model, of) - sliced
+    left = int((budget - fixed) * width / sliced + 1e-9)
+    if left < 1:
+        raise ValueError(
+            f"{int(budget):,} parameters leave no coordinate of a stream of {width}; keep {fixed + sliced // width:,} of them"
+        )
+    return min(left, width)
+
+
+@torch.no_grad()
+def slice_to(model: PreTrainedModel, left: int) -> int:
+    """Keep the first ``left`` coordinates of the stream."""
+    width = model.get_input_embeddings().weight.shape[1]
+    if left == width:
+        return left
+    sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
+    paths = {site.path for site in sites}
+    feeds = Stream(model).feeds()
+    shifts = {path: feed.shift[left:] for feed in feeds if feed.shift is not None for path in feed.readers}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path not in paths and module.weight.shape[1] == width:
+            module.weight[:, left:] = 0.0  # of positions
+    for site in sites:
+        module, (out, inner) = model.get_submodule(site.path), site.shape
+        weight = weight_of(module).detach()
+        writes = site.role in WRITES
+        small = (left, inner) if writes else (out, left)
+        structure = Scattered(
+            base=Dense(out_features=small[0], in_features=small[1]),
+            out_features=out,
+            in_features=inner,
+            map_rows=False,
+            map_columns=False,
+        )
+        bias = getattr(module, "bias", None)
+        if bias is not None and writes:
+            bias = torch.cat([bias[:left], torch.zeros_like(bias[left:])])
+        elif (shift := shifts.get(site.path)) is not None and bool((shift != 0).any()):
+            fixed = weight[:, left:] @ shift.to(weight)  # what a norm adds to the coordinates that go
+            bias = fixed if bias is None else bias + fixed
+        matrix = weight[: small[0], : small[1]]
+        install(model, SitePlan(site, structure, bias is not None), {"matrix": matrix}, bias)
+    return left

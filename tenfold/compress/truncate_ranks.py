@@ -1,0 +1,76 @@
+"""Squeezing of tensor trains: one bond at a time, the one at which the least is lost.
+
+Reference: MPOP, arXiv 2106.02205: every bond's error is estimated, the bond of the least one is cut, and the model is trained
+before the next cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace as with_field
+
+import torch
+from transformers import PreTrainedModel
+
+from tenfold.models.plan import SitePlan
+from tenfold.models.recipe import Squeeze
+from tenfold.models.sites import FOLDED, Site, find_sites
+from tenfold.models.surgery import SiteReport, finish, install
+from tenfold.structure import TensorTrain
+
+
+@torch.no_grad()
+def squeeze(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[SiteReport]:
+    """Cut ``how.bonds`` bonds of the tensor trains of ``model``, in place, each time the one that loses least.
+
+    A bond ``r`` is cut to ``max(1, int(how.by * r))``. Its error is ``||W - What|| / ||W||``, exact for the weights as they are.
+
+    Raises:
+        ValueError: no tensor train of these roles has a bond to cut, or one shares its factors.
+    """
+    roles = [how.role] if isinstance(how.role, str) else how.role
+    sites = {site.path: site for site in find_sites(model) if site.role in roles}
+    open_bonds = {path: _bonds(model, path, how.by) for path in sites}
+    changes: dict[str, SiteReport] = {}
+    for _ in range(how.bonds):
+        found = [(*bond, path) for path, bonds in open_bonds.items() for bond in bonds]
+        if not found and changes:
+            break  # all bonds are one now
+        if not found:
+            raise ValueError(
+                f"no tensor train of role {how.role} has a bond that can be cut; fold these roles first, without split or adapter"
+            )
+        _, bond, rank, path = min(found)
+        changes[path] = _cut(model, sites[path], bond, rank, changes.get(path))
+        open_bonds[path] = _bonds(model, path, how.by)
+    finish(model, recipe)
+    return list(changes.values())
+
+
+def _bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, int, int]]:
+    """``(error, bond, new rank)`` of every bond of one site that can be cut."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, FOLDED) or not isinstance(layer.structure, TensorTrain):
+        return []
+    if layer.shared:
+        raise ValueError(f"{path} shares {', '.join(layer.shared)} with others, so that its bonds can't be cut alone")
+    found, factors = [], layer.factors()
+    for bond, rank in enumerate(layer.structure.ranks):
+        new = max(1, int(by * rank))
+        if new < rank:
+            squares = layer.structure.spectrum(factors, bond).square()
+            found.append((float((squares[new:].sum() / squares.sum().clamp_min(1e-300)).sqrt()), bond, new))
+    return found
+
+
+def _cut(model: PreTrainedModel, site: Site, bond: int, rank: int, earlier: SiteReport | None) -> SiteReport:
+    layer = model.get_submodule(site.path)
+    before, size = layer.dense(), sum(p.numel() for p in layer.parameters())
+    structure, factors = layer.structure.cut(layer.factors(), bond, rank)
+    bias = getattr(layer, "bias", None)
+    entry = SitePlan(with_field(site, bias=bias is not None), structure, bias is not None, frozen=layer.frozen)
+    install(model, entry, factors, bias)
+    new = model.get_submodule(site.path)
+    error = float((new.dense() - before).norm() / before.norm().clamp_min(1e-30))
+    after = sum(p.numel() for p in new.parameters())
+    whole = error if earlier is None or earlier.error is None else (error**2 + earlier.error**2) ** 0.5
+    return SiteReport(site.path, structure, size if earlier is None else earlier.before, after, whole)

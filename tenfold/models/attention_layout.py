@@ -1,0 +1,86 @@
+"""The heads of an attention: which rows of its matrices belong to which head, and how freely they may be changed.
+
+A head computes ``softmax(q k^T) v`` and hands it on to the output matrix. Its values may be expressed in any basis, if the
+columns of the output matrix follow. So may its queries and keys together, unless something stands between the matrix and
+the product: rotary positions, which leave pairs of dimensions only, or a norm per head, which leaves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tenfold.models.architectures import ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention module.
+
+    Args:
+        query: the number of query heads.
+        groups: the number of key and value heads; each serves ``query / groups`` query heads.
+        size: dimensions per head.
+        freedom: of queries and keys: ``basis`` (any), ``pairs`` (of rotary positions) or ``none``.
+        rotary: how many of the dimensions are rotated, the first ones; dimension ``i`` goes with ``i + rotary / 2``.
+        interleaved: whether a fused matrix holds query, key and value of head 0, then those of head 1, ...
+    """
+
+    query: int
+    groups: int
+    size: int
+    freedom: Literal["basis", "pairs", "none"]
+    rotary: int = 0
+    interleaved: bool = False
+
+    @property
+    def each(self) -> int:
+        """Query heads per group."""
+        return self.query // self.groups
+
+    def rows(self, which: str, head: int, fused: bool) -> Tensor:
+        """The rows of head ``head`` of ``which`` (``q``, ``k``, ``v``) in its own matrix or in the fused one."""
+        inside, number = torch.arange(self.size), "qkv".index(which)
+        if not fused:
+            return head * self.size + inside
+        if self.interleaved:
+            return (3 * head + number) * self.size + inside
+        return (0, self.query, self.query + self.groups)[number] * self.size + head * self.size + inside
+
+    def units(self) -> list[list[int]]:
+        """Dimensions of a head's queries and keys that can only go together."""
+        half = self.rotary // 2
+        return [[i, i + half] for i in range(half)] + [[i] for i in range(self.rotary, self.size)]
+
+
+def heads_of(model: PreTrainedModel, attention: nn.Module) -> Heads | None:
+    """The heads of a module of ``model`` that holds query, key and value matrices; None where the sizes don't add up."""
+    config = model.config.get_text_config()
+    query = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+    if query is None:
+        return None
+    groups = getattr(config, "num_key_value_heads", None) or query
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // query
+    freedom, rotary = "basis", 0
+    if getattr(config, "rope_parameters", None):
+        shares = _shares(config)
+        rotary = 2 * int(size * min(shares) / 2)
+        freedom = "pairs" if len(set(shares)) == 1 else "none"
+    if any(re.match(r"(q|k|query|key)\w*norm", name.lower()) for name, _ in attention.named_children()):
+        freedom = "none"
+    interleaved = "attn.qkv" in ARCHITECTURES[model.config.model_type].interleaved
+    return Heads(query, groups, size, freedom, rotary, interleaved)
+
+
+def _shares(config) -> list[float]:
+    """The share of the dimensions that is rotated, for every kind of layer."""
+    given = config.rope_parameters
+    kinds = [value for value in given.values() if isinstance(value, dict)] or [given]
+    return [
+        kind.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0 for kind in kinds
+    ]

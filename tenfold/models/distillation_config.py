@@ -1,0 +1,77 @@
+"""What a recipe says about healing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tenfold.models.config import Schedule, StrictModel
+from tenfold.models.suggestions import check_name
+
+LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
+DIVERGENCES = {"kl", "reverse_kl", "jensen_shannon"}
+
+
+class Heal(StrictModel):
+    """Distillation after compression; see :mod:`tenfold.train.heal`.
+
+    Args:
+        tokens_per_step: of all processes together, ``batch`` windows at once: by default all of a step's, on a CPU 1,024
+            tokens.
+        save_steps: how often a checkpoint is written, where one is kept.
+        losses: the weight of each; see :mod:`tenfold.train.losses`.
+        temperature: of the distributions that divergences compare.
+        layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; those of one relative
+            depth unless given.
+        positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
+        compile: torch.compile, of student and teacher in front of their heads.
+        checkpointing: activations between the blocks are computed again in the backward pass.
+        chunk: positions whose logits are held at once.
+        precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
+            float32 elsewhere; the weights that are trained are in float32.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    tokens_per_step: int = Field(4096, ge=1)
+    batch: int | None = Field(None, ge=1)
+    save_steps: int = Field(200, ge=1)
+    learning_rate: float = Field(3.0e-4, gt=0)
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    losses: dict[str, float] = Field({"kl": 1.0}, min_length=1)
+    temperature: float = Field(1.0, gt=0)
+    layers: list[tuple[int, int]] | None = Field(None, min_length=1)
+    positions: Literal["all", "masked"] = "all"
+    compile: bool = False
+    checkpointing: bool = False
+    chunk: int = Field(1024, ge=1)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+
+    @field_validator("losses")
+    @classmethod
+    def _known(cls, value):
+        for name, weight in value.items():
+            check_name(name, LOSSES, "loss")
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"the weight of {name} is {weight}, but must be above 0; leave out a loss that does not count"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"a healing has steps ({self.steps}) or epochs ({self.epochs:g}); leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self):
+        if self.temperature != 1 and not DIVERGENCES & self.losses.keys():
+            raise ValueError(
+                f"temperature {self.temperature:g} is of {', '.join(sorted(DIVERGENCES))}, and the losses are "
+                f"{', '.join(self.losses)}; leave it out"
+            )
+        return self

@@ -1,0 +1,136 @@
+"""A checkpoint whose blocks stay on disk until they are asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from tenfold.models.architectures import ARCHITECTURES
+from tenfold.models.atomic_io import opened
+from tenfold.models.checkpoint_format import folded_config, stored_plan
+from tenfold.models.cost import read_config
+from tenfold.models.experts import unpack
+from tenfold.models.gguf import is_gguf
+from tenfold.models.surgery import install_empty
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class LazyCheckpoint:
+    """A model on the meta device, and the files of its weights.
+
+    Args:
+        model: its parameters are on the meta device, its buffers are not.
+        files: ``{name of a tensor in the model: (file, its name there)}``.
+        dtype: of the weights that are floating point, once they are read.
+        device: where they are read to.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, files: dict[str, tuple[Path, str]], dtype: torch.dtype, device: torch.device
+    ):
+        self.model, self.files, self.dtype, self.device = model, files, dtype, device
+
+    def load(self, path: str, dtype: torch.dtype = torch.float32) -> None:
+        """Read the tensors of the module ``path``."""
+        self._read([name for name in self.files if name.startswith(f"{path}.")], dtype)
+
+    def drop(self, path: str) -> None:
+        """Forget the tensors of the module ``path``: those of the files can be read again."""
+        for name, _ in list(self.model.get_submodule(path).named_parameters()):
+            set_module_tensor_to_device(self.model, f"{path}.{name}", "meta")
+
+    def load_outside(self, blocks: list[str]) -> None:
+        """Read what is in none of the modules ``blocks``."""
+        inside = tuple(f"{path}." for path in blocks)
+        self._read([name for name in self.files if not name.startswith(inside)], self.dtype)
+        self.model.tie_weights()
+
+    def _read(self, names: list[str], dtype: torch.dtype) -> None:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name][0], []).append(name)
+        for file, inside in by_file.items():
+            with opened(file) as stored:
+                for name in inside:
+                    value = stored.get_tensor(self.files[name][1])
+                    kind = dtype if value.is_floating_point() else value.dtype
+                    set_module_tensor_to_device(self.model, name, self.device, value=value.clone(), dtype=kind)
+
+
+def open_lazy(
+    name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LazyCheckpoint | None:
+    """The checkpoint ``name`` with no weight read; None where its tensors are not simply the model's, by name.
+
+    Args:
+        name: a folder, or a name on a hub.
+        dtype: that of the checkpoint unless given.
+    """
+    config = read_config(str(name))
+    files = weight_files(name)
+    if not files:
+        return None
+    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    unpack(model)
+    folded = folded_config(config)
+    if folded is not None:
+        install_empty(model, stored_plan(model, folded))
+    if model.can_generate():
+        with suppress(OSError):  # none there
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    places = _places(model, files)
+    if places is None:
+        return None
+    usual = dtype or config.dtype or torch.float32
+    return LazyCheckpoint(
+        model.eval(), places, getattr(torch, usual) if isinstance(usual, str) else usual, torch.device(device)
+    )
+
+
+def weight_files(name: str | Path) -> list[Path]:
+    """The safetensors files of a folder or of a name on a hub, none where there are none."""
+    if is_gguf(name):
+        return []
+    if Path(name).is_dir():
+        index = Path(name) / INDEX
+        if index.is_file():
+            return [Path(name) / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [path for path in [Path(name) / SINGLE] if path.is_file()]
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if single := cached_file(str(name), SINGLE, **quiet):
+        return [Path(single)]
+    index = cached_file(str(name), INDEX, **quiet)
+    return [Path(file) for file in get_checkpoint_shard_files(str(name), index)[0]] if index else []
+
+
+def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str]] | None:
+    """Where every tensor of ``model`` is; its name may have or lack the prefix of the base model."""
+    stored: dict[str, Path] = {}
+    for file in files:
+        with opened(file) as inside:
+            stored |= dict.fromkeys(inside.keys(), file)
+    found, prefix = {}, f"{model.base_model_prefix}."
+    table = ARCHITECTURES.get(model.config.model_type)
+    for name in model.state_dict():
+        names = [name]
+        for pattern, other in table.stored if table else ():
+            names += [re.sub(pattern, other, n) for n in names]
+        names += [n.removeprefix(prefix) for n in names] + [prefix + n for n in names]
+        there = next((n for n in names if n in stored), None)
+        if there is not None:
+            found[name] = (stored[there], there)
+        elif name not in model.all_tied_weights_keys:
+            return None
+    return found

@@ -1,0 +1,126 @@
+"""Writing a folded model: its weights, its tokenizer and a model card with the command, the figures and their protocol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tenfold.models.atomic_io import whole_folder
+from tenfold.models.loading import silent
+from tenfold.nn.quantized import is_quantized
+
+CARD = """---
+library_name: tenfold
+tags: [tenfold, compressed]
+---
+
+# {title}
+
+The weight matrices of this model are folded into small tensors. It loads with transformers once tenfold is imported:
+
+```python
+import tenfold  # needed: without this line the folded layers would be loaded with random weights
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```
+
+`tenfold densify` turns it into a plain checkpoint that needs no tenfold.
+
+Made by:
+
+```
+{command}
+```
+
+## Figures
+
+| | this model | dense |
+|---|---|---|
+{rows}
+
+{protocol}
+"""
+
+
+def save_folded(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer=None,
+    report: dict[str, Any] | None = None,
+    command: str = "",
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write ``model`` to ``folder`` as an ordinary Hugging Face checkpoint, with a model card and ``tenfold.json``.
+
+    Args:
+        report: what :func:`tenfold.compress` returned; kept whole in ``tenfold.json``, and in short on the card.
+        command: the exact command that made the model.
+
+    Raises:
+        OSError: there is no room; ``folder`` is as it was.
+        ValueError: torchao has quantised a parameter.
+    """
+    if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
+        raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
+    with silent(), whole_folder(folder) as new:
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+        save_card(new, tokenizer, report, command, Path(folder).absolute().name)
+
+
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """What ``save_pretrained`` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:
+    """The tokenizer, ``tenfold.json`` and the model card."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    report = (report or {}) | {"command": command}
+    (path / "tenfold.json").write_text(json.dumps(report, indent=1))
+    (path / "README.md").write_text(card(title or path.name, report))
+
+
+def card(title: str, report: dict[str, Any]) -> str:
+    """The text of the model card."""
+    return CARD.format(
+        title=title,
+        folder=title,
+        command=report.get("command") or "(from Python)",
+        rows="\n".join(_rows(report)),
+        protocol=_protocol(report),
+    )
+
+
+def _rows(report: dict[str, Any]):
+    ours, dense = report.get("parameters"), report.get("parameters_dense")
+    if ours and dense:
+        yield f"| parameters with the head | {ours['total']:,} | {dense['total']:,} |"
+        yield f"| parameters without the head | {ours['without_head']:,} | {dense['without_head']:,} |"
+    for rows, flops in report.get("flops_per_token", {}).items():
+        yield f"| FLOPs per token, {int(rows):,} rows a call | {flops:,} | {report['flops_per_token_dense'][rows]:,} |"
+    if counted := report.get("counted"):
+        yield f"| bytes of compressed matrices ({counted['note']}) | {counted['bytes']:,} | {counted['dense_bytes']:,} |"
+    scores = report.get("evaluation")
+    if scores:
+        for name in ("perplexity", "bits_per_byte"):
+            dense_score = report.get("evaluation_dense", {}).get(name)
+            yield f"| {name.replace('_', ' ')} | {scores[name]:.4g} | {'' if dense_score is None else f'{dense_score:.4g}'} |"
+
+
+def _protocol(report: dict[str, Any]) -> str:
+    scores = report.get("evaluation")
+    if not scores:
+        return "The quality of this model has not been measured yet: run `tenfold evaluate`."
+    p, text = scores["protocol"], scores["text"]
+    return (
+        f"Perplexity on {', '.join(text['files'])} ({p['text']} text, digest {text['sha256']}): windows of {p['window']} "
+        f"tokens, stride {p['stride']}, nats per {p['normaliser']}, {scores['tokens']:,} tokens scored."
+    )
