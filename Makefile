@@ -1,5 +1,6 @@
 # make demo [QUICK=1]   the main job on the small model that ships with the repository
 # make test             linter and tests
+# make docs             the pages in docs/ and the API reference, to build/site; a warning is an error
 # make real DATA=FOLDER every method on a real model, see docs/real-models.md (hours; goes on where it was)
 # All set up .venv first: torch's CPU build where there is no accelerator, everything else as in constraints.txt.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test real lint types
+.PHONY: setup demo test docs real lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -18,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing torch and the other libraries (a minute or two) ..."
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.13,<2.14'; \
 	else $(PIP) torch==2.13.0+cpu 2>/dev/null || $(PIP) torch==2.13.0+cpu --index-url $(CPU_WHEELS); fi
-	@$(PIP) -c constraints.txt -e '.[test]' 2>&1 | grep -v '^WARNING' || true
+	@$(PIP) -c constraints.txt -e '.[test,docs]' 2>&1 | grep -v '^WARNING' || true
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib tenfold tenfold_cli >/dev/null || true  # pip would do it on one core
 	@$(BIN)/python -c 'import tenfold_cli'
 	@touch $@
@@ -37,6 +38,9 @@ types: setup
 test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced and not real' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
 	$(BIN)/python -m pytest -n logical -m traced
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 real: setup
 	@test -n "$(DATA)" || { echo "give the folder with the texts: make real DATA=FOLDER (docs/real-models.md says what is in it)"; exit 2; }
