@@ -32,14 +32,14 @@ def lost(structure, weights, sets) -> float:
 def refitted(structure, weight, start, rounds=20):
     """The outer cores nearest to ``weight`` beside the centre of ``start``."""
     problem = Problem(structure, [weight], [None], [None], ())
-    state = problem.begin(start)
-    outer = [(place, name) for place in problem.places for name in place.diagram.names if name != CENTRE]
+    state = problem.initial_state(start)
+    outer = [(einsum, name) for einsum in problem.einsums for name in einsum.spec.names if name != CENTRE]
     for _ in range(rounds):
-        for place, name in outer:
-            if problem.unknowns(place, name) <= LARGEST_SYSTEM:
-                tried = state | {name: problem.best(state, place, name)}
+        for einsum, name in outer:
+            if problem.system_size(einsum, name) <= LARGEST_SYSTEM:
+                tried = state | {name: problem.solve_factor(state, einsum, name)}
                 state = min(state, tried, key=problem.objective)
-    return problem.slice(state, 0)
+    return problem.factors_of(state, 0)
 
 
 def measure(weights) -> dict:

@@ -65,7 +65,7 @@ def _bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, in
 def _cut(model: PreTrainedModel, site: Site, bond: int, rank: int, earlier: SiteReport | None) -> SiteReport:
     layer = model.get_submodule(site.path)
     before, size = layer.dense(), sum(p.numel() for p in layer.parameters())
-    structure, factors = layer.structure.cut(layer.factors(), bond, rank)
+    structure, factors = layer.structure.truncate_bond(layer.factors(), bond, rank)
     bias = getattr(layer, "bias", None)
     entry = SitePlan(with_field(site, bias=bias is not None), structure, bias is not None, frozen=layer.frozen)
     install(model, entry, factors, bias)

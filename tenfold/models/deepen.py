@@ -204,7 +204,7 @@ def _begin(module: nn.Module, scale: float) -> None:
         module.part_1_left.zero_()
         places = places[:-1]
     for place in places:
-        own = [name for name in place.diagram.names if name not in module.shared]
+        own = [name for name in place.spec.names if name not in module.shared]
         for name in own:
             getattr(module, name).mul_(scale ** (1 / len(own)))
 

@@ -103,7 +103,7 @@ def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
     )
 
 
-@start("permute", rounds=int, method=str, starts=int, sweeps=int, seed=int)
+@start("permute", rounds=int, starts=int, seed=int)
 def permute(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """The permutation search of TQCompressor: fit and re-assign rows and columns in turn."""
     if not isinstance(structure, Scattered):

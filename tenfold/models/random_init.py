@@ -74,7 +74,7 @@ def by_fans(structure: Structure, std: float, options: dict, generator=None) -> 
 
 def ended(structure: Structure, factors: Factors, branch: str, layers: int) -> Factors:
     """``factors`` of what ends a branch beside the stream: those that are applied last times ``BRANCHES[branch](layers)``."""
-    return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last()}
+    return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last_factors()}
 
 
 def check_options(options: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The experts of a mixture, each with matrices of its own, so that every one of them can be folded."""
+"""The experts of a mixture as separate linear layers, so that each can be factorised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tenfold.structure.matmul import is_traced
 
 
 class Expert(nn.Module):
-    """``down(act(gate x) * up x)`` of the tokens that are sent to one expert.
+    """``down(act(gate x) * up x)`` of the tokens that are routed to one expert.
 
     Args:
         width: of the hidden states.
@@ -21,17 +21,17 @@ class Expert(nn.Module):
 
     def __init__(self, width: int, units: int, act: Callable, device=None, dtype=None):
         super().__init__()
-        given = {"bias": False, "device": device, "dtype": dtype}
-        self.gate, self.up = nn.Linear(width, units, **given), nn.Linear(width, units, **given)
-        self.down, self.act = nn.Linear(units, width, **given), act
-        self.rows: Tensor | None = None  # which tokens of the last batch were sent here: calibration asks for it
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.gate, self.up = nn.Linear(width, units, **options), nn.Linear(width, units, **options)
+        self.down, self.act = nn.Linear(units, width, **options), act
+        self.rows: Tensor | None = None  # the tokens of the last batch that were routed here, read by calibration
 
     def forward(self, states: Tensor) -> Tensor:
         return self.down(self.act(self.gate(states)) * self.up(states))
 
 
 class Experts(nn.Module):
-    """``sum_k weight_k expert_(index_k)(x)``: what a router calls, in the place of transformers' fused experts.
+    """``sum_k weight_k expert_(index_k)(x)``: replaces transformers' fused experts behind a router.
 
     Args:
         experts: in the order of the router's indices.
@@ -42,26 +42,22 @@ class Experts(nn.Module):
         self.each = nn.ModuleList(experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states (tokens, width)``, ``top_k_index`` and ``top_k_weights (tokens, k)`` to ``(tokens, width)``.
+        """Return ``(tokens, width)`` from ``hidden_states`` alike and ``top_k_index``, ``top_k_weights (tokens, k)``.
 
-        An exported program, and one that ``torch.func`` follows, has no numbers to branch on: every expert computes all tokens.
+        When exported or under ``torch.func`` nothing can depend on the routing: every expert computes all tokens.
         """
+        out = torch.zeros_like(hidden_states)
         if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
-            return self._all(hidden_states, top_k_index, top_k_weights)
+            for k, expert in enumerate(self.each):
+                weight = (top_k_weights * (top_k_index == k)).sum(-1, keepdim=True)
+                out = out + (expert(hidden_states) * weight).to(out.dtype)
+            return out
         chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=len(self.each))[: len(self.each)].tolist()
-        out = torch.zeros_like(hidden_states)
         for expert, places in zip(self.each, order[: sum(counts)].split(counts), strict=True):
             expert.rows = places // top_k_index.shape[-1]
-            if len(places) or self.training:  # none to train on is a gradient of zero, which all processes have to have
-                made = expert(hidden_states[expert.rows]) * weights[places, None]
-                out.index_add_(0, expert.rows, made.to(out.dtype))
-        return out
-
-    def _all(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(states)
-        for k, expert in enumerate(self.each):
-            share = (weights * (index == k)).sum(-1, keepdim=True)
-            out = out + (expert(states) * share).to(out.dtype)
+            if len(places) or self.training:  # without tokens the gradient is zero, which every process needs
+                states = expert(hidden_states[expert.rows]) * weights[places, None]
+                out.index_add_(0, expert.rows, states.to(out.dtype))
         return out

@@ -1,6 +1,6 @@
-"""What a recipe's ``kind`` may name: the structures, and layers that are none.
+"""The kinds of layers that a recipe may name: structures, and layers without a matrix.
 
-To add such a layer: write what describes it and the layer, see :mod:`tenfold.nn.cola`, and a line in ``LAYERS``.
+To add such a layer, write its description and the layer, see :mod:`tenfold.nn.cola`, and add a line to ``LAYERS``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ LAYERS: dict[str, tuple[Any, type[FactorizedLinear]]] = {"cola": (Cola, ColaLine
 
 
 def family(kind: str | None) -> Any:
-    """What describes layers of this kind: a class of structures, or one of ``LAYERS``."""
+    """Return the class that describes layers of this kind: a class of structures, or one of ``LAYERS``."""
     return LAYERS[kind][0] if kind in LAYERS else Structure.family(kind)
 
 
 def layer_of(structure: Any) -> type[FactorizedLinear]:
-    """The layer that computes what ``structure`` describes."""
+    """Return the class of layers that compute what ``structure`` describes."""
     return LAYERS[structure.kind][1] if structure.kind in LAYERS else FactorizedLinear
 
 
 def check_matrix(kind: str | None, where: str) -> None:
-    """Raise ValueError for a kind of layer that no matrix can be folded into."""
+    """Raise ValueError for a kind of layer without a matrix."""
     if kind in LAYERS:
         raise ValueError(
             f"{where}: {kind} has a non-linearity between its factors, so that it can't take the place of a trained matrix; "

@@ -1,14 +1,14 @@
-"""Structured matrices: the definition page.
+"""Structured matrices: definitions and notation.
 
-Notation. ``W (out, in)`` as in ``nn.Linear``: ``y = W x``, for row vectors ``x @ W.T``. A matrix is written as a
-**labelled diagram**: every factor carries index labels, some labels belong to the output, some to the input, and
+``W (out, in)`` is as in ``nn.Linear``: ``y = W x``, for row vectors ``x @ W.T``. A matrix is written as an **einsum**: every
+factor carries index labels, some labels belong to the output, some to the input, and
 
     W[outs, ins] = sum over all other labels of the product of the factors.
 
-Multi-indices run with their first label slowest: row ``(a, b)`` is number ``a * B + b``. A label may be shared by any
-number of factors. Sizes are the capital letters of their labels; ``R`` is a rank or a number of terms.
+Multi-indices run with their first label slowest: row ``(a, b)`` is number ``a * B + b``. Any number of factors may share a label.
+Sizes are the capital letters of their labels; ``R`` is a rank or a number of terms.
 
-| family | an entry | parameters | multiply-adds per vector | fit |
+| family | an element | parameters | multiply-adds per vector | fit |
 |---|---|---|---|---|
 | ``Dense`` | ``matrix[o, i]`` | O I | O I | exact |
 | ``LowRank`` | ``left[o, r] right[r, i]`` | R (O + I) | R (O + I) | optimal: SVD |
@@ -19,14 +19,14 @@ number of factors. Sizes are the capital letters of their labels; ``R`` is a ran
 | ``Blast`` | ``left[p, a, r] coupling[p, q, r] right[q, c, r]`` | R (PA + PQ + QC) | the same | alternating |
 | ``Tucker`` | ``core[p.., q..] out_0[a0, p0] .. in_0[c0, q0] ..`` | prod R + sum A R + sum C R | by plan | HOSVD, HOOI |
 | ``CP`` | ``weights[r] out_0[a0, r] .. in_0[c0, r] ..`` | R (sum A + sum C) | by plan | alternating |
-| ``Stacked`` | its parts below each other (fused QKV, gate and up) | sum | sum | of its parts |
-| ``Sum`` | the entries of its parts added | sum | sum | greedy, then alternating |
-| ``Scattered`` | ``base`` at given rows and columns, zero elsewhere | those of the base | those of the base | of the base |
-| ``Transposed`` | ``base[i, o]`` | those of the base | by plan | of the base |
-| ``CustomEinsum`` | any diagram, from a recipe | prod of sizes per factor | by plan | alternating |
+| ``Stacked`` | the parts below each other (fused QKV, gate and up) | sum | sum | of the parts |
+| ``Sum`` | the sum of the elements of the parts | sum | sum | greedy, then alternating |
+| ``Scattered`` | ``base`` at given rows and columns, zero elsewhere | as the base | as the base | as the base |
+| ``Transposed`` | ``base[i, o]`` | as the base | by plan | as the base |
+| ``CustomEinsum`` | any einsum, from a recipe | prod of sizes per factor | by plan | alternating |
 
-The order of contraction is chosen by price for the number of rows (:mod:`tenfold.structure.contract`), rebuilding
-``W`` included, so no structure costs much more than a dense matrix at many rows.
+The plan with the lowest price for the number of rows is chosen (:mod:`tenfold.structure.matmul`), including to make ``W`` first,
+so no structure costs much more than a dense matrix at many rows.
 
 Example: 1 x 2 blocks of a 2 x 4 matrix as one Kronecker term, ``outer (2 x 2)`` and ``inner (1 x 2)``::
 

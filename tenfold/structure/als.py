@@ -1,35 +1,37 @@
-"""The nearest member of a structure: the closed form where it is optimal, else alternating least squares from there.
+"""Fit structures: in closed form where that is optimal, else by alternating least squares (ALS) from there.
 
-With all other factors fixed, ``W`` is linear in one factor, and the best value solves a linear system. Labels of that
-factor which lie on the output (and on the input, in the Frobenius norm) split the system into independent ones of the
-same size, so a Kronecker term or a CP factor costs one small matrix. Systems are solved in float64, nearly singular ones by a
-symmetric eigendecomposition, which nothing can make fail. The objective never grows.
+With all other factors fixed, ``W`` is linear in one factor, whose optimum solves a linear system. Labels of that factor on the
+output (and on the input, in the Frobenius norm) split the system into independent ones of equal size, so a Kronecker term or a
+CP factor costs one small matrix. Systems are solved in float64, nearly singular ones by a symmetric eigendecomposition, which
+cannot fail. The objective never grows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from tenfold.structure.base import Factors, Structure
 from tenfold.structure.contraction import plan_of, run
 from tenfold.structure.einsum_spec import EinsumSpec
 from tenfold.structure.linalg import solve_symmetric
 from tenfold.structure.scattered import ScatteredEinsum
 
-LARGEST_SYSTEM = 4096  # unknowns of one linear system; above it the factor is left to L-BFGS
-NEAR = 1e-6  # the tolerance of the nearest member that a fit in a metric starts from
+if TYPE_CHECKING:
+    from tenfold.structure.base import Factors, Structure
+
+LARGEST_SYSTEM = 4096  # unknowns of one linear system; larger factors are left to L-BFGS
+START_TOLERANCE = 1e-6  # of the Frobenius fit from which a fit in a metric starts
 
 
 def fit(
     structure: Structure,
-    weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
-    metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
-    row_metrics: Float[Tensor, "m m"] | Sequence[Float[Tensor, "m m"] | None] | None = None,
+    weights: Tensor | Sequence[Tensor],
+    metrics: Tensor | Sequence[Tensor | None] | None = None,
+    row_metrics: Tensor | Sequence[Tensor | None] | None = None,
     shared: Sequence[str] = (),
     *,
     start: Factors | None = None,
@@ -42,28 +44,28 @@ def fit(
     """Minimise ``sum_s || R_s (W_s - What_s) L_s ||_F^2``, ``L_s L_s^T = metrics[s]`` and ``R_s^T R_s = row_metrics[s]``.
 
     Args:
-        weights: one matrix ``(out, in)``, or several that are fitted together.
-        metrics: the second moment of the inputs of each matrix; None for the Frobenius norm.
-        row_metrics: likewise ``(out, out)`` of its outputs: what an error there costs.
+        weights: one matrix ``(out, in)``, or several that are fitted jointly.
+        metrics: the second moment ``(in, in)`` of the inputs of each matrix; None for the Frobenius norm.
+        row_metrics: likewise ``(out, out)``, the weights of errors in the outputs.
         shared: names of factors that all matrices use in common.
-        start: factors to start from; without them the closed form, or noise.
-        sweeps: at most this many rounds over all factors.
-        tolerance: stop when a round lowers the objective by less than this share of ``||W L||^2``.
-        starts: how many random starts are tried where there is no closed form; the best one counts.
-        log: is told ``stopped_by`` (``exact``: no iteration was needed, ``tolerance`` or ``sweeps``), the ``sweeps`` that were
-            run, and the ``objective``.
+        start: initial factors; by default the closed form, or random ones.
+        sweeps: largest number of rounds over all factors.
+        tolerance: stop when a round lowers the objective by less than this fraction of ``||W L||^2``.
+        starts: number of random starts if there is no closed form; the best result is returned.
+        log: receives ``stopped_by`` (``exact``: no iteration was needed, ``tolerance`` or ``sweeps``), the number of
+            ``sweeps``, and the ``objective``.
 
     Returns:
         The factors in float64. With several matrices a factor that is not shared has a leading axis, one slice each.
 
     Raises:
-        ValueError: a weight or a metric has another shape, or holds NaN or Inf.
+        ValueError: a weight or a metric has the wrong shape, or contains NaN or Inf.
     """
     several = not isinstance(weights, Tensor)
-    targets = [_checked("weight", structure, weight, structure.shape) for weight in (weights if several else [weights])]
-    norms = _checked_metrics("metric", structure, metrics, len(targets), structure.shape[1])
-    rows = _checked_metrics("row metric", structure, row_metrics, len(targets), structure.shape[0])
-    if several and not shared:  # nothing in common
+    targets = [_check("weight", structure, weight, structure.shape) for weight in (weights if several else [weights])]
+    norms = _check_metrics("metric", structure, metrics, len(targets), structure.shape[1])
+    rows = _check_metrics("row metric", structure, row_metrics, len(targets), structure.shape[0])
+    if several and not shared:
         settings = {
             "start": start,
             "sweeps": sweeps,
@@ -75,37 +77,34 @@ def fit(
         each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
         return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
     plain = all(metric is None for metric in (*norms, *rows))
-    if (
-        several
-        and plain
-        and start is None
-        and (form := structure.shared_form(targets, tuple(shared), sweeps, tolerance))
-    ):
-        return form
+    if several and plain and start is None:
+        form = structure.shared_form(targets, tuple(shared), sweeps, tolerance)
+        if form:
+            return form
     problem = Problem(structure, targets, norms, rows, tuple(shared))
     if not several and start is None:
-        start, exact = problem.known()
+        start, exact = problem.closed_form()
         if exact and start is not None:
-            _tell(log, 0, "exact", problem.objective(problem.begin(start)))
+            _update(log, 0, "exact", problem.objective(problem.initial_state(start)))
             return start
-        if not plain:  # few rounds from the nearest one beat many from elsewhere
-            most = {"sweeps": min(200, 40 * sweeps), "tolerance": max(tolerance, NEAR)}
-            near = fit(structure, targets[0], starts=starts, seed=seed, **most)
-            known = [near] if start is None else [near, start]
-            start = min(known, key=lambda form: float(problem.objective(problem.begin(form))))
-    begins = problem.begins(start, max(1, starts), seed)
-    found = [problem.solve(begin, sweeps, tolerance) for begin in begins]
-    best, count, reason, error = min(found, key=lambda one: one[3])
-    _tell(log, count, reason, error)
+        if not plain:  # few rounds from the Frobenius fit beat many from elsewhere
+            settings = {"sweeps": min(200, 40 * sweeps), "tolerance": max(tolerance, START_TOLERANCE)}
+            near = fit(structure, targets[0], starts=starts, seed=seed, **settings)
+            candidates = [near] if start is None else [near, start]
+            start = min(candidates, key=lambda form: float(problem.objective(problem.initial_state(form))))
+    states = problem.initial_states(start, max(1, starts), seed)
+    results = [problem.alternate(state, sweeps, tolerance) for state in states]
+    best, count, reason, error = min(results, key=lambda result: result[3])
+    _update(log, count, reason, error)
     return {name: value[0] if not several or name in shared else value for name, value in best.items()}
 
 
-def _tell(log: dict | None, sweeps: int, reason: str, objective) -> None:
+def _update(log: dict | None, sweeps: int, reason: str, objective) -> None:
     if log is not None:
         log.update(sweeps=sweeps, stopped_by=reason, objective=float(objective))
 
 
-def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
+def _check(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
     if tuple(matrix.shape) != shape:
         raise ValueError(f"the {what} has shape {tuple(matrix.shape)} but {structure} needs {shape}")
     wrong = int((~torch.isfinite(matrix)).sum())
@@ -114,12 +113,11 @@ def _checked(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, 
     return matrix.detach().double()
 
 
-def _checked_metrics(what: str, structure: Structure, metrics, count: int, size: int) -> list[Tensor | None]:
-    shape = (size, size)
+def _check_metrics(what: str, structure: Structure, metrics, count: int, size: int) -> list[Tensor | None]:
     given = [None] * count if metrics is None else [metrics] if isinstance(metrics, Tensor) else list(metrics)
     if len(given) != count:
         raise ValueError(f"{count} weights need {count} {what}s, not {len(given)}; None stands for the Frobenius norm")
-    return [None if metric is None else _checked(what, structure, metric, shape) for metric in given]
+    return [None if metric is None else _check(what, structure, metric, (size, size)) for metric in given]
 
 
 class Problem:
@@ -131,15 +129,15 @@ class Problem:
     def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, rows: list, shared: tuple[str, ...]):
         self.structure, self.targets, self.shared = structure, targets, shared
         self.metrics, self.rows = metrics, rows
-        self.places = structure.normal_form()
+        self.weighted = any(metric is not None for metric in metrics)
+        self.einsums = structure.normal_form()
+        shapes = structure.factor_shapes()
         for name in shared:
-            if name not in structure.factor_shapes():
-                raise ValueError(
-                    f"{structure} has no factor {name!r} to share; it has {list(structure.factor_shapes())}"
-                )
+            if name not in shapes:
+                raise ValueError(f"{structure} has no factor {name!r} to share; it has {list(shapes)}")
 
-    def known(self) -> tuple[Factors | None, bool]:
-        """The factors of a single target that need no iteration, and whether they are the nearest."""
+    def closed_form(self) -> tuple[Factors | None, bool]:
+        """Return a non-iterative fit to the only target, if there is one, and whether it is optimal."""
         (target,), (metric,), (row,) = self.targets, self.metrics, self.rows
         if metric is None and row is None:
             return self.structure.closed_form(target), self.structure.optimal
@@ -150,49 +148,48 @@ class Problem:
         form = self.structure.metric_form(target, *sides)
         return form, form is not None and self.structure.optimal_in_metric
 
-    def begins(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
-        """States from given factors, from the closed form of the targets together, or ``starts`` ones from noise."""
-        if start is None:  # weighed unevenly, so that opposite targets do not cancel
-            together = torch.stack([target / (s + 1) for s, target in enumerate(self.targets)]).sum(0)
-            start = self.structure.closed_form(together)
-            std = float(together.square().mean().sqrt()) or 1.0
+    def initial_states(self, start: Factors | None, starts: int, seed: int) -> list[Factors]:
+        """Return the state of ``start``, else of the closed form of the sum of the targets, else ``starts`` random ones."""
+        if start is None:  # weighted unevenly, so that opposite targets do not cancel
+            total = torch.stack([target / (s + 1) for s, target in enumerate(self.targets)]).sum(0)
+            start = self.structure.closed_form(total)
+            std = float(total.square().mean().sqrt()) or 1.0
         if start is not None:
-            return [self.begin(start)]
+            return [self.initial_state(start)]
         generators = [torch.Generator().manual_seed(seed + k) for k in range(starts)]
-        return [self.begin(self.structure.init(std, generator, torch.float64)) for generator in generators]
+        return [self.initial_state(self.structure.init(std, generator, torch.float64)) for generator in generators]
 
-    def begin(self, start: Factors) -> Factors:
-        """A state in which every target has the factors ``start``."""
-        device, count = self.targets[0].device, len(self.targets)
-        state = {name: value.detach().to(device)[None] for name, value in start.items()}
-        return {
-            name: (value.double() if value.is_floating_point() else value).repeat_interleave(
-                1 if name in self.shared else count, dim=0
-            )
-            for name, value in state.items()
-        }
+    def initial_state(self, start: Factors) -> Factors:
+        """Return the state in which every target has the factors ``start``."""
+        device, state = self.targets[0].device, {}
+        for name, value in start.items():
+            value = value.detach().to(device)[None]
+            value = value.double() if value.is_floating_point() else value
+            state[name] = value.repeat_interleave(1 if name in self.shared else len(self.targets), dim=0)
+        return state
 
-    def slice(self, state: Factors, s: int) -> Factors:
+    def factors_of(self, state: Factors, s: int) -> Factors:
+        """Return the factors of target ``s``."""
         return {name: value[0] if len(value) == 1 else value[s] for name, value in state.items()}
 
     def objective(self, state: Factors) -> Tensor:
-        """``sum_s || (W_s - What_s) L_s ||_F^2``"""
+        """Return ``sum_s || R_s (W_s - What_s) L_s ||_F^2``."""
         total = self.targets[0].new_zeros(())
         for s, (target, metric, row) in enumerate(zip(self.targets, self.metrics, self.rows, strict=True)):
-            rest = target - self.structure.dense(self.slice(state, s))
-            weighed = rest if metric is None else rest @ metric
-            total = total + (rest * (weighed if row is None else row @ weighed)).sum()
+            rest = target - self.structure.dense(self.factors_of(state, s))
+            weighted = rest if metric is None else rest @ metric
+            total = total + (rest * (weighted if row is None else row @ weighted)).sum()
         return total
 
-    def solve(self, state: Factors, sweeps: int, tolerance: float) -> tuple[Factors, int, str, float]:
-        """Alternate until a sweep gains less than ``tolerance``; L-BFGS where a system is too large.
+    def alternate(self, state: Factors, sweeps: int, tolerance: float) -> tuple[Factors, int, str, float]:
+        """Alternate until a sweep gains less than ``tolerance``; then L-BFGS, for row metrics and systems that are too large.
 
         Returns:
-            The state, the number of sweeps, what ended them, and the objective.
+            The state, the number of sweeps, the reason to stop, and the objective.
         """
-        blocks = [(place, name) for place in self.places for name in place.diagram.names]
-        blocks.sort(key=lambda block: block[1] in self.shared)  # last: in what they share opposite targets cancel
-        small = [block for block in blocks if self.unknowns(*block) <= LARGEST_SYSTEM]
+        blocks = [(einsum, name) for einsum in self.einsums for name in einsum.spec.names]
+        blocks.sort(key=lambda block: block[1] in self.shared)  # shared ones last: opposite targets cancel in them
+        small = [block for block in blocks if self.system_size(*block) <= LARGEST_SYSTEM]
         scale = self.objective(
             {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
         )
@@ -200,100 +197,111 @@ class Problem:
         count, reason = 0, "sweeps"
         while count < sweeps and reason == "sweeps":
             before, count = now, count + 1
-            for place, name in small:
-                tried = state | {name: self.best(state, place, name)}
-                after = self.objective(tried)
+            for einsum, name in small:
+                candidate = state | {name: self.solve_factor(state, einsum, name)}
+                after = self.objective(candidate)
                 if after <= now:
-                    state, now = tried, after
+                    state, now = candidate, after
             if before - now <= tolerance * scale:
                 reason = "tolerance"
-        if not (len(small) == len(blocks) and all(row is None for row in self.rows)):
-            state = self.polish(state, sweeps)
+        if len(small) < len(blocks) or any(row is not None for row in self.rows):
+            state = self.minimize_lbfgs(state, sweeps)
             now = self.objective(state)
         assert now <= first * (1 + 1e-9) + 1e-300, "the objective grew"
         return state, count, reason, float(now)
 
-    def unknowns(self, place: ScatteredEinsum, name: str) -> int:
-        """The size of one of the linear systems of a factor."""
-        return max(place.diagram.size(part) for part in self._apart(place.diagram, name))
+    def system_size(self, einsum: ScatteredEinsum, name: str) -> int:
+        """Return the number of unknowns of the largest linear system of a factor."""
+        return max(einsum.spec.size(part) for part in self.coupled_labels(einsum.spec, name))
 
-    def best(self, state: Factors, place: ScatteredEinsum, name: str) -> Tensor:
-        """The minimiser over one factor with all others fixed."""
-        systems = [self.system(self.slice(state, s), place, name, s) for s in range(len(self.targets))]
+    def solve_factor(self, state: Factors, einsum: ScatteredEinsum, name: str) -> Tensor:
+        """Return the optimum of one factor with all others fixed."""
+        systems = [self.system(self.factors_of(state, s), einsum, name, s) for s in range(len(self.targets))]
         if name in self.shared:
             grams, rights, labels = zip(*systems, strict=True)
             systems = [([reduce(torch.add, [gram for (gram,) in grams])], reduce(torch.add, rights), labels[0])]
-        order = dict(place.diagram.factors)[name]
-        found = []
+        order = dict(einsum.spec.factors)[name]
+        solutions = []
         for grams, right, labels in systems:
-            value = _solved(grams, right).reshape(place.diagram.shape_of(labels))
-            found.append(value.permute([labels.index(label) for label in order]))
-        return torch.stack(found)
+            value = _solve_kronecker(grams, right).reshape(einsum.spec.shape_of(labels))
+            solutions.append(value.permute([labels.index(label) for label in order]))
+        return torch.stack(solutions)
 
-    def _labels(self, diagram: EinsumSpec, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The labels of a factor that one system couples, and those that split it."""
-        independent = diagram.outs if any(m is not None for m in self.metrics) else diagram.outs + diagram.ins
-        own = dict(diagram.factors)[name]
+    def _split_labels(self, spec: EinsumSpec, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the labels of a factor that one system couples, and those that split it."""
+        independent = spec.outs if self.weighted else spec.outs + spec.ins
+        own = dict(spec.factors)[name]
         return tuple(x for x in own if x not in independent), tuple(x for x in own if x in independent)
 
-    def _apart(self, diagram: EinsumSpec, name: str) -> list[tuple[str, ...]]:
-        """The coupled labels of a factor, those together that the rest of the diagram connects: a system is the Kronecker
-        product of one system for each, but for a factor that is shared, where several of them add up."""
-        coupled, split = self._labels(diagram, name)
+    def coupled_labels(self, spec: EinsumSpec, name: str) -> list[tuple[str, ...]]:
+        """Return the coupled labels of a factor, grouped by what the rest of the einsum connects.
+
+        The system is the Kronecker product of one system per group, except for a shared factor, where systems are added.
+        """
+        coupled, split = self._split_labels(spec, name)
         if name in self.shared or not coupled:
             return [coupled]
         groups = [{label} for label in coupled]
-        sets = [set(labels) for other, labels in diagram.factors if other != name]
-        for connected in [*sets, set(diagram.ins) if any(m is not None for m in self.metrics) else set()]:
+        connections = [set(labels) for other, labels in spec.factors if other != name]
+        for connected in [*connections, set(spec.ins) if self.weighted else set()]:
             inside = connected - set(split)
             touched = [group for group in groups if group & inside]
             groups = [group for group in groups if not group & inside] + [inside.union(*touched)]
-        found = [tuple(label for label in coupled if label in group) for group in groups]
-        return [part for part in found if part]
+        parts = [tuple(label for label in coupled if label in group) for group in groups]
+        return [part for part in parts if part]
 
     def system(
-        self, factors: Factors, place: ScatteredEinsum, name: str, s: int
+        self, factors: Factors, einsum: ScatteredEinsum, name: str, s: int
     ) -> tuple[list[Tensor], Tensor, tuple[str, ...]]:
-        """The normal equations of one factor: ``grams``, each ``(*split, n_k, n_k)``, whose Kronecker product is the matrix,
-        ``right (*split, m, n_1, n_2, ..)``, and the labels of ``right``.
+        """Return the normal equations of one factor for target ``s``.
 
-        Labels that nothing else in the normal equations has do not split the system: they are its ``m`` right sides.
+        Labels that nothing else in the normal equations has do not split the system: they number its ``m`` right sides.
+
+        Returns:
+            ``grams``, each ``(*split, n_k, n_k)``, whose Kronecker product is the matrix; ``right (*split, m, n_1, n_2, ..)``;
+            the labels of ``right``.
         """
-        diagram, (_, split), parts = place.diagram, self._labels(place.diagram, name), self._apart(place.diagram, name)
+        spec, parts = einsum.spec, self.coupled_labels(einsum.spec, name)
         rest = self.targets[s]
-        if len(self.places) > 1:  # what the other parts leave
-            rest = rest - self.structure.dense(factors) + place.dense(factors)
+        if len(self.einsums) > 1:  # what the other einsums leave
+            rest = rest - self.structure.dense(factors) + einsum.dense(factors)
         metric = self.metrics[s]
-        if metric is None and any(m is not None for m in self.metrics):
+        if metric is None and self.weighted:
             metric = torch.eye(self.structure.shape[1], dtype=torch.float64, device=rest.device)
-        target, metric = _restricted(place, factors, rest if metric is None else rest @ metric, metric)
-        others = [(labels, factors[n]) for n, labels in diagram.factors if n != name]
-        ins, outs = diagram.ins, diagram.outs
-        right = [((*outs, *ins), target.reshape(diagram.shape_of((*outs, *ins)))), *others]
-        shared = outs if metric is not None else outs + ins
-        twin = {label: label if label in shared else f"({label})" for label, _ in diagram.sizes}
+        target = rest if metric is None else rest @ metric
+        if (rows := einsum.index(factors, "rows")) is not None:
+            target = target[rows]
+        if (columns := einsum.index(factors, "columns")) is not None:
+            target = target[:, columns]
+            metric = None if metric is None else metric[columns][:, columns]
+        others = [(labels, factors[n]) for n, labels in spec.factors if n != name]
+        ins, outs = spec.ins, spec.outs
+        right = [((*outs, *ins), target.reshape(spec.shape_of((*outs, *ins)))), *others]
+        common = outs if metric is not None else outs + ins
+        twin = {label: label if label in common else f"({label})" for label, _ in spec.sizes}
         gram = others + [(tuple(twin[label] for label in labels), value) for labels, value in others]
         if metric is not None:
-            both = (*ins, *(twin[label] for label in ins))
-            gram.append((both, metric.reshape(diagram.shape_of(ins) * 2)))
-        sizes = dict(diagram.sizes) | {twin[label]: size for label, size in diagram.sizes}
+            gram.append(((*ins, *(twin[label] for label in ins)), metric.reshape(spec.shape_of(ins) * 2)))
+        sizes = dict(spec.sizes) | {twin[label]: size for label, size in spec.sizes}
         known = {label for labels, _ in gram for label in labels}
+        _, split = self._split_labels(spec, name)
         sides, split = tuple(x for x in split if x not in known), tuple(x for x in split if x in known)
         grams = []
-        for k, operands in enumerate(_of_parts(gram, parts, split, twin)):
+        for k, operands in enumerate(_group_operands(gram, parts, split, twin)):
             used = split if k == 0 else tuple(x for x in split if any(x in labels for labels, _ in operands))
-            shape, n = [sizes[x] if x in used else 1 for x in split], diagram.size(parts[k])
-            wanted = (*used, *parts[k], *(twin[label] for label in parts[k]))
-            grams.append(_einsum(operands, wanted, sizes, rest.device).reshape(*shape, n, n))
+            shape, n = [sizes[x] if x in used else 1 for x in split], spec.size(parts[k])
+            output = (*used, *parts[k], *(twin[label] for label in parts[k]))
+            grams.append(_einsum(operands, output, sizes, rest.device).reshape(*shape, n, n))
         labels = (*split, *sides, *(label for part in parts for label in part))
-        shape = (*diagram.shape_of(split), diagram.size(sides), *map(diagram.size, parts))
+        shape = (*spec.shape_of(split), spec.size(sides), *map(spec.size, parts))
         return grams, _einsum(right, labels, sizes, rest.device).reshape(shape), labels
 
-    def polish(self, state: Factors, steps: int) -> Factors:
-        """L-BFGS on every factor at once, through autograd."""
-        plain = {name: value for name, value in state.items() if value.is_floating_point()}
+    def minimize_lbfgs(self, state: Factors, steps: int) -> Factors:
+        """Return the state after L-BFGS on all factors at once."""
         leaves = {
-            name: value.clone(memory_format=torch.contiguous_format).requires_grad_() for name, value in plain.items()
+            name: value.clone(memory_format=torch.contiguous_format).requires_grad_()
+            for name, value in state.items()
+            if value.is_floating_point()
         }
         optimizer = torch.optim.LBFGS(
             list(leaves.values()), max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
@@ -311,46 +319,35 @@ class Problem:
         return after if self.objective(after) <= self.objective(state) else state
 
 
-def _solved(grams: list[Tensor], right: Tensor) -> Tensor:
-    """``right (*split, m, n_1, n_2, ..)`` through the inverse of the Kronecker product of ``grams``, one axis at a time."""
+def _solve_kronecker(grams: list[Tensor], right: Tensor) -> Tensor:
+    """Multiply ``right (*split, m, n_1, n_2, ..)`` by the inverse of the Kronecker product of ``grams``, axis by axis."""
     first = right.ndim - len(grams)
     for k, gram in enumerate(grams):
-        turned = right.movedim(first + k, -1)
-        flat = turned.reshape(*right.shape[: first - 1], -1, gram.shape[-1])
+        moved = right.movedim(first + k, -1)
+        flat = moved.reshape(*right.shape[: first - 1], -1, gram.shape[-1])
         gram = gram.expand(*right.shape[: first - 1], *gram.shape[-2:])
-        right = solve_symmetric(gram, flat).reshape(turned.shape).movedim(-1, first + k)
+        right = solve_symmetric(gram, flat).reshape(moved.shape).movedim(-1, first + k)
     return right
 
 
-def _of_parts(gram: list, parts: list[tuple[str, ...]], split: tuple[str, ...], twin: dict[str, str]) -> list[list]:
-    """The operands of the normal equations that belong to each of ``parts``; what belongs to none goes to the first one."""
-    found, rest = [], list(gram)
+def _group_operands(
+    gram: list, parts: list[tuple[str, ...]], split: tuple[str, ...], twin: dict[str, str]
+) -> list[list]:
+    """Return the operands of the normal equations that each of ``parts`` reaches; the others go to the first one."""
+    groups, rest = [], list(gram)
     for part in parts:
-        reached, some = {*part, *(twin[label] for label in part)}, []
+        reached, group = {*part, *(twin[label] for label in part)}, []
         while near := [operand for operand in rest if reached & set(operand[0])]:
             rest = [operand for operand in rest if not reached & set(operand[0])]
             reached |= {label for labels, _ in near for label in labels} - set(split)
-            some += near
-        found.append(some)
-    found[0] += rest
-    return found
-
-
-def _restricted(
-    place: ScatteredEinsum, factors: Factors, target: Tensor, metric: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Target and metric at the rows and columns where the placement lies."""
-    rows, columns = place.index(factors, "rows"), place.index(factors, "columns")
-    if rows is not None:
-        target = target[rows]
-    if columns is not None:
-        target = target[:, columns]
-        metric = None if metric is None else metric[columns][:, columns]
-    return target, metric
+            group += near
+        groups.append(group)
+    groups[0] += rest
+    return groups
 
 
 def _einsum(operands: list, output: tuple[str, ...], sizes: dict[str, int], device: torch.device) -> Tensor:
-    """A contraction of ``(labels, tensor)``; a label of the output that no operand has is filled by repetition."""
+    """Contract ``(labels, tensor)`` operands; the result is repeated along output labels that no operand has."""
     known = {label for labels, _ in operands for label in labels}
     missing = tuple(label for label in output if label not in known)
     if missing or not operands:

@@ -1,17 +1,16 @@
-"""BLAST: block bases shared along rows and columns of blocks, with a diagonal coupling per block."""
+"""BLAST: bases shared along rows and columns of blocks, with a diagonal coupling per block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tenfold.structure.base import Structure
-from tenfold.structure.einsum_spec import EinsumSpec
-from tenfold.structure.scattered import ScatteredEinsum
+from tenfold.structure.scattered import ScatteredEinsum, einsum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blast(Structure, kind="blast"):
-    """``W[p a, q c] = sum_r left[p, a, r] coupling[p, q, r] right[q, c, r]``
+    """``W[p a, q c] = sum_r left[p, a, r] coupling[p, q, r] right[q, c, r]``.
 
     Reference: Lee et al. 2024, arXiv 2410.21262. No closed form is known; the fit alternates.
 
@@ -27,7 +26,7 @@ class Blast(Structure, kind="blast"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        """Instead of ``outs`` and ``ins`` a recipe may give ``blocks``, the number of blocks a side."""
+        """Return all fields; instead of ``outs`` and ``ins`` a recipe may give ``blocks``, the number of blocks a side."""
         spec = dict(spec)
         blocks = spec.pop("blocks", 4)
         return {"outs": (blocks, out // blocks), "ins": (blocks, inner // blocks)} | spec
@@ -37,7 +36,5 @@ class Blast(Structure, kind="blast"):
             raise ValueError(f"outs {self.outs} and ins {self.ins} of a BLAST matrix are two numbers each")
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        (p, a), (q, c) = self.outs, self.ins
-        sizes = (("p", p), ("a", a), ("q", q), ("c", c), ("r", self.rank))
-        factors = (("left", ("p", "a", "r")), ("coupling", ("p", "q", "r")), ("right", ("q", "c", "r")))
-        return (ScatteredEinsum(EinsumSpec(("p", "a"), ("q", "c"), factors, sizes)),)
+        sizes = dict(zip("paqcr", (*self.outs, *self.ins, self.rank), strict=True))
+        return einsum("p a", "q c", {"left": "p a r", "coupling": "p q r", "right": "q c r"}, sizes)

@@ -1,8 +1,10 @@
-"""Structures made of structures, and a diagram written out by hand."""
+"""Structures made of structures, and an einsum written in a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,13 +17,39 @@ from tenfold.structure.scattered import ScatteredEinsum
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sum(Structure, kind="sum"):
-    """``W = parts[0] + parts[1] + ...``; the factors of part ``k`` are called ``part_k_<name>``.
-
-    A dense or folded matrix with a low-rank adapter is a sum.
-    """
+class _Parts(Structure):
+    """A structure of several parts; the factors of part ``k`` are named ``part_k_<name>``."""
 
     parts: tuple[Structure, ...]
+
+    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
+        return self._for_each_part(lambda _, part: part.init(std, generator, dtype)) or {}
+
+    def _part_einsums(self) -> list[tuple[int, ScatteredEinsum]]:
+        """Return the einsums of all parts, each with the number of its part."""
+        return [
+            (k, einsum.rename_factors(lambda name, k=k: f"part_{k}_{name}"))
+            for k, part in enumerate(self.parts)
+            for einsum in part.normal_form()
+        ]
+
+    def _for_each_part(self, make: Callable[[int, Structure], Factors | None]) -> Factors | None:
+        """Return the factors that ``make(k, part)`` returns for every part; None if it returns None for one."""
+        factors: Factors = {}
+        for k, part in enumerate(self.parts):
+            made = make(k, part)
+            if made is None:
+                return None
+            factors |= {f"part_{k}_{name}": value for name, value in made.items()}
+        return factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(_Parts, kind="sum"):
+    """``W = parts[0] + parts[1] + ...``; the factors of part ``k`` are named ``part_k_<name>``.
+
+    For instance a dense or factorised matrix with a low-rank adapter.
+    """
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
@@ -32,15 +60,16 @@ class Sum(Structure, kind="sum"):
         return any(Structure.family(part.get("kind")).is_open(part) for part in spec.get("parts", ()))
 
     @classmethod
-    def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
-        """What the fixed parts leave of the budget goes to the open ones in equal shares."""
+    def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """Return a sum whose open parts share evenly what the others leave of the budget."""
         specs = spec["parts"]
-        growing = [k for k, part in enumerate(specs) if Structure.family(part.get("kind")).is_open(part)]
-        made = {k: cls.for_shape(out, inner, part) for k, part in enumerate(specs) if k not in growing}
-        left = budget - sum(part.numel for part in made.values())
-        for done, k in enumerate(growing):
-            made[k] = cls.within(out, inner, specs[k], left / (len(growing) - done))
-            left -= made[k].numel
+        is_open = [Structure.family(part.get("kind")).is_open(part) for part in specs]
+        made = {k: cls.for_shape(out, inner, part) for k, part in enumerate(specs) if not is_open[k]}
+        left, count = budget - sum(part.numel for part in made.values()), sum(is_open)
+        for k, part in enumerate(specs):
+            if is_open[k]:
+                made[k] = cls.within(out, inner, part, left / count)
+                left, count = left - made[k].numel, count - 1
         return cls(parts=tuple(made[k] for k in range(len(specs))))
 
     def check(self) -> None:
@@ -50,43 +79,40 @@ class Sum(Structure, kind="sum"):
             )
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        return tuple(
-            place.renamed(_prefix(f"part_{k}_")) for k, part in enumerate(self.parts) for place in part.normal_form()
-        )
+        return tuple(einsum for _, einsum in self._part_einsums())
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        """The parts share the variance evenly."""
-        return _started(self.parts, std / len(self.parts) ** 0.5, generator, dtype)
+        """Return random factors; the parts share the variance evenly."""
+        return super().init(std / len(self.parts) ** 0.5, generator, dtype)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """Greedy: every part is fitted to what the parts before it leave. A start, not an optimum."""
-        return self._greedy(weight, lambda part, rest: part.closed_form(rest))
+        """Return the greedy fit of every part to what the parts before it leave: a start, not an optimum."""
+        return self._fit_greedily(weight, lambda part, rest: part.closed_form(rest))
 
     def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
-        """Greedy, too."""
-        return self._greedy(
+        """Return the greedy fit, as :meth:`closed_form`."""
+        return self._fit_greedily(
             weight, lambda part, rest: part.metric_form(rest, inputs, outputs) or part.closed_form(rest)
         )
 
-    def _greedy(self, weight: Tensor, form) -> Factors | None:
-        rest, factors = weight.double(), {}
-        for k, part in enumerate(self.parts):
-            fitted = form(part, rest)
-            if fitted is None:
-                return None
-            rest = rest - part.dense(fitted)
-            factors |= {f"part_{k}_{name}": value for name, value in fitted.items()}
-        return factors
+    def _fit_greedily(self, weight: Tensor, fit: Callable[[Structure, Tensor], Factors | None]) -> Factors | None:
+        rest = weight.double()
+
+        def fit_rest(_: int, part: Structure) -> Factors | None:
+            nonlocal rest
+            fitted = fit(part, rest)
+            rest = rest if fitted is None else rest - part.dense(fitted)
+            return fitted
+
+        return self._for_each_part(fit_rest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stacked(Structure, kind="stacked"):
-    """``W = [parts[0]; parts[1]; ...]``, one below the other; the factors of part ``k`` are called ``part_k_<name>``.
+class Stacked(_Parts, kind="stacked"):
+    """``W = [parts[0]; parts[1]; ...]``, one below the other; the factors of part ``k`` are named ``part_k_<name>``.
 
-    For fused matrices: query, key and value, or gate and up, each folded by itself.
+    For fused matrices: query, key and value, or gate and up, each factorised by itself.
     """
-
-    parts: tuple[Structure, ...]
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
@@ -102,63 +128,47 @@ class Stacked(Structure, kind="stacked"):
         return all(part.optimal for part in self.parts)
 
     @property
-    def starts(self) -> list[int]:
-        """The first row of every part, and the end."""
-        return [sum(part.shape[0] for part in self.parts[:k]) for k in range(len(self.parts) + 1)]
+    def _offsets(self) -> list[int]:
+        """The first row of every part, and the number of rows."""
+        return list(accumulate((part.shape[0] for part in self.parts), initial=0))
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        outer = (self.starts[-1], self.parts[0].shape[1])
+        offsets, width = self._offsets, self.parts[0].shape[1]
         return tuple(
-            replace(place, rows=(*place.rows, self.starts[k]), outer=outer)
-            for k, part in enumerate(self.parts)
-            for place in (one.renamed(_prefix(f"part_{k}_")) for one in part.normal_form())
+            replace(einsum, rows=(*einsum.rows, offsets[k]), outer=(offsets[-1], width))
+            for k, einsum in self._part_einsums()
         )
 
-    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        """Every part for itself: they do not overlap."""
-        return _started(self.parts, std, generator, dtype)
-
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """As near as those of the parts."""
-        return self._by_parts(lambda part, place: part.closed_form(weight[place]))
+        """Return the closed forms of the parts."""
+        return self._for_each_part(lambda k, part: part.closed_form(weight[self._rows_of(k)]))
 
     def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
-        """That of the parts: what couples the outputs of two parts is left out."""
-        return self._by_parts(lambda part, at: part.metric_form(weight[at], inputs, outputs[at, at]))
+        """Return the metric forms of the parts: what couples the outputs of two parts is ignored."""
 
-    def _by_parts(self, form) -> Factors | None:
-        factors: Factors = {}
-        for k, part in enumerate(self.parts):
-            fitted = form(part, slice(self.starts[k], self.starts[k + 1]))
-            if fitted is None:
-                return None
-            factors |= {f"part_{k}_{name}": value for name, value in fitted.items()}
-        return factors
+        def fit(k: int, part: Structure) -> Factors | None:
+            rows = self._rows_of(k)
+            return part.metric_form(weight[rows], inputs, outputs[rows, rows])
 
+        return self._for_each_part(fit)
 
-def _prefix(text: str):
-    return lambda name: text + name
-
-
-def _started(parts: tuple[Structure, ...], std: float, generator: torch.Generator | None, dtype) -> Factors:
-    made = [part.init(std, generator, dtype) for part in parts]
-    return {f"part_{k}_{name}": value for k, factors in enumerate(made) for name, value in factors.items()}
+    def _rows_of(self, k: int) -> slice:
+        return slice(*self._offsets[k : k + 2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scattered(Structure, kind="placed"):
-    """``W[rows[i], columns[j]] = base[i, j]``, every other entry zero.
+    """``W[rows[i], columns[j]] = base[i, j]``, every other element zero.
 
     Args:
         base: the smaller matrix.
         out_features: rows of ``W``.
         in_features: columns of ``W``.
-        map_rows: whether there is an index map, a buffer ``rows (base out) int32``; without it rows stay in place.
+        map_rows: whether there is an index map, a buffer ``rows (base out) int32``; without it the base is in the first rows.
         map_columns: likewise ``columns (base in) int32``.
 
-    With whole maps this is a permuted matrix (TQCompressor); with shorter ones pruned units and sliced widths. Every
-    index of a map must occur once: the maps are injective. Without a map the base lies in the first rows (columns), which
-    costs no index at all: the others are the pruned ones.
+    Maps of full length make a permuted matrix (TQCompressor), shorter ones a matrix with pruned units or sliced widths. An
+    index may occur only once in a map.
     """
 
     base: Structure
@@ -169,79 +179,82 @@ class Scattered(Structure, kind="placed"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return {"out_features": out, "in_features": inner} | _based(out, inner, spec)
+        return {"out_features": out, "in_features": inner} | _complete_base(out, inner, spec)
 
     @classmethod
     def is_open(cls, spec: dict) -> bool:
         return "base" in spec and Structure.family(spec["base"].get("kind")).is_open(spec["base"])
 
     @classmethod
-    def grown(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
-        """A base of the full shape grows; permutations cost nothing."""
+    def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """Return a permuted matrix with the largest base of the full shape."""
         return cls.for_shape(out, inner, spec | {"base": cls.within(out, inner, spec["base"], budget).to_json()})
 
     def check(self) -> None:
-        out, inner = self.base.shape
-        for side, small, large in (("rows", out, self.out_features), ("columns", inner, self.in_features)):
+        for side, small, large in zip(("rows", "columns"), self.base.shape, self._outer, strict=True):
             if small > large:
                 raise ValueError(f"{small} {side} of the base can't be placed in {large} {side}")
 
-    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        return tuple(self._place(place.renamed(_inner)) for place in self.base.normal_form())
+    @property
+    def _outer(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
-    def _place(self, place: ScatteredEinsum) -> ScatteredEinsum:
-        rows = (("rows", self.base.shape[0], self.out_features),) if self.map_rows else ()
-        columns = (("columns", self.base.shape[1], self.in_features),) if self.map_columns else ()
-        return replace(
-            place,
-            rows=place.rows + _steps("rows", self.map_rows, self.base.shape[0] < self.out_features),
-            columns=place.columns + _steps("columns", self.map_columns, self.base.shape[1] < self.in_features),
-            outer=(self.out_features, self.in_features),
-            maps=place.maps + rows + columns,
+    @property
+    def _maps(self) -> tuple[tuple[str, int, int], ...]:
+        sides = zip(("rows", "columns"), self.base.shape, self._outer, (self.map_rows, self.map_columns), strict=True)
+        return tuple((name, length, limit) for name, length, limit, mapped in sides if mapped)
+
+    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
+        # without a map the offset 0, or nothing where the base fills the side
+        rows, columns = (
+            (name,) if mapped else (0,) if small < large else ()
+            for name, mapped, small, large in zip(
+                ("rows", "columns"), (self.map_rows, self.map_columns), self.base.shape, self._outer, strict=True
+            )
+        )
+        return tuple(
+            replace(
+                einsum,
+                rows=einsum.rows + rows,
+                columns=einsum.columns + columns,
+                outer=self._outer,
+                maps=einsum.maps + self._maps,
+            )
+            for einsum in (one.rename_factors(_rename_maps) for one in self.base.normal_form())
         )
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        """The base, at random rows and columns."""
-        factors = {_inner(name): value for name, value in self.base.init(std, generator, dtype).items()}
-        for name, mapped, length, into in zip(
-            ("rows", "columns"), (self.map_rows, self.map_columns), self.base.shape, self.shape, strict=True
-        ):
-            if mapped:
-                factors[name] = torch.randperm(into, generator=generator)[:length].to(torch.int32)
+        """Return random factors of the base, at random rows and columns."""
+        factors = {_rename_maps(name): value for name, value in self.base.init(std, generator, dtype).items()}
+        for name, length, limit in self._maps:
+            factors[name] = torch.randperm(limit, generator=generator)[:length].to(torch.int32)
         return factors
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """With the first rows and columns as maps; :mod:`tenfold.structure.permutation_search` searches for better ones."""
+        """Return :meth:`fit_at` the first rows and columns; :mod:`tenfold.structure.permutation_search` finds better ones."""
         (out, inner), device = self.base.shape, weight.device
         identity = torch.arange(max(self.shape), dtype=torch.int32, device=device)
-        return self.fitted(weight, identity[:out], identity[:inner])
+        return self.fit_at(weight, identity[:out], identity[:inner])
 
-    def fitted(
+    def fit_at(
         self, weight: Float[Tensor, "out inner"], rows: Int[Tensor, "a"], columns: Int[Tensor, "b"]
     ) -> Factors | None:
-        """The base's closed form for ``weight[rows][:, columns]``, with these maps."""
+        """Return the base's closed form for ``weight[rows][:, columns]``, with these maps."""
         factors = self.base.closed_form(weight[rows.long()][:, columns.long()])
         if factors is None:
             return None
-        named = {_inner(name): value for name, value in factors.items()}
-        maps = {"rows": rows.int()} if self.map_rows else {}
-        return named | maps | ({"columns": columns.int()} if self.map_columns else {})
+        maps = {"rows": rows.int(), "columns": columns.int()}
+        return {_rename_maps(n): value for n, value in factors.items()} | {n: maps[n] for n, _, _ in self._maps}
 
 
-def _steps(name: str, mapped: bool, shorter: bool) -> tuple[str | int, ...]:
-    """An index map, a shift by nothing, or no step at all."""
-    return (name,) if mapped else (0,) if shorter else ()
+def _complete_base(out: int, inner: int, spec: dict) -> dict:
+    if not isinstance(spec.get("base"), dict):
+        return spec
+    return spec | {"base": Structure.for_shape(out, inner, spec["base"])}
 
 
-def _based(out: int, inner: int, spec: dict) -> dict:
-    """A recipe's ``spec`` with its base made for a matrix ``(out, inner)``."""
-    return spec | (
-        {"base": Structure.for_shape(out, inner, spec["base"])} if isinstance(spec.get("base"), dict) else {}
-    )
-
-
-def _inner(name: str) -> str:
-    """Maps of a placed base keep apart from those of the outer one."""
+def _rename_maps(name: str) -> str:
+    """Return a name for a map of the base that differs from those of the outer structure."""
     return f"base_{name}" if name.endswith(("rows", "columns")) else name
 
 
@@ -253,27 +266,25 @@ class Transposed(Structure, kind="transposed"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return _based(inner, out, spec)
+        return _complete_base(inner, out, spec)
 
     @property
     def optimal(self) -> bool:
         return self.base.optimal
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        return tuple(place.transposed() for place in self.base.normal_form())
+        return tuple(einsum.transpose() for einsum in self.base.normal_form())
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        """That of the base."""
         return self.base.init(std, generator, dtype)
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """That of the base."""
         return self.base.closed_form(weight.mT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomEinsum(Structure, kind="diagram"):
-    """A diagram written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``.
+    """An einsum written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``.
 
     Args:
         factors: ``(name, labels)`` of every factor.
@@ -289,21 +300,21 @@ class CustomEinsum(Structure, kind="diagram"):
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        """A recipe writes factors and sizes as mappings, and labels as lists or as words in one string."""
-        return (
-            spec
-            | {name: _pairs(spec[name]) for name in ("factors", "sizes") if name in spec}
-            | {name: _words(spec[name]) for name in ("outs", "ins") if name in spec}
-        )
+        """Return all fields; a recipe gives factors and sizes as mappings, and labels as lists or as words in a string."""
+        spec = spec | {name: _split_labels(spec[name]) for name in ("outs", "ins") if name in spec}
+        if "factors" in spec:
+            spec["factors"] = [(name, _split_labels(labels)) for name, labels in _pairs(spec["factors"])]
+        if "sizes" in spec:
+            spec["sizes"] = _pairs(spec["sizes"])
+        return spec
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         return (ScatteredEinsum(EinsumSpec(self.outs, self.ins, self.factors, self.sizes)),)
 
 
 def _pairs(value: Any) -> list:
-    items = value.items() if isinstance(value, dict) else value
-    return [(name, _words(labels) if not isinstance(labels, int) else labels) for name, labels in items]
+    return list(value.items() if isinstance(value, dict) else value)
 
 
-def _words(value: Any) -> list[str]:
+def _split_labels(value: Any) -> list[str]:
     return value.split() if isinstance(value, str) else list(value)

@@ -1,8 +1,8 @@
 """Contract labelled tensors: choose the order of pairwise products by price, run it, and differentiate it.
 
-A *term* is a string with one character per axis, in memory order. Every pairwise product becomes one (batched) matrix product;
-an operand is copied only where its axes can't be viewed as matrices, and a result in between stays in the order in which the
-product wrote it. Layouts, and thereby copies, are known before anything runs, so that the search can price them.
+A *term* is a string with one character per axis, in memory order. Every pairwise product becomes one (batched) matrix product. An
+operand is copied only if its axes can't be viewed as matrices, and an intermediate result keeps the layout that its product
+wrote. Layouts, and thereby copies, are known before anything runs, so that the search can price them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tenfold.structure.cost_model import HardwareCosts, OpCounts
 
 ROWS = "(rows)"  # label of the leading axis of x; no spec can use it
 OPEN = "#"  # its character in terms: plans are reused for other numbers of rows
-EXACT = 10  # operands up to which the best order is searched; opt_einsum's heuristics take over above
-THIN = 16  # columns below which a batch of products is slower than a copy for a single one
-CLEARLY = 0.8  # an order must be this much cheaper than that of the fewest FLOPs, since prices are rough
+EXACT = 10  # operands up to which the search is exhaustive; above it opt_einsum's heuristics are used
+THIN = 16  # columns below which a batch of products is slower than a copy and a single product
+MAX_PRICE_RATIO = 0.8  # to the order of the fewest FLOPs, which is preferred unless clearly dearer: prices are rough
 Sizes = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """How an operand becomes a batch of matrices.
+    """Conversion of an operand into a batch of matrices.
 
     Args:
         dropped: axes to sum first.
-        order: the axes of ``(batch, rows, columns)``; None for one along which the operand is repeated.
+        order: the axes of ``(batch, rows, columns)``; None for an axis along which the operand is repeated.
         shape: of the result.
     """
 
@@ -46,8 +46,8 @@ class Product:
     """One product of two terms, ``(batch, rows, summed) @ (batch, summed, columns)``.
 
     Args:
-        left, right: how the operands become matrices; ``swapped``: the second operand is on the left.
-        repeated: axes of one operand along which the other one is repeated, and which operand has them.
+        left, right: conversions of the operands; ``swapped``: the second operand is on the left.
+        repeated: the operand (0 or 1) and those of its axes along which the other one is repeated.
         made: the term of the result, with its ``shape``.
         counts: of the product.
     """
@@ -66,12 +66,12 @@ def multiply(product: Product, one: Tensor, other: Tensor) -> Tensor:
     side, axes = product.repeated
     repeats = [(one, other)[side].shape[axis] for axis in axes]
     first, second = (other, one) if product.swapped else (one, other)
-    left = _matrices(product.left, first, repeats if side == int(not product.swapped) else [])
-    right = _matrices(product.right, second, repeats if side == int(product.swapped) else [])
+    left = _to_matrices(product.left, first, repeats if side == int(not product.swapped) else [])
+    right = _to_matrices(product.right, second, repeats if side == int(product.swapped) else [])
     return (torch.mm if left.dim() == 2 else torch.bmm)(left, right).view(product.shape)
 
 
-def _matrices(how: Matrices, value: Tensor, repeats: list[int]) -> Tensor:
+def _to_matrices(how: Matrices, value: Tensor, repeats: list[int]) -> Tensor:
     value = value.sum(how.dropped) if how.dropped else value
     value = value.permute([axis for axis in how.order if axis is not None])
     if repeats:
@@ -85,7 +85,7 @@ def _matrices(how: Matrices, value: Tensor, repeats: list[int]) -> Tensor:
 
 @lru_cache(maxsize=16384)
 def product_of(one: str, other: str, kept: str, sizes: Sizes) -> Product:
-    """Plan the product of two terms that keeps the labels ``kept``, with the fewest copied elements."""
+    """Plan the product of two terms that keeps the labels ``kept``, copying as few elements as possible."""
     size, given = dict(sizes), (one, other)
 
     def count(labels: str) -> int:
@@ -103,20 +103,20 @@ def product_of(one: str, other: str, kept: str, sizes: Sizes) -> Product:
 
     def copied(side: int, outer: str, rest: str) -> int:
         term = terms[side]
-        lies = all(group in term for group in (outer, rest, summed)) and (term[-1:] not in outer or not term)
-        return 0 if lies else numbers[side]
+        is_view = all(group in term for group in (outer, rest, summed)) and (term[-1:] not in outer or not term)
+        return 0 if is_view else numbers[side]
 
-    # some labels of one operand may join the batch, the other operand repeated along them: (copies, side, labels)
-    ways = [(sum(copied(k, batch, free[k]) for k in range(2)), 0, "")]
+    # leading labels of one operand may join the batch, the other operand repeated along them: (copies, side, labels)
+    options = [(sum(copied(k, batch, free[k]) for k in range(2)), 0, "")]
     for side in range(2):
         for split in range(1, len(free[side])):
             some, rest = free[side][:split], free[side][split:]
             if count(rest) < THIN and count(some) * numbers[1 - side] > numbers[side]:
-                continue  # thin products, each of which reads the other operand again
+                continue  # thin products, each of which reads the whole other operand
             outer = "".join(x for x in terms[side] if x in batch + some)
-            again = numbers[1 - side] * count(some) if batch else copied(1 - side, "", free[1 - side])
-            ways.append((copied(side, outer, rest) + again, side, some))
-    copies, side, some = min(ways, key=lambda way: way[0])
+            repeats = numbers[1 - side] * count(some) if batch else copied(1 - side, "", free[1 - side])
+            options.append((copied(side, outer, rest) + repeats, side, some))
+    copies, side, some = min(options, key=lambda option: option[0])
     outer = "".join(x for x in terms[side] if x in batch + some)
     rest = tuple("".join(x for x in labels if x not in some) for labels in free)
     swapped = bool(some and not batch and side == 0)  # the repeated operand on the left: prefix, its own labels, suffix
@@ -140,12 +140,12 @@ def product_of(one: str, other: str, kept: str, sizes: Sizes) -> Product:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pairwise products in order. Operands are numbered from 0, results on from there.
+    """Sequence of pairwise products. Operands are numbered from 0, results after them.
 
     Args:
         terms: of the operands and of every result.
-        steps: ``(number, number)`` of what each product takes.
-        products: how.
+        steps: the numbers of the two operands of each product.
+        products: one per step.
         target: the order of the axes of the final result.
         sizes: of all labels.
     """
@@ -163,19 +163,19 @@ class Plan:
 
     @property
     def counts(self) -> OpCounts:
-        """Return the operation counts of all steps."""
+        """Operation counts of all steps."""
         total = sum((product.counts for product in self.products), OpCounts())
         return total if self.terms[-1] == self.target else total + OpCounts(copied=_numel(self.target, self.sizes))
 
     @property
-    def counts_back(self) -> OpCounts:
-        """Return the counts of :func:`gradients`: two products for each, and all but the last one made again."""
+    def backward_counts(self) -> OpCounts:
+        """Operation counts of :func:`gradients`: two products per step, and all steps but the last recomputed."""
         each = [product.counts for product in self.products]
         return sum(each[:-1], sum(each, sum(each, OpCounts())))
 
     @property
-    def passing(self) -> int:
-        """Elements in the results that depend on operand 0, the final one left out."""
+    def moving_numel(self) -> int:
+        """Number of elements in the intermediate results that depend on operand 0."""
         moving, total = {0}, 0
         for number, taken in enumerate(self.steps[:-1], self.inputs):
             if moving & set(taken):
@@ -189,13 +189,13 @@ def _numel(term: str, sizes: Sizes) -> int:
 
 
 def run(plan: Plan, operands: Sequence[Tensor]) -> Tensor:
-    """Contract ``operands``; the axes of the result are those of the plan's target."""
+    """Contract ``operands``; the result has the axes of the plan's target."""
     if not plan.steps:
         (term,), (value,) = plan.terms, operands
         alone = tuple(k for k, x in enumerate(term) if x not in plan.target)
         value, term = (value.sum(alone) if alone else value), "".join(x for x in term if x in plan.target)
         return value.permute([term.index(x) for x in plan.target])
-    return _ordered(_values(plan, operands)[-1], plan.terms[-1], plan.target)
+    return _permute(_values(plan, operands)[-1], plan.terms[-1], plan.target)
 
 
 def _values(plan: Plan, operands: Sequence[Tensor], last: bool = True) -> list[Tensor]:
@@ -205,43 +205,40 @@ def _values(plan: Plan, operands: Sequence[Tensor], last: bool = True) -> list[T
     return values
 
 
-def _ordered(value: Tensor, term: str, target: str) -> Tensor:
+def _permute(value: Tensor, term: str, target: str) -> Tensor:
     return value if term == target else value.permute([term.index(x) for x in target])
 
 
 def gradients(plan: Plan, operands: Sequence[Tensor], gradient: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Return the gradients of the operands that ``needs`` names, given that of the result."""
+    """Return the gradients of the operands where ``needs`` is true, given that of the result."""
     if not plan.steps:
         (term,) = plan.terms
-        return [_repeated(gradient, plan.target, term, operands[0]) if needs[0] else None]
-    values, wanted = _values(plan, operands, last=False), list(needs)
-    for taken in plan.steps:
-        wanted.append(any(wanted[k] for k in taken))
+        return [_expand(gradient, plan.target, term, operands[0]) if needs[0] else None]
+    values, needed = _values(plan, operands, last=False), list(needs)
+    for pair in plan.steps:
+        needed.append(any(needed[k] for k in pair))
     found: dict[int, tuple[Tensor, str]] = {len(plan.terms) - 1: (gradient, plan.target)}
     for number in range(len(plan.terms) - 1, plan.inputs - 1, -1):
-        if not wanted[number]:
+        if not needed[number]:
             continue
-        above, term = found.pop(number)
-        taken = plan.steps[number - plan.inputs]
-        for k, other in (taken, taken[::-1]):
-            if wanted[k]:
+        upstream, term = found.pop(number)
+        pair = plan.steps[number - plan.inputs]
+        for k, other in (pair, pair[::-1]):
+            if needed[k]:
                 labels = plan.terms[k]
                 known = "".join(x for x in labels if x in term + plan.terms[other])
                 product = product_of(term, plan.terms[other], known, plan.sizes)
-                made = multiply(product, above, values[other])
+                found[k] = multiply(product, upstream, values[other]), product.made
                 if len(known) < len(labels):
-                    made, product_term = _repeated(made, product.made, labels, values[k]), labels
-                else:
-                    product_term = product.made
-                found[k] = made, product_term
-        del above
+                    found[k] = _expand(*found[k], labels, values[k]), labels
+        del upstream
         if number < len(values):
-            values[number] = values[number].new_empty(0)
-    return [_ordered(*found[k], plan.terms[k]) if needs[k] else None for k in range(plan.inputs)]
+            values[number] = values[number].new_empty(0)  # free memory
+    return [_permute(*found[k], plan.terms[k]) if needs[k] else None for k in range(plan.inputs)]
 
 
-def _repeated(value: Tensor, term: str, target: str, like: Tensor) -> Tensor:
-    """Return ``value`` with the axes of ``target``, the same along those that it lacks."""
+def _expand(value: Tensor, term: str, target: str, like: Tensor) -> Tensor:
+    """Return ``value`` with the axes of ``target``, repeated along those that it lacks."""
     value = value.permute([term.index(x) for x in target if x in term])
     for axis, label in enumerate(target):
         if label not in term:
@@ -256,7 +253,7 @@ def plan_of(
     sizes: tuple[tuple[str, int], ...],
     costs: HardwareCosts | None = None,
 ) -> Plan:
-    """Return the order of the fewest FLOPs, or with ``costs`` one that is clearly cheaper by price.
+    """Return the order of the fewest FLOPs, or with ``costs`` one with a clearly lower price.
 
     Args:
         inputs: the labels of every operand.
@@ -266,16 +263,16 @@ def plan_of(
     letters = {label: OPEN if label == ROWS else opt_einsum.get_symbol(k) for k, (label, _) in enumerate(sizes)}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target, named = "".join(letters[label] for label in output), tuple((letters[label], n) for label, n in sizes)
-    least = _along(_order(terms, target, named, None, inf), terms, target, named)
+    least = _build_plan(_search_order(terms, target, named, None, inf), terms, target, named)
     if costs is None or not 2 < len(terms) <= EXACT:
         return least
-    limit = CLEARLY * least.counts.price(costs)
-    order = _order(terms, target, named, costs, limit)
-    best = _along(order, terms, target, named) if order is not None else least
+    limit = MAX_PRICE_RATIO * least.counts.price(costs)
+    order = _search_order(terms, target, named, costs, limit)
+    best = _build_plan(order, terms, target, named) if order is not None else least
     return best if best.counts.price(costs) < limit else least
 
 
-def _along(order: list[tuple[int, int]] | None, terms: list[str], target: str, sizes: Sizes) -> Plan:
+def _build_plan(order: list[tuple[int, int]] | None, terms: list[str], target: str, sizes: Sizes) -> Plan:
     made, products, left = list(terms), [], dict(enumerate(terms))
     for one, other in order or ():
         first, second = left.pop(one), left.pop(other)
@@ -286,11 +283,11 @@ def _along(order: list[tuple[int, int]] | None, terms: list[str], target: str, s
     return Plan(tuple(made), tuple(order or ()), tuple(products), target, sizes)
 
 
-def _order(terms: list[str], target: str, sizes: Sizes, costs: HardwareCosts | None, limit: float):
+def _search_order(terms: list[str], target: str, sizes: Sizes, costs: HardwareCosts | None, limit: float):
     """Search the best pairwise order by dynamic programming over subsets of the operands (bit masks).
 
-    opt_einsum's exact search errs by up to a factor of 4 where more than two operands share a label. A subset is kept with
-    the layout that its own cheapest order leaves. Partial orders above ``limit`` are pruned; None: all are.
+    opt_einsum's exact search errs by up to a factor of 4 if more than two operands share a label. Every subset has the layout
+    that its own cheapest order leaves. Partial orders above ``limit`` are pruned; the result is None if all are.
     """
     if len(terms) == 1:
         return []
@@ -308,13 +305,13 @@ def _order(terms: list[str], target: str, sizes: Sizes, costs: HardwareCosts | N
 
     @cache
     def best(subset: int):
-        """The price, the elements moved, the pairs of subsets in order, and the term."""
+        """Return the price, the elements moved, the pairs of subsets in order, and the term."""
         if len(members[subset]) == 1:
             return 0.0, 0, (), terms[members[subset][0]]
         found, half = None, (subset - 1) & subset
         while half:
             other = subset - half
-            if half & -half > other & -other:  # the operand of the lowest number, which x is, comes first
+            if half & -half > other & -other:  # the operand with the lowest number, for instance x, comes first
                 bound = limit if found is None else found[0]
                 union = labels[half] | labels[other]
                 flops = number(union) * (1 + (union != labels[subset]))

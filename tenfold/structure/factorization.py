@@ -1,37 +1,31 @@
-"""Splitting integers into balanced factors; the largest integer whose price is within a budget."""
+"""Balanced factors of integers, and the largest integer whose price is within a budget."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 
-def primes(number: int) -> list[int]:
-    """The prime factors of ``number``, ascending."""
-    found, divisor = [], 2
-    while divisor * divisor <= number:
-        while number % divisor == 0:
-            found.append(divisor)
-            number //= divisor
-        divisor += 1
-    return found + ([number] if number > 1 else [])
+def split_evenly(number: int, parts: int) -> tuple[int, ...]:
+    """Return ``parts`` descending factors of ``number``, as equal as dealing out its primes makes them.
 
-
-def balanced(number: int, parts: int) -> tuple[int, ...]:
-    """``parts`` factors of ``number`` whose product is ``number``, near each other, descending.
-
-    The prime factors are dealt out from the largest, each to the factor that is smallest so far.
+    Prime factors are dealt out from the largest, each to the factor that is smallest so far.
     """
     if number < 1 or parts < 1:
         raise ValueError(f"{number} can't be split into {parts} factors; ask for one or more, of a number from 1 up")
+    primes, divisor = [], 2
+    while divisor * divisor <= number:
+        while number % divisor == 0:
+            primes.append(divisor)
+            number //= divisor
+        divisor += 1
     result = [1] * parts
-    for prime in reversed(primes(number)):
+    for prime in reversed([*primes, number]):
         result[result.index(min(result))] *= prime
     return tuple(sorted(result, reverse=True))
 
 
-def largest(price: Callable[[int], int], budget: float) -> int:
-    """The largest ``n >= 1`` with ``price(n) <= budget``, for a price that grows with ``n``; 0 if ``price(1)`` is over."""
+def find_largest(price: Callable[[int], int], budget: float) -> int:
+    """Return the largest ``n >= 1`` with ``price(n) <= budget``, for a growing price; 0 if ``price(1)`` is above it."""
     if price(1) > budget:
         return 0
     low, high = 1, 2
@@ -43,24 +37,15 @@ def largest(price: Callable[[int], int], budget: float) -> int:
     return low
 
 
-def sides(out: int, inner: int, parts) -> dict[str, tuple[int, ...]]:
-    """``outs`` and ``ins`` of a matrix ``(out, inner)``, of so many balanced factors; ``parts`` is one number, or one for each.
+def split_sides(out: int, inner: int, parts) -> dict[str, tuple[int, ...]]:
+    """Return balanced factors ``outs`` and ``ins`` of a matrix ``(out, inner)``; ``parts`` is one number, or one for each.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: ``parts`` is neither.
     """
     each = [parts, parts] if isinstance(parts, int) else parts
     if not isinstance(each, (list, tuple)) or len(each) != 2 or not all(isinstance(part, int) for part in each):
         raise ValueError(
             f"parts is {parts!r}, but into how many factors to split is one number, or two: [of outs, of ins]"
         )
-    return {"outs": balanced(out, each[0]), "ins": balanced(inner, each[1])}
-
-
-def check_product(name: str, factors: tuple[int, ...], number: int, where: str) -> None:
-    """Raise ValueError unless ``factors`` multiply to ``number``."""
-    if math.prod(factors) != number:
-        raise ValueError(
-            f"{name} {factors} multiply to {math.prod(factors)}, but {where} has {number}; "
-            f"for instance {balanced(number, len(factors))} would fit"
-        )
+    return {"outs": split_evenly(out, each[0]), "ins": split_evenly(inner, each[1])}

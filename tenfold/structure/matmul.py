@@ -1,8 +1,8 @@
 """Multiply by the matrix of an einsum: ``x @ W.T``, rows of ``W``, and ``W`` itself.
 
-Few parameters do not mean few FLOPs, so two plans are priced for the number of rows at hand: the best order of ``x`` and the
-factors (the chain), and making ``W`` first. Backward has a choice of its own: through the chain, or through ``dW = dy^T x``.
-Autograd saves ``x`` and the factors only; what lies in between is made again.
+Few parameters do not mean few FLOPs, so two plans are priced for the number of rows: the best order of ``x`` and the factors (the
+chain), and making ``W`` first. Backward chooses independently: through the chain, or through ``dW = dy^T x``. Autograd saves only
+``x`` and the factors; intermediate results are recomputed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from tenfold.structure.contraction import ROWS, Plan, plan_of, run
 from tenfold.structure.cost_model import CPU, HardwareCosts, hardware_costs, matmul_counts
 from tenfold.structure.einsum_spec import EinsumSpec
 
-BUCKETS = (1, 32, 512, 2048)  # numbers of rows that plans are made for; three of them make three branches when compiled
-PART, LEAST, CACHED = (
-    512,
-    64,
-    2**20,
-)  # rows of a chain at once on a CPU, at most and at least, and elements between its steps
-NEARLY = 0.95  # a chain must be this much cheaper than making W: it moves more than is counted
+BUCKETS = (1, 32, 512, 2048)  # numbers of rows that plans are made for; compiled code branches between three of them
+MAX_ROWS, MIN_ROWS = 512, 64  # of a chain that run at once on a CPU
+CACHE_NUMEL = 2**20  # intermediate elements that should stay in the cache of a CPU
+CHAIN_MARGIN = 0.95  # highest price of a chain relative to making W, because it moves more than is counted
 
 
 def is_traced() -> bool:
@@ -40,24 +37,24 @@ def is_traced() -> bool:
 
 
 def bucket(rows: int) -> int:
-    """Return the number of rows that a call with ``rows`` rows is planned for; an exported program has one."""
+    """Return the number of rows that a call with ``rows`` rows is planned for; exported programs have only one."""
     few, some, many, most = BUCKETS
     if torch.compiler.is_exporting():
         return most
-    if rows <= 80:  # up to here the plan for 32 is as good as that for 512, or better
+    if rows <= 80:  # up to here the plan for 32 is at least as good as that for 512
         return few if rows <= 4 else some
     return many if not torch.compiler.is_compiling() and rows <= 1024 else most
 
 
 @lru_cache(maxsize=4096)
-def chain(spec: EinsumSpec, rows: int, costs: HardwareCosts | None) -> Plan:
+def plan_chain(spec: EinsumSpec, rows: int, costs: HardwareCosts | None) -> Plan:
     """Plan the products of ``x (rows, in)`` and the factors; without ``costs`` by FLOPs alone."""
     inputs = ((ROWS, *spec.ins), *(labels for _, labels in spec.factors))
     return plan_of(inputs, (ROWS, *spec.outs), (*spec.sizes, (ROWS, rows)), costs)
 
 
 @lru_cache(maxsize=4096)
-def rebuild(spec: EinsumSpec) -> Plan:
+def plan_dense(spec: EinsumSpec) -> Plan:
     """Plan ``W`` from the factors."""
     return plan_of(tuple(labels for _, labels in spec.factors), (*spec.outs, *spec.ins), spec.sizes)
 
@@ -67,42 +64,42 @@ def counts_of(spec: EinsumSpec, rows: int, costs: HardwareCosts, by_flops: bool 
     """Return the operation counts of the cheaper plan, and whether that is the chain.
 
     Args:
-        by_flops: whether the chain is that of the fewest FLOPs, whatever its price: what is published as FLOPs.
+        by_flops: whether the chain is that of the fewest FLOPs, whatever its price, as for published FLOPs.
     """
-    through = chain(spec, rows, None if by_flops else costs).counts
-    made = rebuild(spec).counts + matmul_counts(rows, *spec.shape)
+    through = plan_chain(spec, rows, None if by_flops else costs).counts
+    made = plan_dense(spec).counts + matmul_counts(rows, *spec.shape)
     free = made.price(costs) - costs.call * made.calls
-    is_chain = through.price(costs) - made.price(costs) < (NEARLY - 1) * free
+    is_chain = through.price(costs) - made.price(costs) < (CHAIN_MARGIN - 1) * free
     return (through if is_chain else made), is_chain
 
 
 @torch.compiler.assume_constant_result
-def _chosen(spec: EinsumSpec, rows: int, device_type: str) -> Plan | None:
-    """Return the chain that a device should run; None where it should make ``W``."""
+def _choose_plan(spec: EinsumSpec, rows: int, device_type: str) -> Plan | None:
+    """Return the chain that a device should run; None if it should make ``W``."""
     costs = hardware_costs(device_type)
-    return chain(spec, rows, costs) if counts_of(spec, rows, costs)[1] else None
+    return plan_chain(spec, rows, costs) if counts_of(spec, rows, costs)[1] else None
 
 
 @torch.compiler.assume_constant_result
-def _rebuild(spec: EinsumSpec) -> Plan:
-    return rebuild(spec)
+def _plan_dense(spec: EinsumSpec) -> Plan:
+    return plan_dense(spec)
 
 
 @lru_cache(maxsize=4096)
 def _back_through_chain(spec: EinsumSpec, rows: int, costs: HardwareCosts) -> bool:
-    made = rebuild(spec)
-    dense = made.counts_back + matmul_counts(rows, *spec.shape) + matmul_counts(rows, *spec.shape)
-    return chain(spec, rows, costs).counts_back.price(costs) < NEARLY * dense.price(costs)
+    made = plan_dense(spec)
+    dense = made.backward_counts + matmul_counts(rows, *spec.shape) + matmul_counts(rows, *spec.shape)
+    return plan_chain(spec, rows, costs).backward_counts.price(costs) < CHAIN_MARGIN * dense.price(costs)
 
 
 def flops(spec: EinsumSpec, rows: int) -> int:
-    """Return the FLOPs of ``x @ W.T`` for ``rows`` vectors, those of making ``W`` included where it is made."""
+    """Return the FLOPs of ``x @ W.T`` for ``rows`` vectors, including those of making ``W`` if it is made."""
     return counts_of(spec, rows, CPU, True)[0].flops
 
 
 def dense(spec: EinsumSpec, factors: list[Tensor]) -> Float[Tensor, "out inner"]:
     """Return ``W (out, in)``."""
-    return run(_rebuild(spec), factors).reshape(spec.shape)
+    return run(_plan_dense(spec), factors).reshape(spec.shape)
 
 
 def apply(
@@ -121,10 +118,10 @@ def apply(
 
 
 def _forward(spec: EinsumSpec, factors: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    plan = _chosen(spec, bucket(x.shape[0]), x.device.type)
+    plan = _choose_plan(spec, bucket(x.shape[0]), x.device.type)
     if plan is None:
         return torch.nn.functional.linear(x, dense(spec, factors), bias)
-    rows = _part(plan, x)
+    rows = _rows_at_once(plan, x)
     made = [
         run(plan, [part.reshape(-1, *spec.shape_of(spec.ins)), *factors]).reshape(-1, spec.shape[0])
         for part in ([x] if rows is None else x.split(rows))
@@ -133,17 +130,17 @@ def _forward(spec: EinsumSpec, factors: list[Tensor], x: Tensor, bias: Tensor | 
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _part(plan: Plan, x: Tensor) -> int | None:
-    """Return how many rows to run at once: on a CPU what lies between two products should stay in its cache; None: all."""
+def _rows_at_once(plan: Plan, x: Tensor) -> int | None:
+    """Return how many rows to run at once, so that intermediate results stay in the cache of a CPU; None for all."""
     if x.device.type != "cpu" or is_traced():
         return None
-    each = max(1, plan.passing // bucket(x.shape[0]))
-    part = max(LEAST, min(PART, CACHED // each))
+    each = max(1, plan.moving_numel // bucket(x.shape[0]))
+    part = max(MIN_ROWS, min(MAX_ROWS, CACHE_NUMEL // each))
     return None if x.shape[0] < 2 * part else part
 
 
 class _Apply(torch.autograd.Function):
-    """Save ``x`` and the factors only."""
+    """Autograd function that saves only ``x`` and the factors."""
 
     @staticmethod
     def forward(ctx, spec, x, bias, *factors):
@@ -158,20 +155,20 @@ class _Apply(torch.autograd.Function):
         db = dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                dx, *others = _differentiable(spec, x, factors, dy, [of_x, *rest])
+                dx, *others = _double_backward(spec, x, factors, dy, [of_x, *rest])
             else:
                 dx, *others = _gradients(spec, x, factors, dy, [of_x, *rest])
         return None, dx, db, *others
 
 
-def _differentiable(
+def _double_backward(
     spec: EinsumSpec, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Return gradients that can be differentiated again (``create_graph``), through ``W``."""
-    factors = [factor.view_as(factor) for factor in factors]  # they may be one tensor, or made of each other
+    factors = [factor.view_as(factor) for factor in factors]  # they may be the same tensor, or depend on each other
     w = dense(spec, factors)
-    wanted = [factor for factor, need in zip(factors, needs[1:], strict=True) if need]
-    found = iter(torch.autograd.grad(w, wanted, dy.T @ x, create_graph=True) if wanted else ())
+    inputs = [factor for factor, need in zip(factors, needs[1:], strict=True) if need]
+    found = iter(torch.autograd.grad(w, inputs, dy.T @ x, create_graph=True) if inputs else ())
     return [dy @ w if needs[0] else None, *(next(found) if need else None for need in needs[1:])]
 
 
@@ -183,11 +180,11 @@ def _gradients(
         dx, found = dy @ dense(spec, factors) if needs[0] else None, [None for _ in factors]
         if any(needs[1:]):
             dw = (dy.T @ x).reshape(spec.shape_of((*spec.outs, *spec.ins)))
-            found = contraction.gradients(rebuild(spec), factors, dw, needs[1:])
+            found = contraction.gradients(plan_dense(spec), factors, dw, needs[1:])
         return [dx, *found]
-    plan, dx = chain(spec, bucket(x.shape[0]), costs), torch.empty_like(x) if needs[0] else None
+    plan, dx = plan_chain(spec, bucket(x.shape[0]), costs), torch.empty_like(x) if needs[0] else None
     total: list[Tensor | None] = [None for _ in factors]
-    step = _part(plan, x) or max(1, x.shape[0])
+    step = _rows_at_once(plan, x) or max(1, x.shape[0])
     for begin in range(0, max(1, x.shape[0]), step):
         some, of = x[begin : begin + step], dy[begin : begin + step]
         operands = [some.reshape(-1, *spec.shape_of(spec.ins)), *factors]
@@ -198,14 +195,14 @@ def _gradients(
     return [dx, *total]
 
 
-def rows_of(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
-    """Return ``W[index] (n, in)`` without ``W``: every factor is looked up along its output labels, then contracted."""
+def look_up_rows(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
+    """Return ``W[index] (n, in)``: look every factor up along its output labels, then contract."""
     at, rest = {}, index
     for label in reversed(spec.outs[1:]):
         number = spec.size([label])
         at[label], rest = rest % number, rest // number
     last = spec.size(spec.outs[:1])
-    at |= dict.fromkeys(spec.outs[:1], torch.where(rest < 0, last, rest))  # a row that does not exist raises IndexError
+    at |= dict.fromkeys(spec.outs[:1], torch.where(rest < 0, last, rest))  # a row out of range raises IndexError
     picked, inputs = [], []
     for factor, (_, labels) in zip(factors, spec.factors, strict=True):
         looked = [label for label in labels if label in at]
@@ -215,17 +212,17 @@ def rows_of(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"]) ->
             factor, labels = factor[tuple(at[label] for label in looked)], (ROWS, *inner)
         picked.append(factor)
         inputs.append(labels)
-    plan = _known_plan(tuple(inputs), (ROWS, *spec.ins), (*spec.sizes, (ROWS, bucket(index.shape[0]))))
+    plan = _plan_of(tuple(inputs), (ROWS, *spec.ins), (*spec.sizes, (ROWS, bucket(index.shape[0]))))
     return run(plan, picked).reshape(index.shape[0], spec.shape[1])
 
 
 @torch.compiler.assume_constant_result
-def _known_plan(inputs, output, sizes) -> Plan:
+def _plan_of(inputs, output, sizes) -> Plan:
     return plan_of(inputs, output, sizes)
 
 
 def lookup_flops(spec: EinsumSpec, rows: int) -> int:
-    """Return the FLOPs of :func:`rows_of` for ``rows`` indices."""
+    """Return the FLOPs of :func:`look_up_rows` for ``rows`` indices."""
     inputs = []
     for _, labels in spec.factors:
         inner = tuple(label for label in labels if label not in spec.outs)

@@ -54,7 +54,7 @@ def test_a_cut_is_the_nearest_and_changes_two_cores(train):
     structure, factors = train
     before = structure.dense(factors).numpy()
     for bond in range(len(structure.ranks)):
-        shorter, cut = structure.cut(factors, bond, 3)
+        shorter, cut = structure.truncate_bond(factors, bond, 3)
         assert shorter.ranks[bond] == 3
         assert shorter.ranks[:bond] + shorter.ranks[bond + 1 :] == structure.ranks[:bond] + structure.ranks[bond + 1 :]
         u, s, v = np.linalg.svd(unfolded(before, structure, bond), full_matrices=False)
@@ -68,7 +68,7 @@ def test_bonds_that_are_not_full_may_be_cut():
     """Cores whose bonds are wider than their sides: nothing is divided by zero."""
     structure = TensorTrain(outs=(2, 2), ins=(1, 2), ranks=(7,))
     factors = structure.init(1.0, torch.Generator().manual_seed(0), torch.float64)
-    shorter, cut = structure.cut(factors, 0, 2)
+    shorter, cut = structure.truncate_bond(factors, 0, 2)
     torch.testing.assert_close(shorter.dense(cut), structure.dense(factors), atol=1e-9, rtol=0)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tenfold.nn import FactorizedLinear
-from tenfold.nn.dense_cache import dense_cache, gain
+from tenfold.nn.dense_cache import dense_cache, estimate_gain
 from tenfold.structure import Dense, Kronecker, LowRank, TensorTrain
 from tenfold.structure.matmul import BUCKETS
 
@@ -49,7 +49,7 @@ def test_a_matrix_that_is_cached_serves_few_rows_unless_they_are_much_cheaper_wi
     near = TensorTrain(outs=(8, 8, 12, 1), ins=(8, 8, 8, 6), ranks=(64, 64, 64))
     far = Kronecker(outs=(192, 4), ins=(192, 4), terms=7)
     for structure, expected in ((near, True), (far, False)):
-        rows = gain(FactorizedLinear(structure))[1]
+        rows = estimate_gain(FactorizedLinear(structure))[1]
         assert rows and (min(BUCKETS) in rows) is expected
 
 
@@ -109,7 +109,7 @@ def test_gradients_training_and_autocast_go_through_the_factors(model):
         assert one.cached is None
 
 
-def test_another_type_is_made_of_the_factors_again(model):
+def test_another_type_is_made_of_the_factors_aestimate_gain(model):
     one, x = model["dear"], torch.randn(40, 512)
     with torch.no_grad(), dense_cache(model, 2**40):
         one(x)

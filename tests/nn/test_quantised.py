@@ -56,7 +56,7 @@ def test_a_layer_multiplies_by_what_its_factors_stand_for(structure, rows, limit
 def test_matrices_are_multiplied_as_they_are_held(structure, monkeypatch):
     model = made(structure)
     quantize_(model, NAMES, filter_fn=None)
-    monkeypatch.setattr(nn_layers, "dequantized", lambda value: pytest.fail("they need not be written out"))
+    monkeypatch.setattr(nn_layers, "dequantize", lambda value: pytest.fail("they need not be written out"))
     with torch.no_grad():
         model(torch.randn(700, 160))
 
@@ -87,11 +87,11 @@ def test_an_embedding_and_its_head_write_out_no_table(monkeypatch):
     model, ids, plain, seen = (
         made(STRUCTURES["low rank"], FactorizedEmbedding),
         torch.tensor([5]),
-        nn_layers.dequantized,
+        nn_layers.dequantize,
         [],
     )
     quantize_(model, NAMES, filter_fn=None)
-    monkeypatch.setattr(nn_layers, "dequantized", lambda value: seen.append(tuple(value.shape)) or plain(value))
+    monkeypatch.setattr(nn_layers, "dequantize", lambda value: seen.append(tuple(value.shape)) or plain(value))
     model(ids)
     assert seen == [(64, 160)]
     model[0](torch.randn(3, 160), as_head=True)
@@ -116,4 +116,4 @@ def test_a_quantised_model_is_not_saved(tmp_path):
 
 def test_plain_tensors_are_left_as_they_are():
     value = torch.nn.Parameter(torch.randn(3, 4))
-    assert nn_layers.dequantized(value) is value and not is_quantized(value)
+    assert nn_layers.dequantize(value) is value and not is_quantized(value)

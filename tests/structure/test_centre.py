@@ -8,14 +8,14 @@ import torch
 
 from tenfold.structure import TensorTrain
 from tenfold.structure.als import Problem
-from tenfold.structure.tensor_train import left_clipped
+from tenfold.structure.tensor_train import clip_ranks
 
 FIVE = ((2, 2, 3, 2, 1), (2, 1, 2, 2, 2))
 THREE = ((3, 2, 2), (2, 3, 2))
 
 
 def train(outs, ins, ranks=None):
-    return TensorTrain(outs=outs, ins=ins, ranks=ranks or left_clipped(outs, ins, "full"))
+    return TensorTrain(outs=outs, ins=ins, ranks=ranks or clip_ranks(outs, ins, "full"))
 
 
 CASES = {
@@ -56,8 +56,8 @@ def test_it_is_as_near_as_the_alternating_fit(structure, shared):
     sets = one_by_one(fit, shared, 4)
     assert {name: tuple(value.shape) for name, value in sets[0].items()} == structure.factor_shapes()
     problem = Problem(structure, targets, [None] * 4, [None] * 4, (shared,))
-    (begin,) = problem.begins(None, 1, 0)
-    general = problem.solve(begin, 40, 1e-4)[0]
+    (begin,) = problem.initial_states(None, 1, 0)
+    general = problem.alternate(begin, 40, 1e-4)[0]
     assert lost(structure, targets, sets) <= float(problem.objective(general)) * 1.1  # both end in local minima
 
 

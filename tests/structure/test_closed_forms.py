@@ -94,7 +94,7 @@ def test_a_placed_fit_takes_the_entries_at_its_place():
     small, maps = weight(4, 5), {"rows": torch.tensor([4, 0, 5, 2]), "columns": torch.tensor([6, 1, 0, 3, 2])}
     w = torch.zeros(6, 7, dtype=F64)
     w[maps["rows"][:, None], maps["columns"]] = small
-    assert float((w - placed.dense(placed.fitted(w, **maps))).square().sum()) == pytest.approx(dropped(small, 2))
+    assert float((w - placed.dense(placed.fit_at(w, **maps))).square().sum()) == pytest.approx(dropped(small, 2))
 
 
 # tensor trains ----------------------------------------------------------------------------------------------------
@@ -133,23 +133,6 @@ def test_ranks_above_the_bound_are_filled_with_zeros(ranks):
     np.testing.assert_allclose(train.dense(factors), w, atol=1e-10)
     assert (factors["core_0"][..., 4:] == 0).all()
     assert (factors["core_1"][4:] == 0).all()
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.3, 0.6, 1.0])
-def test_ranks_by_tolerance(tolerance):
-    outs, ins = (2, 3, 2), (2, 2, 3)
-    w = weight(12, 12)
-    allowed = tolerance**2 * float(w.square().sum())
-    train = TensorTrain.within_tolerance(w, outs, ins, tolerance)
-    assert error(train, w) <= allowed + 1e-10
-    first, rank = unfoldings(w, outs, ins)[0], train.ranks[0]  # the two bonds share the error evenly
-    assert dropped(first, rank) <= allowed / 2 + 1e-10
-    assert rank == 1 or dropped(first, rank - 1) > allowed / 2
-
-
-def test_ranks_by_tolerance_are_those_of_a_member():
-    train = TensorTrain(outs=(2, 3, 2), ins=(2, 2, 3), ranks=(3, 2))
-    assert TensorTrain.within_tolerance(member(train), train.outs, train.ins, 1e-8) == train
 
 
 # Tucker -----------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from cases import DIAGRAMS, FAMILIES, each
 from tenfold.structure import BlockTensorTrain, Kronecker, LowRank, TensorTrain, Tucker
 from tenfold.structure.contraction import THIN, gradients, multiply, plan_of, product_of, run
 from tenfold.structure.cost_model import CPU, HardwareCosts
-from tenfold.structure.matmul import chain, rebuild
+from tenfold.structure.matmul import plan_chain, plan_dense
 
 F64 = torch.float64
 
 
 def spec_of(structure):
     (place,) = structure.normal_form()
-    return place.diagram
+    return place.spec
 
 
 def cheapest(operands: list[frozenset], output: frozenset, size: dict[str, int]) -> int:
@@ -53,16 +53,16 @@ SEVERAL = {name: s for name, s in (FAMILIES | DIAGRAMS).items() if len(s.factor_
 def test_flops_are_those_of_the_best_order_or_of_a_rebuild(structure, rows):
     best, rebuilt = counted(structure, rows)
     assert structure.flops(rows) in (best, rebuilt)
-    assert chain(spec_of(structure), rows, None).counts.flops == best <= rebuilt
+    assert plan_chain(spec_of(structure), rows, None).counts.flops == best <= rebuilt
 
 
 @each(SEVERAL)
 @pytest.mark.parametrize("rows", [7, 300])
 def test_the_order_by_price_is_no_dearer_than_that_of_the_fewest_flops(structure, rows):
-    by_price, by_flops = (chain(spec_of(structure), rows, costs).counts for costs in (CPU, None))
+    by_price, by_flops = (plan_chain(spec_of(structure), rows, costs).counts for costs in (CPU, None))
     assert by_price.price(CPU) <= by_flops.price(CPU) and by_price.flops >= by_flops.flops
     free = HardwareCosts(0.0, 0.0, 0.0)
-    assert chain(spec_of(structure), rows, free).counts.flops == by_flops.flops
+    assert plan_chain(spec_of(structure), rows, free).counts.flops == by_flops.flops
 
 
 def random_terms(seed: int, operands: int) -> tuple[list[str], str, dict[str, int]]:
@@ -149,11 +149,11 @@ def test_copies_are_foreseen(one, other, kept, made, copied):
 )
 def test_a_plan_serves_any_number_of_rows(structure):
     spec, factors = spec_of(structure), structure.init(0.1, dtype=F64)
-    plan = chain(spec, 32, CPU)
+    plan = plan_chain(spec, 32, CPU)
     for rows in (0, 1, 7, 100):
         x = torch.randn(rows, structure.shape[1], dtype=F64)
         found = run(plan, [x.reshape(-1, *spec.shape_of(spec.ins)), *factors.values()]).reshape(
             rows, structure.shape[0]
         )
         torch.testing.assert_close(found, x @ structure.dense(factors).T)
-    assert rebuild(spec).counts.calls == len(factors) - 1
+    assert plan_dense(spec).counts.calls == len(factors) - 1

@@ -10,7 +10,6 @@ from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
 
 from tenfold.structure import (
     Structure,
-    Sum,
     Transposed,
     matmul,
 )
@@ -107,9 +106,11 @@ def test_gradients_are_those_of_the_dense_matrix(structure, rows):
 def way(request, monkeypatch):
     """Every product through the factors, or through ``W``, forward and backward; a few rows at a time."""
     through = request.param == "chain"
-    monkeypatch.setattr(matmul, "_chosen", lambda spec, rows, kind: matmul.chain(spec, rows, CPU) if through else None)
+    monkeypatch.setattr(
+        matmul, "_choose_plan", lambda spec, rows, kind: matmul.plan_chain(spec, rows, CPU) if through else None
+    )
     monkeypatch.setattr(matmul, "_back_through_chain", lambda *given: through)
-    for name, number in (("PART", 3), ("LEAST", 1)):
+    for name, number in (("MAX_ROWS", 3), ("MIN_ROWS", 1)):
         monkeypatch.setattr(matmul, name, number)
     return request.param
 
@@ -186,18 +187,12 @@ def test_numel_counts_what_is_learned(structure):
     assert maps == structure.index_shapes()
 
 
-@each(ALL)
-def test_a_sum_adds_and_a_placed_matrix_is_its_base(structure):
-    double = Sum(parts=(structure, structure))
-    assert double.numel == 2 * structure.numel
-    assert double.terms == 2 * structure.terms
-
-
 @each(FAMILIES | DIAGRAMS)
 def test_terms_are_the_products_in_an_entry(structure):
     """With all factors one, an entry is the number of products that are added up in it."""
     ones = {name: torch.ones(shape, dtype=F64) for name, shape in structure.factor_shapes().items()}
-    assert (structure.dense(ones) == structure.terms).all()
+    (einsum,) = structure.normal_form()
+    assert (structure.dense(ones) == einsum.spec.num_terms).all()
 
 
 @each(COMBINED)

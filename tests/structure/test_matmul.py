@@ -6,7 +6,7 @@ from cases import ALL, COMBINED, FAMILIES, KRONECKER, LOW_RANK, each, factors_of
 
 from tenfold.structure import Blast, BlockTensorTrain, Kronecker, LowRank, Scattered, Sum, TensorTrain
 from tenfold.structure.cost_model import CPU, HardwareCosts
-from tenfold.structure.matmul import BUCKETS, _back_through_chain, _part, bucket, chain, counts_of
+from tenfold.structure.matmul import BUCKETS, _back_through_chain, _rows_at_once, bucket, counts_of, plan_chain
 
 F64 = torch.float64
 
@@ -30,21 +30,24 @@ def test_parts_below_each_other_are_put_together(monkeypatch):
     """Nothing is padded with zeros and added; what overlaps is."""
     structure = COMBINED["stacked"]
     factors, x = factors_of(structure), torch.randn(5, structure.shape[1], dtype=F64)
-    assert [start for start, *_ in structure._blocks] == [0, structure.parts[0].shape[0]] and structure._added == 0
+    assert [start for start, *_ in structure._row_blocks] == [
+        0,
+        structure.parts[0].shape[0],
+    ] and structure._additions == 0
     monkeypatch.setattr(torch.nn.functional, "pad", None)
     torch.testing.assert_close(structure.apply(factors, x), x @ structure.dense(factors).T)
-    assert Sum(parts=(KRONECKER, LOW_RANK))._added == KRONECKER.shape[0]
-    assert Scattered(base=KRONECKER, out_features=9, in_features=9)._blocks is None
+    assert Sum(parts=(KRONECKER, LOW_RANK))._additions == KRONECKER.shape[0]
+    assert Scattered(base=KRONECKER, out_features=9, in_features=9)._row_blocks is None
 
 
 def test_parts_of_rows_leave_what_is_between_in_the_cache():
     """512 rows at most, fewer where a row has much between the steps, and never fewer than a few."""
-    blocks = BlockTensorTrain(outs=(32, 24), ins=(64, 48), rank=2).normal_form()[0].diagram
-    dear = TensorTrain(outs=(4, 4, 4, 4, 3), ins=(4, 4, 4, 4, 12), ranks=(12, 12, 12, 12)).normal_form()[0].diagram
+    blocks = BlockTensorTrain(outs=(32, 24), ins=(64, 48), rank=2).normal_form()[0].spec
+    dear = TensorTrain(outs=(4, 4, 4, 4, 3), ins=(4, 4, 4, 4, 12), ranks=(12, 12, 12, 12)).normal_form()[0].spec
     for spec, expected in ((blocks, range(256, 513)), (dear, range(64, 129))):
-        plan = chain(spec, 2048, CPU)
-        assert _part(plan, torch.empty(5000, spec.shape[1])) in expected
-        assert _part(plan, torch.empty(100, spec.shape[1])) is None
+        plan = plan_chain(spec, 2048, CPU)
+        assert _rows_at_once(plan, torch.empty(5000, spec.shape[1])) in expected
+        assert _rows_at_once(plan, torch.empty(100, spec.shape[1])) is None
 
 
 def test_flops_of_a_placed_matrix_are_those_of_its_base():
@@ -65,12 +68,12 @@ def test_many_rows_never_cost_much_more_than_dense(structure):
 
 
 def test_the_price_decides_between_the_plans():
-    few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].diagram
-    many = Kronecker(outs=(32, 24), ins=(64, 48), terms=64).normal_form()[0].diagram
+    few = LowRank(out_features=400, in_features=400, rank=8).normal_form()[0].spec
+    many = Kronecker(outs=(32, 24), ins=(64, 48), terms=64).normal_form()[0].spec
     assert counts_of(few, 32, CPU)[1] and _back_through_chain(few, 32, CPU)
     assert not counts_of(many, 2048, CPU)[1] and not _back_through_chain(many, 2048, CPU)
     calls = HardwareCosts(0.0, 0.0, 1e12)  # three calls and a matrix, or four products
-    assert counts_of(TensorTrain(outs=(4,) * 4, ins=(4,) * 4, ranks=(3,) * 3).normal_form()[0].diagram, 32, calls)[1]
+    assert counts_of(TensorTrain(outs=(4,) * 4, ins=(4,) * 4, ranks=(3,) * 3).normal_form()[0].spec, 32, calls)[1]
 
 
 def test_a_bucket_holds_its_numbers_of_rows():

@@ -1,8 +1,6 @@
 """A structure is a value: it compares, hashes, prints as its own call and goes to JSON; and it says how to start."""
 
 import json
-from copy import copy
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -27,19 +25,6 @@ def test_json_and_back(structure):
 @each(ALL)
 def test_prints_as_its_own_call(structure):
     assert eval(repr(structure), vars(tenfold.structure)) == structure
-
-
-@each(ALL)
-def test_every_number_counts(structure):
-    """Structures that differ in one field are not equal."""
-    for field in fields(structure):
-        value = getattr(structure, field.name)
-        if isinstance(value, int):
-            other = copy(structure)
-            object.__setattr__(other, field.name, not value if isinstance(value, bool) else value + 1)
-            assert other != structure
-            assert hash(other) != hash(structure)
-    assert list(ALL.values()).count(structure) == 1
 
 
 def test_every_family_is_a_case():
@@ -69,15 +54,11 @@ def draws(structure, std: float, number: int) -> torch.Tensor:
 @each(ALL)
 def test_init_gives_entries_of_the_standard_deviation_asked_for(structure):
     w = draws(structure, std=0.3, number=1500)
-    ones = {n: torch.ones_like(v) if v.is_floating_point() else v for n, v in structure.init(1.0, first()).items()}
-    w = w[:, structure.dense(ones) != 0]  # where nothing is placed, entries are zero
+    ones = {n: torch.ones_like(v) if v.is_floating_point() else v for n, v in factors_of(structure).items()}
+    w = w[:, structure.dense(ones) != 0]  # elements outside of the index maps are zero
     assert abs(w.mean()) < 0.03
     assert w.square().mean().sqrt() == pytest.approx(0.3, rel=0.12)
     assert w.square().mean(0).sqrt().max() < 2.0 * w.square().mean(0).sqrt().min()  # the same for all entries
-
-
-def first():
-    return torch.Generator().manual_seed(0)
 
 
 @each(ALL)
@@ -174,8 +155,10 @@ def test_where_matrices_are_told_their_product_is_the_whole(structure, rows):
         factors, generator = factors_of(structure), torch.Generator().manual_seed(1)
         x, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((*rows, inner), (out,)))
         expected = x.numpy() @ matrix(structure, factors).T
-        np.testing.assert_allclose(structure._product(factors, x).numpy(), expected, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(structure._product(factors, x, bias).numpy(), expected + bias.numpy(), atol=1e-12)
+        np.testing.assert_allclose(structure._apply_matrices(factors, x).numpy(), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            structure._apply_matrices(factors, x, bias).numpy(), expected + bias.numpy(), atol=1e-12
+        )
     kinds = {"dense": ("matrix",), "low_rank": ("left", "right"), "kronecker": None, "stacked": None, "sum": None}
     assert names == kinds.get(structure.kind, names)
 
@@ -191,6 +174,8 @@ def test_a_label_that_three_factors_have_is_in_no_product_of_matrices():
     three = written("or", "rs", "si")
     factors, x = factors_of(three), torch.eye(4, dtype=torch.float64)
     assert three.matrices == ("0", "1", "2")
-    np.testing.assert_allclose(three._product(factors, x).T.numpy(), matrix(three, factors), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        three._apply_matrices(factors, x).T.numpy(), matrix(three, factors), rtol=1e-12, atol=1e-12
+    )
     for factors in (("oi", "ir", "ri"), ("or", "is"), ("ro", "ri"), ("o", "i"), ("or", "ri", "r")):
         assert written(*factors).matrices is None

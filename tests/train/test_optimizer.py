@@ -26,7 +26,7 @@ STRUCTURES = [
 def test_a_factor_is_a_batch_of_matrices_that_are_applied(structure):
     """Applied from the last to the first as batches of matrices, factors make ``W x``."""
     factors = structure.init(1.0, torch.Generator().manual_seed(0))
-    diagram = structure.normal_form()[0].diagram
+    diagram = structure.normal_form()[0].spec
     sizes, x = dict(diagram.sizes), torch.randn(structure.shape[1], generator=torch.Generator().manual_seed(1))
     labels, state = list(diagram.ins), x.reshape(diagram.shape_of(diagram.ins))
     for name, own in reversed(diagram.factors):
