@@ -29,9 +29,9 @@ from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.distillation_config import Heal
 from tenfold.models.loading import check_output
-from tenfold.models.model_card import save_folded
+from tenfold.models.model_card import save_compressed
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, Stage, checked_keep, load_recipe, parse_recipe
+from tenfold.models.recipe import Recipe, Stage, check_keep, load_recipe, parse_recipe
 from tenfold.models.text_mode import positions_of
 from tenfold.nn.dense_cache import dense_cache
 from tenfold.train.tokens import is_tokens
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tenfold.train.heal import heal
     from tenfold.train.pretrain import pretrain
 
-save = save_folded
+save = save_compressed
 evaluate = perplexity
 
 
@@ -57,7 +57,7 @@ def _fold(model, recipe: Recipe, batches: list[Batch]) -> dict[str, Any]:
     """Fold ``model`` in place as ``recipe`` says, guided by ``batches`` where it goes by activations."""
     about = {"samples": sum(len(batch["input_ids"]) for batch in batches), "window": batches[0]["input_ids"].shape[1]}
     text, report = Calibration(batches, {"files": ["the run's own"]} | about), {}
-    for step in recipe.steps():
+    for step in recipe.stage_recipes():
         report = compress(model, step, text=step.calibrate and text)[1]
     return report
 
@@ -113,7 +113,7 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
     if keep is None:
         return loaded
     of = of or (loaded.budget.of if loaded.budget else "model")
-    budget = parse_recipe({"budget": {"keep": checked_keep(keep), "of": of}}, "the budget").budget
+    budget = parse_recipe({"budget": {"keep": check_keep(keep), "of": of}}, "the budget").budget
     return loaded.model_copy(update={"budget": budget})
 
 

@@ -26,11 +26,11 @@ from tenfold.compress.calibration import Calibration
 from tenfold.compress.progress import Progress, untold
 from tenfold.compress.resume_state import ResumeState, write_tensors
 from tenfold.compress.weight_source import StreamedWeights
-from tenfold.models.atomic_io import of_model, opened, read_json, stamps, write_json
+from tenfold.models.atomic_io import file_stamps, is_model_file, open_safetensors, read_json, write_json
+from tenfold.models.auto import read_config
 from tenfold.models.checkpoint_format import check_plain
-from tenfold.models.cost import read_config
 from tenfold.models.distillation_config import Heal
-from tenfold.models.distributed import is_first, wait
+from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.gguf import is_gguf
 from tenfold.models.lazy_checkpoint import INDEX, LazyCheckpoint, open_lazy, weight_files
 from tenfold.models.model_card import save_card, save_config
@@ -74,7 +74,7 @@ def compress_checkpoint(
         ValueError: what :func:`tenfold.compress` raises.
     """
     output = api.check_output(Path(output), overwrite)
-    check_plain(read_config(str(name)), name)
+    check_plain(read_config(name), name)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     kind = api.checked_dtype(dtype)
     whole = bool(loaded.first or loaded.squeeze) or any(rule.share for rule in loaded.replace)  # not block by block
@@ -91,14 +91,14 @@ def compress_checkpoint(
     lazy.load_outside(blocks)
     weights = StreamedWeights(lazy, blocks, lambda number, path: journal.keep(lazy.model, number, path, lazy.dtype))
     model, report = api.compress(lazy.model, loaded, "weights", progress, text, announce, weights, journal)
-    wait()  # until no one has anything in the folder any more
-    if is_first():
+    barrier()  # until no one has anything in the folder any more
+    if is_main_process():
         made = _assemble(journal, _outside(model, blocks), max_shard_size)
         model.config.dtype = lazy.dtype
         save_config(model, made)
         save_card(made, tokenizer, report, command, output.name)
         _move(made, folder, output)
-    wait()
+    barrier()
     return report
 
 
@@ -119,9 +119,9 @@ def _at_once(
     model, tokenizer = api.load(name, device, dtype)
     text = api.read_calibration(model, tokenizer, files, recipe, samples)
     model, report = api.compress(model, recipe, "weights", progress, text, announce)
-    if is_first():
+    if is_main_process():
         api.save(model, output, tokenizer, report, command, max_shard_size)
-    wait()
+    barrier()
     return report
 
 
@@ -159,7 +159,7 @@ def compress_in_stages(
         ValueError: a stage needs a text that is not given, and what :func:`tenfold.compress` raises.
     """
     output = api.check_output(Path(output), overwrite)
-    check_plain(read_config(str(name)), name)
+    check_plain(read_config(name), name)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     for number, stage in enumerate(loaded.stages):
         if stage.heal and not healing:
@@ -173,7 +173,7 @@ def compress_in_stages(
     teacher, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
     before, reports, report = api.price(teacher), [], {}
-    for number, step in enumerate(loaded.steps()):
+    for number, step in enumerate(loaded.stage_recipes()):
         done = folder / f"stage-{number}"
         if not done.is_dir():
             model = api.load(folder / f"stage-{number - 1}" if number else name, device, "float32")[0]
@@ -183,24 +183,24 @@ def compress_in_stages(
                 kept = folder / f"healing-{number}"
                 given = {"advance": advance, "checkpoints": kept}
                 report["heal"] = api.heal(model, teacher, tokenizer, healing, step.heal, **given)
-            if is_first():
+            if is_main_process():
                 shutil.rmtree(folder / f"healing-{number}", ignore_errors=True)
                 new = folder / f"stage-{number}.new"
                 shutil.rmtree(new, ignore_errors=True)
                 api.save(model.to(usual), new, tokenizer, report, command, max_shard_size)
                 new.rename(done)
-        wait()
+        barrier()
         reports.append(json.loads((done / "tenfold.json").read_text()))
     report = reports[-1] | {
         "parameters_dense": before["parameters"],
         "flops_per_token_dense": before["flops_per_token"],
     }
     report |= {"recipe": loaded.model_dump(exclude_defaults=True), "stages": reports}
-    wait()  # until all have read what is moved now
-    if is_first():
+    barrier()  # until all have read what is moved now
+    if is_main_process():
         save_card(done, tokenizer, report, command, output.name)
         _move(done, folder, output)
-    wait()
+    barrier()
     return report
 
 
@@ -225,7 +225,7 @@ def heal_checkpoint(
         given: what :func:`tenfold.heal` takes beside these.
     """
     output = api.check_output(Path(output), overwrite)
-    check_plain(read_config(str(name)), name)
+    check_plain(read_config(name), name)
     model, tokenizer = api.load(name, device, "float32")
     usual = api.load(name, "cpu", dtype)[0].dtype
     stated = [[str(file), Path(file).stat().st_size] for file in files if Path(file).is_file()]
@@ -236,10 +236,10 @@ def heal_checkpoint(
     try:
         report = api.heal(model, teacher, tokenizer, files, settings, checkpoints=folder / "checkpoints", **given)
     except BaseException:
-        if is_first() and last_checkpoint(folder / "checkpoints") is None:  # refused, or nothing to go on from
+        if is_main_process() and last_checkpoint(folder / "checkpoints") is None:  # refused, or nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if is_first():
+    if is_main_process():
         known = Path(name) / "tenfold.json"
         before = read_json(known) if known.is_file() else {}
         new = folder / output.name
@@ -249,7 +249,7 @@ def heal_checkpoint(
             if (folder / "checkpoints" / left).exists():
                 (folder / "checkpoints" / left).rename(new / left)
         _move(new, folder, output)
-    wait()
+    barrier()
     return report
 
 
@@ -262,7 +262,7 @@ def _fingerprint(lazy: LazyCheckpoint, recipe: Recipe, text: Calibration) -> dic
     stored = sorted({file for file, _ in lazy.files.values()})
     return {
         "tenfold": version("tenfold"),
-        "weights": stamps(stored),
+        "weights": file_stamps(stored),
         "recipe": recipe.model_dump(mode="json"),
         "text": digest.hexdigest(),
         "dtype": str(lazy.dtype),
@@ -272,8 +272,8 @@ def _fingerprint(lazy: LazyCheckpoint, recipe: Recipe, text: Calibration) -> dic
 def _stamps(name: str | Path | None) -> list[list[Any]]:
     """Of the weights in a folder or a GGUF file, which may become others under the same name."""
     if name is not None and is_gguf(name):
-        return stamps([Path(name)])
-    return stamps(weight_files(name)) if name is not None and Path(name).is_dir() else []
+        return file_stamps([Path(name)])
+    return file_stamps(weight_files(name)) if name is not None and Path(name).is_dir() else []
 
 
 def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: str = "*") -> Path:
@@ -283,7 +283,7 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: 
     """
     folder = output.with_name(f"{output.name}.partial")
     known = folder / "unfinished" / "run.json"
-    if is_first():
+    if is_main_process():
         before = read_json(known) if known.is_file() else {}
         if folder.exists() and before != json.loads(json.dumps(fingerprint)):
             foreign = not known.is_file() and any(folder.iterdir())
@@ -298,7 +298,7 @@ def _partial(output: Path, fingerprint: dict[str, Any], overwrite: bool, begun: 
             shutil.rmtree(folder)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, fingerprint)
-    wait()
+    barrier()
     return folder
 
 
@@ -322,7 +322,7 @@ def _assemble(journal: ResumeState, outer: dict[str, Tensor], max_shard_size: st
         return whole
     where = {}
     for shard in shards:
-        with opened(shard) as stored:
+        with open_safetensors(shard) as stored:
             where |= dict.fromkeys(stored.keys(), shard.name)
     write_json(shards[0].with_name(INDEX), {"metadata": {"total_size": size}, "weight_map": where})
     return shards[0].parent
@@ -334,7 +334,7 @@ def _move(made: Path, folder: Path, output: Path) -> None:
         shutil.rmtree(folder / "unfinished")
     if output.exists():
         for file in output.iterdir():
-            if not of_model(file) and not (made / file.name).exists():
+            if not is_model_file(file) and not (made / file.name).exists():
                 file.rename(made / file.name)
         shutil.rmtree(output)
     made.rename(output)

@@ -122,12 +122,12 @@ def compress(
     from tenfold import api
     from tenfold.checkpoint_jobs import compress_checkpoint, compress_in_stages
     from tenfold.compress.progress import untold
+    from tenfold.models.auto import read_config
     from tenfold.models.checkpoint_format import check_plain
-    from tenfold.models.cost import read_config
-    from tenfold.models.distributed import wait
+    from tenfold.models.distributed import barrier
 
     api.check_output(output, overwrite)
-    wait()  # until all of several processes have looked: the first one writes
+    barrier()  # until all of several processes have looked: the first one writes
     if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
         raise ValueError(
             "give either --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
@@ -300,15 +300,15 @@ def densify(
     """Turn a folded model into a plain checkpoint that needs no tenfold."""
     import tenfold
     from tenfold import api
-    from tenfold.models.atomic_io import whole_folder
-    from tenfold.models.distributed import wait
+    from tenfold.models.atomic_io import atomic_directory
+    from tenfold.models.distributed import barrier
 
     api.check_output(output, overwrite)
-    wait()  # until all of several processes have looked: the first one writes
+    barrier()  # until all of several processes have looked: the first one writes
     if not first():
         return
     loaded, tokenizer = api.load(model, device, dtype)
-    with whole_folder(output) as new:
+    with atomic_directory(output) as new:
         tenfold.densify(loaded).save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)

@@ -118,10 +118,10 @@ def deepen(
     """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
     import tenfold
     from tenfold import api
-    from tenfold.models.distributed import wait
+    from tenfold.models.distributed import barrier
 
     api.check_output(output, overwrite)
-    wait()  # until all of several processes have looked: the first one writes
+    barrier()  # until all of several processes have looked: the first one writes
     loaded, tokenizer = api.load(model, device, dtype)
     deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting") if first() else iter)
     if not first():

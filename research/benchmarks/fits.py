@@ -18,7 +18,7 @@ from study import arguments, results
 from transformers import AutoModel
 
 from tenfold import api
-from tenfold.models.text_mode import reads_streams
+from tenfold.models.text_mode import is_causal_lm
 
 STRUCTURES = {
     "low rank": {"kind": "low_rank"},
@@ -57,7 +57,7 @@ def main() -> None:
     file, result = results("fits", given)
     done = {(run["structure"], run["keep"], run["fit"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory() as scratch:
-        causal = reads_streams(AutoModel.from_pretrained(given.model))
+        causal = is_causal_lm(AutoModel.from_pretrained(given.model))
         work = (Causal if causal else Encoder)(given.model, given.data, Path(scratch), given.samples)
         result["dense"] = work.score(work.model)
         result["calibration"] = work.calibration.source | {"tokens": work.calibration.tokens}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tenfold import api
 from tenfold.compress.calibration import calibration
-from tenfold.models.cost import read_config
+from tenfold.models.auto import read_config
 from tenfold.models.precision import multiplies_bfloat16
 
 RIDGE, TOGETHER = 0.01, 8

@@ -31,8 +31,8 @@ from transformers import AutoModel, AutoTokenizer
 from tenfold import api
 from tenfold.compress.calibration import calibration
 from tenfold.models.recipe import Budget, load_recipe
-from tenfold.models.sites import find_sites, share_of
-from tenfold.models.text_mode import reads_streams
+from tenfold.models.sites import count_parameters, find_sites
+from tenfold.models.text_mode import is_causal_lm
 
 BASELINES = [
     "svd-llm", "svd-llm-update", "modegpt", "modegpt-uniform", "slicegpt", "joint-svd-llm", "procrustesgpt",
@@ -94,7 +94,7 @@ class Causal:
     def recipe(self, method: str, keep: float):
         if method == "krony-prune":
             mlp = sum(site.shape[0] * site.shape[1] for site in find_sites(self.model) if site.role.startswith("mlp."))
-            share = 1 - mlp / 2 / share_of(self.model, "blocks")
+            share = 1 - mlp / 2 / count_parameters(self.model, "blocks")
             if abs(share - keep) > 0.02:
                 raise ValueError(
                     f"it halves the feed-forward matrices, which leaves {share:.3f}, and knows no other size"
@@ -169,7 +169,7 @@ class Encoder:
 def counted(model) -> dict[str, int]:
     mlp = {site.path for site in find_sites(model) if site.role.startswith("mlp.")}
     return api.price(model)["parameters"] | {
-        "blocks": share_of(model, "blocks"),
+        "blocks": count_parameters(model, "blocks"),
         "mlp": sum(p.numel() for path in mlp for p in model.get_submodule(path).parameters()),
     }
 
@@ -221,7 +221,7 @@ def run_all(given) -> None:
     folder = given.output / (given.name or Path(given.model).name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        causal = reads_streams(AutoModel.from_pretrained(given.model))
+        causal = is_causal_lm(AutoModel.from_pretrained(given.model))
         work = (Causal if causal else Encoder)(given.model, given.data, Path(scratch), given.samples)
         sizes = counted(work.model)
         if given.bytes:

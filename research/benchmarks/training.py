@@ -20,7 +20,7 @@ import torch
 
 from tenfold import api
 from tenfold.evaluate.text_files import documents
-from tenfold.models.sites import share_of
+from tenfold.models.sites import count_parameters
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import is_tokens, write_tokens
 
@@ -227,7 +227,7 @@ def run(row: str, rate: float, given) -> None:
     scores = api.evaluate(model, tokenizer, [given.data / "corpus" / "valid.jsonl.xz"], limit=given.scored, batch=16)
     price = api.price(model)
     result = {"row": row, "rate": rate, "scores": scores, "training": report}
-    result |= {"parameters": price["parameters"] | {"blocks": share_of(model, "blocks")}}
+    result |= {"parameters": price["parameters"] | {"blocks": count_parameters(model, "blocks")}}
     result |= {"flops_per_token": price["flops_per_token"], "threads": torch.get_num_threads()}
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{row} at {rate:g}: perplexity {scores['perplexity']:.2f}, {report['seconds_of_last_run']} s", flush=True)

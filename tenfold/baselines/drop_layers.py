@@ -19,7 +19,7 @@ from tenfold.compress.activations import Streams, blocks_of
 from tenfold.compress.block_influence import cosine_distance
 from tenfold.compress.calibration import Calibration
 from tenfold.models.recipe import Recipe
-from tenfold.models.sites import find_sites, share_of
+from tenfold.models.sites import count_parameters, find_sites
 
 NEAR = 1e-3  # of the budget: half of the layers may be left at keep 0.5 although the last norm stays, too
 
@@ -64,7 +64,7 @@ def to_drop(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> flo
     if recipe.budget is None:
         raise ValueError(f"nothing says how many layers recipe {recipe.name} shall leave; give it a budget, or --keep")
     sizes = [_size(model.get_submodule(path)) for path in paths]
-    base = sum(sizes) if recipe.budget.of == "sites" else share_of(model, recipe.budget.of)
+    base = sum(sizes) if recipe.budget.of == "sites" else count_parameters(model, recipe.budget.of)
     excess = (1 - recipe.budget.keep - NEAR) * base
     if excess > sum(sizes) - min(sizes):
         raise ValueError(

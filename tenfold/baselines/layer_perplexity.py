@@ -21,9 +21,9 @@ from tenfold.compress.activations import Streams, passing, without_cache
 from tenfold.compress.blockwise import enough, part_of
 from tenfold.compress.calibration import Calibration
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import mine, total_number
+from tenfold.models.distributed import all_reduce_number, shard_items
 from tenfold.models.recipe import Recipe
-from tenfold.models.text_mode import reads_streams
+from tenfold.models.text_mode import is_causal_lm
 
 
 def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
     Raises:
         ValueError: the model is no causal language model, a loss is no number, or as :func:`to_drop`.
     """
-    if not reads_streams(model) or model.get_output_embeddings() is None:
+    if not is_causal_lm(model) or model.get_output_embeddings() is None:
         raise ValueError(
             f"a {type(model).__name__} has no perplexity; take a causal language model, or drop-layers, which needs none"
         )
@@ -46,7 +46,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
     excess = to_drop(model, recipe, paths)
     was, rounds = model.training, list[dict[str, float]]()
     settings = recipe.calibrate or Calibrate()
-    samples = mine(part_of(enough(text.batches), settings.survey))
+    samples = shard_items(part_of(enough(text.batches), settings.survey))
     streams = Streams(model.eval(), paths, samples, skip=settings.skip_first, precision=settings.precision)
 
     def choose(left: list[str]) -> str:
@@ -82,8 +82,8 @@ def losses_without_each(streams: Streams, left: list[int]) -> dict[int, float]:
                 for number in left[place + 1 :]:
                     states = streams.run(number, streams.blocks[number], states, k)
                 sums[without] += _loss(streams, k, states, counted)
-    tokens = max(1.0, total_number(tokens))
-    losses = {number: total_number(value) / tokens for number, value in sums.items()}
+    tokens = max(1.0, all_reduce_number(tokens))
+    losses = {number: all_reduce_number(value) / tokens for number, value in sums.items()}
     for number, loss in losses.items():
         if not math.isfinite(loss):
             raise ValueError(

@@ -35,7 +35,7 @@ from tenfold.compress.fit_actions import Fold
 from tenfold.compress.progress import Phase, Progress
 from tenfold.compress.tensor_store import TensorStore
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import mine
+from tenfold.models.distributed import shard_items
 
 GAMMA = 5.0  # in the published configuration, with alpha 0
 REFERENCE = 0.1  # the share of the whole cost at which the divergence is measured
@@ -93,7 +93,7 @@ def measure(
     Raises:
         ValueError: a rule does more than fold matrices one by one, or the model returns no logits.
     """
-    some, steps = mine(part_of(batches, settings.survey)), journal.survey
+    some, steps = shard_items(part_of(batches, settings.survey)), journal.survey
     shelf = TensorStore(folder and folder / "measured")
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)

@@ -26,7 +26,7 @@ from tenfold.compress.activations import counted, without_cache
 from tenfold.compress.blockwise import enough
 from tenfold.compress.calibration import Calibration
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import mine, total
+from tenfold.models.distributed import all_reduce, shard_items
 from tenfold.models.precision import in_bfloat16
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.sites import base_model
@@ -85,12 +85,12 @@ def by_activations(
         kind = model.device.type
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(settings.precision, kind)))
         model.eval()
-        for batch in mine(enough(text.batches)):
+        for batch in shard_items(enough(text.batches)):
             counts["kept"] = counted(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
             base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
     scores: Scores = {}
     for (width, path, where), found in squares.items():
-        score = total(found).sqrt()
+        score = all_reduce(found).sqrt()
         if not bool(torch.isfinite(score).all()):
             raise ValueError(f"the activations of {where} are NaN or Inf; try --dtype float32 or other text")
         score = score.view(widths.heads.groups, -1).sum(1) if width == "heads" else score

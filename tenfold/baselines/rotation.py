@@ -14,11 +14,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration
-from tenfold.models.invariances.choice import best_rotation, stream_parts
-from tenfold.models.invariances.free_symmetries import free_symmetries, fuse_norms, rotate_residual
+from tenfold.models.invariances.residual_rotation import (
+    best_rotation,
+    check_rotatable,
+    fuse_norms,
+    rotate_residual,
+    stream_matrices,
+)
 from tenfold.models.invariances.stream import READS, WRITES
 from tenfold.models.recipe import Recipe, Rule
-from tenfold.models.sites import Site, find_sites, share_of
+from tenfold.models.sites import Site, count_parameters, find_sites
 from tenfold.structure import Structure
 
 ROUNDS = 30
@@ -33,16 +38,14 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     Raises:
         ValueError: the stream can't be rotated, or no rule has a structure at it.
     """
-    free = free_symmetries(model)
-    if not free["residual"].startswith("rotation"):
-        raise ValueError(f"the residual stream of this {model.config.model_type} can't be rotated: {free['because']}")
+    layer_norm = check_rotatable(model)
     found = {site.path: structure_of(model, recipe, site) for site in find_sites(model) if site.layer is not None}
     structures = {path: structure for path, structure in found.items() if structure is not None}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
     fuse_norms(model, untie=True)
-    parts = stream_parts(model, structures)
-    turn, losses = best_rotation(parts, layer_norm=free["residual"] != "rotation", rounds=ROUNDS, sweeps=3)
+    matrices = stream_matrices(model, structures)
+    turn, losses = best_rotation(matrices, layer_norm=layer_norm, rounds=ROUNDS, sweeps=3)
     rotate_residual(model, turn, untie=True)
     return {"errors": [loss / losses[0] for loss in losses]}
 
@@ -73,7 +76,7 @@ def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
         for site in find_sites(model)
         if site.layer is not None and any(rule.matches(site) for rule in recipe.replace)
     )
-    whole = share_of(model, recipe.budget.of)
+    whole = count_parameters(model, recipe.budget.of)
     left = 1 - (1 - recipe.budget.keep) * whole / folded
     if left <= 0:
         raise ValueError(

@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenfold.compress.calibration import Calibration
-from tenfold.models.invariances.choice import pca_rotation
-from tenfold.models.invariances.free_symmetries import center_residual, free_symmetries, fuse_norms, rotate_residual
+from tenfold.models.invariances.residual_rotation import (
+    center_residual,
+    check_rotatable,
+    fuse_norms,
+    pca_rotation,
+    rotate_residual,
+)
 from tenfold.models.invariances.stream import READS, WRITES, Stream
 from tenfold.models.plan import SitePlan
 from tenfold.models.recipe import Recipe
-from tenfold.models.sites import base_model, find_sites, share_of, weight_of
+from tenfold.models.sites import base_model, count_parameters, find_sites, weight_of
 from tenfold.models.surgery import finish, install
 from tenfold.structure import Dense, Scattered
 
@@ -41,10 +46,7 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
     """
     if recipe.budget is None:
         raise ValueError(f"nothing says how much recipe {recipe.name} shall slice; give it a budget, or --keep")
-    free = free_symmetries(model)
-    if not free["residual"].startswith("rotation"):
-        raise ValueError(f"the residual stream of this {model.config.model_type} can't be rotated: {free['because']}")
-    centred, before = free["residual"] != "rotation", share_of(model, recipe.budget.of.replace("sites", "blocks"))
+    centred, before = check_rotatable(model), count_parameters(model, recipe.budget.of.replace("sites", "blocks"))
     fuse_norms(model, untie=True)
     if centred:
         center_residual(model, untie=True)
@@ -58,7 +60,7 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
 @torch.no_grad()
 def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
     """The mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` what the norms of the stream make of it before their gains."""
-    feeds, total, state = Stream(model).feeds(), 0, {}
+    feeds, total, state = Stream(model).prenorms(), 0, {}
 
     def hook(feed):
         def add(module, arguments) -> None:
@@ -93,7 +95,7 @@ def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
     width = model.get_input_embeddings().weight.shape[1]
     sliced = sum(site.shape[0] * site.shape[1] for site in sites if site.role not in outside)
-    fixed = share_of(model, of) - sliced
+    fixed = count_parameters(model, of) - sliced
     left = int((budget - fixed) * width / sliced + 1e-9)
     if left < 1:
         raise ValueError(
@@ -110,7 +112,7 @@ def slice_to(model: PreTrainedModel, left: int) -> int:
         return left
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
     paths = {site.path for site in sites}
-    feeds = Stream(model).feeds()
+    feeds = Stream(model).prenorms()
     shifts = {path: feed.shift[left:] for feed in feeds if feed.shift is not None for path in feed.readers}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path not in paths and module.weight.shape[1] == width:

@@ -1,7 +1,7 @@
 """Ordering: the hidden units of every MLP in the order in which its matrices are nearest to their structures.
 
 The order is absorbed into both neighbours of the units, so that it costs nothing; the rules of the recipe then fold the model.
-It is sought in the Frobenius norm (:func:`tenfold.models.invariances.choice.order_hidden`).
+It is sought in the Frobenius norm (:func:`tenfold.models.invariances.hidden_units.order_hidden`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from tenfold.baselines.rotation import shaped
 from tenfold.compress.calibration import Calibration
-from tenfold.models.invariances.choice import order_hidden
-from tenfold.models.invariances.free_symmetries import groups_of, hidden_weights, permute_hidden
+from tenfold.models.invariances.hidden_units import hidden_weights, mlp_sites, order_hidden, permute_hidden
 from tenfold.models.recipe import Recipe, Rule
 from tenfold.models.sites import Site
 
@@ -31,7 +30,7 @@ def order_units(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
         ValueError: no rule has a structure for an MLP, or the order makes no difference to it.
     """
     orders = {}
-    for path, sites in groups_of(model, "mlp.").items():
+    for path, sites in mlp_sites(model).items():
         folded = {site.path: rule for site in sites if (rule := _rule(recipe, site)) is not None}
         if not folded:
             continue

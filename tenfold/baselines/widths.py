@@ -32,7 +32,7 @@ from tenfold.compress.activations import blocks_of
 from tenfold.compress.structured_pruning import ALIGNED
 from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
-from tenfold.models.sites import FOLDED, find_sites, part_of, shape_of
+from tenfold.models.sites import FACTORIZED, find_sites, part_of, shape_of
 
 ROWS = dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.qkv"), "heads") | dict.fromkeys(("mlp.in", "mlp.gate"), "mlp")
 COLUMNS = {"attn.out": "heads", "mlp.out": "mlp"}  # the rows and columns of all other matrices are channels ..
@@ -90,7 +90,7 @@ class Widths:
     def _check(self) -> None:
         kind = self.model.config.model_type
         for path, module in self.model.named_modules():
-            if isinstance(module, FOLDED):
+            if isinstance(module, FACTORIZED):
                 raise ValueError(f"{path} is folded, and widths are pruned of dense models; tenfold densify makes one")
         for site in self.sites.values():
             if site.role not in (*ROWS, *COLUMNS, *OUTER) or site.expert is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tenfold.compress.calibration import Batch
 from tenfold.compress.moments import MomentAccumulator, Moments, check_finite, checked, like_others
 from tenfold.compress.tensor_store import TensorStore
-from tenfold.models.distributed import total_number
+from tenfold.models.distributed import all_reduce_number
 from tenfold.models.experts import expert_of
 from tenfold.models.precision import in_bfloat16
 from tenfold.models.sites import Site, base_model
@@ -82,7 +82,7 @@ class Streams:
                 calls.append(call)
             self.shelf.put(f"first-{number}", seen[0][0])
         self.names = [(f"first-{k}", f"first-{k}") for k in range(len(batches))]
-        if not total_number(sum(int(kept.sum()) for kept in self.kept)):
+        if not all_reduce_number(sum(int(kept.sum()) for kept in self.kept)):
             raise ValueError(
                 f"skip_first {skip} leaves no token of the calibration text; skip fewer, or read longer windows"
             )

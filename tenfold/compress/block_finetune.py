@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.compress.activations import Streams
-from tenfold.models.distributed import processes, total, total_number
+from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.structure.linalg import roots
 
 
@@ -47,9 +47,9 @@ def refine(
             batch = int(torch.randint(len(streams.batches), (1,), generator=generator))
             optimizer.zero_grad()
             (_squares(streams, number, block, original, root, batch) / int(streams.kept[batch].sum())).backward()
-            for parameter in parameters if processes() > 1 else ():
+            for parameter in parameters if num_processes() > 1 else ():
                 here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = total(here) / processes()
+                parameter.grad = all_reduce(here) / num_processes()
             optimizer.step()
             schedule.step()
     ended = _error(streams, number, block, original, root)
@@ -76,4 +76,4 @@ def _error(streams: Streams, number: int, block: nn.Module, original: nn.Module,
     tokens = sum(int(kept.sum()) for kept in streams.kept)
     batches = range(len(streams.batches))
     error = sum(float(_squares(streams, number, block, original, root, k)) for k in batches)
-    return total_number(error) / max(1, total_number(tokens))
+    return all_reduce_number(error) / max(1, all_reduce_number(tokens))

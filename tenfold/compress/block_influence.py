@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.compress.activations import Streams
-from tenfold.models.distributed import total_number
+from tenfold.models.distributed import all_reduce_number
 
 
 def cosine_distance(before: Tensor, after: Tensor, kept: Tensor) -> float:
@@ -28,4 +28,4 @@ def block_influence(streams: Streams, number: int) -> float:
         for k, kept in enumerate(streams.kept)
     )
     tokens = sum(int(kept.sum()) for kept in streams.kept)
-    return total_number(turned) / max(1, total_number(tokens))
+    return all_reduce_number(turned) / max(1, all_reduce_number(tokens))

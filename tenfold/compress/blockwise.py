@@ -44,8 +44,8 @@ from tenfold.compress.resume_state import ResumeState
 from tenfold.compress.tensor_store import TensorStore
 from tenfold.compress.weight_source import InMemoryWeights, Weights
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import is_first, mine, processes, state, wait
-from tenfold.models.invariances.maps import fold_maps
+from tenfold.models.distributed import barrier, is_main_process, num_processes, process_state, shard_items
+from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.recipe import Recipe
 from tenfold.models.surgery import finish
 
@@ -79,14 +79,14 @@ def compress_blocks(
     """
     settings, works, journal = recipe.calibrate or Calibrate(), plan_work(model, recipe), journal or ResumeState()
     batches = enough(text.batches)
-    if is_first():
+    if is_main_process():
         longest = max(batch["input_ids"].shape[1] for batch in batches)
-        check_room(model, works, _tokens(mine(part_of(batches, settings.survey))), longest, settings)
+        check_room(model, works, _tokens(shard_items(part_of(batches, settings.survey))), longest, settings)
     weights = weights or InMemoryWeights(model, [work.path for work in works])
     training = model.training
     model.eval()
     try:
-        with _folder(model, mine(batches), journal) as folder:
+        with _folder(model, shard_items(batches), journal) as folder:
             begun = time.perf_counter()
             if journal.chosen is None:
                 given, told = (batches, settings, weights, journal, folder, progress), partial(check_text, text)
@@ -101,7 +101,7 @@ def compress_blocks(
                 journal.choose(chosen, choices)
             announce(journal.choices)
             looked = time.perf_counter()
-            _carry_out(model, works, mine(batches), settings, weights, journal, folder, progress)
+            _carry_out(model, works, shard_items(batches), settings, weights, journal, folder, progress)
     finally:
         model.train(training)
     finish(model, recipe.name)
@@ -125,10 +125,10 @@ def _folder(model: PreTrainedModel, batches: list[Batch], journal: ResumeState) 
     if journal.notes is None and 4 * width * sum(b["input_ids"].numel() for b in batches) <= IN_MEMORY:
         yield None
     else:
-        if journal.notes and is_first():
+        if journal.notes and is_main_process():
             for left in journal.notes.glob("states-*"):  # by a run that was killed
                 shutil.rmtree(left)
-        wait()
+        barrier()
         with tempfile.TemporaryDirectory(prefix="states-", dir=journal.notes) as folder:
             yield Path(folder)
 
@@ -149,7 +149,7 @@ def _one_block(model, number: int, work: BlockPlan, streams: Streams, settings, 
     """In a function of its own, so that nothing of one block is in memory when the next one is read."""
     original = twin(model.get_submodule(work.path))
     finished = journal.finished(number)
-    wait()  # for those that have not looked yet
+    barrier()  # for those that have not looked yet
     if finished:
         journal.restore(model, number)
     else:
@@ -165,7 +165,7 @@ def _one_block(model, number: int, work: BlockPlan, streams: Streams, settings, 
         if settings.refine:
             here, how = model.get_submodule(work.path), (settings.refine, settings.refine_rate, settings.seed)
             refine(streams, number, here, original, matters.get(work.path), *how)
-        fold_maps(model, work.path)
+        absorb_index_maps(model, work.path)
         weights.keep(number, work.path)
     if not last and settings.refit:
         streams.advance(number, original if settings.original_share or settings.refine else None)
@@ -193,9 +193,9 @@ def survey(
         told: is told how many nats the model needs for a token of the text, if it predicts any.
         share: about how much of an item will stay: at that size divergences are measured.
     """
-    some, gradients, steps = mine(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
+    some, gradients, steps = shard_items(part_of(batches, settings.survey)), settings.outputs != "none", journal.survey
     shelf = TensorStore(
-        steps.folder / f"states-{state().process_index}" if steps.folder else folder and folder / "survey"
+        steps.folder / f"states-{process_state().process_index}" if steps.folder else folder and folder / "survey"
     )
     with weights.outside():
         streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first, settings.precision)
@@ -246,7 +246,7 @@ def survey(
         inside, influence[work.path] = steps.once(f"forward-{number}", partial(forward, number, work))
         stages.append(inside)
         look.stand_before(number + 1)
-    if (needed := steps.once("nats", nats)) is not None and is_first():
+    if (needed := steps.once("nats", nats)) is not None and is_main_process():
         told(needed)
     if gradients:
         steps.once("turn", turn)
@@ -281,14 +281,14 @@ def enough(batches: list[Batch]) -> list[Batch]:
     Raises:
         ValueError: there are not as many samples either.
     """
-    if len(batches) >= processes():
+    if len(batches) >= num_processes():
         return batches
     single = [
         {name: value[k : k + 1] for name, value in b.items()} for b in batches for k in range(len(b["input_ids"]))
     ]
-    if len(single) < processes():
+    if len(single) < num_processes():
         raise ValueError(
-            f"{processes()} processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
+            f"{num_processes()} processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
         )
     return single
 
@@ -306,7 +306,7 @@ def _tokens(batches: list[Batch]) -> int:
 def part_of(batches: list[Batch], tokens: int) -> list[Batch]:
     """As many of ``batches``, spread evenly, as hold about ``tokens``, and one for every process."""
     each = _tokens(batches) / len(batches)
-    count = min(len(batches), max(processes(), round(tokens / each)))
+    count = min(len(batches), max(num_processes(), round(tokens / each)))
     return [batches[k * len(batches) // count] for k in range(count)]
 
 

@@ -14,7 +14,7 @@ from tenfold.compress.budget_split import share_out
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import price, site_flops
 from tenfold.models.recipe import Budget, Recipe
-from tenfold.models.sites import FOLDED, Site, dtype_of, share_of
+from tenfold.models.sites import FACTORIZED, Site, count_parameters, dtype_of
 from tenfold.structure import Structure
 
 ROWS = 1024  # a call, at which FLOPs are counted, as for a prompt
@@ -92,7 +92,7 @@ class Parameters:
 
     def total(self, of: str) -> float:
         """Of the part of the model that the budget is a share of."""
-        return share_of(self.model, of)
+        return count_parameters(self.model, of)
 
     def folded_away(self, site: Site) -> float:
         """By how much a site of a folded model is smaller than its matrix."""
@@ -140,8 +140,10 @@ class Bytes(Parameters):
 
     def total(self, of: str) -> float:
         each = dtype_of(self.model).itemsize
-        maps = sum(b.nbytes for module in self.model.modules() if isinstance(module, FOLDED) for b in module.buffers())
-        return each * share_of(self.model, "model") + maps
+        maps = sum(
+            b.nbytes for module in self.model.modules() if isinstance(module, FACTORIZED) for b in module.buffers()
+        )
+        return each * count_parameters(self.model, "model") + maps
 
     def folded_away(self, site: Site) -> float:
         module, each = self.model.get_submodule(site.path), dtype_of(self.model).itemsize

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tenfold.evaluate.text_files import HUB, documents, token_stream
-from tenfold.models.text_mode import context_of, reads_streams
+from tenfold.models.text_mode import context_of, is_causal_lm
 
 Batch = dict[str, Tensor]
 AT_ONCE = 1024  # tokens: no slower than twice as many, whose activations were a quarter of the peak memory
@@ -61,7 +61,7 @@ def calibration(
     window = min(window or min(longest, 1024), longest)
     if samples < 1 or (batch is not None and batch < 1):
         raise ValueError(f"{samples} samples in batches of {batch} can't be drawn; ask for one or more")
-    cut = _windows if reads_streams(model) else _documents
+    cut = _windows if is_causal_lm(model) else _documents
     batches = cut(tokenizer, files, samples, window, batch)
     largest, known = max(int(b["input_ids"].max()) for b in batches), model.get_input_embeddings().weight.shape[0]
     if largest >= known:
@@ -88,7 +88,7 @@ def check_text(text: Calibration, nats: float) -> None:
 @torch.no_grad()
 def nats_per_token(model, batches: Sequence[Batch]) -> float | None:
     """What a model needs for a token of ``batches``, in the mean; None where it predicts no next token."""
-    if not reads_streams(model) or model.get_output_embeddings() is None:
+    if not is_causal_lm(model) or model.get_output_embeddings() is None:
         return None
     found, tokens, device, training = 0.0, 0, next(model.parameters()).device, model.training
     model.eval()

@@ -18,16 +18,17 @@ from tenfold.compress.resume_state import ResumeState
 from tenfold.compress.truncate_ranks import squeeze
 from tenfold.compress.weight_source import Weights
 from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
+from tenfold.models.auto import read_config
 from tenfold.models.checkpoint_format import check_plain
 from tenfold.models.config import Calibrate
-from tenfold.models.cost import price, read_config
-from tenfold.models.distributed import is_first
-from tenfold.models.invariances.maps import fold_maps
+from tenfold.models.cost import price
+from tenfold.models.distributed import is_main_process
+from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.sites import find_sites
-from tenfold.models.surgery import SiteReport, finish, replace, take_apart, untie
+from tenfold.models.surgery import SiteReport, finish, replace, unpack_experts, untie
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
@@ -68,7 +69,7 @@ def compress(
         UserWarning: the calibration text has fewer tokens than twice the inputs of the widest matrix.
     """
     if isinstance(model, str | Path):
-        check_plain(read_config(str(model)), model)
+        check_plain(read_config(model), model)
         model = from_pretrained(model)
     check_plain(model.config, "the model")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -80,7 +81,7 @@ def compress(
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     if source == "weights" or text is not None:
         check_rules(recipe)
-    take_apart(model)
+    unpack_experts(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
     changes: list[SiteReport] = []
     if recipe.squeeze is not None:
@@ -89,7 +90,7 @@ def compress(
         more = _whole_change(model, recipe, None) if recipe.first else {}
         if recipe.replace or not recipe.first:
             changes = replace(model, make_plan(model, recipe), source, progress)
-        if fold_maps(model):
+        if absorb_index_maps(model):
             finish(model, recipe.name)
     else:
         changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
@@ -124,7 +125,7 @@ def _calibrated(
     inside = [site for site in find_sites(model) if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
     about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
-    if text.tokens < 2 * widest and is_first():
+    if text.tokens < 2 * widest and is_main_process():
         damping = (recipe.calibrate or Calibrate()).damping
         warnings.warn(
             f"the calibration text has {text.tokens:,} tokens and the widest matrix reads {widest:,} values: {2 * widest:,} "
@@ -158,7 +159,7 @@ def _whole_change(model, recipe: Recipe, text: Calibration | None) -> dict[str, 
     if recipe.first is None:
         return {}
     check_finite(model)
-    if text is not None and not recipe.replace and is_first():  # else the survey looks
+    if text is not None and not recipe.replace and is_main_process():  # else the survey looks
         nats = nats_per_token(model, text.batches[:LOOKED_AT])
         if nats is not None:
             check_text(text, nats)

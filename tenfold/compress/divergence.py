@@ -21,7 +21,7 @@ from tenfold.compress.activations import Streams, passing, without_cache
 from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.calibration import Batch
 from tenfold.compress.weight_source import Weights
-from tenfold.models.distributed import processes, total_number
+from tenfold.models.distributed import all_reduce_number, num_processes
 
 Correction = tuple[Tensor, Tensor | None]  # What - W (out, in), and the change of the bias
 ROWS = 128  # tokens whose distributions are in float32 at once
@@ -88,7 +88,7 @@ def _measured(
     streams: Streams, weights: Weights, number: int, ways: list[dict[str, Correction]], tokens: int
 ) -> list[float]:
     """``KL(original || wrong)`` of every way in which block ``number``, whose weights are there, may be wrong."""
-    count, last = batches_with(streams, math.ceil(tokens / processes())), len(streams.blocks)
+    count, last = batches_with(streams, math.ceil(tokens / num_processes())), len(streams.blocks)
     before = [streams.shelf.get(f"before-{number}-{k}").to(streams.device) for k in range(count)]
     states = [[through(streams, number, x, k, way) for way in ways] for k, x in enumerate(before)]
     for later in range(number + 1, last):
@@ -137,7 +137,7 @@ def divergences(streams: Streams, states: list[list[Tensor]]) -> list[float]:
             for number, other in enumerate(row[1:]):
                 sums[number] += _divergence(first, _logits(streams, other[sample : sample + 1], given, at))
             tokens += int(at.sum())
-    return [total_number(float(value)) / max(1, total_number(tokens)) for value in sums]
+    return [all_reduce_number(float(value)) / max(1, all_reduce_number(tokens)) for value in sums]
 
 
 def _divergence(logits: Tensor, others: Tensor) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.models.distributed import processes, state, total, total_number
+from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes, process_state
 
 # {path of a site: [(inputs (n, in), gradients (n, out))]}, a pair a batch
 Evidence = dict[str, list[tuple[Tensor, Tensor]]]
@@ -54,8 +54,8 @@ def fisher_losses(
         wrong = wrong if shift is None else wrong + shift.to(wrong)
         along = (wrong.float() * gradients.float()).sum(1).double()
         alone, together = alone + float(along.square().sum()), together + float(along.sum().square())
-    tokens = max(1.0, total_number(tokens))
-    return total_number(alone) / tokens / 2, total_number(together) / tokens / 2
+    tokens = max(1.0, all_reduce_number(tokens))
+    return all_reduce_number(alone) / tokens / 2, all_reduce_number(together) / tokens / 2
 
 
 @dataclass
@@ -85,16 +85,16 @@ def folds_of(pairs: list[tuple[Tensor, Tensor]], width: int, tokens: int) -> lis
         width: values in an input.
         tokens: how many tokens the batches of this process have.
     """
-    if total_number(len(pairs)) < 2:
+    if all_reduce_number(len(pairs)) < 2:
         return []
-    numbers = [state().process_index + processes() * k for k in range(len(pairs))]
+    numbers = [process_state().process_index + num_processes() * k for k in range(len(pairs))]
     halves = [[pair for k, pair in zip(numbers, pairs, strict=True) if k % 2 == half] for half in (0, 1)]
     found = []
     for known, judged in (halves, halves[::-1]):
         floats = [inputs.float() for inputs, _ in known]
-        seen = max(1.0, total_number(sum(len(inputs) for inputs in floats)))
-        second = total(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
-        mean = total(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
+        seen = max(1.0, all_reduce_number(sum(len(inputs) for inputs in floats)))
+        second = all_reduce(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
+        mean = all_reduce(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
         found.append(Fold(second.double(), mean.double(), known, judged, tokens * len(judged) // max(1, len(pairs))))
     return found
 
@@ -110,7 +110,7 @@ def unit_products(pairs: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
     for inputs, gradients in pairs:
         losing = inputs.float() * (gradients.float() @ weight.float())
         found += losing.T @ losing
-    return total(found)
+    return all_reduce(found)
 
 
 def expected_loss(inside: float, outside: float) -> float:

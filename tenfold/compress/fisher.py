@@ -25,10 +25,10 @@ from tenfold.compress.activations import (
 )
 from tenfold.compress.evidence import Evidence
 from tenfold.compress.moments import MomentAccumulator, Moments, checked, like_others
-from tenfold.models.distributed import processes, total, total_number
+from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.models.experts import expert_of
 from tenfold.models.sites import shape_of
-from tenfold.models.text_mode import reads_streams
+from tenfold.models.text_mode import is_causal_lm
 
 AT_ONCE = 128  # tokens that are drawn at once
 
@@ -65,7 +65,7 @@ class FisherPass:
             streams.shelf.put(f"before-0-{k}", streams.states(k)[0])
             streams.shelf.drop(f"first-{k}")
         self.stand_before(0)
-        self.tokens = int(total_number(sum(int(kept.sum()) for kept in streams.kept)))
+        self.tokens = int(all_reduce_number(sum(int(kept.sum()) for kept in streams.kept)))
 
     def stand_before(self, number: int) -> None:
         """In front of block ``number``, where a run that was interrupted has been already."""
@@ -104,7 +104,7 @@ class FisherPass:
         None where it predicts no next token.
         """
         streams, found, tokens, left = self.streams, 0.0, 0, samples
-        if not reads_streams(streams.model) or streams.model.get_output_embeddings() is None:
+        if not is_causal_lm(streams.model) or streams.model.get_output_embeddings() is None:
             return None
         for k, batch in enumerate(streams.batches):
             states = streams.states(k)[0]
@@ -119,7 +119,7 @@ class FisherPass:
             left -= len(states)
             if left <= 0:
                 break
-        return total_number(found) / max(1.0, total_number(tokens))
+        return all_reduce_number(found) / max(1.0, all_reduce_number(tokens))
 
     def turn(self) -> None:
         """Behind the last block: the gradient of the loss at what it returns."""
@@ -187,13 +187,16 @@ class FisherPass:
 
     def _over_all(self, found: dict[str, Tensor], block: str, weighed: set[str]) -> dict[str, Tensor]:
         """Means over the tokens of all processes; a site that no process saw has none."""
-        if processes() > 1:
+        if num_processes() > 1:
             sizes = {path: shape_of(self.streams.model.get_submodule(path))[0] for path in sorted(weighed)}
             sizes |= {block: len(found[block])} if block in found else {}  # every process has tokens
             for path, size in sizes.items():
-                value, seen = found.get(path, torch.zeros(size, size, dtype=torch.float64)), total_number(path in found)
+                value, seen = (
+                    found.get(path, torch.zeros(size, size, dtype=torch.float64)),
+                    all_reduce_number(path in found),
+                )
                 if seen:
-                    found[path] = total(value)
+                    found[path] = all_reduce(value)
         return {path: value / max(1, self.tokens) for path, value in found.items()}
 
 

@@ -13,9 +13,9 @@ import torch
 
 from tenfold.compress.allocate import TradeoffCurve
 from tenfold.compress.block import Block, Target
-from tenfold.models.distributed import mine, processes, together
-from tenfold.models.initializers import QUICK, factors_from, of_fits
-from tenfold.models.plan import SitePlan, fitting, plain
+from tenfold.models.distributed import gather_results, num_processes, shard_items
+from tenfold.models.initializers import QUICK, check_fit_options, initialize
+from tenfold.models.plan import SitePlan, build_structure, parameter_name
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.structure import Factors, LowRank, Structure
@@ -35,7 +35,7 @@ class Fold:
     def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), specs = self.site.shape, self.rule.structures
         if len(specs) == 1 and not _open(specs[0]):
-            fixed = fitting(self.site, specs[0])
+            fixed = build_structure(self.site, specs[0])
             size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
             return [TradeoffCurve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
         blind = block.settings.allocate in ("uniform", "influence")
@@ -58,7 +58,7 @@ class Fold:
                 except ValueError as reason:
                     raise ValueError(f"{self.site.path} ({out}x{inner}): {reason}") from None
             else:
-                fixed = fitting(self.site, spec)
+                fixed = build_structure(self.site, spec)
                 priced.append((fixed, 2 * target.loss(fixed.dense(self._fitted(fixed, target, sweeps=3)))))
         priced.sort(key=lambda pair: pair[0].numel)
         options = [structure for structure, _ in priced]
@@ -81,13 +81,13 @@ class Fold:
         """Fitted in the metrics; where there are none, from the start that the rule names."""
         start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
         if settings.inputs == "none" and settings.outputs == "none":
-            return factors_from(structure, target.weight, start.fit, start.norm, start.options)
+            return initialize(structure, target.weight, start.fit, start.norm, start.options)
         log = block.fits[self.site.path] = {}
         return self._fitted(structure, target, settings.outputs != "none", log=log)
 
     def _fitted(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
         metric = target.outputs if outputs else None
-        return structure.fit(target.weight, target.inputs, metric, **of_fits(self.rule.start.options) | more)
+        return structure.fit(target.weight, target.inputs, metric, **check_fit_options(self.rule.start.options) | more)
 
 
 @dataclass
@@ -144,7 +144,7 @@ class FoldTogether:
         for site, left in zip(self.sites, lefts, strict=True):
             structure = LowRank(out_features=site.shape[0], in_features=site.shape[1], rank=rank)
             made: Factors = {"left": left, "right": factors["right"]}
-            entry = SitePlan(site, structure, site.bias, shared={"right": f"{plain(self.name)}_right"})
+            entry = SitePlan(site, structure, site.bias, shared={"right": f"{parameter_name(self.name)}_right"})
             changes.append((entry, made, block.new_bias(site.path, structure.dense(made))))
         block.fold_together(changes)
 
@@ -173,7 +173,7 @@ class FoldExperts:
             )
         size = site.shape[0] * site.shape[1]
         self.structure = (
-            Structure.within(*site.shape, spec, self.rule.keep * size) if _open(spec) else fitting(site, spec)
+            Structure.within(*site.shape, spec, self.rule.keep * size) if _open(spec) else build_structure(site, spec)
         )
         self.names = share.factors if share else []
         shapes = self.structure.factor_shapes()
@@ -200,11 +200,11 @@ class FoldExperts:
         targets = [block.target(site.path) for site in self.sites]
         rows = None if block.settings.outputs == "none" else [target.outputs for target in targets]
         weights, metrics = [target.weight for target in targets], [target.inputs for target in targets]
-        options = QUICK | of_fits(self.rule.start.options)
+        options = QUICK | check_fit_options(self.rule.start.options)
         joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.names), **options), []
         for k, site in enumerate(self.sites):
             made = {name: value if name in self.names else value[k] for name, value in joint.items()}
-            shared = {name: f"{plain(self.sites[0].path)}_{name}" for name in self.names}
+            shared = {name: f"{parameter_name(self.sites[0].path)}_{name}" for name in self.names}
             bias = block.new_bias(site.path, self.structure.dense(made))
             changes.append((SitePlan(site, self.structure, site.bias, shared=shared), made, bias))
         block.fold_together(changes)
@@ -223,16 +223,16 @@ def independent(actions: Sequence[Any], block: Block) -> list[list[Any]]:
 
 def fit_apart(folds: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
     """Each of several processes fits its share of independent ``folds``; ``block`` then has the factors of all."""
-    if processes() == 1 or len(folds) == 1:
+    if num_processes() == 1 or len(folds) == 1:
         return
     for fold in folds:
         block.moments(fold.site.path)  # all processes add these up together
     open_ones = [fold for fold in folds if chosen[fold.site.path] is not None]
     made = {}
-    for k in mine(list(range(len(open_ones)))):
+    for k in shard_items(list(range(len(open_ones)))):
         path = open_ones[k].site.path
         made[k] = (path, open_ones[k].factors(block, chosen[path]), block.fits.get(path, {}))
-    for path, factors, log in together(made).values():
+    for path, factors, log in gather_results(made).values():
         block.fitted[path], block.fits[path] = factors, log
 
 

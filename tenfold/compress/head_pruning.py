@@ -24,7 +24,7 @@ from tenfold.compress.structured_pruning import (
 )
 from tenfold.compress.unit_selection import Basis
 from tenfold.models.attention_layout import Heads
-from tenfold.models.distributed import total, total_number
+from tenfold.models.distributed import all_reduce, all_reduce_number
 from tenfold.models.sites import Site
 from tenfold.structure import Dense, Scattered
 
@@ -158,7 +158,7 @@ class NarrowHeads:
             each = torch.stack([products[:, unit].sum(1) for unit in self.units], 1).double()
             second, tokens = second + each.T @ each, tokens + len(each)
         assert isinstance(second, Tensor)
-        return total(second) / max(1.0, total_number(tokens))
+        return all_reduce(second) / max(1.0, all_reduce_number(tokens))
 
     def query_moments(self, block: Block, group: int) -> tuple[Tensor, Tensor]:
         """``G`` and ``C (size, size)`` of the queries of a group, their mean included."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tenfold.models.distributed import total, total_number
+from tenfold.models.distributed import all_reduce, all_reduce_number
 
 
 @dataclass
@@ -50,9 +50,11 @@ class MomentAccumulator:
 
     def of_all(self) -> MomentAccumulator:
         """Those of all processes added up."""
-        self.second, self.mean = total(self.second), total(self.mean)
-        self.cross, self.other = (self.second, self.mean) if self.one else (total(self.cross), total(self.other))
-        self.tokens = int(total_number(self.tokens))
+        self.second, self.mean = all_reduce(self.second), all_reduce(self.mean)
+        self.cross, self.other = (
+            (self.second, self.mean) if self.one else (all_reduce(self.cross), all_reduce(self.other))
+        )
+        self.tokens = int(all_reduce_number(self.tokens))
         return self
 
     def moments(self) -> Moments:

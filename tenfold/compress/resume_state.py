@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from tenfold.compress.tensor_store import TensorStore
 from tenfold.models.atomic_io import write_json
-from tenfold.models.checkpoint_format import describe, stored_plan
-from tenfold.models.distributed import is_first, processes, wait
-from tenfold.models.hf_quantizer import FoldedConfig
+from tenfold.models.checkpoint_format import describe, read_plan
+from tenfold.models.distributed import barrier, is_main_process, num_processes
+from tenfold.models.quantization_config import TenfoldConfig
 from tenfold.models.surgery import install_empty
 from tenfold.structure import Structure
 
@@ -41,19 +41,19 @@ class CheckpointedTasks:
             return make()
         file = self.folder / f"{name}.json"
         done = file.is_file()
-        wait()  # until all have looked
+        barrier()  # until all have looked
         if done:
             return json.loads(file.read_text())
         value = make()
-        if is_first():
+        if is_main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(file, value)
-        wait()  # until it counts as done, before anyone drops what it was made of
+        barrier()  # until it counts as done, before anyone drops what it was made of
         return value
 
     def forget(self) -> None:
         """All is done that was to be done in steps."""
-        if self.folder is not None and is_first():
+        if self.folder is not None and is_main_process():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -72,7 +72,7 @@ class ResumeState:
         self.weighed: dict[int, list[str]] = {}
         self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
         self.survey = CheckpointedTasks(
-            self.notes and self.notes / f"survey-{processes()}"
+            self.notes and self.notes / f"survey-{num_processes()}"
         )  # of so many, each with its part of the text
         if self.notes is not None and (self.notes / "choices.json").is_file():
             found = json.loads((self.notes / "choices.json").read_text())
@@ -84,7 +84,7 @@ class ResumeState:
         """Keep ``{site: G}`` of block ``number``, and in which order or basis its items lose what they lose."""
         both = matters | {f"{ORDER}{name}": value for name, value in orders.items()}
         self.weighed[number] = list(both)
-        if self.notes is None or is_first():
+        if self.notes is None or is_main_process():
             for k, value in enumerate(both.values()):
                 self.shelf.put(f"{number}-{k}", value)
 
@@ -103,15 +103,15 @@ class ResumeState:
     def choose(self, chosen: dict[str, Any], choices: list[dict[str, Any]]) -> None:
         """Keep what was chosen for every item."""
         self.chosen, self.choices = chosen, choices
-        if self.notes is not None and is_first():
+        if self.notes is not None and is_main_process():
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
             write_json(self.notes / "choices.json", {"chosen": plain, "choices": choices, "weighed": self.weighed})
-        wait()  # the others read what was weighed
+        barrier()  # the others read what was weighed
         self.survey.forget()
 
     def keep(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
         """Write the finished block ``number`` with its floating point tensors in ``dtype``."""
-        if self.folder is None or not is_first():
+        if self.folder is None or not is_main_process():
             return
         sites = {p: s for p, s in describe(model).sites.items() if p.startswith(f"{path}.")}
         tensors = {
@@ -136,7 +136,7 @@ class ResumeState:
 
     def restore(self, model: PreTrainedModel, number: int, dtype: torch.dtype = torch.float32) -> None:
         """Put the finished block ``number`` into ``model``."""
-        install_empty(model, stored_plan(model, FoldedConfig(json.loads(self._sites(number).read_text()))))
+        install_empty(model, read_plan(model, TenfoldConfig(json.loads(self._sites(number).read_text()))))
         put_tensors(model, load_file(self.shard(number + 1)), dtype)
 
 

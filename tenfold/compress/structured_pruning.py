@@ -19,7 +19,7 @@ from tenfold.compress.block import Block, Target, with_ridge
 from tenfold.compress.divergence import Trial
 from tenfold.compress.evidence import Fold, corrected, expected_loss, fisher_loss, folds_of, unit_products
 from tenfold.compress.unit_selection import Basis, best_basis, best_units, choose_units, least_units
-from tenfold.models.distributed import total_number
+from tenfold.models.distributed import all_reduce_number
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense
 from tenfold.structure.linalg import solve_symmetric
@@ -139,7 +139,7 @@ class NarrowMlp:
         found = [(order, losses, self._costs(block, sizes, order, folds, [order] * len(folds)))]
         if folds:
             halves = [unit_products(fold.known, weight) for fold in folds]
-            other, rest = least_units(sum(halves) / max(1.0, total_number(block.tokens)))
+            other, rest = least_units(sum(halves) / max(1.0, all_reduce_number(block.tokens)))
             known = [least_units(half)[0] for half in halves]
             found.append((other, rest, self._costs(block, sizes, other, folds, known)))
         order, losses, costs = min(found, key=lambda one: sum(np.log(max(out, 1e-30)) for _, out in one[2]))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tenfold.models.plan import SitePlan
 from tenfold.models.recipe import Squeeze
-from tenfold.models.sites import FOLDED, Site, find_sites
+from tenfold.models.sites import FACTORIZED, Site, find_sites
 from tenfold.models.surgery import SiteReport, finish, install
 from tenfold.structure import TensorTrain
 
@@ -49,7 +49,7 @@ def squeeze(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[Site
 def _bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, int, int]]:
     """``(error, bond, new rank)`` of every bond of one site that can be cut."""
     layer = model.get_submodule(path)
-    if not isinstance(layer, FOLDED) or not isinstance(layer.structure, TensorTrain):
+    if not isinstance(layer, FACTORIZED) or not isinstance(layer.structure, TensorTrain):
         return []
     if layer.shared:
         raise ValueError(f"{path} shares {', '.join(layer.shared)} with others, so that its bonds can't be cut alone")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.evaluate.text_files import documents, token_stream
-from tenfold.models.text_mode import context_of, fills_gaps
+from tenfold.models.text_mode import context_of, is_masked_lm
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def perplexity(
     Raises:
         ValueError: the text is shorter than a window, the tokenizer does not belong to the model, or the model is a masked one.
     """
-    if fills_gaps(model):
+    if is_masked_lm(model):
         raise ValueError(
             f"a {type(model).__name__} predicts hidden tokens, not next ones, so that it has no perplexity; compare its held-out "
             "loss in training.json, or its score on a task (tenfold finetune)"

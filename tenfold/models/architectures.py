@@ -1,8 +1,8 @@
-"""Where the matrices of an architecture are: data, one entry per ``model_type`` of transformers.
+"""Tables of the matrices of every architecture, one per ``model_type`` of transformers.
 
-A table maps roles to module paths inside the base model; ``*`` stands for a number (of a layer, a group, an expert).
-``embed`` and ``head`` need no entry: transformers itself says where they are. ``calls`` tells how often a module runs
-in one forward pass, for architectures that apply a layer several times.
+A table maps roles to module paths inside the base model; ``*`` is a number (of a layer, a group, an expert). ``embed`` and
+``head`` need no entry, since transformers knows their places. ``calls`` counts the calls of a module in one forward pass, for
+architectures that apply a layer several times.
 
 To add an architecture: write its table here, and add its name to ``tests/models/toys.py``. docs/architectures.md has an
 example.
@@ -22,13 +22,13 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """One table.
+    """Table of one architecture.
 
     Args:
         paths: role -> path patterns inside the base model.
-        calls: config -> how often the module of a block runs in one forward pass.
-        stored: ``(pattern, replacement)``: how published checkpoints name tensors that have another name in the model.
-        interleaved: roles whose matrix holds several whose rows alternate, so that ``split`` can't part them.
+        calls: config -> the number of calls of a block's module in one forward pass.
+        interleaved: roles whose matrix holds several with alternating rows, so that ``split`` can't part them.
+        stored: ``(pattern, replacement)`` from names in the model to names in published checkpoints.
     """
 
     paths: dict[str, str | tuple[str, ...]]
@@ -56,7 +56,7 @@ _EACH = ((rf"{_EXPERT}\.(gate|up|down)\.weight$", r".experts.\1.\2_proj.weight")
 
 
 def _with_experts(block: str, shared: str | None = None, stored: tuple[tuple[str, str], ...] = _EACH) -> Architecture:
-    """As Llama, with experts in every ``block`` (their layers may mix with plain MLPs), and one that all tokens pass."""
+    """Return the table of Llama with experts in every ``block`` beside plain MLPs, and one ``shared`` by all tokens."""
     experts = {"mlp.gate": f"{block}.experts.each.*.gate", "mlp.in": f"{block}.experts.each.*.up"}
     experts["mlp.out"] = f"{block}.experts.each.*.down"
     paths: dict[str, str | tuple[str, ...]] = dict(_LLAMA.paths)

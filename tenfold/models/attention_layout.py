@@ -1,8 +1,8 @@
-"""The heads of an attention: which rows of its matrices belong to which head, and how freely they may be changed.
+"""Layout of the heads of an attention: their rows in its matrices, and the freedom of their basis.
 
-A head computes ``softmax(q k^T) v`` and hands it on to the output matrix. Its values may be expressed in any basis, if the
-columns of the output matrix follow. So may its queries and keys together, unless something stands between the matrix and
-the product: rotary positions, which leave pairs of dimensions only, or a norm per head, which leaves nothing.
+A head computes ``softmax(q k^T) v`` for the output matrix. Its values may have any basis, if the columns of the output matrix
+follow. So may its queries and keys together, unless something stands between the matrix and the product: rotary positions,
+which leave pairs of dimensions only, or a norm per head, which leaves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tenfold.models.architectures import ARCHITECTURES
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention module.
+    """Heads of one attention module.
 
     Args:
         query: the number of query heads.
@@ -40,11 +40,11 @@ class Heads:
 
     @property
     def each(self) -> int:
-        """Query heads per group."""
+        """Return the number of query heads per group."""
         return self.query // self.groups
 
     def rows(self, which: str, head: int, fused: bool) -> Tensor:
-        """The rows of head ``head`` of ``which`` (``q``, ``k``, ``v``) in its own matrix or in the fused one."""
+        """Return the rows of head ``head`` of ``which`` (``q``, ``k``, ``v``) in its own matrix or in the fused one."""
         inside, number = torch.arange(self.size), "qkv".index(which)
         if not fused:
             return head * self.size + inside
@@ -53,13 +53,13 @@ class Heads:
         return (0, self.query, self.query + self.groups)[number] * self.size + head * self.size + inside
 
     def units(self) -> list[list[int]]:
-        """Dimensions of a head's queries and keys that can only go together."""
+        """Return groups of dimensions of a head's queries and keys that can only be pruned together."""
         half = self.rotary // 2
         return [[i, i + half] for i in range(half)] + [[i] for i in range(self.rotary, self.size)]
 
 
 def heads_of(model: PreTrainedModel, attention: nn.Module) -> Heads | None:
-    """The heads of a module of ``model`` that holds query, key and value matrices; None where the sizes don't add up."""
+    """Return the heads of a module with query, key and value matrices, None where the configuration has no number of heads."""
     config = model.config.get_text_config()
     query = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
     if query is None:
@@ -68,17 +68,17 @@ def heads_of(model: PreTrainedModel, attention: nn.Module) -> Heads | None:
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // query
     freedom, rotary = "basis", 0
     if getattr(config, "rope_parameters", None):
-        shares = _shares(config)
-        rotary = 2 * int(size * min(shares) / 2)
-        freedom = "pairs" if len(set(shares)) == 1 else "none"
+        ratios = _rotary_ratios(config)
+        rotary = 2 * int(size * min(ratios) / 2)
+        freedom = "pairs" if len(set(ratios)) == 1 else "none"
     if any(re.match(r"(q|k|query|key)\w*norm", name.lower()) for name, _ in attention.named_children()):
         freedom = "none"
     interleaved = "attn.qkv" in ARCHITECTURES[model.config.model_type].interleaved
     return Heads(query, groups, size, freedom, rotary, interleaved)
 
 
-def _shares(config) -> list[float]:
-    """The share of the dimensions that is rotated, for every kind of layer."""
+def _rotary_ratios(config) -> list[float]:
+    """Return the ratio of rotated dimensions for every kind of layer."""
     given = config.rope_parameters
     kinds = [value for value in given.values() if isinstance(value, dict)] or [given]
     return [

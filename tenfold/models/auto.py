@@ -1,27 +1,82 @@
-"""A model and its tokenizer by the name of their folder, of a GGUF file, or on a hub."""
+"""Models, configurations and tokenizers by name: a folder, a GGUF file, a name on a hub, or a known configuration."""
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import yaml
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tenfold.models.cost import read_config
-from tenfold.models.gguf import resolve_gguf
+from tenfold.models.checkpoint_format import read_plan
+from tenfold.models.gguf import is_gguf, read_gguf_config, resolve_gguf
 from tenfold.models.loading import from_pretrained, silent
+from tenfold.models.quantization_config import get_tenfold_config
+from tenfold.models.surgery import install_empty
+
+
+def read_config(name: str | Path) -> Any:
+    """Read the configuration of a folder, a GGUF file or a name on a hub.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    if is_gguf(name):
+        return read_gguf_config(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as reason:
+        first = str(reason).split("\n")[0].rstrip(".") or type(reason).__name__
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r}: no folder, not one of {', '.join(_read_presets())}, and {first}"
+        ) from None
+
+
+def model_class(config: Any, default: Any = AutoModelForCausalLM) -> Any:
+    """Return the class of transformers that ``config`` names."""
+    return getattr(transformers, (config.architectures or [""])[0], default)
+
+
+def build_model(config: Any, default: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """Build the model of ``config`` without reading weights."""
+    kind = model_class(config, default)
+    return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def meta_model(name: str) -> PreTrainedModel:
+    """Build the model of a known name, a folder or a hub name on the meta device, compressed if its configuration says so.
+
+    Raises:
+        FileNotFoundError: the name is neither known here nor found.
+    """
+    presets = _read_presets()
+    if name in presets and not Path(name).exists():
+        preset = dict(presets[name])
+        architectures = [preset.pop("class")]
+        config = AutoConfig.for_model(**preset, architectures=architectures)
+    else:
+        config = read_config(name)
+    with torch.device("meta"):
+        model = build_model(config, AutoModel)
+    stored = get_tenfold_config(config)
+    if stored is not None:
+        install_empty(model, read_plan(model, stored))
+    return model
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The model of the class that its configuration names."""
-    kind = getattr(transformers, (read_config(str(name)).architectures or [""])[0], AutoModelForCausalLM)
+    """Load a model of the class that its configuration names."""
     with silent():
-        return from_pretrained(name, kind, dtype=dtype)
+        return from_pretrained(name, model_class(read_config(name)), dtype=dtype)
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer of a folder, a GGUF file or a hub name, None if it has none.
+    """Load the tokenizer of a folder, a GGUF file or a hub name, None if it has none.
 
     Where there are no files of one, transformers makes one for some kinds of models; it knows special tokens at best, and the
     boundary of words.
@@ -32,3 +87,7 @@ def load_tokenizer(name: str | Path):
     except (OSError, ValueError):
         return None
     return found if len(found.get_vocab().keys() - set(found.all_special_tokens)) > 1 else None
+
+
+def _read_presets() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((resources.files("tenfold") / "models" / "model_presets.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What a recipe says beside its rules: how activations guide the fits, and how a model is pre-trained."""
+"""Schema of the calibration, tokenizer and pre-training sections of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# of the learning rate: those of transformers that need to be told nothing more
+# of the learning rate: those of transformers without further arguments
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -17,37 +17,36 @@ class StrictModel(BaseModel):
 
 
 class Calibrate(StrictModel):
-    """How activations guide the fits; see :mod:`tenfold.compress.blockwise`.
+    """Calibration: how activations guide the fits; see :mod:`tenfold.compress.blockwise`.
 
     Args:
-        samples: how many windows, or documents, of the calibration text are read.
-        window: tokens in each; the model's context, 1,024 at most, unless given.
+        samples: the number of windows, or documents, of the calibration text.
+        window: tokens in each; by default the model's context, 1,024 at most.
         inputs: the metric of the inputs: their ``second`` moment, its ``diagonal`` to the power ``power`` (ASVD), or
             ``none``.
         outputs: the metric of the outputs: ``full`` Fisher information, the mean of each ``row`` of the weight's (FWSVD),
             or ``none``.
-        refit: whether a site is fitted on the inputs that it gets once all blocks before it are compressed; without it, on
-            the original inputs.
-        original_share: with ``refit``, the share of the original model's output in the target; the rest is what the site's
-            own matrix makes of the inputs that it now gets. All of it (1) is the update of SVD-LLM, and dilutes: where
-            inputs are disturbed, least squares shrinks what it makes.
-        center: whether the bias of a site takes up the mean of its error, so that only what varies is left to the matrix.
-        skip_first: how many positions at the beginning of every window do not count.
-        survey: how many tokens of the text the sizes are chosen by; all of it is read for the fits.
-        divergence: on how many tokens it is measured, at one size of every item, how far predictions move, which scales what
-            is foreseen; 0: not at all. Of rules that narrow, outside of experts.
+        refit: fit a site on its inputs after all blocks before it are compressed; without it, on the original inputs.
+        original_share: with ``refit``, the ratio of the original model's output in the target; the rest is the output of the
+            site's own matrix on its present inputs. 1 is the update of SVD-LLM, which shrinks the matrix: least squares damps
+            it where its inputs are disturbed.
+        center: let the bias of a site absorb the mean of its error, so that the matrix fits only the rest.
+        skip_first: the number of positions at the beginning of every window that do not count.
+        survey: the number of tokens by which sizes are chosen; the fits read all of the text.
+        divergence: the number of tokens on which the change of the predictions is measured, at one size of every item, to scale
+            the predicted losses; 0: none. For rules that narrow, outside of experts.
         token_weights: ``clipped`` scales the gradient of a token whose norm is not within 0.1 and 10 times the mean to the nearer
-            of both, so that no token decides ``outputs`` alone (KFAC-SVD); ``none`` takes gradients as they are.
-        damping: what is added to the diagonal of a moment, as a share of its mean.
-        output_damping: .. of the metric of the outputs; ``damping`` unless given.
-        allocate: ``sensitivity`` gives every site the rank that costs the least loss in all, ``uniform`` equal shares,
-            ``influence`` larger shares to blocks that change their input more (MoDeGPT); of :mod:`tenfold.baselines`:
-            ``svd-llm-v2``, ``lems``, and ``knapsack``, the least sum of losses exactly.
+            of both, so that no token dominates ``outputs`` (KFAC-SVD); ``none`` takes gradients as they are.
+        damping: what is added to the diagonal of a moment, relative to its mean.
+        output_damping: the same for the metric of the outputs; ``damping`` unless given.
+        allocate: ``sensitivity`` minimises the total loss, ``uniform`` gives equal shares, ``influence`` larger shares to blocks
+            that change their input more (MoDeGPT); of :mod:`tenfold.baselines`: ``svd-llm-v2``, ``lems``, and ``knapsack``, the
+            least sum of losses exactly.
         temperature: of ``influence``; the higher, the more equal the shares.
         refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
-        refine_rate: its first learning rate, as a share of the root mean square of every tensor.
-        precision: in which the blocks run over the calibration text: ``auto`` is bfloat16 where the device has instructions
-            for it, and float32 elsewhere. Weights and moments are float32 at least.
+        refine_rate: its first learning rate, relative to the root mean square of every tensor.
+        precision: of the blocks on the calibration text: ``auto`` is bfloat16 where the device has instructions for it, and
+            float32 elsewhere. Weights and moments are float32 at least.
     """
 
     samples: int = Field(192, ge=1)
@@ -73,40 +72,41 @@ class Calibrate(StrictModel):
 
 
 class Tokenizer(StrictModel):
-    """A byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data, or one by ``name``."""
+    """Byte-level BPE of ``vocab_size`` entries, trained on the first ``documents`` of the data, or a tokenizer by ``name``."""
 
     vocab_size: int | None = Field(None, ge=257)
     documents: int = Field(10_000, ge=1)
     name: str | None = None
 
     @model_validator(mode="after")
-    def _one_way(self):
+    def _check_source(self):
         if (self.vocab_size is None) == (self.name is None):
             raise ValueError("a tokenizer is either trained (vocab_size) or taken from somewhere (name)")
         return self
 
 
 class Train(StrictModel):
-    """Pre-training: the first ``tokens`` of the data once, ``batch * accumulate`` windows a step.
+    """Pre-training on the first ``tokens`` of the data once, ``batch * accumulate`` windows a step.
 
     Args:
-        objective: the next token, or (``masked``) the share ``hide`` of tokens that is hidden.
-        window: tokens in each; all positions that the model has unless given.
-        held_out: so many tokens at the end of the data are not trained on; the checkpoint that is best on them is kept.
+        objective: predict the next token, or (``masked``) the ratio ``hide`` of tokens that is masked.
+        window: tokens in each; by default all positions of the model.
+        held_out: the number of tokens at the end of the data that are not trained on; the checkpoint that is best on them is
+            the result.
         batch: windows at once, of all processes together; ``accumulate`` batches make a step.
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
-        fold: for this part of the steps the model is dense, then it is folded by the recipe's rules, ``budget`` and
-            ``calibrate`` (by tokens that it was trained on), and trained on; 0: a new one is folded from noise.
-        teacher: the folder or the name of a trained model with the same tokenizer, whose predictions are learnt, too.
-        losses: the weights of ``cross_entropy``, that of the text, and of divergences from the teacher's distributions (``kl``,
-            ``reverse_kl``, ``jensen_shannon``), see :mod:`tenfold.train.losses`; half and half with ``kl`` unless given.
+        fold: the part of the steps in which the model is dense; then it is compressed by the recipe's rules, ``budget`` and
+            ``calibrate`` (on tokens that it was trained on), and training continues. 0: structured from the beginning.
+        teacher: the folder or the name of a trained model with the same tokenizer, to distil from.
+        losses: the weights of ``cross_entropy`` on the text, and of divergences from the teacher's distributions (``kl``,
+            ``reverse_kl``, ``jensen_shannon``), see :mod:`tenfold.train.losses`; by default half and half with ``kl``.
         temperature: of these distributions.
-        precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
-            float32 elsewhere; the weights that are trained are in float32.
-        compile, checkpointing: torch.compile, and activations computed again in the backward pass.
-        save_steps: how often a checkpoint is written.
+        precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
+            elsewhere; trained weights are in float32.
+        compile, checkpointing: torch.compile, and gradient checkpointing.
+        save_steps: the number of steps between checkpoints.
     """
 
     objective: Literal["causal", "masked"] = "causal"
@@ -136,18 +136,10 @@ class Train(StrictModel):
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
-    def _taught(self):
-        if self.teacher is not None:
-            for what, is_so in (
-                ("objective masked", self.objective == "masked"),
-                ("fold", self.fold),
-            ):
-                if is_so:
-                    raise ValueError(f"train.teacher goes with everything but {what}; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _has_an_effect(self):
+    def _check_conflicts(self):
+        clash = "objective masked" if self.objective == "masked" else "fold" if self.fold else None
+        if self.teacher is not None and clash:
+            raise ValueError(f"train.teacher goes with everything but {clash}; leave one of them out")
         if self.objective == "causal" and self.hide != type(self).model_fields["hide"].default:
             raise ValueError(
                 f"train.hide {self.hide:g} is of objective masked, and nothing is hidden here; leave it out"

@@ -1,4 +1,4 @@
-"""What a recipe says about healing."""
+"""Schema of the healing section of a recipe."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Heal(StrictModel):
     """Distillation after compression; see :mod:`tenfold.train.heal`.
 
     Args:
-        tokens_per_step: of all processes together, ``batch`` windows at once: by default all of a step's, on a CPU 1,024
-            tokens.
-        save_steps: how often a checkpoint is written, where one is kept.
+        tokens_per_step: of all processes together.
+        batch: windows at once; by default all of a step, on a CPU 1,024 tokens.
+        save_steps: the number of steps between checkpoints, where there are some.
         losses: the weight of each; see :mod:`tenfold.train.losses`.
         temperature: of the distributions that divergences compare.
-        layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; those of one relative
-            depth unless given.
-        positions: of a masked language model, where divergences are taken: ``all``, or the ``masked`` ones.
-        compile: torch.compile, of student and teacher in front of their heads.
-        checkpointing: activations between the blocks are computed again in the backward pass.
-        chunk: positions whose logits are held at once.
-        precision: in which products are computed, by default (``auto``) bfloat16 where the device has instructions for it, and
-            float32 elsewhere; the weights that are trained are in float32.
+        layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; by default those of equal
+            relative depth.
+        positions: of a masked language model, where divergences are computed: ``all``, or the ``masked`` ones.
+        compile: torch.compile, of student and teacher without their heads.
+        checkpointing: recompute activations between the blocks in the backward pass.
+        chunk: positions whose logits are in memory at once.
+        precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
+            elsewhere; trained weights are in float32.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -52,7 +52,7 @@ class Heal(StrictModel):
 
     @field_validator("losses")
     @classmethod
-    def _known(cls, value):
+    def _check_losses(cls, value):
         for name, weight in value.items():
             check_name(name, LOSSES, "loss")
             if not 0 < weight < float("inf"):
@@ -62,13 +62,9 @@ class Heal(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _one_length(self):
+    def _check_conflicts(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"a healing has steps ({self.steps}) or epochs ({self.epochs:g}); leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _has_an_effect(self):
         if self.temperature != 1 and not DIVERGENCES & self.losses.keys():
             raise ValueError(
                 f"temperature {self.temperature:g} is of {', '.join(sorted(DIVERGENCES))}, and the losses are "

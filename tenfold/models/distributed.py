@@ -1,7 +1,7 @@
-"""Several processes at one compression: each runs its share of the text and makes its share of the fits, all know the sum.
+"""Collective operations of compression on several processes, which each run a part of the text and of the fits.
 
-They are started by ``torchrun`` or ``accelerate launch``, and do the same in the same order. In a single process nothing here
-does anything.
+``torchrun`` or ``accelerate launch`` starts the processes, and all do the same in the same order. In a single process nothing
+here does anything.
 """
 
 from __future__ import annotations
@@ -15,55 +15,55 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # that the others wait while one of them reads and tokenises a large text
+TIMEOUT = timedelta(days=1)  # the others wait while one of them reads and tokenises a large text
 
 
-def state() -> PartialState:
-    """Which process this is; several on a machine without an accelerator speak over gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+def process_state() -> PartialState:
+    """Return the state of this process; several on a machine without an accelerator communicate over gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
 
 
-def processes() -> int:
-    """How many there are."""
-    return state().num_processes
+def num_processes() -> int:
+    """Return the number of processes."""
+    return process_state().num_processes
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes."""
-    return state().is_main_process
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes files."""
+    return process_state().is_main_process
 
 
-def wait() -> None:
-    """Until all are here: before one reads what another writes."""
-    state().wait_for_everyone()
+def barrier() -> None:
+    """Wait for all processes, before one reads what another writes."""
+    process_state().wait_for_everyone()
 
 
-def mine(items: list[T]) -> list[T]:
-    """Those of ``items`` that this process deals with; the others have the others."""
-    return items[state().process_index :: processes()]
+def shard_items(items: list[T]) -> list[T]:
+    """Return those of ``items`` that this process works on."""
+    return items[process_state().process_index :: num_processes()]
 
 
-def total(value: Tensor) -> Tensor:
-    """The sum of what all processes give, the same bits everywhere; ``value`` itself where there is one."""
-    return value if processes() == 1 else reduce(value.to(state().device), "sum").to(value)
+def all_reduce(value: Tensor) -> Tensor:
+    """Return the sum of ``value`` over all processes, the same bits everywhere."""
+    return value if num_processes() == 1 else reduce(value.to(process_state().device), "sum").to(value)
 
 
-def total_number(value: float) -> float:
-    """Likewise of a number."""
-    return value if processes() == 1 else float(total(torch.tensor(value, dtype=torch.float64)))
+def all_reduce_number(value: float) -> float:
+    """Return the sum of a number over all processes."""
+    return value if num_processes() == 1 else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
 
-def together(found: dict[int, T]) -> dict[int, T]:
-    """``{number: what was found}`` of all processes, by rising number; tensors come over on the CPU."""
-    if processes() == 1:
-        return found
-    everything = gather_object([{number: _on_cpu(value) for number, value in found.items()}])
+def gather_results(results: dict[int, T]) -> dict[int, T]:
+    """Return ``{number: result}`` of all processes in rising order; tensors arrive on the CPU."""
+    if num_processes() == 1:
+        return results
+    everything = gather_object([{number: _to_cpu(value) for number, value in results.items()}])
     return dict(sorted((number, value) for one in everything for number, value in one.items()))
 
 
-def _on_cpu(value):
+def _to_cpu(value):
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
-        return {name: _on_cpu(part) for name, part in value.items()}
-    return type(value)(_on_cpu(part) for part in value) if type(value) in (list, tuple) else value
+        return {name: _to_cpu(part) for name, part in value.items()}
+    return type(value)(_to_cpu(part) for part in value) if type(value) in (list, tuple) else value

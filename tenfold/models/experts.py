@@ -1,7 +1,7 @@
-"""Mixtures of experts: transformers keeps the matrices of all experts of a layer in two fused tensors, here each is a site.
+"""Mixtures of experts: every matrix of an expert as a site of its own.
 
-``gate_up_proj (experts, 2 units, width)`` and ``down_proj (experts, width, units)`` become ``each.E.gate``, ``each.E.up`` and
-``each.E.down``, and once nothing is folded any more they become fused tensors again.
+transformers fuses all experts of a layer in ``gate_up_proj (experts, 2 units, width)`` and ``down_proj (experts, width, units)``.
+Unpacking makes ``each.E.gate``, ``each.E.up`` and ``each.E.down`` of them; :func:`pack` fuses them again once they are dense.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PARTS = ("gate", "up", "down")
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether ``module`` holds the matrices of all its experts in fused tensors that can be taken apart.
+    """Tell whether ``module`` holds all its experts in fused tensors that can be unpacked.
 
     Not those with biases, transposed ones, or those whose gate and up rows alternate (gpt_oss).
     """
@@ -30,7 +30,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def fused_sites(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """``(path, (out, in))`` of every matrix that the fused experts at ``path`` will have once they are taken apart."""
+    """Yield ``(path, (out, in))`` of every matrix that the fused experts at ``path`` have once they are unpacked."""
     count, width, units = module.down_proj.shape
     for number in range(count):
         for part in PARTS:
@@ -38,27 +38,27 @@ def fused_sites(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, 
 
 
 def expert_of(path: str) -> int | None:
-    """The number of the expert that the site ``path`` is a matrix of, None outside of experts."""
+    """Return the number of the expert of the site ``path``, None outside of experts."""
     found = re.search(r"\.each\.(\d+)\.", path)
     return int(found[1]) if found else None
 
 
-def chosen_share(config) -> float:
-    """The share of the experts that a token is sent to."""
+def active_ratio(config) -> float:
+    """Return the ratio of the experts that a token is sent to."""
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
     return getattr(config, "num_experts_per_tok", count) / count
 
 
 @torch.no_grad()
 def unpack(model: nn.Module) -> bool:
-    """Take the fused experts of ``model`` apart, in place; whether there were any."""
+    """Unpack the fused experts of ``model``, in place; return whether there were any."""
     fused = [(path, module) for path, module in model.named_modules() if is_fused(module)]
     for path, module in fused:
-        model.set_submodule(path, _apart(module).train(module.training))
+        model.set_submodule(path, _unpack_module(module).train(module.training))
     return bool(fused)
 
 
-def _apart(module: nn.Module) -> Experts:
+def _unpack_module(module: nn.Module) -> Experts:
     (count, width, units), like = module.down_proj.shape, module.down_proj
     experts = []
     for number in range(count):
@@ -73,7 +73,7 @@ def _apart(module: nn.Module) -> Experts:
 
 @torch.no_grad()
 def pack(experts: Experts, fused: nn.Module) -> nn.Module:
-    """``fused``, as the architecture has it here, with the matrices of ``experts``; hidden units that are gone are zero."""
+    """Return the module ``fused`` of the architecture with the matrices of ``experts``; pruned hidden units are zero."""
     units, like = fused.down_proj.shape[2], _dense(experts.each[0].down)
     gate_up, back = (torch.zeros(p.shape).to(like) for p in (fused.gate_up_proj, fused.down_proj))
     for number, expert in enumerate(experts.each):

@@ -43,9 +43,9 @@ def read_gguf_config(name: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, **where)
     except Exception as reason:  # damaged files fail in many ways
-        said = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+        words = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
         raise ValueError(
-            f"transformers can't read {name} ({said}); copy the file again, or give a model folder"
+            f"transformers can't read {name} ({words}); copy the file again, or give a model folder"
         ) from None
     if config.model_type not in CAUSAL:
         raise ValueError(
@@ -56,7 +56,7 @@ def read_gguf_config(name: str | Path) -> Any:
     return config
 
 
-def dequantized(name: str | Path) -> dict[str, Any]:
+def dequantization_settings(name: str | Path) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that make ordinary matrices of a GGUF file, and warn that it is done."""
     warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=3)
     return {"quantization_config": GgufConfig(dequantize=True)}

@@ -1,54 +1,53 @@
-"""Where factors come from: the starts that a recipe may name, each ``(structure, weight, options) -> factors``.
+"""Initial factors: fits to a weight (``STARTS``) and random draws (``DRAWS``) that a recipe may name as its ``start``.
 
-Add a start by writing a function with its name in ``@start``.
+To add one, write a function and a line in ``STARTS`` or ``DRAWS``. Every draw is a start, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from tenfold.models.random_init import DRAWS, check_options
 from tenfold.models.suggestions import check_name
-from tenfold.structure import Factors, Kronecker, Scattered, Structure, Sum
+from tenfold.structure import Factors, Kronecker, Scattered, Structure, Sum, TensorTrain
 from tenfold.structure.permutation_search import search
 
 QUICK = {"sweeps": 20, "tolerance": 1e-4}  # alternating fits of a whole model; a recipe may ask for more
-STARTS: dict[str, Callable[[Structure, Tensor, dict], Factors]] = {}
-OPTIONS: dict[str, Mapping[str, type]] = {}  # that a start has, and of which type they are
-FIT = {"sweeps": int, "tolerance": float, "starts": int, "seed": int}  # those of Structure.fit
+FIT_OPTIONS = {"sweeps": int, "tolerance": float, "starts": int, "seed": int}  # of Structure.fit
+BRANCHES: dict[str, Callable[[int], float]] = {
+    "zero": lambda layers: 0.0,
+    "scaled": lambda layers: (2 * layers) ** -0.5,
+}
 
 
-def start(*names: str, **options: type):
-    def register(function):
-        STARTS.update(dict.fromkeys(names, function))
-        OPTIONS.update(dict.fromkeys(names, options))
-        return function
-
-    return register
-
-
-def factors_from(structure: Structure, weight: Tensor, fit: str, norm: str, options: dict) -> Factors:
-    """The factors that the start ``fit`` makes for ``weight (out, in)``, the lost norm restored if asked."""
-    check_name(fit, STARTS, "start")
-    check_options(options, OPTIONS[fit], f"the start {fit} in the place of a matrix")
-    factors = STARTS[fit](structure, weight, options)
-    return restored(structure, factors, weight) if norm == "restore" else factors
+def initialize(structure: Structure, weight: Tensor, start: str, norm: str, options: dict) -> Factors:
+    """Return the factors that ``start`` makes for ``weight (out, in)``, with the norm of the weight if ``norm`` is restore."""
+    check_name(start, STARTS, "start")
+    function, known = STARTS[start]
+    check_options(options, known, f"the start {start} in the place of a matrix")
+    factors = function(structure, weight, options)
+    return restore_norm(structure, factors, weight) if norm == "restore" else factors
 
 
-def of_fits(options: dict) -> dict:
-    """``options`` of a start as settings of the alternating fit that it becomes where a metric is known or factors are shared."""
-    check_options(options, FIT, "the start of a fit to several matrices or to activations")
-    return options
+def restore_norm(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
+    """Scale ``factors`` by ``||W|| / ||What||``: in the scalars of the terms where there are some, else in one factor.
+
+    Reference: the adaptive normalisation of arXiv 2412.12351.
+    """
+    alpha = float(weight.double().norm() / structure.dense(factors).norm().clamp_min(1e-300))
+    name = "scale" if "scale" in factors else next(iter(structure.factor_shapes()))
+    return factors | {name: factors[name] * alpha}
 
 
-def beside_adapter(structure: Sum, factors: Factors) -> Factors:
-    """``factors`` of the first part of ``structure``, and an adapter behind it that is zero and can learn.
+def add_adapter(structure: Sum, factors: Factors) -> Factors:
+    """Return ``factors`` of the first part of ``structure`` with an adapter that is zero and can learn.
 
-    ``left`` is zero and ``right`` random. A fit would make both zero where the first part leaves nothing, and no gradient
-    leads away from there.
+    ``left`` is zero and ``right`` random. A fit would make both zero where the first part leaves nothing, and their
+    gradients would stay zero.
 
     Reference: arXiv 2106.09685; arXiv 2303.16753.
     """
@@ -58,68 +57,135 @@ def beside_adapter(structure: Sum, factors: Factors) -> Factors:
     return {f"part_0_{name}": value for name, value in factors.items()} | new
 
 
-def restored(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
-    """``factors`` times ``||W|| / ||What||``: into the scalars of the terms where there are some, else into one factor.
+def check_fit_options(options: dict) -> dict:
+    """Return the ``options`` of a start for the alternating fit that it becomes with a metric or with shared factors."""
+    check_options(options, FIT_OPTIONS, "the start of a fit to several matrices or to activations")
+    return options
 
-    Reference: the adaptive normalisation of arXiv 2412.12351.
+
+def check_options(options: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:
+    """Raise ValueError for an option of a start that is not ``known``, has another type, or is an unknown ``branch``."""
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{where} has no option {name!r}; there is {', '.join(known) or 'none'}")
+        if not isinstance(value, (int, float) if known[name] is float else known[name]) or isinstance(value, bool):
+            raise ValueError(f"{name} of {where} is {value!r}; give one of type {known[name].__name__}")
+    if (branch := options.get("branch", "zero")) not in BRANCHES:
+        raise ValueError(f"branch of {where} is {branch!r}; choose one of {', '.join(BRANCHES)}")
+
+
+# random draws: (structure, std, generator) -> factors ------------------------------------------------------------------
+
+
+def draw_even(structure: Structure, std: float, generator: Generator | None = None) -> Factors:
+    """Draw factors with equal parts of the variance, so that the entries of ``W`` have the standard deviation ``std``."""
+    return structure.init(std, generator)
+
+
+def draw_balanced(structure: Structure, std: float, generator: Generator | None = None) -> Factors:
+    """Draw cores with orthonormal columns, all of the norm in the last one: ``||W||_F = std sqrt(out in)``.
+
+    Reference: arXiv 2306.02697, the authors' code (a QR sweep from the left).
     """
-    alpha = float(weight.double().norm() / structure.dense(factors).norm().clamp_min(1e-300))
-    name = "scale" if "scale" in factors else next(iter(structure.factor_shapes()))
-    return factors | {name: factors[name] * alpha}
+    if not isinstance(structure, TensorTrain):
+        raise ValueError(f"the start balanced is for tensor trains; {structure.kind} takes noise or fans")
+    factors, carried = {}, torch.eye(1)
+    for name, shape in structure.factor_shapes().items():
+        core = torch.randn(shape, generator=generator) / math.sqrt(shape[0])
+        core = torch.tensordot(carried, core, 1)
+        matrix = core.reshape(-1, core.shape[-1])
+        if matrix.shape[0] < matrix.shape[1]:  # more columns than rows are never orthonormal
+            raise ValueError(
+                f"the start balanced takes a bond of {matrix.shape[0]} behind {name} at most, not {matrix.shape[1]}; give "
+                "smaller ranks, or the start noise"
+            )
+        orthogonal, carried = torch.linalg.qr(matrix)
+        factors[name] = orthogonal.reshape(*core.shape[:-1], -1)
+    out, inner = structure.shape
+    last = f"core_{len(structure.outs) - 1}"
+    return factors | {last: factors[last] * std * math.sqrt(out * inner)}
 
 
-@start("nearest", **FIT)
-def nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """The closed form where there is one, else alternating least squares."""
+def draw_by_fans(structure: Structure, std: float, generator: Generator | None = None) -> Factors:
+    """Draw every factor with ``sqrt(1 / in) min(1, sqrt(out / in))`` of its own fans; ``std`` is not used.
+
+    Reference: arXiv 2406.06248.
+    """
+    fans, factors = structure.fans(), structure.init(1.0, generator)
+    for name, (inner, out) in fans.items():
+        scale = math.sqrt(1 / inner) * min(1.0, math.sqrt(out / inner))
+        factors[name] = torch.randn(factors[name].shape, generator=generator) * scale
+    return factors
+
+
+def scale_branch_end(structure: Structure, factors: Factors, branch: str, layers: int) -> Factors:
+    """Scale the factors that are applied last by ``BRANCHES[branch](layers)``, for matrices at the end of a residual branch."""
+    return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last_factors()}
+
+
+DRAWS: dict[str, Callable[[Structure, float, Generator | None], Factors]] = {
+    "noise": draw_even,
+    "balanced": draw_balanced,
+    "fans": draw_by_fans,
+}
+
+
+# starts: (structure, weight, options) -> factors -----------------------------------------------------------------------
+
+
+def fit_nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Fit by the closed form where there is one, else by alternating least squares."""
     closed = structure.closed_form(weight)
-    return structure.fit(weight, **QUICK | options) if closed is None else closed
+    return fit_alternating(structure, weight, options) if closed is None else closed
 
 
-@start("svd", "van-loan", "tt-svd", "mpo", "block-svd", "hosvd", "row-trains")
-def closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """The closed form, under the name that the literature gives it for each family."""
+def fit_closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Fit by the closed form, which the literature names differently for each family."""
     factors = structure.closed_form(weight)
     if factors is None:
         raise ValueError(f"{structure.kind} has no closed-form fit; start from alternating or from noise")
     return factors
 
 
-@start("alternating", **FIT)
-def alternating(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """Alternating least squares from the closed form, or from noise."""
+def fit_alternating(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Fit by alternating least squares from the closed form, or from noise."""
     return structure.fit(weight, **QUICK | options)
 
 
-@start("prune", rest=float)
-def prune(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """Every ``b``-th row and ``d``-th column as ``outer``, ``inner = [1, 0.1, ..]`` (Krony-PT's pruning start)."""
+def prune_kronecker(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Take every ``b``-th row and ``d``-th column as ``outer``, ``inner = [1, 0.1, ..]`` (Krony-PT's pruning start)."""
     if not isinstance(structure, Kronecker) or len(structure.outs) != 2 or structure.terms != 1:
         raise ValueError(f"the pruning start needs a Kronecker product of one term and two factors, not {structure}")
     inner = torch.full((1, structure.outs[1], structure.ins[1]), options.get("rest", 0.1), dtype=torch.float64)
     inner[0, 0, 0] = 1.0
-    outer = weight[:: structure.outs[1], :: structure.ins[1]].double()[None]
-    return {"outer": outer, "inner": inner} | (
-        {"scale": torch.ones(1, dtype=torch.float64)} if structure.scaled else {}
-    )
+    factors = {"outer": weight[:: structure.outs[1], :: structure.ins[1]].double()[None], "inner": inner}
+    return factors | ({"scale": torch.ones(1, dtype=torch.float64)} if structure.scaled else {})
 
 
-@start("permute", rounds=int, starts=int, seed=int)
-def permute(structure: Structure, weight: Tensor, options: dict) -> Factors:
-    """The permutation search of TQCompressor: fit and re-assign rows and columns in turn."""
+def search_permutations(structure: Structure, weight: Tensor, options: dict) -> Factors:
+    """Fit and assign rows and columns in turn (the permutation search of TQCompressor)."""
     if not isinstance(structure, Scattered):
         raise ValueError(f"the permutation search needs a placed structure with index maps, not {structure}")
     return search(structure, weight, **options)
 
 
-def _drawn(fit: str):
-    """Random factors; what is drawn by a standard deviation gets that of the weight's entries."""
+def _draw_start(draw: Callable[[Structure, float, Generator | None], Factors]):
+    """Return ``draw`` as a start, with the standard deviation of the weight's entries."""
 
     def function(structure: Structure, weight: Tensor, options: dict) -> Factors:
         generator = torch.Generator().manual_seed(options.get("seed", 0))
-        return DRAWS[fit](structure, float(weight.float().std()), options, generator)
+        return draw(structure, float(weight.float().std()), generator)
 
     return function
 
 
-for fit in DRAWS:
-    start(fit, seed=int)(_drawn(fit))
+CLOSED_FORMS = ("svd", "van-loan", "tt-svd", "mpo", "block-svd", "hosvd", "row-trains")
+# name -> function, and the types of its options
+STARTS: dict[str, tuple[Callable[[Structure, Tensor, dict], Factors], Mapping[str, type]]] = {
+    "nearest": (fit_nearest, FIT_OPTIONS),
+    **{name: (fit_closed_form, {}) for name in CLOSED_FORMS},
+    "alternating": (fit_alternating, FIT_OPTIONS),
+    "prune": (prune_kronecker, {"rest": float}),
+    "permute": (search_permutations, {"rounds": int, "starts": int, "seed": int}),
+    **{name: (_draw_start(draw), {"seed": int}) for name, draw in DRAWS.items()},
+}

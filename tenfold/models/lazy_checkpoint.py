@@ -1,4 +1,4 @@
-"""A checkpoint whose blocks stay on disk until they are asked for."""
+"""Checkpoints whose blocks stay on disk until they are needed."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.architectures import ARCHITECTURES
-from tenfold.models.atomic_io import opened
-from tenfold.models.checkpoint_format import folded_config, stored_plan
-from tenfold.models.cost import read_config
+from tenfold.models.atomic_io import open_safetensors
+from tenfold.models.auto import build_model, read_config
+from tenfold.models.checkpoint_format import read_plan
 from tenfold.models.experts import unpack
 from tenfold.models.gguf import is_gguf
+from tenfold.models.quantization_config import get_tenfold_config
 from tenfold.models.surgery import install_empty
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class LazyCheckpoint:
-    """A model on the meta device, and the files of its weights.
+    """Model on the meta device, and the files of its weights.
 
     Args:
         model: its parameters are on the meta device, its buffers are not.
         files: ``{name of a tensor in the model: (file, its name there)}``.
-        dtype: of the weights that are floating point, once they are read.
+        dtype: of floating-point weights once they are read.
         device: where they are read to.
     """
 
@@ -45,12 +45,12 @@ class LazyCheckpoint:
         self._read([name for name in self.files if name.startswith(f"{path}.")], dtype)
 
     def drop(self, path: str) -> None:
-        """Forget the tensors of the module ``path``: those of the files can be read again."""
+        """Free the tensors of the module ``path``; they can be read again."""
         for name, _ in list(self.model.get_submodule(path).named_parameters()):
             set_module_tensor_to_device(self.model, f"{path}.{name}", "meta")
 
     def load_outside(self, blocks: list[str]) -> None:
-        """Read what is in none of the modules ``blocks``."""
+        """Read the tensors that are in none of the modules ``blocks``."""
         inside = tuple(f"{path}." for path in blocks)
         self._read([name for name in self.files if not name.startswith(inside)], self.dtype)
         self.model.tie_weights()
@@ -60,7 +60,7 @@ class LazyCheckpoint:
         for name in names:
             by_file.setdefault(self.files[name][0], []).append(name)
         for file, inside in by_file.items():
-            with opened(file) as stored:
+            with open_safetensors(file) as stored:
                 for name in inside:
                     value = stored.get_tensor(self.files[name][1])
                     kind = dtype if value.is_floating_point() else value.dtype
@@ -70,37 +70,35 @@ class LazyCheckpoint:
 def open_lazy(
     name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LazyCheckpoint | None:
-    """The checkpoint ``name`` with no weight read; None where its tensors are not simply the model's, by name.
+    """Open the checkpoint ``name`` without reading a weight, None where its tensors can't be matched to the model's by name.
 
     Args:
         name: a folder, or a name on a hub.
         dtype: that of the checkpoint unless given.
     """
-    config = read_config(str(name))
+    config = read_config(name)
     files = weight_files(name)
     if not files:
         return None
-    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        model = build_model(config)
     unpack(model)
-    folded = folded_config(config)
-    if folded is not None:
-        install_empty(model, stored_plan(model, folded))
+    stored = get_tenfold_config(config)
+    if stored is not None:
+        install_empty(model, read_plan(model, stored))
     if model.can_generate():
         with suppress(OSError):  # none there
             model.generation_config = GenerationConfig.from_pretrained(name)
-    places = _places(model, files)
+    places = _match_tensors(model, files)
     if places is None:
         return None
-    usual = dtype or config.dtype or torch.float32
-    return LazyCheckpoint(
-        model.eval(), places, getattr(torch, usual) if isinstance(usual, str) else usual, torch.device(device)
-    )
+    dtype = dtype or config.dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return LazyCheckpoint(model.eval(), places, dtype, torch.device(device))
 
 
 def weight_files(name: str | Path) -> list[Path]:
-    """The safetensors files of a folder or of a name on a hub, none where there are none."""
+    """Return the safetensors files of a folder or of a name on a hub, none where there are none."""
     if is_gguf(name):
         return []
     if Path(name).is_dir():
@@ -115,11 +113,11 @@ def weight_files(name: str | Path) -> list[Path]:
     return [Path(file) for file in get_checkpoint_shard_files(str(name), index)[0]] if index else []
 
 
-def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str]] | None:
-    """Where every tensor of ``model`` is; its name may have or lack the prefix of the base model."""
+def _match_tensors(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str]] | None:
+    """Return file and stored name of every tensor of ``model``; a name may have or lack the prefix of the base model."""
     stored: dict[str, Path] = {}
     for file in files:
-        with opened(file) as inside:
+        with open_safetensors(file) as inside:
             stored |= dict.fromkeys(inside.keys(), file)
     found, prefix = {}, f"{model.base_model_prefix}."
     table = ARCHITECTURES.get(model.config.model_type)

@@ -1,11 +1,11 @@
-"""Reading and writing checkpoints: what the loading hook does (:mod:`tenfold.models.hf_quantizer`), and the guard.
+"""Reading checkpoints: what the quantizer does (:mod:`tenfold.models.hf_quantizer`), and the stricter :func:`from_pretrained`.
 
 ``config.json`` keeps its ``model_type`` and says in ``quantization_config`` which sites have which structures
 (:mod:`tenfold.models.checkpoint_format`). Nothing is ever unpickled.
 
-The hook refuses factors that are missing or have another shape, unknown structures and newer formats. What it
-can't see is left to the guard :func:`from_pretrained`: a missing file, and missing tensors of the ordinary layers,
-which transformers only warns of and draws at random.
+The quantizer refuses factors that are missing or have another shape, unknown structures and newer formats. It can't see a
+missing file, or missing tensors of the ordinary layers, which transformers only warns of and initialises at random:
+:func:`from_pretrained` refuses them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,57 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tenfold.models.atomic_io import opened
-from tenfold.models.checkpoint_format import FoldedConfig, describe, folded_config, stored_plan, structures
-from tenfold.models.gguf import dequantized, is_gguf, resolve_gguf
-from tenfold.models.sites import FOLDED
+from tenfold.models.atomic_io import open_safetensors
+from tenfold.models.checkpoint_format import describe, read_plan, read_structures
+from tenfold.models.gguf import dequantization_settings, is_gguf, resolve_gguf
+from tenfold.models.quantization_config import TenfoldConfig, get_tenfold_config
+from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, install_empty
 
-APART = "its weights and its config.json do not belong together: save it again from the model"
+MISMATCH = "its weights and its config.json do not belong together: save it again from the model"
 
 
-def check_stored(config: FoldedConfig) -> None:
-    """Raise ValueError for a format or a structure that is not known."""
-    structures(config)
+def install_layers(model: PreTrainedModel, config: TenfoldConfig, files: Iterable[str | Path]) -> None:
+    """Put empty factorized layers into ``model``, whose weights are about to be read from ``files``.
+
+    Raises:
+        ValueError: a stored factor has another shape than its structure in ``config``.
+    """
+    shapes = {}
+    for path in files:
+        if str(path).endswith(".safetensors"):
+            with open_safetensors(path) as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    for path, structure in read_structures(config).items():
+        for factor, shape in {**structure.factor_shapes(), **structure.index_shapes()}.items():
+            key = f"{path}.{factor}"
+            if shapes.get(key, shape) != shape:
+                raise ValueError(
+                    f"{key} has shape {shapes[key]}, but config.json says {structure}, which needs {shape}; restore "
+                    "the config.json that was saved with these weights"
+                )
+    install_empty(model, read_plan(model, config))
 
 
-def make_room(model: PreTrainedModel, config: FoldedConfig, files: Iterable[str | Path]) -> None:
-    """Put empty factorized layers into ``model``, whose weights are about to be read from ``files``."""
-    check_shapes(config, stored_shapes(files))
-    install_empty(model, stored_plan(model, config))
+def finish_loading(model: PreTrainedModel, config: TenfoldConfig) -> None:
+    """Make ``model`` an ordinary one once its weights are read, which trains, casts and saves like any other.
 
-
-def step_aside(model: PreTrainedModel, config: FoldedConfig) -> None:
-    """After the weights are read: the model is an ordinary one from here on, it trains, casts and saves like any other."""
-    check_read(model)
+    Raises:
+        ValueError: no file held a factor; transformers marks the tensors that it has read.
+    """
+    unread = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, FACTORIZED) or path.split(".")[-1] == CONTAINER
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # offloaded tensors are on meta
+    ]
+    if unread:
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(unread[:4])} ({len(unread)} tensors of factorized layers); {MISMATCH}"
+        )
     for layer in model.modules():
-        if isinstance(layer, FOLDED):
+        if isinstance(layer, FACTORIZED):
             layer.freeze()
     model.config.quantization_config = describe(model, config.recipe)
     model.is_quantized = False
@@ -55,52 +81,15 @@ def step_aside(model: PreTrainedModel, config: FoldedConfig) -> None:
     del model.hf_quantizer, model.quantization_method  # save_pretrained would discard a caller's state_dict
 
 
-def check_read(model: PreTrainedModel) -> None:
-    """Raise ValueError for factors that no file held: transformers marks what it has read."""
-    unread = [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, FOLDED) or path.split(".")[-1] == CONTAINER
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # offloaded tensors are on meta
-    ]
-    if unread:
-        raise ValueError(
-            f"the checkpoint lacks {', '.join(unread[:4])} ({len(unread)} tensors of folded layers); {APART}"
-        )
-
-
-def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in safetensors ``files``, from their headers alone."""
-    shapes = {}
-    for path in files:
-        if str(path).endswith(".safetensors"):
-            with opened(path) as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    return shapes
-
-
-def check_shapes(config: FoldedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for a stored factor that has another shape than its structure in ``config``."""
-    for path, structure in structures(config).items():
-        for factor, shape in {**structure.factor_shapes(), **structure.index_shapes()}.items():
-            key = f"{path}.{factor}"
-            if shapes.get(key, shape) != shape:
-                raise ValueError(
-                    f"{key} has shape {shapes[key]}, but config.json says {structure}, which needs {shape}; restore "
-                    "the config.json that was saved with these weights"
-                )
-
-
 def from_pretrained(
     name: str | Path, kind: Any = AutoModelForCausalLM, whole: bool = False, **kwargs
 ) -> PreTrainedModel:
-    """``kind.from_pretrained(name)`` that refuses what the plain loader would load wrongly.
+    """Load ``kind.from_pretrained(name)``, and refuse what the plain loader would load wrongly.
 
     Args:
         name: a folder, a GGUF file, or a name on a hub.
         kind: an Auto class or a model class.
-        whole: a dense model that lacks tensors is refused, too, and one of another class, whose head is not there.
+        whole: also refuse a dense model that lacks tensors, and one of another class, which lacks its head.
 
     Raises:
         FileNotFoundError: the folder, its config.json or a shard is missing.
@@ -108,11 +97,11 @@ def from_pretrained(
     """
     place, where = resolve_gguf(name)
     if is_gguf(name):
-        where |= dequantized(name)
+        where |= dequantization_settings(name)
     elif Path(name).exists() or str(name).startswith((".", "/", "~")):
         check_folder(Path(name))
     try:
-        with of_a_kind(kind):
+        with short_class_errors(kind):
             model, report = kind.from_pretrained(place, output_loading_info=True, **where, **kwargs)
     except SafetensorError as reason:
         raise ValueError(
@@ -125,18 +114,18 @@ def from_pretrained(
             "copy its files again, or, where that is wanted, load it as such a model and save that"
         )
     same = type(model).__name__ in (model.config.architectures or ())  # another class brings a new head, rightly
-    if missing and same and folded_config(model.config) is not None:
+    if missing and same and get_tenfold_config(model.config) is not None:
         left = sorted(report["unexpected_keys"])
         raise ValueError(
             f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) and has {', '.join(left[:4]) or 'none'} "
-            f"left over; {APART}"
+            f"left over; {MISMATCH}"
         )
     return model
 
 
 @contextmanager
-def of_a_kind(kind: Any):
-    """That transformers has no such model, without the hundred classes for which it has one."""
+def short_class_errors(kind: Any):
+    """Shorten the error that transformers has no such model, which lists a hundred classes for which it has one."""
     try:
         yield
     except ValueError as reason:
@@ -150,7 +139,7 @@ def of_a_kind(kind: Any):
 
 @contextmanager
 def silent(reports: bool = True):
-    """No progress bar of transformers, and without ``reports`` nothing below an error: libraries are silent."""
+    """Hide the progress bars of transformers and, without ``reports``, all below an error."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     if not reports:
@@ -177,7 +166,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """``folder`` if a result may be written there: new, empty, or ``overwrite``."""
+    """Return ``folder`` if a result may be written there: new, empty, or ``overwrite``."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise FileExistsError(f"{path} is there already and not empty; choose another folder or add --overwrite")

@@ -1,4 +1,4 @@
-"""Writing a folded model: its weights, its tokenizer and a model card with the command, the figures and their protocol."""
+"""Writing a compressed model: its weights, its tokenizer and a model card with command, results and protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tenfold.models.atomic_io import whole_folder
+from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.loading import silent
 from tenfold.nn.quantized import is_quantized
 
@@ -25,7 +25,7 @@ The weight matrices of this model are folded into small tensors. It loads with t
 import tenfold  # needed: without this line the folded layers would be loaded with random weights
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{title}")
 ```
 
 `tenfold densify` turns it into a plain checkpoint that needs no tenfold.
@@ -46,7 +46,7 @@ Made by:
 """
 
 
-def save_folded(
+def save_compressed(
     model: PreTrainedModel,
     folder: str | Path,
     tokenizer=None,
@@ -57,7 +57,7 @@ def save_folded(
     """Write ``model`` to ``folder`` as an ordinary Hugging Face checkpoint, with a model card and ``tenfold.json``.
 
     Args:
-        report: what :func:`tenfold.compress` returned; kept whole in ``tenfold.json``, and in short on the card.
+        report: of :func:`tenfold.compress`; complete in ``tenfold.json``, in short on the card.
         command: the exact command that made the model.
 
     Raises:
@@ -66,13 +66,13 @@ def save_folded(
     """
     if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
-    with silent(), whole_folder(folder) as new:
+    with silent(), atomic_directory(folder) as new:
         model.save_pretrained(new, max_shard_size=max_shard_size)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)
 
 
 def save_config(model: PreTrainedModel, folder: Path) -> None:
-    """What ``save_pretrained`` writes beside the weights."""
+    """Write what ``save_pretrained`` writes beside the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -80,23 +80,14 @@ def save_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:
-    """The tokenizer, ``tenfold.json`` and the model card."""
+    """Write the tokenizer, ``tenfold.json`` and the model card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     report = (report or {}) | {"command": command}
     (path / "tenfold.json").write_text(json.dumps(report, indent=1))
-    (path / "README.md").write_text(card(title or path.name, report))
-
-
-def card(title: str, report: dict[str, Any]) -> str:
-    """The text of the model card."""
-    return CARD.format(
-        title=title,
-        folder=title,
-        command=report.get("command") or "(from Python)",
-        rows="\n".join(_rows(report)),
-        protocol=_protocol(report),
-    )
+    rows, command = "\n".join(_rows(report)), command or "(from Python)"
+    text = CARD.format(title=title or path.name, command=command, rows=rows, protocol=_protocol(report))
+    (path / "README.md").write_text(text)
 
 
 def _rows(report: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""Recipes: what a person writes and shares. The schema is strict: an unknown key is refused with the nearest known one."""
+"""Schema of recipes, the YAML files that users write and share; an unknown key is refused with the nearest known one."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from tenfold.models.architectures import ROLES
 from tenfold.models.config import Calibrate, StrictModel, Tokenizer, Train
 from tenfold.models.distillation_config import Heal
 from tenfold.models.sites import Site
+from tenfold.models.suggestions import check_name
 
-First = Literal[
-    "drop-layers",
-    "drop-layers-perplexity",
-    "minitron",
-    "order",
-    "peak-to-peak",
-    "rotate",
-    "slice",
-]
+First = Literal["drop-layers", "drop-layers-perplexity", "minitron", "order", "peak-to-peak", "rotate", "slice"]
+
+
+def check_keep(keep: float) -> float:
+    """Return ``keep`` if it is between 0 and 1, both excluded."""
+    if not 0 < keep < 1:
+        raise ValueError(f"keep is {keep}, but it is the share of parameters to keep: between 0 and 1, both excluded")
+    return keep
+
+
+Keep = Annotated[float, AfterValidator(check_keep)]
 
 
 class Start(StrictModel):
-    """Where the factors come from.
+    """Initialisation of factors.
 
-    ``fit`` names a start of :mod:`tenfold.models.initializers`; ``norm`` says what is done about the norm that a fit loses.
+    ``fit`` names a start of :mod:`tenfold.models.initializers`; ``norm: restore`` scales the factors to the norm of the weight.
     """
 
     fit: str = "nearest"
@@ -40,14 +43,14 @@ class Start(StrictModel):
 
 
 class Share(StrictModel):
-    """Factors that several sites of a rule use in common.
+    """Factors that several sites of a rule share.
 
     Args:
         factors: their names.
         across: ``layers`` (one set per role), ``roles`` (one set per layer), ``experts`` (one set per role and layer), or ``all``
             sites of the rule (one set).
-        group: how many neighbouring layers share, across layers or all; all of them without it.
-        mask: the probability with which a site's part of the gradient of a shared factor is dropped in a step.
+        group: the number of neighbouring layers that share, with ``layers`` or ``all``; by default all of them.
+        mask: the probability with which the gradient of a shared factor from one site is dropped in a step.
     """
 
     factors: list[str]
@@ -57,13 +60,13 @@ class Share(StrictModel):
 
 
 class Rule(StrictModel):
-    """Which sites get which structure; of several rules the first that matches a site wins.
+    """Sites and their structure; of several rules the first that matches a site applies.
 
-    ``narrow`` instead of ``role`` and ``structure`` takes the matrices of a block's ``mlp`` or ``attention`` together and
-    leaves fewer hidden units, or fewer dimensions per head. Of several structures every site gets the one that loses least at
-    its size, by activations only. ``method`` says how they are chosen: by the ``loss`` behind them
-    (:mod:`tenfold.compress.unit_selection`) or as in ``modegpt`` (:mod:`tenfold.baselines.modegpt`). ``rocket``, with a ``dense``
-    structure, fills the matrix with the product of a dictionary and sparse coefficients (:mod:`tenfold.baselines.rocket`).
+    ``narrow`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
+    ``attention``, by ``method``: by the ``loss`` (:mod:`tenfold.compress.unit_selection`) or as in ``modegpt``
+    (:mod:`tenfold.baselines.modegpt`). Of several structures every site gets the one with the least loss at its size, which
+    needs activations. ``method: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
+    sparse coefficients (:mod:`tenfold.baselines.rocket`).
     """
 
     narrow: Literal["mlp", "attention"] | None = None
@@ -72,7 +75,7 @@ class Rule(StrictModel):
     path: str | None = None
     layers: list[int] | None = None
     structure: dict[str, Any] | list[dict[str, Any]] | None = None
-    keep: float | None = None
+    keep: Keep | None = None
     split: int = Field(1, ge=1)
     start: Start = Field(default_factory=Start)
     share: Share | None = None
@@ -80,23 +83,15 @@ class Rule(StrictModel):
     bias: Literal["keep", "drop"] = "keep"
     freeze: list[str] = Field(default_factory=list)
 
-    @field_validator("keep")
-    @classmethod
-    def _share(cls, value):
-        return checked_keep(value)
-
     @field_validator("start", mode="before")
     @classmethod
-    def _named(cls, value):
+    def _expand_name(cls, value):
         return {"fit": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _complete(self):
+    def _check_complete(self):
         for role in self.roles:
-            if role not in ROLES:
-                near = get_close_matches(role, ROLES, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"roles are {', '.join(ROLES)}"
-                raise ValueError(f"there is no role {role!r}; {hint}")
+            check_name(role, ROLES, "role")
         if self.narrow is not None:
             if self.role or self.path or self.structure:
                 raise ValueError("a rule that narrows names neither role, path nor structure")
@@ -120,14 +115,14 @@ class Rule(StrictModel):
 
     @property
     def structures(self) -> list[dict[str, Any]]:
-        """What a site may become."""
+        """Return the structures that a site may get."""
         if self.structure is None:
             return []
         return self.structure if isinstance(self.structure, list) else [self.structure]
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The one structure.
+        """Return the only structure.
 
         Raises:
             ValueError: there are several.
@@ -135,7 +130,7 @@ class Rule(StrictModel):
         if len(self.structures) != 1:
             raise ValueError(
                 f"the rule for role {self.role} leaves the choice between {len(self.structures)} structures, which activations "
-                "make for each matrix of a block by itself: give a calibration text (--calibrate FILE), or one structure here"
+                "make for each matrix: give a calibration text (--calibrate FILE), or one structure here"
             )
         return self.structures[0]
 
@@ -145,29 +140,24 @@ class Rule(StrictModel):
 
 
 class Budget(StrictModel):
-    """The share of parameters that the rules without ``keep`` of their own leave.
+    """Share of parameters to keep at the sites of rules without a ``keep`` of their own.
 
     ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
-    embeddings and output head. By activations only: ``flops``, of the FLOPs a token of the whole model at 1,024 rows a call;
-    ``bytes``, of its weights as they are saved, whole numbers of permutations included.
+    embeddings and output head. Two need activations: ``flops``, the FLOPs per token of the whole model at 1,024 rows a call;
+    ``bytes``, those of its saved weights, index maps included.
     """
 
-    keep: float
+    keep: Keep
     of: Literal["model", "sites", "blocks", "without_head", "flops", "bytes"] = "sites"
-
-    @field_validator("keep")
-    @classmethod
-    def _share(cls, value):
-        return checked_keep(value)
 
 
 class Squeeze(StrictModel):
-    """Bonds of tensor trains that are cut, those that lose least first; see :mod:`tenfold.compress.truncate_ranks`.
+    """Bonds of tensor trains to truncate, those with the least loss first; see :mod:`tenfold.compress.truncate_ranks`.
 
     Args:
-        role: of the matrices, which are folded as tensor trains already.
-        by: the share of a bond that stays.
-        bonds: how many are cut, one after another.
+        role: of the matrices, which are tensor trains already.
+        by: the ratio of a bond that stays.
+        bonds: how many are truncated, one after another.
     """
 
     role: str | list[str]
@@ -176,16 +166,15 @@ class Squeeze(StrictModel):
 
 
 class Shrink(StrictModel):
-    """In which proportion the widths of a model shrink, where ``first`` prunes widths.
+    """Proportions in which the widths of a model shrink, where ``first`` prunes widths.
 
-    Until the budget is met, every width loses the same fraction times its number here: with ``mlp: 1`` and ``heads: 0.5`` heads
+    Every width loses the same fraction times its number here, until the budget is met: with ``mlp: 1`` and ``heads: 0.5`` heads
     lose half the fraction that hidden units of the MLPs lose.
 
     Args:
-        mlp: of the hidden units of the MLPs.
-        heads: of the heads of the attentions, which go in whole groups of keys and values.
-        hidden: of the channels of the residual stream. Where a configuration derives the size of a head from them, heads go
-            along.
+        mlp: hidden units of the MLPs.
+        heads: heads of the attentions, in whole groups of keys and values.
+        hidden: channels of the residual stream. Where a configuration derives the size of a head from them, heads shrink, too.
     """
 
     mlp: float = Field(0.0, ge=0)
@@ -193,7 +182,7 @@ class Shrink(StrictModel):
     hidden: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _something(self):
+    def _check_not_empty(self):
         if not (self.mlp or self.heads or self.hidden):
             raise ValueError(
                 "a shrink of nothing leaves the model as it is; give mlp, heads or hidden a number above 0"
@@ -202,11 +191,11 @@ class Shrink(StrictModel):
 
 
 class Stage(StrictModel):
-    """One step of gradual compression: what is folded, by which share and guided by what, and the healing behind it.
+    """Stage of gradual compression: rules, budget and calibration, and the healing after it.
 
     Args:
-        squeeze: tensor trains of earlier stages are cut, instead of folding anything.
-        rounds: how often the stage is done.
+        squeeze: truncate tensor trains of earlier stages, instead of ``replace``.
+        rounds: how often the stage is repeated.
     """
 
     first: First | None = None
@@ -221,9 +210,9 @@ class Stage(StrictModel):
 
 
 class Recipe(StrictModel):
-    """One published system or one recommended setting.
+    """Recipe of a published system or a recommended setting.
 
-    ``first`` names a change of the whole model before the rules are carried out; see :mod:`tenfold.compress.whole_model`.
+    ``first`` names a transform of the whole model before the rules apply; see :mod:`tenfold.compress.whole_model`.
     """
 
     name: str = "unnamed"
@@ -245,7 +234,7 @@ class Recipe(StrictModel):
 
     @field_validator("model")
     @classmethod
-    def _configuration(cls, value):
+    def _check_model(cls, value):
         if "from" in (value or ()):
             if len(value) > 1 or not isinstance(value["from"], str) or not value["from"].strip():
                 raise ValueError("a model that is trained on is its folder or its name alone: {from: DIR}")
@@ -258,75 +247,70 @@ class Recipe(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _one_way(self):
+    def _check_conflicts(self):
         if self.stages:
             keys = ("replace", "first", "shrink", "squeeze", "budget", "untie", "calibrate", "heal")
             if given := sorted(self.model_dump(include=set(keys), exclude_defaults=True)):
                 raise ValueError(
-                    f"a recipe of stages says in them what is done, and has no {', '.join(given)} of its own"
+                    f"a recipe of stages has its rules in them, and no {', '.join(given)} of its own; move it into a stage"
                 )
         if self.origin and self.tokenizer and self.tokenizer.vocab_size:
             raise ValueError("a model that is trained on has its tokenizer: leave vocab_size out")
         if self.train and self.train.fold:
             self._check_fold(self.train)
-        for step in (self, *self.stages):
-            if step.shrink is not None and step.first is None:
+        for stage in (self, *self.stages):
+            if stage.shrink is not None and stage.first is None:
                 raise ValueError(
-                    "shrink says how first prunes widths, and there is no first; write it, or leave shrink out"
+                    "shrink sets how first prunes widths, and there is no first; write it, or leave shrink out"
                 )
-            if step.squeeze is not None and step.replace:
-                raise ValueError("squeeze and replace are two stages: fold in one, squeeze in the next")
+            if stage.squeeze is not None and stage.replace:
+                raise ValueError("squeeze and replace are two stages: replace in one, squeeze in the next")
         return self
 
     def _check_fold(self, train: Train) -> None:
-        steps = (self, *self.stages)
-        if not any(step.replace or step.first for step in steps):
+        stages = (self, *self.stages)
+        if not any(stage.replace or stage.first for stage in stages):
             raise ValueError(
-                "train.fold folds by the rules under replace, and there are none; write one, or leave it out"
+                "train.fold compresses by the rules under replace, and there are none; write one, or leave it out"
             )
-        if any(step.heal for step in steps):
-            raise ValueError("what train.fold folds is trained on behind it; leave heal out")
-        if any(step.calibrate is None and (step.first or by_activations(step)) for step in steps):
+        if any(stage.heal for stage in stages):
+            raise ValueError("training continues after train.fold, so that nothing is left to heal; leave heal out")
+        if any(stage.calibrate is None and (stage.first or find_activation_choices(stage)) for stage in stages):
             raise ValueError(
-                "a choice of structures, a budget of flops or bytes, rules that narrow, and first, go by activations: write a "
-                "calibrate section, {} for the usual one"
+                "a choice of structures, a budget of flops or bytes, rules that narrow, and first, need activations: write a "
+                "calibrate section, {} for the default one"
             )
         if train.guide:
             raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
 
     @property
     def origin(self) -> str | None:
-        """The folder or the name of the model that is trained on, None where a new one is."""
+        """Return the folder or the name of the model that training starts from, None for a new one."""
         return (self.model or {}).get("from")
 
-    def steps(self) -> list[Recipe]:
-        """The recipes of its stages, this one where there are none."""
+    def stage_recipes(self) -> list[Recipe]:
+        """Return the recipes of the stages, or this recipe where there are none."""
         keys = [key for key in Stage.model_fields if key != "rounds"]
         stages = [stage for stage in self.stages for _ in range(stage.rounds)]
         return [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in stages] or [self]
 
 
-def by_activations(step: Recipe | Stage) -> list[str]:
-    """What of a step, beside ``first``, is decided by activations, in words."""
-    found = [f"narrow: {rule.narrow}" for rule in step.replace if rule.narrow]
-    found += [f"a choice of {len(rule.structures)} structures" for rule in step.replace if len(rule.structures) > 1]
-    of = step.budget and step.budget.of
+def find_activation_choices(stage: Recipe | Stage) -> list[str]:
+    """Return what activations decide in a stage, beside ``first``, in words."""
+    found = [f"narrow: {rule.narrow}" for rule in stage.replace if rule.narrow]
+    found += [f"a choice of {len(rule.structures)} structures" for rule in stage.replace if len(rule.structures) > 1]
+    of = stage.budget and stage.budget.of
     return found + ([f"a budget of {of}"] if of in ("flops", "bytes") else [])
 
 
-def checked_keep(keep: float | None) -> float | None:
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(f"keep is {keep}, but it is the share of parameters to keep: between 0 and 1, both excluded")
-    return keep
-
-
 def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
     folder = resources.files("tenfold") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-class _Words(yaml.SafeLoader):
-    """YAML 1.2's booleans, true and false: in YAML 1.1 the key ``on`` is one, too."""
+class _Loader(yaml.SafeLoader):
+    """Loader with the booleans of YAML 1.2, true and false: in YAML 1.1 the key ``on`` is one, too."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":bool")]
@@ -334,11 +318,11 @@ class _Words(yaml.SafeLoader):
     }
 
 
-_Words.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), ["t", "f"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), ["t", "f"])
 
 
 def load_recipe(name: str | Path | dict) -> Recipe:
-    """A recipe by the name it ships under, by the path of a YAML file, or from a mapping.
+    """Load a recipe by the name it ships under, by the path of a YAML file, or from a mapping.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
@@ -358,7 +342,7 @@ def load_recipe(name: str | Path | dict) -> Recipe:
         raise FileNotFoundError(f"there is no recipe {name!r}: {hint}")
     text = path.read_text() if path.is_file() else shipped.read_text()
     try:
-        data = yaml.load(text, _Words)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as reason:
         raise ValueError(f"{name} is not YAML: {' '.join(str(reason).split())}") from None
     if not isinstance(data, dict):
@@ -367,11 +351,11 @@ def load_recipe(name: str | Path | dict) -> Recipe:
 
 
 def parse_recipe(data: dict, where: str) -> Recipe:
-    """``data`` checked against the schema, every complaint as one sentence."""
+    """Check ``data`` against the schema, and report all errors in one sentence."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as reason:
-        raise ValueError(f"{where}: {'; '.join(_complaint(error) for error in reason.errors())}") from None
+        raise ValueError(f"{where}: {'; '.join(_describe_error(error) for error in reason.errors())}") from None
 
 
 _KEYS = {
@@ -381,7 +365,7 @@ _KEYS = {
 }
 
 
-def _complaint(error) -> str:
+def _describe_error(error) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)

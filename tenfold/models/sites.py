@@ -1,4 +1,4 @@
-"""The matrices of a model: where they are, what they are for, and how they are laid out in their module."""
+"""Matrices of a model: their places, their roles, and their layout in the modules."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.architectures import ARCHITECTURES, ROLES, Architecture
-from tenfold.models.experts import chosen_share, expert_of, fused_sites, is_fused
+from tenfold.models.experts import active_ratio, expert_of, fused_sites, is_fused
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
 LINEAR = (nn.Linear, Conv1D, FactorizedLinear)
-FOLDED = (FactorizedLinear, FactorizedEmbedding)
+FACTORIZED = (FactorizedLinear, FactorizedEmbedding)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One matrix of a model.
+    """Matrix of a model.
 
     Args:
-        path: its module, from the top of the model.
-        role: what it is for; see ``roles.ROLES``.
+        path: of its module, from the top of the model.
+        role: one of ``architectures.ROLES``.
         layer: the number of its block, None for embeddings and heads; an encoder and a decoder both count from 0.
         shape: ``(out, in)``; a Conv1D is seen like a Linear, an embedding is ``(vocabulary, width)``.
         bias: whether its module has a bias.
-        calls: how often the module runs in one forward pass; of an expert, the share of the tokens that it gets.
-        interleaved: whether it holds several matrices whose rows alternate, so that it can't be split.
+        calls: the calls of the module in one forward pass; for an expert the ratio of the tokens that it gets.
+        interleaved: whether it holds several matrices with alternating rows, so that it can't be split.
     """
 
     path: str
@@ -43,25 +43,25 @@ class Site:
 
     @property
     def expert(self) -> int | None:
-        """The number of the expert that it belongs to, None outside of experts."""
+        """Return the number of its expert, None outside of experts."""
         return expert_of(self.path)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a linear layer or an embedding; the one place that knows that Conv1D is transposed."""
+    """Return ``(out, in)`` of a linear layer or an embedding; a Conv1D is transposed."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """``W (out, in)`` of a linear layer or an embedding, dense or folded."""
-    if isinstance(module, (*FOLDED, TiedHead)):
+    """Return ``W (out, in)`` of a linear layer or an embedding, dense or factorised."""
+    if isinstance(module, (*FACTORIZED, TiedHead)):
         return module.dense()
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of a site, None where it is part of fused experts."""
+    """Return the module of a site, None where it is part of fused experts."""
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -69,24 +69,24 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def base_path(model: PreTrainedModel) -> str:
-    """The path of the base model with a dot, empty where ``model`` is the base model itself."""
+    """Return the path of the base model with a dot, empty where ``model`` is the base model itself."""
     prefix = model.base_model_prefix
     return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
 def base_model(model: PreTrainedModel) -> nn.Module:
-    """The base model, ``model`` itself where it is one."""
+    """Return the base model, ``model`` itself where it is one."""
     return model.get_submodule(base_path(model).rstrip("."))
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
-    """Every matrix of ``model`` that a rule may name, in the model's order, embedding and head included.
+    """Find every matrix of ``model`` that a rule may name, in the model's order, embedding and head included.
 
     Raises:
         ValueError: the architecture has no table; the message lists the linear layers that were found.
     """
     if model.config.model_type not in ARCHITECTURES:
-        raise ValueError(_unknown(model))
+        raise ValueError(_describe_unknown(model))
     table = ARCHITECTURES[model.config.model_type]
     patterns, calls = _patterns(table, base_path(model)), table.calls(model.config)
     embed, head, sites = model.get_input_embeddings(), model.get_output_embeddings(), []
@@ -96,13 +96,13 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             layer, role = _match(patterns, path)
         if role is not None:
             bias, runs = getattr(module, "bias", None) is not None, 1 if layer is None else calls
-            runs = runs if expert_of(path) is None else runs * chosen_share(model.config)
+            runs = runs if expert_of(path) is None else runs * active_ratio(model.config)
             sites.append(Site(path, role, layer, shape_of(module), bias, runs, role in table.interleaved))
         elif is_fused(module):
             for inner, shape in fused_sites(path, module):
                 layer, role = _match(patterns, inner)
                 if role is not None:
-                    sites.append(Site(inner, role, layer, shape, False, chosen_share(model.config)))
+                    sites.append(Site(inner, role, layer, shape, False, active_ratio(model.config)))
     return sites
 
 
@@ -122,16 +122,16 @@ def _match(patterns: list[tuple[re.Pattern, str]], path: str) -> tuple[int | Non
 
 
 def head_path(model: PreTrainedModel) -> str | None:
-    """The path of the output head, None where there is none."""
+    """Return the path of the output head, None where there is none."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head has no matrix of its own.
+    """Tell whether the output head has no matrix of its own.
 
-    What transformers has noted for this very model counts, not its configuration: T5 says "tied" even where a
-    checkpoint brings a head of its own.
+    The tied keys of this model count, not its configuration: that of T5 says "tied" even where a checkpoint has a head of its
+    own.
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or isinstance(head, TiedHead):
@@ -141,7 +141,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def forget_tie(model: PreTrainedModel, name: str) -> None:
-    """Take the parameter ``name`` out of what transformers ties, in this model and in the models inside it."""
+    """Remove the parameter ``name`` from what transformers ties, in this model and in the models inside it."""
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and isinstance(module._tied_weights_keys, dict):
             own = name.removeprefix(f"{path}.") if path else name
@@ -149,7 +149,7 @@ def forget_tie(model: PreTrainedModel, name: str) -> None:
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if name not in (k, v)}
 
 
-def _unknown(model: PreTrainedModel) -> str:
+def _describe_unknown(model: PreTrainedModel) -> str:
     kind, prefix = model.config.model_type, base_path(model)
     seen = {
         re.sub(r"\b\d+\b", "*", path.removeprefix(prefix)): shape_of(module)
@@ -166,8 +166,8 @@ def _unknown(model: PreTrainedModel) -> str:
     )
 
 
-def share_of(model: PreTrainedModel, of: str) -> int:
-    """Return how many parameters a share to keep ``of`` the ``model`` is counted on, each tensor once; see :func:`part_of`."""
+def count_parameters(model: PreTrainedModel, of: str) -> int:
+    """Count the parameters of a part of ``model``, each tensor once; see :func:`part_of`."""
     return sum(parameter.numel() for parameter in part_of(model, of).values())
 
 
@@ -179,12 +179,12 @@ def part_of(model: PreTrainedModel, of: str) -> dict[str, nn.Parameter]:
             positions and types) and its output head.
 
     Raises:
-        ValueError: ``of`` is ``flops`` or ``bytes``, which no parameters are a part of.
+        ValueError: ``of`` is ``flops`` or ``bytes``, which are no parts of the parameters.
     """
     if of in ("flops", "bytes"):
         raise ValueError(
-            f"a budget of {of} is for rules that a calibration text guides (--calibrate FILE); here take model, without_head or "
-            "blocks"
+            f"a budget of {of} is for rules that a calibration text guides (--calibrate FILE); here take model, "
+            "without_head or blocks"
         )
     sites, outer = find_sites(model), []
     if of == "without_head" and not is_tied(model):
@@ -197,15 +197,10 @@ def part_of(model: PreTrainedModel, of: str) -> dict[str, nn.Parameter]:
 
 
 def resolve(model: PreTrainedModel, path: str) -> str | None:
-    """The path of a checkpoint's site in ``model``: a causal model says ``transformer.h.0``, its base model ``h.0``."""
+    """Return the path of a checkpoint's site in ``model``: a causal model has ``transformer.h.0``, its base model ``h.0``."""
     prefix = model.base_model_prefix + "."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    return None
+    candidates = (path, path.removeprefix(prefix), prefix + path)
+    return next((candidate for candidate in candidates if module_at(model, candidate) is not None), None)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

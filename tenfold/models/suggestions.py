@@ -1,4 +1,4 @@
-"""Names that a person writes: one that is not known is refused with the nearest one that is."""
+"""Check of names that users write: an unknown one is refused with the nearest known one."""
 
 from __future__ import annotations
 

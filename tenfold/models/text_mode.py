@@ -1,38 +1,32 @@
-"""How a model reads text: as one long stream or document by document, and how much at once."""
+"""Text that a model reads: one long stream or document by document, and its largest length."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many positions ``model`` has; None where it does not say."""
+    """Return the number of positions of ``model``, None where its configuration does not say."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     table = next((m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
-    before = getattr(table, "padding_idx", None)  # RoBERTa counts its positions from behind that of padding
+    before = getattr(table, "padding_idx", None)  # RoBERTa counts its positions from behind the padding index
     return longest if longest is None or before is None else longest - before - 1
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """How many positions ``model`` takes; 1,024 where it does not say."""
+    """Return the number of positions of ``model``, 1,024 where its configuration does not say."""
     return positions_of(model) or 1024
 
 
-def reads_streams(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is a causal language model, with or without its head, which is trained on one long stream."""
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Tell whether ``model`` is a causal language model, with or without its head, which is trained on one long stream."""
     names, kind = {type(model).__name__, *(model.config.architectures or ())}, model.config.model_type
     return bool(names & {*CAUSAL.values(), *WITH_IMAGES.values()}) or (kind in CAUSAL and kind not in MASKED)
 
 
-def fills_gaps(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is a masked language model, which sees what stands behind a position, too."""
+def is_masked_lm(model: PreTrainedModel) -> bool:
+    """Tell whether ``model`` is a masked language model, which also sees the tokens after a position."""
     return type(model).__name__ in {*MASKED.values()} - {*CAUSAL.values()}

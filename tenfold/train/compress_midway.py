@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from tenfold.models.atomic_io import write_json, written
+from tenfold.models.atomic_io import disk_full_errors, write_json
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import is_first, wait
+from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.recipe import Recipe
 from tenfold.train.checkpoints import FOLDED, STATE, last_checkpoint, step_of
 from tenfold.train.trainer import PackedDataset, step_size
@@ -60,10 +60,10 @@ def fold_midway(
         made = load(found).to(arguments.device)
         batches = _batches(windows, step * step_size(arguments), _settings(recipe))
         report = compress(made, recipe, batches)
-        if is_first():
+        if is_main_process():
             _write(made, found, target, report)
-        wait()
-    if is_first():
+        barrier()
+    if is_main_process():
         shutil.rmtree(dense, ignore_errors=True)
     return load(last_checkpoint(target.parent))
 
@@ -73,16 +73,16 @@ def _train_dense(folder: Path, step: int, model, trainer) -> TrainingArguments:
     made, known = trainer(model(), folder), last_checkpoint(folder)
     made.callback_handler.callbacks.insert(0, StopAtStep(step))  # before what looks at the loss of what is saved
     if known is None or step_of(known) < step:
-        with written(folder):
+        with disk_full_errors(folder):
             made.train(resume_from_checkpoint=None if known is None else str(known))
-    wait()  # until the checkpoint is whole
+    barrier()  # until the checkpoint is whole
     made.accelerator.free_memory()
     return made.args
 
 
 def _settings(recipe: Recipe) -> Calibrate:
     """Those of the step that reads the most."""
-    given = [step.calibrate for step in recipe.steps() if step.calibrate]
+    given = [step.calibrate for step in recipe.stage_recipes() if step.calibrate]
     return max(given, key=lambda one: one.samples, default=Calibrate())
 
 
@@ -98,7 +98,7 @@ def _write(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
     new = target.with_name("folded.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    with written(new):
+    with disk_full_errors(new):
         model.save_pretrained(new)
         for file in dense.glob(KEPT):
             shutil.copy(file, new / file.name)

@@ -18,10 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.task_kinds import Task
 from tenfold.evaluate.tasks import longest, prepare, task_named
-from tenfold.models.atomic_io import whole_folder, write_json, written
-from tenfold.models.auto import load_tokenizer
-from tenfold.models.cost import read_config
-from tenfold.models.distributed import is_first, wait
+from tenfold.models.atomic_io import atomic_directory, disk_full_errors, write_json
+from tenfold.models.auto import load_tokenizer, read_config
+from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.loading import check_folder, silent
 from tenfold.models.precision import check_saved_dtype
 from tenfold.train.checkpoints import last_checkpoint
@@ -135,7 +134,7 @@ def finetune(
         raise ValueError(f"seeds {list(seeds)} must be different numbers, one at least")
     _shared_out(given)
     chosen.check()
-    read_config(str(model))
+    read_config(model)
     if Path(model).is_dir():
         check_folder(Path(model))
     examples = chosen.read(data, "train", given.limit), chosen.read(data, "dev", given.dev_limit)
@@ -157,7 +156,7 @@ def finetune(
     left = [seed for seed in seeds if seed not in {run["seed"] for run in report["runs"]}]
     for seed in left:
         begin(partial(folder, seed), report, overwrite)
-    wait()
+    barrier()
     for number, seed in enumerate(left):
         told = advance and (
             lambda step, steps, *speed, done=number: advance(done * steps + step, len(left) * steps, *speed)
@@ -166,16 +165,16 @@ def finetune(
         best = max((old["score"] for old in report["runs"]), default=-float("inf"))
         report["runs"].append(run)
         report |= {"parameters": parameters} | _summary(report["runs"])
-        if is_first() and run["score"] > best:
-            with silent(), whole_folder(folder) as new:
+        if is_main_process() and run["score"] > best:
+            with silent(), atomic_directory(folder) as new:
                 trained.to(dtype or torch.float32).save_pretrained(new)
                 tokenizer.save_pretrained(new)
                 write_json(new / "finetune.json", report)
-        elif is_first():
+        elif is_main_process():
             write_json(folder / "finetune.json", report)
-        if is_first():
+        if is_main_process():
             finish(partial(folder, seed), folder)
-        wait()
+        barrier()
     return report
 
 
@@ -259,7 +258,7 @@ def _run(name, task: Task, examples, given: Settings, seed: int, device, advance
     if advance:
         trainer.add_callback(Progress(advance, tokens))
     whole, clock = UnshardedShell(model) if trainer.is_fsdp_enabled else None, time.perf_counter()
-    with silent(), written(folder), kept(partial(folder, seed), report) as last:
+    with silent(), disk_full_errors(folder), kept(partial(folder, seed), report) as last:
         trainer.train(resume_from_checkpoint=last)
     if whole is not None:
         whole.fill()

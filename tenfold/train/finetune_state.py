@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.models.atomic_io import read_json, write_json
-from tenfold.models.distributed import is_first
+from tenfold.models.distributed import is_main_process
 from tenfold.models.loading import check_output
 from tenfold.train.checkpoints import last_checkpoint
 
@@ -50,21 +50,21 @@ def begin(place: Path, report: dict[str, Any], overwrite: bool) -> None:
     """
     if not overwrite and last_checkpoint(place):
         _same(place, report)
-    elif is_first():
+    elif is_main_process():
         shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
 def kept(place: Path, report: dict[str, Any]) -> Iterator[str | None]:
     """The checkpoint in ``place`` to go on from. The settings of the new ones are noted there, and go where none was written."""
-    if is_first():
+    if is_main_process():
         place.mkdir(parents=True, exist_ok=True)
         write_json(place / REPORT, report)
     last = last_checkpoint(place)
     try:
         yield last and str(last)
     except BaseException:
-        if is_first() and last_checkpoint(place) is None:
+        if is_main_process() and last_checkpoint(place) is None:
             shutil.rmtree(place, ignore_errors=True)
         raise
 

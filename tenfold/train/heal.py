@@ -17,11 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text_files import documents, token_stream
-from tenfold.models.atomic_io import written
+from tenfold.models.atomic_io import disk_full_errors
 from tenfold.models.distillation_config import Heal
 from tenfold.models.loading import silent
 from tenfold.models.precision import in_bfloat16
-from tenfold.models.text_mode import context_of, reads_streams
+from tenfold.models.text_mode import context_of, is_causal_lm
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation
@@ -90,7 +90,7 @@ def heal(
         raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
     if asked and teacher is None:
         raise ValueError(f"the loss {', '.join(sorted(asked))} needs a teacher: give one, or cross_entropy alone")
-    if settings.positions != "all" and reads_streams(model):
+    if settings.positions != "all" and is_causal_lm(model):
         raise ValueError(
             f"positions {settings.positions} is of masked language models, and a {type(model).__name__} is causal; leave it out"
         )
@@ -100,7 +100,7 @@ def heal(
         check_vocabulary(model, teacher, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as restored:
         kept = None if checkpoints is None else Path(checkpoints)
-        arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None, reads_streams(model))
+        arguments = _arguments(kept or Path(folder), settings, window, seed, kept is not None, is_causal_lm(model))
         data, collator = _data(model, tokenizer, files, window, seed)
         tokens = step_size(arguments) * _mean_length(data)
         if settings.warmup < 1:  # Trainer would round up, and the rate of a first step of warming up is 0
@@ -114,7 +114,7 @@ def heal(
             check_teacher(model, loaded, asked)
         if "attention" in asked:
             restored.enter_context(eager([model, loaded]))
-        model.forward = Distillation(model, loaded, settings, reads_streams(model))  # hides the method of the class
+        model.forward = Distillation(model, loaded, settings, is_causal_lm(model))  # hides the method of the class
         for name in ("forward", "_original_forward"):  # the second is what accelerate keeps where it is interrupted
             restored.callback(model.__dict__.pop, name, None)
         report = _train(model, tokenizer, arguments, data, collator, settings, advance, tokens, kept)
@@ -186,7 +186,7 @@ def _shared_out(batch: int, accumulate: int, window: int, settings: Heal) -> tup
 
 def _data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> tuple[torch.utils.data.Dataset, Any]:
     """What is trained on, and how a batch is made of it: None as Trainer does."""
-    if reads_streams(model):
+    if is_causal_lm(model):
         tokens = token_stream(documents(files, tokenizer), tokenizer)
         check_tokens(tokens, model, window)
         return PackedDataset(tokens, window), None
@@ -210,7 +210,7 @@ def _answered(data, model, teacher, tokenizer, settings, folder, top_k, argument
             f"a store holds what the teacher predicts and nothing from inside it, which {', '.join(inside)} compare: leave "
             "the store out, or these losses"
         )
-    if not reads_streams(model):
+    if not is_causal_lm(model):
         raise ValueError(
             "a masked language model's inputs are masked anew each time, so that no answer can be stored: leave the store out"
         )
@@ -241,7 +241,7 @@ def _train(
         trainer.add_callback(Log(kept / "log.jsonl", tokens))
     whole = UnshardedShell(model) if trainer.is_fsdp_enabled else None
     begun, last = time.perf_counter(), kept and last_checkpoint(kept)
-    with silent(), written(arguments.output_dir):
+    with silent(), disk_full_errors(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last and str(last))
     if whole is not None:
         whole.fill()

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.evaluate.metrics import library
 from tenfold.models.checkpoint_format import describe
-from tenfold.models.sites import FOLDED, base_model, find_sites, module_at
+from tenfold.models.sites import FACTORIZED, base_model, find_sites, module_at
 from tenfold.models.suggestions import check_name
 from tenfold.nn import Adapter, FactorizedLinear
 
@@ -91,12 +91,12 @@ def auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
         for parameter in _parameters(layer).values():
             parameter.requires_grad_(id(parameter) not in kept)
     for site in find_sites(model):
-        if site.role == "pooler" and not isinstance(module := module_at(model, site.path), FOLDED):
+        if site.role == "pooler" and not isinstance(module := module_at(model, site.path), FACTORIZED):
             module.requires_grad_(True)
 
 
 def _folded(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, FOLDED)]
+    return [module for module in model.modules() if isinstance(module, FACTORIZED)]
 
 
 def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,10 +8,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tenfold.models.checkpoint_format import check_plain, folded_config
-from tenfold.models.cost import read_config
-from tenfold.models.loading import from_pretrained, of_a_kind, silent
+from tenfold.models.auto import read_config
+from tenfold.models.checkpoint_format import check_plain
+from tenfold.models.loading import from_pretrained, short_class_errors, silent
 from tenfold.models.plan import make_plan
+from tenfold.models.quantization_config import get_tenfold_config
 from tenfold.models.recipe import Recipe
 from tenfold.models.surgery import replace
 from tenfold.models.text_mode import MASKED, positions_of
@@ -117,7 +118,7 @@ def _model(recipe: Recipe, config):
     """
     kind = KINDS[recipe.train.objective]
     try:
-        with of_a_kind(kind), silent(reports=False):
+        with short_class_errors(kind), silent(reports=False):
             model = kind.from_config(config)
     except AssertionError as reason:  # torch's and transformers' own of numbers that don't fit together
         raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
@@ -137,7 +138,7 @@ def _configuration(recipe: Recipe, **more):
     if recipe.origin:
         config = read_config(recipe.origin)
         check_plain(config, recipe.origin)
-        if recipe.train.fold and folded_config(config):
+        if recipe.train.fold and get_tenfold_config(config):
             raise ValueError(f"{recipe.origin} is folded already, so that train.fold has nothing to do; leave it out")
         return config
     kind = recipe.model["model_type"]

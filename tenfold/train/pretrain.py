@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from tenfold.models.atomic_io import whole_folder, written
+from tenfold.models.atomic_io import atomic_directory, disk_full_errors
 from tenfold.models.config import Train
-from tenfold.models.distributed import state
+from tenfold.models.distributed import process_state
 from tenfold.models.loading import silent
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.precision import check_saved_dtype, in_bfloat16
@@ -90,13 +90,13 @@ def pretrain(
     check_saved_dtype(dtype)
     check_apart(Path(output), recipe)
     folder, settings, length = Path(output), recipe.train, length_of(recipe)
-    with state().main_process_first():
-        if overwrite and state().is_main_process:
+    with process_state().main_process_first():
+        if overwrite and process_state().is_main_process:
             forget(folder, data)
         same_recipe(folder, recipe, data)
         tokens = tokens_of(folder, data, recipe)
         tokenizer = tokens.tokenizer()
-        if state().is_main_process:
+        if process_state().is_main_process:
             tokens.check(len(tokenizer))
         same_sources(folder, tokens, {"teacher": recipe.train.teacher, "model": recipe.origin})
     pad_as(recipe, tokenizer)
@@ -130,7 +130,7 @@ def pretrain(
     trainer.since = stop
     if guided is not None:
         trainer.add_callback(guided)
-    with silent(), written(folder / "checkpoints"):
+    with silent(), disk_full_errors(folder / "checkpoints"):
         trainer.train(resume_from_checkpoint=_resumed(folder))
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
@@ -321,7 +321,7 @@ def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[s
     if guided is not None:
         guided.remove()
         state = {key: value for key, value in state.items() if key in model.state_dict()}
-    with silent(), whole_folder(folder) as new:
+    with silent(), atomic_directory(folder) as new:
         model.to(dtype).save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(report, indent=1))

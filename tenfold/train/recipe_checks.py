@@ -9,9 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from tenfold.models.initializers import STARTS
-from tenfold.models.random_init import DRAWS
-from tenfold.models.recipe import Recipe, Rule, by_activations
+from tenfold.models.initializers import DRAWS, STARTS
+from tenfold.models.recipe import Recipe, Rule, find_activation_choices
 from tenfold.models.suggestions import check_name
 
 # key -> the way out, where the model starts from noise
@@ -32,7 +31,7 @@ WITHOUT_RULES = dict.fromkeys(
 
 def check_wanted(recipe: Recipe) -> None:
     """Raise ValueError for what ``recipe`` says and pre-training would not do."""
-    for rule in (rule for step in recipe.steps() for rule in step.replace):
+    for rule in (rule for step in recipe.stage_recipes() for rule in step.replace):
         check_name(rule.start.fit, STARTS, "start")  # with a fold it would be told midway
     if recipe.train.fold:
         return
@@ -42,7 +41,7 @@ def check_wanted(recipe: Recipe) -> None:
     for key, way_out in idle.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")
-    if found := by_activations(recipe):
+    if found := find_activation_choices(recipe):
         raise ValueError(
             f"recipe {recipe.name!r} has {found[0]}, which activations of a trained model decide: train dense for a part of the "
             "steps, train: {fold: 0.5} with calibrate: {}, or leave it out"

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tenfold.models.atomic_io import opened
-from tenfold.models.auto import load_model, load_tokenizer
-from tenfold.models.cost import read_config
+from tenfold.models.atomic_io import open_safetensors
+from tenfold.models.auto import load_model, load_tokenizer, read_config
 from tenfold.models.lazy_checkpoint import weight_files
-from tenfold.models.text_mode import reads_streams
+from tenfold.models.text_mode import is_causal_lm
 
 Teacher = PreTrainedModel | str | Path
 
@@ -34,7 +33,7 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
         ValueError: the sizes differ, or a token of the student's has another number, or none, in the teacher's.
     """
     named = not isinstance(teacher, PreTrainedModel)
-    config = read_config(str(teacher)) if named else teacher.config
+    config = read_config(teacher) if named else teacher.config
     own, other = (c.get_text_config().vocab_size for c in (model.config, config))
     if own != other:
         raise ValueError(
@@ -59,7 +58,7 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, losses: Iter
     Raises:
         ValueError: one is causal and the other is not, or widths or heads differ where they are compared.
     """
-    if reads_streams(model) != reads_streams(teacher):
+    if is_causal_lm(model) != is_causal_lm(teacher):
         raise ValueError(
             f"the student is a {type(model).__name__} and the teacher a {type(teacher).__name__}: one predicts the next "
             "token and the other masked ones; take a teacher of the student's kind"
@@ -126,7 +125,7 @@ def weights_digest(teacher: Teacher) -> str:
 
 def _stored(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
-        with opened(file) as stored:
+        with open_safetensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - a handle, not a mapping
                 yield stored.get_tensor(name)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.evaluate.text_files import documents, token_parts
-from tenfold.models.atomic_io import read_json, write_json, written
+from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.auto import load_tokenizer
 
 SHARD = 2**26  # tokens in one file
@@ -93,7 +93,7 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
             )
         return Tokens(folder)
     names, total, digest = [], 0, hashlib.sha256()
-    with written(folder):
+    with disk_full_errors(folder):
         for shard in _shards(token_parts(documents(data, tokenizer), tokenizer), limit):
             names.append(f"tokens-{len(names):05d}.npy")
             shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)

@@ -22,9 +22,9 @@ from tenfold.baselines.rocket import (
     sparse,
 )
 from tenfold.compress.calibration import Calibration
-from tenfold.models.model_card import save_folded
+from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
-from tenfold.models.sites import find_sites, share_of, weight_of
+from tenfold.models.sites import count_parameters, find_sites, weight_of
 from tenfold_cli.output import count_line
 
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -142,9 +142,9 @@ def test_report_counts_bytes_and_the_budget_is_theirs(toy, keep):
         assert torch.linalg.matrix_rank(near, rtol=1e-5) <= atoms
     dense = sum(2 * out * inner for out, inner in shapes.values())
     assert report["counted"] == {"bytes": counted, "dense_bytes": dense, "note": "counted bytes, stored dense"}
-    allowed = keep * share_of(before, "blocks") - (share_of(before, "blocks") - dense // 2)
+    allowed = keep * count_parameters(before, "blocks") - (count_parameters(before, "blocks") - dense // 2)
     assert 0.95 * allowed < counted / 2 <= allowed
-    assert share_of(after, "blocks") == share_of(before, "blocks")
+    assert count_parameters(after, "blocks") == count_parameters(before, "blocks")
 
 
 def test_losses_are_relative_errors_of_the_weights():
@@ -158,7 +158,7 @@ def test_losses_are_relative_errors_of_the_weights():
 
 def test_result_is_an_ordinary_checkpoint(tmp_path):
     after, report = compress(build("gpt2"), recipe(0.7), text=text())
-    save_folded(after, tmp_path / "model", report=report)
+    save_compressed(after, tmp_path / "model", report=report)
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, after(ids).logits)

@@ -12,7 +12,7 @@ from models import toys
 import tenfold
 from tenfold.compress.activations import Streams
 from tenfold.compress.calibration import Calibration
-from tenfold.models.distributed import is_first, processes
+from tenfold.models.distributed import is_main_process, num_processes
 
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", *MLP]
@@ -55,8 +55,8 @@ if __name__ == "__main__":
     Streams.__init__ = noted
     for name in CASES:
         found = compressed(name)
-        assert processes() == 2
-        torch.save(found, folder / f"{name}-{'first' if is_first() else 'second'}.pt")
+        assert num_processes() == 2
+        torch.save(found, folder / f"{name}-{'first' if is_main_process() else 'second'}.pt")
     assert set(read) == {3}  # of six batches
     dist.barrier()
     dist.destroy_process_group()

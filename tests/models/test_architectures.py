@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tenfold.models.loading  # noqa: F401 - registers the hook
 from tenfold.models.architectures import ARCHITECTURES, Architecture
-from tenfold.models.checkpoint_format import describe, stored_plan
+from tenfold.models.checkpoint_format import describe, read_plan
 from tenfold.models.cost import count, site_flops
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import parse_recipe
@@ -173,7 +173,7 @@ def test_parameters_are_counted_once(name):
     assert count(model) == count(empty) == dense
     changes = fold(model, rules(model))
     memory = {value.data_ptr(): value.numel() for value in model.state_dict().values() if value.is_floating_point()}
-    install_empty(empty, stored_plan(empty, describe(model)))
+    install_empty(empty, read_plan(empty, describe(model)))
     assert count(model) == count(empty)
     assert (
         count(model)["total"] == sum(memory.values()) == total - sum(change.before - change.after for change in changes)

@@ -25,7 +25,7 @@ from transformers import (
 import tenfold.models.loading
 from tenfold.models.checkpoint_format import describe
 from tenfold.models.cost import count
-from tenfold.models.sites import FOLDED
+from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, densify
 from tenfold.nn import Adapter, FactorizedLinear, TiedHead
 
@@ -229,7 +229,7 @@ def test_a_deep_copy_shares_nothing_and_stays_whole(loaded):
             parameter.zero_()
     assert torch.equal(toys.logits(loaded), before)
     for layer in twin.modules():  # the head asks the embedding of the copy, the layers its container
-        if isinstance(layer, FOLDED):
+        if isinstance(layer, FACTORIZED):
             assert not any(value.any() for value in layer.factors().values() if value.is_floating_point())
     assert not twin.lm_head.dense().any()
 
@@ -437,5 +437,5 @@ def test_a_folded_model_is_folded_on(tmp_path):
 def test_two_stages_may_not_use_one_shared_factor():
     model = toys.build("gpt2")
     fold(model, [{**ALLOCATORS, "layers": [0]}])
-    with pytest.raises(ValueError, match=r"share .*fold all that share a factor at once"):
+    with pytest.raises(ValueError, match=r"share .*factorise all that share a factor at once"):
         fold(model, [{**ALLOCATORS, "layers": [1]}])

@@ -11,7 +11,9 @@ import toys
 from transformers import AutoModelForCausalLM
 
 import tenfold
+from tenfold.models.auto import meta_model
 from tenfold.models.deepen import deepen
+from tenfold.models.plan import make_plan
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
 
@@ -197,9 +199,7 @@ def test_layers_of_two_kinds_begin_again_behind_the_last():
 
 
 def test_the_shipped_recipe_is_that_of_the_paper_at_its_width():
-    from tenfold.models.cost import plan_of
-
-    paper, ours = (plan_of("mpobert-12", load_recipe(name)).entries for name in ("mpobert-12", "deepen"))
+    paper, ours = (make_plan(meta_model("mpobert-12"), load_recipe(name)).entries for name in ("mpobert-12", "deepen"))
     assert paper.keys() == ours.keys()
     for path, entry in paper.items():
         own = [prod(shape) for name, shape in entry.structure.factor_shapes().items() if "core_2" not in name]
@@ -229,7 +229,7 @@ def test_an_unknown_architecture_is_refused():
 
 def test_a_folded_model_takes_no_recipe():
     deep, _ = deepen(toys.build("gpt2"), 3, ALLOCATORS)
-    with pytest.raises(ValueError, match="folded already and keeps its structures"):
+    with pytest.raises(ValueError, match="factorised already and keeps its structures"):
         tenfold.deepen(deep, 4, ALLOCATORS)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from tenfold.models.loading import FoldedConfig, check_output, from_pretrained
+from tenfold.models.loading import check_output, from_pretrained
+from tenfold.models.quantization_config import TenfoldConfig
 
 PLACED = {"role": "attn.qkv", "structure": {"kind": "placed", "base": LOW_RANK}}
 ALLOCATORS = {"role": "attn.out", "structure": TRAIN, "share": {"factors": ["core_1"]}}
@@ -99,7 +100,7 @@ def test_another_rank_than_the_file_has(load, form, request):
 def test_a_factor_that_no_file_holds(load, key, single):
     """Transformers alone would leave it as it is: whatever was in memory there."""
     change_weights(single, lambda weights: weights.pop(key))
-    assert refusal(load, single) == f"the checkpoint lacks {key} (1 tensors of folded layers); {APART}"
+    assert refusal(load, single) == f"the checkpoint lacks {key} (1 tensors of factorized layers); {APART}"
 
 
 @GUARD_AND_PLAIN
@@ -137,14 +138,16 @@ def test_a_structure_that_is_none(load, change, complaint, single):
 def test_unknown_keys_of_the_configuration_are_kept_out(single):
     change_config(single, lambda stored: stored.update(colour="blue"))
     again = from_pretrained(single)
-    stored = FoldedConfig(**json.loads((single / "config.json").read_text())["quantization_config"])
+    stored = TenfoldConfig(**json.loads((single / "config.json").read_text())["quantization_config"])
     assert stored.to_dict() == again.config.quantization_config.to_dict()
 
 
 def test_a_dense_model_is_not_folded_while_it_is_read(tmp_path):
     toys.build("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^the configuration is that of a folded checkpoint; fold a dense one with"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FoldedConfig())
+    with pytest.raises(
+        ValueError, match=r"^the configuration is that of a compressed checkpoint; compress a dense one with"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TenfoldConfig())
 
 
 # what only the guard can see -----------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import torch
 from models import toys
 
 import tenfold
+from tenfold.models.initializers import DRAWS
 from tenfold.models.plan import make_plan
-from tenfold.models.random_init import DRAWS
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites
 from tenfold.models.surgery import replace
@@ -16,7 +16,7 @@ from tenfold.structure import BlockTensorTrain, LowRank, TensorTrain
 
 def test_balanced_cores_are_orthonormal_and_the_last_one_has_the_norm():
     train = TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(6, 10))
-    factors = DRAWS["balanced"](train, 0.02, {}, torch.Generator().manual_seed(0))
+    factors = DRAWS["balanced"](train, 0.02, torch.Generator().manual_seed(0))
     for core in ("core_0", "core_1"):
         columns = factors[core].reshape(-1, factors[core].shape[-1])
         torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]), atol=1e-5, rtol=0)
@@ -25,22 +25,22 @@ def test_balanced_cores_are_orthonormal_and_the_last_one_has_the_norm():
 
 def test_balanced_is_for_trains():
     with pytest.raises(ValueError, match="balanced is for tensor trains; low_rank takes noise or fans"):
-        DRAWS["balanced"](LowRank(out_features=4, in_features=4, rank=2), 0.02, {})
+        DRAWS["balanced"](LowRank(out_features=4, in_features=4, rank=2), 0.02)
 
 
 def test_balanced_cores_have_no_more_columns_than_rows():
     """A bond of 12 behind 4 x 3 entries is the most."""
-    DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(12, 10)), 0.02, {})
+    DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(12, 10)), 0.02)
     with pytest.raises(
         ValueError, match="takes a bond of 12 behind core_0 at most, not 13; give smaller ranks, or the start"
     ):
-        DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(13, 10)), 0.02, {})
+        DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(13, 10)), 0.02)
 
 
 def test_every_factor_by_its_own_fans():
     """``right (c b d r)`` makes ``b r`` of ``d`` numbers, ``left (b a c r)`` makes ``a`` of ``c r``."""
     structure = BlockTensorTrain(outs=(96, 16), ins=(24, 32), rank=4)
-    factors = DRAWS["fans"](structure, 99.0, {}, torch.Generator().manual_seed(0))
+    factors = DRAWS["fans"](structure, 99.0, torch.Generator().manual_seed(0))
     assert float(factors["right"].std()) == pytest.approx(np.sqrt(1 / 32) * min(1, np.sqrt(16 * 4 / 32)), rel=0.05)
     assert float(factors["left"].std()) == pytest.approx(np.sqrt(1 / 96) * min(1, np.sqrt(96 / 96)), rel=0.05)
 

@@ -5,6 +5,8 @@ import transformers
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from tenfold.models.invariances.residual_rotation import helmert
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -80,3 +82,31 @@ def inputs(model) -> dict[str, torch.Tensor]:
 def logits(model) -> torch.Tensor:
     """What ``model`` makes of a fixed input: logits, or hidden states where it has no head."""
     return model(**inputs(model))[0]
+
+
+def rotation(width: int, keeps_ones: bool = False) -> torch.Tensor:
+    """Return a random rotation, with ``Q 1 = 1`` if ``keeps_ones``."""
+    if not keeps_ones:
+        return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0]
+    basis = helmert(width)
+    return torch.full((width, width), 1 / width).double() + basis @ rotation(width - 1) @ basis.T
+
+
+@torch.no_grad()
+def shake(model):
+    """Return ``model`` with norms and biases far from one and from zero, ready to evaluate."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name.lower() or ".ln_" in name:
+            parameter.uniform_(-0.6, 0.6) if name.endswith("bias") else parameter.uniform_(0.5, 2.0)
+        elif name.endswith("bias"):
+            parameter.uniform_(-0.3, 0.3)
+    return model.eval()
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def is_untouched(model, before: dict[str, torch.Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())

@@ -8,7 +8,7 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOn
 from torchao.quantization.granularity import PerGroup
 
 from tenfold.evaluate.timing import stored
-from tenfold.models.model_card import save_folded
+from tenfold.models.model_card import save_compressed
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn import layers as nn_layers
 from tenfold.nn.dense_cache import dense_cache
@@ -110,7 +110,7 @@ def test_a_quantised_model_is_not_saved(tmp_path):
     model = made(STRUCTURES["low rank"])
     quantize_(model, NAMES, filter_fn=None)
     with pytest.raises(ValueError, match=r"0\.left is quantised by torchao, .* save the model before quantize_"):
-        save_folded(model, tmp_path / "out")
+        save_compressed(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

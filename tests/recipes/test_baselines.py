@@ -23,10 +23,10 @@ from tenfold.compress.block_plan import plan_work
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.resume_state import ResumeState
 from tenfold.compress.structured_pruning import NarrowMlp
-from tenfold.models.invariances.free_symmetries import groups_of
-from tenfold.models.model_card import save_folded
+from tenfold.models.invariances.hidden_units import mlp_sites
+from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
-from tenfold.models.sites import find_sites, share_of, weight_of
+from tenfold.models.sites import count_parameters, find_sites, weight_of
 from tenfold.models.surgery import set_matrix
 from tenfold.structure import Structure
 from tenfold.structure.kronecker import rearrange
@@ -108,7 +108,7 @@ def ranked(before, after):
 def test_all_get_the_same_budget(toy, name):
     """At most the share of the blocks, and less by no more than one step of one item."""
     before, after = compressed(toy, name)
-    kept = share_of(after, "blocks") / share_of(before, "blocks")
+    kept = count_parameters(after, "blocks") / count_parameters(before, "blocks")
     assert 0.6 - STEPS.get(name, 0.02) < kept <= 0.6
 
 
@@ -119,7 +119,7 @@ def test_all_get_the_same_budget(toy, name):
 )
 def test_result_is_a_checkpoint(toy, name, tmp_path):
     _, after = compressed(toy, name)
-    save_folded(after, tmp_path / "folded")
+    save_compressed(after, tmp_path / "folded")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
     torch.testing.assert_close(logits(again), logits(after), atol=1e-5, rtol=1e-4)
 
@@ -128,9 +128,9 @@ def test_result_is_a_checkpoint(toy, name, tmp_path):
 @pytest.mark.parametrize("toy", ["llama", "gpt2", "llama-tied"])
 def test_slicing_keeps_its_budget_whatever_it_is_a_share_of(toy, of):
     model = build(toy)
-    before = share_of(model, of)
+    before = count_parameters(model, of)
     after = compress(model, at("slicegpt", 0.8, of), text=text())[0]
-    assert 0.7 * before < share_of(after, of) <= 0.8 * before
+    assert 0.7 * before < count_parameters(after, of) <= 0.8 * before
 
 
 # low rank ---------------------------------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def test_hidden_units_are_ordered_for_the_structure_and_nothing_changes(toy):
     """Units that were shuffled: the fit gets better, and the order alone leaves the function as it is."""
     model, spec = build(toy), {"kind": "kronecker", "inner": [4, 4], "terms": 1}
     recipe, mlps = load_recipe({"replace": [{"role": ["mlp.in", "mlp.gate"], "structure": spec}], "first": "order"}), {}
-    for path, sites in groups_of(model, "mlp.").items():
+    for path, sites in mlp_sites(model).items():
         mlps[path] = [
             (model.get_submodule(s.path), Structure.for_shape(*s.shape, spec)) for s in sites if s.role != "mlp.out"
         ]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tenfold.models.cost import inspect, meta_model, plan_of
+from tenfold.models.auto import meta_model
+from tenfold.models.cost import inspect
 from tenfold.models.initializers import STARTS
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import load_recipe, recipe_names
-from tenfold.models.sites import share_of
+from tenfold.models.sites import count_parameters
 from tenfold.models.surgery import install_empty
 
 # ---------------------------------------------------------------------------------------------- arithmetic
@@ -208,7 +209,7 @@ def priced(name: str) -> dict:
 @cache
 def planned(name: str):
     recipe = load_recipe(name)
-    return plan_of(recipe.on, recipe)
+    return make_plan(meta_model(recipe.on), recipe)
 
 
 @cache
@@ -341,9 +342,9 @@ def test_recipes_that_pretrain_bring_a_model_that_they_suit(name):
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
-    before = share_of(model, "blocks")
+    before = count_parameters(model, "blocks")
     install_empty(model, make_plan(model, recipe))
-    assert share_of(model, "blocks") / before == pytest.approx(kept[name.removeprefix("pretrain-")], abs=0.01)
+    assert count_parameters(model, "blocks") / before == pytest.approx(kept[name.removeprefix("pretrain-")], abs=0.01)
 
 
 def test_result_is_json_with_the_promised_keys():

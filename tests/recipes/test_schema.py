@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tenfold import api
-from tenfold.models.cost import inspect, meta_model, plan_of
+from tenfold.models.auto import meta_model
+from tenfold.models.cost import inspect
 from tenfold.models.plan import make_plan
 from tenfold.models.recipe import Recipe, load_recipe
 
@@ -59,7 +60,7 @@ def test_unknown_kind_lists_the_kinds():
 
 def test_unknown_role_names_the_nearest():
     refused(one("mlp.inn"), "no role 'mlp.inn'", "did you mean 'mlp.in'?")
-    refused(one(["mlp.in", "xyz"]), "no role 'xyz'", "roles are attn.q,")
+    refused(one(["mlp.in", "xyz"]), "no role 'xyz'", "there are attn.q,")
 
 
 @pytest.mark.parametrize("keep", [0, 1, -0.1, 1.5, float("nan")])
@@ -99,7 +100,7 @@ def test_later_rule_that_matches_nothing_is_refused_too():
 
 def test_first_matching_rule_wins():
     special = one(structure={"kind": "low_rank", "rank": 8}, layers=[2])["replace"]
-    plan = plan_of("gpt2", load_recipe({"replace": special + one()["replace"]}))
+    plan = make_plan(meta_model("gpt2"), load_recipe({"replace": special + one()["replace"]}))
     assert {path: entry.structure.rank for path, entry in plan.entries.items()} == {
         f"transformer.h.{layer}.mlp.c_fc": 8 if layer == 2 else 64 for layer in range(12)
     }
@@ -152,7 +153,7 @@ def test_structure_of_the_wrong_types_is_shown(structure):
 
 
 def test_tied_head_is_not_folded_by_itself():
-    refused(one("head"), "tied", "fold role embed", "untie: true")
+    refused(one("head"), "tied", "factorise role embed", "untie: true")
     refused({"replace": [{"path": "lm_head", "structure": LOW_RANK}]}, "tied", "untie: true")
     untied = inspect("gpt2", load_recipe(one("head") | {"untie": True}))["parameters"]
     assert untied["total"] == 124_439_808 + 64 * (50257 + 768)
@@ -181,7 +182,7 @@ def test_two_rules_never_share():
 
 
 def test_keep_of_a_rule_is_of_each_site():
-    plan = plan_of("gpt2", load_recipe(one(FFN, OPEN, keep=0.25)))
+    plan = make_plan(meta_model("gpt2"), load_recipe(one(FFN, OPEN, keep=0.25)))
     assert {entry.structure.rank for entry in plan.entries.values()} == {3072 * 768 // 4 // (3072 + 768)}
 
 
@@ -203,7 +204,9 @@ def test_budget_of_the_model_counts_what_other_rules_drop(first):
 
 
 def test_budget_that_the_rules_can_not_meet_shows_both_numbers():
-    refused(one(FFN, OPEN) | {"budget": {"keep": 0.3, "of": "model"}}, "0.3", "87,107,866", "56,623,104", "fold more")
+    refused(
+        one(FFN, OPEN) | {"budget": {"keep": 0.3, "of": "model"}}, "0.3", "87,107,866", "56,623,104", "factorise more"
+    )
     refused(one(FFN) | {"budget": {"keep": 0.5, "of": "model"}}, "which hold 0;", "change keep")
 
 
@@ -257,7 +260,7 @@ def test_file_may_say_on(tmp_path):
         ),
         (
             {"stages": [{"replace": []}], "first": "slice"},
-            "a recipe of stages says in them what is done, and has no first",
+            "a recipe of stages has its rules in them, and no first",
         ),
         (one() | {"squeeze": {"role": "mlp.in"}}, "squeeze and replace are two stages"),
     ],

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 import tenfold
 import tenfold_cli
-from tenfold.models.atomic_io import whole_folder, written
+from tenfold.models.atomic_io import atomic_directory, disk_full_errors
 from tenfold.train.pretrain import pretrain
 
 REASONS = [
@@ -39,18 +39,18 @@ def dense(tmp_path):
 
 @pytest.mark.parametrize("reason", REASONS, ids=lambda reason: type(reason).__name__)
 def test_what_libraries_say_is_one_sentence(tmp_path, reason):
-    with pytest.raises(OSError, match=f"there {SENTENCE}"), written("there"):
+    with pytest.raises(OSError, match=f"there {SENTENCE}"), disk_full_errors("there"):
         raise reason
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(OSError, match=SENTENCE), whole_folder(tmp_path / "out") as new:
+    with pytest.raises(OSError, match=SENTENCE), atomic_directory(tmp_path / "out") as new:
         (new / "new").write_text("new")
         raise reason
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    with pytest.raises(RuntimeError, match="something else"), written("there"):
+    with pytest.raises(RuntimeError, match="something else"), disk_full_errors("there"):
         raise RuntimeError("something else")
     cut = SafetensorError("Error while deserializing header: invalid header length")
-    with pytest.raises(ValueError, match="there has a file that is cut off"), written("there"):
+    with pytest.raises(ValueError, match="there has a file that is cut off"), disk_full_errors("there"):
         raise cut
 
 

@@ -18,7 +18,7 @@ from tenfold import api
 from tenfold.api import compress, evaluate, heal_settings
 from tenfold.checkpoint_jobs import heal_checkpoint
 from tenfold.evaluate.text_files import documents, token_stream
-from tenfold.models.atomic_io import written
+from tenfold.models.atomic_io import disk_full_errors
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation
@@ -357,7 +357,7 @@ def test_a_full_disk_is_told_and_the_same_call_goes_on(folder, tokenizer, tmp_pa
             call()
     assert not list(tmp_path.glob("*/trainer_state.json"))
     assert call()["steps"] == 4
-    with pytest.raises(RuntimeError, match="something else"), written("there"):
+    with pytest.raises(RuntimeError, match="something else"), disk_full_errors("there"):
         raise RuntimeError("something else")
 
 

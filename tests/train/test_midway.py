@@ -174,9 +174,9 @@ def test_overwriting_begins_anew(text, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        (halfway({}), "train.fold folds by the rules under replace, and there are none"),
-        (halfway({"stages": [BLOCKS | {"heal": {}}]}), "is trained on behind it; leave heal out"),
-        (halfway({"stages": [{"first": "drop-layers", "budget": {"keep": 0.5}}]}), "and first, go by activations"),
+        (halfway({}), "train.fold compresses by the rules under replace, and there are none"),
+        (halfway({"stages": [BLOCKS | {"heal": {}}]}), "so that nothing is left to heal; leave heal out"),
+        (halfway({"stages": [{"first": "drop-layers", "budget": {"keep": 0.5}}]}), "and first, need activations"),
         (halfway({"replace": [CHOICE]}), "a choice of structures, .*: write a calibrate section"),
         (
             halfway(BLOCKS | {"budget": {"keep": 0.5, "of": "flops"}}),
@@ -185,7 +185,7 @@ def test_overwriting_begins_anew(text, tmp_path):
         (halfway(BLOCKS, guide=0.5), "train.fold and train.guide are two ways to begin with dense matrices"),
         (
             halfway({"replace": [{"narrow": "mlp"}]}),
-            "rules that narrow, and first, go by activations: write a calibrate",
+            "rules that narrow, and first, need activations: write a calibrate",
         ),
         (halfway({"replace": [{"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [5, 7]}}]}), "5"),
     ],

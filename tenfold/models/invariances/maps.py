@@ -1,7 +1,7 @@
-"""Index maps that the hidden units of an MLP take over: one permuted copy less at every call.
+"""Index maps that the hidden units of an MLP absorb: one permuted copy less at every call.
 
-In ``W[rows[i], columns[j]] = base[i, j]`` (TQCompressor) the base's outputs are put into another order, and the inputs before
-them. Hidden units may lie in any order: in that of one map this map is gone, and those of the other matrices follow.
+In ``W[rows[i], columns[j]] = base[i, j]`` (TQCompressor) the outputs of the base are permuted, and its inputs before them. Hidden
+units may have any order: in that of one map this map disappears, and those of the other matrices follow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tenfold.models.invariances.blocks import groups_of
+from tenfold.models.invariances.hidden_units import mlp_sites
 from tenfold.models.plan import SitePlan
 from tenfold.models.sites import Site, weight_of
 from tenfold.models.surgery import install, set_matrix
@@ -36,7 +36,7 @@ class _Side:
 
     @property
     def map(self) -> Tensor | None:
-        """The index map of all units; None if there is none."""
+        """Return the index map of all units, None if there is none."""
         structure = getattr(self.module, "structure", None)
         if not isinstance(structure, Scattered) or self.module.shared or not getattr(structure, f"map_{self.name}"):
             return None
@@ -44,14 +44,14 @@ class _Side:
         return found.long() if len(found) == self.size and not found.is_meta else None
 
     @property
-    def plain(self) -> bool:
-        """Whether this is one matrix, and its own."""
+    def is_matrix(self) -> bool:
+        """Tell whether this is one matrix that no other site shares."""
         structure = getattr(self.module, "structure", None)
         return structure is None or (isinstance(structure, Dense) and not self.module.shared)
 
     @torch.no_grad()
-    def move(self, model: PreTrainedModel, order: Tensor) -> bool:
-        """Unit ``k`` is what unit ``order[k]`` was; whether the map is gone."""
+    def permute(self, model: PreTrainedModel, order: Tensor) -> bool:
+        """Make unit ``order[k]`` unit ``k``; return whether the map has disappeared."""
         bias = None if self.name == "columns" or self.module.bias is None else self.module.bias[order]
         if self.map is None:
             matrix = weight_of(self.module).clone()
@@ -66,16 +66,16 @@ class _Side:
             structure = replace(structure, **{f"map_{self.name}": False})
             if structure.base.shape == structure.shape and not structure.index_shapes():
                 structure = structure.base
-        kept = self.module.bias if bias is None else bias
-        entry = SitePlan(self.site, structure, kept is not None, frozen=tuple(self.module.frozen))
-        install(model, entry, factors, kept)
+        bias = self.module.bias if bias is None else bias
+        entry = SitePlan(self.site, structure, bias is not None, frozen=tuple(self.module.frozen))
+        install(model, entry, factors, bias)
         return gone
 
 
-def fold_maps(model: PreTrainedModel, inside: str = "") -> list[str]:
-    """Let the hidden units of every MLP lie as one of its index maps has them: the same function, in place.
+def absorb_index_maps(model: PreTrainedModel, inside: str = "") -> list[str]:
+    """Permute the hidden units of every MLP so that one of its index maps disappears; the function stays the same.
 
-    An MLP stays as it is if one of its matrices is folded and has no map of all its units. Call
+    An MLP stays as it is if one of its matrices is factorised and has no map of all its units. Call
     :func:`tenfold.models.surgery.finish` after it.
 
     Args:
@@ -85,13 +85,13 @@ def fold_maps(model: PreTrainedModel, inside: str = "") -> list[str]:
         The paths of the matrices that have a map less.
     """
     gone = []
-    for sites in groups_of(model, "mlp.").values():
+    for sites in mlp_sites(model).values():
         sides = [_Side(site, model.get_submodule(site.path)) for site in sites]
         sides = [side for side in sides if not inside or side.site.path.startswith(f"{inside}.")]
         mapped = [side for side in sides if side.map is not None]
         alike = len({side.size for side in sides}) == 1 and any(side.name == "columns" for side in sides)
-        if not mapped or not alike or not all(side.plain or side in mapped for side in sides):
+        if not mapped or not alike or not all(side.is_matrix or side in mapped for side in sides):
             continue
         order = mapped[0].map
-        gone += [side.site.path for side in sides if side.move(model, order)]
+        gone += [side.site.path for side in sides if side.permute(model, order)]
     return gone

@@ -7,7 +7,7 @@ from folding import KRONECKER, LOW_RANK, fold
 from transformers import AutoModelForCausalLM
 
 import tenfold
-from tenfold.models.invariances.maps import fold_maps
+from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.plan import SitePlan
 from tenfold.models.sites import find_sites
 from tenfold.models.surgery import finish, install
@@ -39,7 +39,7 @@ def of(model, role: str) -> list[torch.nn.Module]:
 def test_the_same_logits_with_a_map_less(name, some):
     model = folded(name, **{role.replace(".", "_"): MAPPED for role in some})
     before, had, mapped = toys.logits(model), maps(model), any(of(model, role) for role in some)
-    gone = fold_maps(model)
+    gone = absorb_index_maps(model)
     torch.testing.assert_close(toys.logits(model), before, rtol=1e-4, atol=1e-4)
     assert bool(gone) == mapped and len(maps(model)) == len(had) - len(gone)
     assert len(gone) == len({path.rpartition(".")[0] for path in gone})  # one of every MLP
@@ -51,14 +51,14 @@ def test_equal_maps_go_together():
         gate.rows.copy_(one.rows)
         out.columns.copy_(one.rows)
     before = toys.logits(model)
-    assert len(fold_maps(model)) == 6
+    assert len(absorb_index_maps(model)) == 6
     torch.testing.assert_close(toys.logits(model), before, rtol=1e-4, atol=1e-4)
     assert all(name.endswith(("proj.rows", "proj.columns")) for name in maps(model)) and len(maps(model)) == 6
 
 
 def test_a_base_without_maps_stands_alone():
     model = folded("gpt2", mlp_in=MAPPED | {"map_columns": False})
-    fold_maps(model)
+    absorb_index_maps(model)
     assert [layer.structure.kind for layer in of(model, IN)] == ["kronecker"] * 2
 
 
@@ -72,10 +72,9 @@ def test_a_base_without_maps_stands_alone():
 )
 def test_what_can_not_follow_stays(structures):
     model = folded("llama", **structures)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert fold_maps(model) == []
-    now = model.state_dict()
-    assert now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
+    before = toys.snapshot(model)
+    assert absorb_index_maps(model) == []
+    assert toys.is_untouched(model, before)
 
 
 def test_units_that_are_pruned_stay():
@@ -83,12 +82,12 @@ def test_units_that_are_pruned_stay():
     (site, _) = (site for site in find_sites(model) if site.role == IN)
     half = Scattered(base=base, out_features=48, in_features=32)
     install(model, SitePlan(site, half, False), half.init(0.02), None)
-    assert fold_maps(model) == []
+    assert absorb_index_maps(model) == []
 
 
 def test_only_inside():
     model = folded("gpt2", mlp_in=MAPPED)
-    assert fold_maps(model, "transformer.h.1") == ["transformer.h.1.mlp.c_fc"]
+    assert absorb_index_maps(model, "transformer.h.1") == ["transformer.h.1.mlp.c_fc"]
 
 
 def test_compression_leaves_it_out_and_it_is_saved(tmp_path):
@@ -108,6 +107,6 @@ def test_compression_leaves_it_out_and_it_is_saved(tmp_path):
 
 def test_a_finished_model_says_what_it_has():
     model = folded("gpt2", mlp_in=MAPPED)
-    fold_maps(model)
+    absorb_index_maps(model)
     finish(model, "test")
     assert model.config.quantization_config.sites["transformer.h.0.mlp.c_fc"]["structure"]["map_rows"] is False

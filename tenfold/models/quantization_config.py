@@ -1,0 +1,35 @@
+"""``quantization_config`` of a compressed checkpoint: what its ``config.json`` says about its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD, VERSION = "tenfold", 1
+
+
+@register_quantization_config(METHOD)
+class TenfoldConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model; unknown keys are dropped.
+
+    Args:
+        sites: ``{path: {structure, bias, shared, frozen, mask}}``, the last three where there are any.
+        untied: whether the output head has a matrix of its own.
+        recipe: the name of the recipe.
+    """
+
+    def __init__(
+        self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **unknown
+    ):
+        self.quant_method, self.format_version = METHOD, format_version
+        self.sites, self.untied, self.recipe = sites or {}, untied, recipe
+
+
+def get_tenfold_config(config: Any) -> TenfoldConfig | None:
+    """Return what a model's configuration says about its compression, None for a dense model."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        return TenfoldConfig(**found)
+    return found if isinstance(found, TenfoldConfig) else None
