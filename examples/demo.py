@@ -1,9 +1,9 @@
-"""The main job on the small model that ships with tenfold: price, fold, measure, heal, generate, save, reload.
+"""Run the main job on the small model that ships with tenfold: price, compress, measure, heal, generate, save, reload.
 
     make demo            everything, under five minutes on two cores
-    make demo QUICK=1    less text and a shorter healing, under two minutes
+    make demo QUICK=1    less text and shorter healing, under two minutes
 
-Text: tenfold/demo/*.jsonl, public-domain books and CC0 blogs. The model was trained by `tenfold pretrain`.
+Text: tenfold/demo/*.jsonl, public-domain books and CC0 blogs. `tenfold pretrain` trained the model.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import tenfold_cli as cli
+import tenfold_cli
+from tenfold_cli.output import PhaseProgress, StepProgress, show_table
 
 KEEP = 0.8  # of all parameters: 0.75 of the matrices of the blocks, which hold 81 % of this model
 STRUCTURES = [
@@ -29,41 +30,40 @@ PRICED = ["ttm-64", "krony-81m", "tqcompressor", "kngpt2", "tensorgpt", "low-ran
 PROMPT = "The old house stood at the end of the"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--quick", action="store_true", help="less text, a shorter healing")
-parser.add_argument(
-    "--output", type=Path, help="where the healed model and demo.json go; a temporary folder unless given"
-)
+parser.add_argument("--quick", action="store_true", help="less text, shorter healing")
+parser.add_argument("--output", type=Path, help="folder for the healed model and demo.json; default: a temporary one")
 quick, output = parser.parse_args().quick, parser.parse_args().output
 if output is not None and output.exists():
     sys.exit(f"{output} is there already; choose another folder")
 begun = time.perf_counter()
-cli._quiet()
+tenfold_cli.silence_libraries()
 print("loading torch and transformers ...", file=sys.stderr)
 
 import torch  # noqa: E402
 
 import tenfold  # noqa: E402
 from tenfold import api  # noqa: E402
+from tenfold.models.distillation_config import Heal  # noqa: E402
 
 demo = Path(tenfold.__file__).parent / "demo"
 limit = 12_000 if quick else 40_000
 steps = 24 if quick else 140
 
-print("\n1. What the published recipes make of GPT-2 small, counted without allocating a weight\n")
+print("\n1. Published recipes on GPT-2 small, counted without allocating weights\n")
 rows = []
-for name in cli.tracked("pricing")(PRICED):
-    priced = tenfold.inspect("gpt2", tenfold.models.recipe.load_recipe(name))
+for name in PhaseProgress("pricing")(PRICED):
+    priced = tenfold.inspect("gpt2", tenfold.load_recipe(name))
     count, flops = priced["parameters"], priced["flops_per_token"]
     rows.append([name, f"{count['total']:,}", f"{count['without_head']:,}", *(f"{flops[k] / 1e6:,.0f}" for k in flops)])
-cli.show_table(["recipe", "parameters", "without head", "MFLOPs/token, 1 row", "1,024 rows"], rows)
+show_table(["recipe", "parameters", "without head", "MFLOPs/token, 1 row", "1,024 rows"], rows)
 
-print(f"\n2. The demo model, every matrix of its blocks folded without data, {KEEP:.0%} of all parameters kept\n")
+print(f"\n2. The demo model, every matrix of its blocks factorised without data, {KEEP:.0%} of all parameters kept\n")
 dense, tokenizer = api.load(demo, dtype="float32")
 
 
 def measure(label: str, model, seconds: float) -> dict:
-    """One row of the table."""
-    scores = api.evaluate(model, tokenizer, [demo / "heldout.jsonl"], limit=limit, progress=cli.tracked(label))
+    """Return one row of the table."""
+    scores = api.evaluate(model, tokenizer, [demo / "heldout.jsonl"], limit=limit, progress=PhaseProgress(label))
     speed = api.bench(model, repeats=7, new_tokens=4)
     return {"label": label, "seconds": seconds, "scores": scores, "speed": speed, **api.price(model)}
 
@@ -72,25 +72,25 @@ results = [measure("dense", dense, 0.0)]
 models = {}
 for label, structure in STRUCTURES:
     recipe = api.recipe_for(structure, KEEP, "model")
-    model, report = api.compress(copy.deepcopy(dense), recipe, progress=cli.phased(f"folding: {label}"))
+    model, report = api.compress(copy.deepcopy(dense), recipe, progress=PhaseProgress(f"compressing: {label}"))
     models[label] = model, report
     results.append(measure(label, model, report["seconds"]))
 
 best = min(results[1:], key=lambda row: row["scores"]["perplexity"])["label"]
 print(f"3. Healing the best one, {best}, by distillation from the dense model", file=sys.stderr)
 healed, report = models[best]
-settings = tenfold.models.recipe.Heal(steps=steps, learning_rate=1e-3, tokens_per_step=2048)
-with cli.counted("healing") as advance:
+settings = Heal(steps=steps, learning_rate=1e-3, tokens_per_step=2048)
+with StepProgress("healing") as advance:
     healing = api.heal(healed, dense, tokenizer, [demo / "healing.jsonl"], settings, advance=advance)
 results.append(measure(f"{best}, healed", healed, report["seconds"] + healing["seconds"]))
 
-print("   and what the recommended recipe makes of it, guided by calibration text, without healing", file=sys.stderr)
+print("   and the recommended recipe, guided by calibration text, without healing", file=sys.stderr)
 recommended = api.with_keep("recommended", KEEP)
 text = api.read_calibration(dense, tokenizer, [demo / "calibration.jsonl"], recommended, 32 if quick else 128)
-model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=cli.phased("calibrating"), text=text)
+model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=PhaseProgress("recommended"), text=text)
 results.append(measure("recommended, calibrated", model, calibrated["seconds"]))
 
-cli.show_table(
+show_table(
     ["", "parameters", "without head", "MFLOPs/token", "perplexity", "bits/byte", "tokens/s", "of dense", "seconds"],
     [
         [
@@ -110,17 +110,17 @@ cli.show_table(
 protocol = results[0]["scores"]["protocol"]
 print(
     f"\nPerplexity on heldout.jsonl: {results[0]['scores']['tokens']:,} tokens, windows of {protocol['window']}, stride "
-    f"{protocol['stride']}. FLOPs at 1,024 rows a call; tokens/s reading a prompt of one window, in turns with the dense\n"
-    "twin. Seconds: folding, and healing where healed. The head is tied: it has no parameters of its own."
+    f"{protocol['stride']}. FLOPs at 1,024 rows a call; tokens/s reading a prompt of one window, alternating with the\n"
+    "dense twin. Seconds: compression, and healing of the healed row. The head is tied: it has no parameters of its own."
 )
 
 print("\n4. A sentence from both\n")
 print("dense :", api.generate(dense, tokenizer, PROMPT, 30).replace("\n", " "))
 print("healed:", api.generate(healed, tokenizer, PROMPT, 30).replace("\n", " "))
 
-print("\n5. Saved, and loaded by plain transformers in a fresh process\n")
+print("\n5. Saved, and reloaded by plain transformers in a new process\n")
 with tempfile.TemporaryDirectory() as scratch:
-    folder = output or Path(scratch) / "folded"
+    folder = output or Path(scratch) / "healed"
     report |= {"heal": healing, "evaluation": results[-1]["scores"], "evaluation_dense": results[0]["scores"]}
     api.save(healed, folder, tokenizer, report, "python examples/demo.py")
     (folder / "demo.json").write_text(json.dumps(results, indent=1))

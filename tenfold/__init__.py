@@ -1,8 +1,8 @@
-"""tenfold folds the weight matrices of transformer language models into small tensors.
+"""tenfold prunes and factorises transformer language models, guided by activations, and heals them by distillation.
 
-The public names are twins of the commands. Importing the package teaches transformers to load folded checkpoints:
-after ``import tenfold`` plain ``AutoModelForCausalLM.from_pretrained(folder)`` works. Everything else is imported when
-it is first asked for.
+Importing the package teaches transformers to load compressed checkpoints: after ``import tenfold``, plain
+``AutoModelForCausalLM.from_pretrained(folder)`` works. The public names, which are the Python equivalents of the commands, are
+imported on first use.
 """
 
 import sys
@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import tenfold.models.hf_quantizer as _hook  # noqa: F401 - registers it
+import tenfold.models.hf_quantizer as _hf_quantizer  # noqa: F401 - registers itself with transformers
 
 if TYPE_CHECKING:
     from tenfold.api import (
@@ -27,44 +27,32 @@ if TYPE_CHECKING:
         pretrain,
         read_calibration,
         save,
-    )
+    )  # fmt: skip
     from tenfold.models.deepen import deepen
     from tenfold.models.loading import from_pretrained
+    from tenfold.models.recipe import Recipe, load_recipe
     from tenfold.models.surgery import densify, replace
     from tenfold.nn.dense_cache import dense_cache
 
-_HOME = {
-    "dense_cache": "tenfold.nn.dense_cache",
+_MODULES = {  # of public names that are not in tenfold.api
+    "Recipe": "tenfold.models.recipe",
     "deepen": "tenfold.models.deepen",
-    "from_pretrained": "tenfold.models.loading",
+    "dense_cache": "tenfold.nn.dense_cache",
     "densify": "tenfold.models.surgery",
+    "from_pretrained": "tenfold.models.loading",
+    "load_recipe": "tenfold.models.recipe",
     "replace": "tenfold.models.surgery",
 }
 
 __all__ = [
-    "bench",
-    "compress",
-    "deepen",
-    "dense_cache",
-    "densify",
-    "evaluate",
-    "evaluate_task",
-    "finetune",
-    "from_pretrained",
-    "generate",
-    "heal",
-    "inspect",
-    "load",
-    "plan",
-    "pretrain",
-    "read_calibration",
-    "replace",
+    "Recipe", "bench", "compress", "deepen", "dense_cache", "densify", "evaluate", "evaluate_task", "finetune",
+    "from_pretrained", "generate", "heal", "inspect", "load", "load_recipe", "plan", "pretrain", "read_calibration", "replace",
     "save",
 ]  # fmt: skip
 
 
 class _Package(ModuleType):
-    """The functions ``compress`` and ``evaluate`` win over the folders of the same names."""
+    """Module in which the functions ``compress`` and ``evaluate`` take precedence over the packages of the same names."""
 
     def __setattr__(self, name: str, value) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):
@@ -73,7 +61,7 @@ class _Package(ModuleType):
     def __getattr__(self, name: str):
         if name not in __all__:
             raise AttributeError(f"module 'tenfold' has no attribute {name!r}; it has {', '.join(__all__)}")
-        setattr(self, name, getattr(import_module(_HOME.get(name, "tenfold.api")), name))
+        setattr(self, name, getattr(import_module(_MODULES.get(name, "tenfold.api")), name))
         return vars(self)[name]
 
     def __dir__(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m tenfold``: the command line."""
+"""Run the command line: ``python -m tenfold``."""
 
 from tenfold_cli import main
 

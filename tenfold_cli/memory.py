@@ -1,24 +1,21 @@
-"""Memory of a command that works on large tensors."""
+"""Memory allocation for commands that work on large tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# glibc's parameters of mallopt
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt
 
 
-def keep_freed() -> None:
-    """Keep what is freed for the next tensor, where glibc would hand tensors of megabytes back to the system at once.
+def reuse_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning large tensors to the system at once.
 
-    The system clears every page before it hands it out again: a third of the time of healing, whose tensors come and go all the
-    time. The peak grows by what lies between (a tenth). Elsewhere than under glibc nothing is changed.
+    The system clears every page before it hands it out again, which took a third of the time of healing. The peak grows by about
+    a tenth. Without glibc nothing changes.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None:
-        mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(TOP_PAD, 2**26)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)

@@ -1,4 +1,4 @@
-"""What the commands print: tables and JSON on standard output, choices and progress bars on standard error."""
+"""What the commands print: tables and JSON on standard output, choices and progress on standard error."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from functools import partial
 from typing import Any
+
+from tenfold_cli.options import is_first
+
+SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 
 
 def show_json(value: Any) -> None:
@@ -29,20 +31,42 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def short(structure: dict) -> str:
-    fields = [
-        f"{key}={value}".replace(" ", "")
-        for key, value in structure.items()
-        if key in ("rank", "ranks", "terms", "outs", "ins")
+def format_structure(structure: dict) -> str:
+    fields = ("rank", "ranks", "terms", "outs", "ins")
+    sizes = [f"{key}={structure[key]}".replace(" ", "") for key in structure if key in fields]
+    return " ".join([structure["kind"], *sizes])
+
+
+def format_counts(report: dict) -> str:
+    """Return parameters before and after compression, with and without the head."""
+    count, dense = report["parameters"], report["parameters_dense"]
+    total, without_head = (
+        f"{dense[key]:,} -> {count[key]:,} {{}} ({count[key] / dense[key]:.1%} kept)"
+        for key in ("total", "without_head")
+    )
+    line = f"parameters {total.format('with the head')}, {without_head.format('without')}"
+    if counted := report.get("counted"):
+        line += f"; {counted['note']}: {counted['dense_bytes']:,} -> {counted['bytes']:,}"
+    return line
+
+
+def show_layer_times(cells: list[dict]) -> None:
+    """Print times of layers against dense ones, and the share of the machine's floor that they reach."""
+    columns = [
+        "structure",
+        "out x in",
+        "layers",
+        "rows",
+        "pass",
+        "ms",
+        "dense ms",
+        "dense / ours",
+        "of the floor",
+        "MiB",
     ]
-    return " ".join([structure["kind"], *fields])
-
-
-def show_cells(cells: list[dict]) -> None:
-    """Layers against dense ones, and how near they come to the floor."""
     rows = [
         [
-            short(cell["structure"]),
+            format_structure(cell["structure"]),
             "x".join(map(str, cell["shape"])),
             str(cell["layers"]),
             f"{cell['rows']:,}",
@@ -56,24 +80,11 @@ def show_cells(cells: list[dict]) -> None:
         ]
         for cell in cells
     ]
-    columns = [
-        "structure",
-        "out x in",
-        "layers",
-        "rows",
-        "pass",
-        "ms",
-        "dense ms",
-        "dense / ours",
-        "of the floor",
-        "MiB",
-        "dense MiB",
-    ]
-    show_table(columns, rows)
+    show_table([*columns, "dense MiB"], rows)
 
 
-def show_speeds(results: list[dict], other: str) -> None:
-    """Speed and memory of a model beside those of another one."""
+def show_model_speeds(results: list[dict], other: str) -> None:
+    """Print speed and memory of a model beside those of another one."""
     rows = [
         [
             name,
@@ -95,144 +106,114 @@ def show_speeds(results: list[dict], other: str) -> None:
     show_table(columns, rows)
 
 
-def count_line(report: dict) -> str:
-    count, dense = report["parameters"], report["parameters_dense"]
-    kept = [count[key] / dense[key] for key in ("total", "without_head")]
-    counted = report.get("counted")
-    bytes_ = f"; {counted['note']}: {counted['dense_bytes']:,} -> {counted['bytes']:,}" if counted else ""
-    return (
-        f"parameters {dense['total']:,} -> {count['total']:,} with the head ({kept[0]:.1%} kept), "
-        f"{dense['without_head']:,} -> {count['without_head']:,} without ({kept[1]:.1%} kept){bytes_}"
-    )
-
-
-def error(error: float | None) -> str:
-    return "" if error is None else f"{error:.4f}"
-
-
-def tracked(what: str) -> Callable[..., Iterable]:
-    """A progress bar around a list, on standard error; ``what`` is shown, whatever the phase."""
-
-    def wrap(items: Iterable, phase: str = "") -> Iterable:
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(list(items), description=what, console=Console(stderr=True), transient=True)
-
-    return wrap
-
-
-class phased:
-    """Progress of a run in phases, on standard error: the phase, how far it is, and the time left for the whole run.
-
-    A bar where someone looks, else a line at the beginning of a phase and then every ``EVERY`` seconds. It is a ``progress`` as
-    :mod:`tenfold.compress.progress` says; what runs twice tells twice.
-    """
-
-    EVERY = 30.0
-
-    def __init__(self, what: str):
-        self.what, self.begun, self.said, self.done = what, time.perf_counter(), -math.inf, 0.0
-        self.unknown = 0.0  # seconds in phases of which nobody knows how long they take
-
-    def __call__(self, items: Iterable, phase: str = "") -> Iterator:
-        items = list(items)
-        with self._shown(f"{self.what}: {phase}" if phase else self.what, len(items)) as show:
-            share, begun = getattr(phase, "share", None if phase else 1.0), time.perf_counter()
-            show(0, self._left(self.done))
-            for number, item in enumerate(items, 1):
-                yield item
-                if share is None:
-                    spent = time.perf_counter() - begun
-                    show(number, self._left(self.done, spent, spent * (len(items) / number - 1)))
-                else:
-                    show(number, self._left(self.done + share * number / len(items)))
-            self.done += share or 0.0
-            self.unknown += 0.0 if share else time.perf_counter() - begun
-
-    def _left(self, done: float, spent: float = 0.0, here: float = 0.0) -> str:
-        """The time left once ``done`` of the known phases is done; another one has ``spent`` so much and will take ``here``."""
-        known = time.perf_counter() - self.begun - self.unknown - spent
-        ahead = known / done * max(0.0, 1 - done) if done else 0.0
-        return f"{timedelta(seconds=round(here + ahead))} left" if done or here else ""
-
-    @contextmanager
-    def _shown(self, told: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-        if not sys.stderr.isatty():
-            self.said = -math.inf
-            yield partial(self._line, told, total)
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(told, total=total, left="")
-            yield lambda number, left: bar.update(task, completed=number, left=left)
-
-    def _line(self, told: str, total: int, number: int, left: str) -> None:
-        if time.perf_counter() - self.said >= self.EVERY or number == total:
-            self.said = time.perf_counter()
-            print(f"{told} {number} of {total}, {left}".removesuffix(", "), file=sys.stderr, flush=True)
-
-
-class counted:
-    """A progress bar that is told ``(step, steps, tokens a second)``; where no one looks, a line every twentieth."""
-
-    def __init__(self, what: str):
-        self.what, self.step = what, math.inf
-
-    def __enter__(self) -> Callable[..., None]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        if not sys.stderr.isatty():
-            self.bar = None
-            return self._line
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[speed]}"), console=Console(stderr=True), transient=True)
-        task = self.bar.add_task(self.what, speed="")
-
-        def update(step: int, steps: int, speed: float | None = None) -> None:
-            self.bar.start()  # not before it is told anything: only one bar can be shown, and others may come first
-            self.bar.update(task, completed=step, total=steps, speed=_speed(speed))
-            if step == steps:
-                self.bar.stop()
-
-        return update
-
-    def _line(self, step: int, steps: int, speed: float | None = None) -> None:
-        if step <= self.step:  # the first one, where an interrupted run goes on, or the first of the next healing
-            self.said, self.first, self.begun = 20 * (step - 1) // steps, step, time.perf_counter()
-        self.step, twentieth = step, 20 * step // steps
-        if twentieth > self.said or step == self.first:
-            self.said, done = twentieth, step - self.first
-            seconds = (time.perf_counter() - self.begun) / max(1, done) * (steps - step)
-            left = f", {timedelta(seconds=round(seconds))} left" if done else ""
-            told = f"{self.what}: step {step:,} of {steps:,}{left} {_speed(speed)}"
-            print(told.rstrip(), file=sys.stderr, flush=True)
-
-    def __exit__(self, *reason) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def _speed(tokens: float | None) -> str:
-    return "" if tokens is None else f"{tokens:,.0f} tokens/s"
-
-
 def show_choices(choices: list[dict]) -> None:
-    """What is about to be done, on standard error: parameters, and the loss that is foreseen."""
+    """Print on standard error what is about to be done: parameters, and the predicted loss."""
+    if not is_first():
+        return
     for choice in choices:
-        shown = choice["chosen"] if not isinstance(choice["chosen"], dict) else short(choice["chosen"])
+        chosen = choice["chosen"] if not isinstance(choice["chosen"], dict) else format_structure(choice["chosen"])
         kept = f"{choice['parameters']:>12,} of {choice['of']:>12,}"
         loss = "" if choice["loss"] is None else f"loss {choice['loss']:.5f}"
-        print(f"{choice['item']:<48} {shown!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
+        print(f"{choice['item']:<48} {chosen!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
     known = [choice for choice in choices if choice["loss"] is not None]
     if known:
         print(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)
+
+
+class Display:
+    """A progress bar on standard error, or a line every ``SECONDS`` where that is no terminal; only of the first process."""
+
+    def __init__(self):
+        self.bar, self.text, self.done, self.printed = None, "", 0, -math.inf
+
+    def show(self, text: str, done: int, total: int, *notes: str) -> None:
+        note = ", ".join(filter(None, notes))
+        if not is_first():
+            return
+        if sys.stderr.isatty():
+            self._draw(text, done, total, note)
+            return
+        started = text != self.text or done < self.done
+        if started or done == total or time.perf_counter() - self.printed >= SECONDS:
+            self.printed = time.perf_counter()
+            print(f"{text} {done:,} of {total:,}{note and ', '}{note}", file=sys.stderr, flush=True)
+        self.text, self.done = text, done
+
+    def _draw(self, text: str, done: int, total: int, note: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        if self.bar is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.add_task(text, note="")
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], description=text, completed=done, total=total, note=note)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class PhaseProgress:
+    """Progress of a run in phases: a ``progress`` function as :mod:`tenfold.compress.progress` describes.
+
+    It shows the phase, how far it is, and the time left for the whole run, unless the length of the phase is unknown.
+    """
+
+    def __init__(self, title: str):
+        self.title, self.display, self.begun = title, Display(), time.perf_counter()
+        self.done = 0.0  # share of the run
+
+    def __call__(self, items: Iterable, phase: str = "") -> Iterator:
+        items, text = list(items), f"{self.title}: {phase}" if phase else self.title
+        share, begun = getattr(phase, "share", None if phase else 1.0), time.perf_counter()
+        try:
+            self.display.show(text, 0, len(items), self._time_left(self.done, share))
+            for number, item in enumerate(items, 1):
+                yield item
+                done = self.done + (share or 0.0) * number / len(items)
+                self.display.show(text, number, len(items), self._time_left(done, share))
+        finally:
+            self.display.close()
+        if share is None:
+            self.begun += time.perf_counter() - begun  # this time says nothing about the other phases
+        else:
+            self.done += share
+
+    def _time_left(self, done: float, share: float | None) -> str:
+        if share is None or not done:
+            return ""
+        return _format_left((time.perf_counter() - self.begun) / done * max(0.0, 1 - done))
+
+
+class StepProgress:
+    """Progress of a training: a context that gives the function ``advance(step, steps, tokens_per_second)``."""
+
+    def __init__(self, title: str):
+        self.title, self.display, self.step = title, Display(), math.inf
+
+    def __enter__(self):
+        return self.advance
+
+    def __exit__(self, *reason) -> None:
+        self.display.close()
+
+    def advance(self, step: int, steps: int, speed: float | None = None) -> None:
+        if step <= self.step:  # the first step, also of a resumed training, or of the next one
+            self.first, self.begun = step, time.perf_counter()
+        self.step, done = step, step - self.first
+        left = _format_left((time.perf_counter() - self.begun) / done * (steps - step)) if done else ""
+        self.display.show(f"{self.title}: step", step, steps, left, f"{speed:,.0f} tokens/s" if speed else "")
+
+
+def _format_left(seconds: float) -> str:
+    return f"{timedelta(seconds=round(seconds))} left"

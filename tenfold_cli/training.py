@@ -1,4 +1,4 @@
-"""The commands that train, and the one that makes a deeper model to train on."""
+"""Commands that train: heal, finetune, pretrain; and deepen, which makes a deeper model to train on."""
 
 from __future__ import annotations
 
@@ -7,110 +7,159 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli.options import SEEDS, Device, Dtype, Model, Output, Overwrite, command, first
-from tenfold_cli.output import count_line, counted, tracked
+from tenfold_cli.options import (
+    FORMATS,
+    MAX_SEED,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    command_line,
+    given,
+    is_first,
+    shows_defaults,
+)
+from tenfold_cli.output import PhaseProgress, StepProgress, format_counts, show_json, show_table
+
+SavedDtype = Annotated[str | None, typer.Option(help="Dtype of the saved model.")]
 
 
 def heal(
-    model: Annotated[str, typer.Argument(help="The folded model.")],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            "--text", "--data", help="Text: .txt, .jsonl, also .xz, .gz; hf://datasets/OWNER/NAME; repeat for more."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help="The compressed model.")],
+    text: Annotated[list[str], typer.Option("--text", "--data", help=f"Text to train on: {FORMATS}")],
     output: Output,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model that it came from; cross_entropy alone needs none.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="A file with a heal section: what is not given here is taken from there."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text unless given.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak of the schedule; 3e-4 unless given.")] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(help="Tokens in one step of all processes; 4096 unless given.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Windows at once; unless given a step's, or 1,024 tokens on a CPU.")
+    teacher: Annotated[str | None, typer.Option(help="The original model; cross_entropy alone needs none.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe whose heal section replaces the defaults.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: one pass over the text.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate schedule.")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Tokens per step of all processes together.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows at once; default: all of a step (fewer on CPUs).")
     ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
             help="NAME=WEIGHT, repeatable: cross_entropy, kl, reverse_kl, jensen_shannon, hidden, attention, embedding; "
-            "kl=1 unless given."
+            "default: kl=1."
         ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of both distributions; 1 unless given.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Keep the teacher's predictions in this folder; if they are there, read them.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="With --store: how many tokens are kept of every prediction.")] = 64,
-    window: Annotated[int | None, typer.Option(help="Tokens at once.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the order of windows.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of both distributions.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that caches the teacher's predictions.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --store: predictions to store per token.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 1024.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed for the order of windows.")] = None,
     overwrite: Overwrite = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the saved model.")] = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Distil the dense model into the folded one and save it; repeat the command after an interruption and it goes on."""
+    """Distil the original model into the compressed one. Rerun an interrupted command to resume it."""
     from tenfold import api
     from tenfold.checkpoint_jobs import heal_checkpoint
 
-    files = api.texts(text)
-    given = {"steps": steps, "learning_rate": learning_rate, "tokens_per_step": tokens_per_step, "batch": batch}
-    settings = api.heal_settings(loss or (), recipe, temperature=temperature, **given)
-    more = {"window": window, "seed": seed, "store": store, "top_k": top_k, "progress": tracked("asking the teacher")}
-    with counted("healing") as advance:
+    files = api.check_texts(text)
+    settings = api.heal_settings(
+        loss or (), recipe, temperature=temperature, steps=steps, learning_rate=learning_rate,
+        tokens_per_step=tokens_per_step, batch=batch_size,
+    )  # fmt: skip
+    options = given(window=window, seed=seed, store=store, top_k=top_k)
+    with StepProgress("healing") as advance:
         report = heal_checkpoint(
-            model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite, command=command(),
-            advance=advance, **more,
+            model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite,
+            command=command_line(), advance=advance, progress=PhaseProgress("asking the teacher"), **options,
         )  # fmt: skip
-    if first():
+    if is_first():
         print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
 
 
+def finetune(
+    model: Model,
+    task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qnli, rte, wnli, samsum or scitldr.")],
+    data: Annotated[Path, typer.Option(help="The folder with the files of the task.")],
+    output: Output,
+    train: Annotated[str | None, typer.Option(help="full, auxiliary (all but the central tensors) or lora.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, max=MAX_SEED, help="Repeat for several; default: 0.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the examples; the best is saved.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: that of --train.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per example; default: the context, at most 512.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on the first examples only.")] = None,
+    dev_limit: Annotated[int | None, typer.Option(help="Score the first dev examples only.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --train lora: the rank.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Gradient accumulation steps: less memory.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; pays off over many steps.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the saved model; default: float32, as trained.")] = None,
+) -> None:
+    """Fine-tune a model on a task, once per seed, and save the best. Rerun an interrupted command to resume it."""
+    from tenfold import api
+
+    api.resolve_device(device)
+    settings = given(
+        train=train, epochs=epochs, learning_rate=learning_rate, batch=batch_size, length=length, limit=limit,
+        dev_limit=dev_limit, rank=rank, accumulate=accumulate, checkpointing=checkpointing, compile=compile,
+    )  # fmt: skip
+    settings |= given(seeds=seed, dtype=dtype and api.resolve_dtype(dtype))
+    with StepProgress("fine-tuning") as advance:
+        report = api.finetune(
+            model, task, data, output, device=device, advance=advance,
+            overwrite=overwrite, **settings,
+        )  # fmt: skip
+    if not is_first():
+        return None
+    if as_json:
+        return show_json(report)
+    names = [*report["metrics"], "score"]
+    rows = [
+        [str(run["seed"]), *(f"{run[name]:.4f}" for name in names), f"{run['best_epoch']:g}"] for run in report["runs"]
+    ]
+    show_table(["seed", *names, "epoch"], rows)
+    size, score = report["parameters"], report["score"]
+    spread = "" if score["std"] is None else f" +- {score['std']:.4f} over {len(rows)} seeds"
+    print(
+        f"{task} dev {score['mean']:.4f}{spread}; {size['trainable']:,} of {size['total']:,} parameters trained "
+        f"({size['share']:.1%}); seed {report['best_seed']} saved in {output}"
+    )
+    return None
+
+
 def pretrain(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A recipe with model (a configuration, or from: DIR), tokenizer and train sections, by name or file."
-        ),
-    ],
+    recipe: Annotated[str, typer.Argument(help="A recipe with model, tokenizer and train sections, by name or file.")],
     data: Annotated[list[str], typer.Option(help="Text to train on, or the folder of tokens of another run.")],
     output: Output,
-    teacher: Annotated[
-        str | None, typer.Option(help="A trained model with the same tokenizer, to learn from, too.")
-    ] = None,
-    overwrite: Overwrite = False,
+    teacher: Annotated[str | None, typer.Option(help="A model with the same tokenizer to distil from, too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder.")] = False,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Of the saved model.")] = "float16",
+    dtype: SavedDtype = None,
 ) -> None:
-    """Train a model from scratch, dense or structured from noise, and its tokenizer, or train one on; a run that stopped goes on.
-
-    With --overwrite what a run has left in the folder is deleted, and it begins anew.
+    """Train a model and its tokenizer from scratch, or train one on. Rerun an interrupted command to resume it.
 
     torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
     """
     from tenfold import api
+    from tenfold.models.loading import check_output
 
-    api.checked_device(device)
-    if first() and not (output / "run.json").is_file():  # a run that is there goes on
-        api.check_output(output, overwrite)
-    wanted = api.with_teacher(recipe, teacher)
-    with counted("training") as advance:
-        report = api.pretrain(wanted, api.texts(data), output, api.checked_dtype(dtype), advance, device, overwrite)
-    if not first():
-        return
-    loss = report["curve"][-1][1]
-    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens, last loss {loss:.3f}; saved in {output}")
+    api.resolve_device(device)
+    if is_first() and not (output / "run.json").is_file():  # resume a run
+        check_output(output, overwrite)
+    options = given(dtype=dtype and api.resolve_dtype(dtype))
+    files, recipe = api.check_texts(data), api.with_teacher(recipe, teacher)
+    with StepProgress("training") as advance:
+        report = api.pretrain(recipe, files, output, advance=advance, device=device, overwrite=overwrite, **options)
+    if is_first():
+        size, tokens, loss = report["parameters"], report["tokens"], report["curve"][-1][1]
+        print(f"{size:,} parameters, {tokens:,} tokens, last loss {loss:.3f}; saved in {output}")
 
 
 def deepen(
     model: Model,
     output: Output,
-    layers: Annotated[int, typer.Option(help="How many layers the result has.")],
-    recipe: Annotated[str | None, typer.Option(help="What is shared, by name or file; deepen unless given.")] = None,
+    layers: Annotated[int, typer.Option(help="Layers of the result.")],
+    recipe: Annotated[str | None, typer.Option(help="What is shared, by name or file; default: deepen.")] = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -118,13 +167,19 @@ def deepen(
     """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
     import tenfold
     from tenfold import api
-    from tenfold.models.distributed import barrier
+    from tenfold.checkpoint_jobs import check_job
 
-    api.check_output(output, overwrite)
-    barrier()  # until all of several processes have looked: the first one writes
+    check_job(model, output, overwrite)
     loaded, tokenizer = api.load(model, device, dtype)
-    deeper, report = tenfold.deepen(loaded, layers, recipe, tracked("fitting") if first() else iter)
-    if not first():
-        return
-    api.save(deeper, output, tokenizer, report, command())
-    print(f"{report['layers'][0]} to {layers} layers, {count_line(report)}; saved in {output}")
+    deeper, report = tenfold.deepen(loaded, layers, recipe, PhaseProgress("fitting"))
+    if is_first():
+        api.save(deeper, output, tokenizer, report, command_line())
+        print(f"{report['layers'][0]} to {layers} layers, {format_counts(report)}; saved in {output}")
+
+
+COMMANDS = {
+    heal: shows_defaults("models/distillation_config.py:Heal", "train/heal.py:heal"),
+    finetune: shows_defaults("train/finetune.py:Settings", batch_size="batch"),
+    pretrain: shows_defaults("train/pretrain.py:pretrain"),
+    deepen: None,
+}

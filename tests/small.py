@@ -1,4 +1,4 @@
-"""A GPT-2 of toy size with a tokenizer of its own, and a text: what the tests of the commands run on."""
+"""A GPT-2 of toy size with its own tokenizer, and a text: the tests of the commands run on them."""
 
 import random
 from pathlib import Path
@@ -9,28 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tenfold.train.tokenizer import train_tokenizer
 
 WORDS = [
-    "the",
-    "old",
-    "house",
-    "stood",
-    "at",
-    "end",
-    "of",
-    "a",
-    "long",
-    "road",
-    "and",
-    "nobody",
-    "had",
-    "lived",
-    "in",
-    "it",
-    "for",
-    "many",
-    "years",
-    "but",
-    "wind",
-]
+    "the", "old", "house", "stood", "at", "end", "of", "a", "long", "road", "and", "nobody", "had", "lived", "in", "it", "for",
+    "many", "years", "but", "wind",
+]  # fmt: skip
 
 
 def text(words: int = 4000, seed: int = 0) -> str:
@@ -44,12 +25,12 @@ def model(vocabulary: int = 300, seed: int = 0) -> GPT2LMHeadModel:
         vocab_size=vocabulary, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    config.initializer_range = 0.2  # logits that differ
+    config.initializer_range = 0.2  # large enough for logits to differ
     return GPT2LMHeadModel(config).eval()
 
 
 def folder(path: Path) -> Path:
-    """A model folder with a tokenizer, and ``text.txt`` in it."""
+    """Save a model with a tokenizer, and ``text.txt``, into ``path``."""
     tokenizer = train_tokenizer([text()], 300, 32)
     model(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)

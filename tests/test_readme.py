@@ -1,4 +1,4 @@
-"""The program on the README's first screen is the one in examples/, and prints what the README says."""
+"""The README's program is examples/first.py, and prints what the README shows."""
 
 import os
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def test_the_program_prints_what_is_written_there(tmp_path):
+def test_the_program_prints_what_the_readme_shows(tmp_path):
     readme = (ROOT / "README.md").read_text()
     program, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.S).groups()
     lines = [sorted(text.split()) for text in (program, (ROOT / "examples/first.py").read_text())]
@@ -22,7 +22,7 @@ def test_the_program_prints_what_is_written_there(tmp_path):
         [sys.executable, ROOT / "examples/first.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    for got, said in zip(ran.stdout.splitlines(), shown.splitlines(), strict=True):
-        assert NUMBER.sub("#", got) == NUMBER.sub("#", said)
-        for one, other in zip(NUMBER.findall(got), NUMBER.findall(said), strict=True):  # other devices round otherwise
+    for got, expected in zip(ran.stdout.splitlines(), shown.splitlines(), strict=True):
+        assert NUMBER.sub("#", got) == NUMBER.sub("#", expected)
+        for one, other in zip(NUMBER.findall(got), NUMBER.findall(expected), strict=True):  # devices round differently
             assert abs(float(one) / float(other) - 1) < 1e-2

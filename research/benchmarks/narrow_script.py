@@ -1,6 +1,6 @@
 """Narrow every MLP of a Llama-type model to one width: the short script that a recipe has to beat.
 
-    python research/benchmarks/narrow_script.py MODEL CALIBRATION -o DIR --keep 0.8 --samples 192
+    python research/benchmarks/narrow_script.py MODEL CALIBRATION -o DIR --keep 0.8 --num-samples 192
 
 Block after block on the compressed prefix: the hidden units that explain most of the MLP's output stay, chosen greedily, and
 the output matrix is solved by least squares for that block's own output. Attention stays as it is. ``--keep`` is a share of the
@@ -100,14 +100,14 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--output", "-o", type=Path, required=True)
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--num-samples", type=int, default=192)
     parser.add_argument("--device")
     given = parser.parse_args()
     try:
-        place, stored = api.checked_device(given.device), read_config(given.model).dtype or torch.float32
+        place, stored = api.resolve_device(given.device), read_config(given.model).dtype or torch.float32
         dtype = "bfloat16" if multiplies_bfloat16(place.type) else "float32"
         model, tokenizer = api.load(given.model, str(place), dtype)
-        batches = calibration(model, tokenizer, [given.text], given.samples, batch=1).batches
+        batches = calibration(model, tokenizer, [given.text], given.num_samples, batch=1).batches
         width = compress(model, [batch["input_ids"].to(place) for batch in batches], given.keep)
     except (OSError, ValueError) as reason:
         sys.exit(f"narrow_script: {reason}")

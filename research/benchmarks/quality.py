@@ -108,7 +108,7 @@ class Causal:
             for kind, some in self.texts.items():
                 file = Path(scratch) / f"{kind}.jsonl"
                 file.write_text("\n".join(json.dumps({"text": text}) for text in some))
-                scores[kind] = api.evaluate(model, self.tokenizer, [file], limit=SCORED, batch=16)
+                scores[kind] = api.evaluate(model, self.tokenizer, [file], limit=SCORED, batch_size=16)
         return scores
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrate", type=Path, help="calibration text; the beginning of corpus/train-00 unless given"
     )
-    parser.add_argument("--samples", type=int, default=192, help="calibration windows")
+    parser.add_argument("--num-samples", type=int, default=192, help="calibration windows")
     parser.add_argument(
         "--heal",
         type=int,
@@ -144,7 +144,7 @@ def run_all(given: argparse.Namespace) -> None:
     same = {
         "model": combined(weights),
         "calibration": digest(calibration),
-        "samples": given.samples,
+        "samples": given.num_samples,
         "tenfold": combined(sorted(package().rglob("*.py")), package()),
     }
     asked = {
@@ -331,7 +331,7 @@ def make(given, contender: Contender, keep: float, model: Path, folder: Path, ca
         shutil.rmtree(old, ignore_errors=True)
     note.unlink(missing_ok=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sizes = ["--keep", f"{keep:g}", "--samples", str(given.samples)] + (
+    sizes = ["--keep", f"{keep:g}", "--num-samples", str(given.num_samples)] + (
         ["--device", given.device] if given.device else []
     )
     if contender.script:

@@ -26,7 +26,7 @@ from tenfold.evaluate.perplexity import check_tokens
 from tenfold.evaluate.text_files import documents, token_stream
 from tenfold.models.lazy_checkpoint import weight_files
 from tenfold.models.precision import multiplies_bfloat16
-from tenfold_cli.memory import keep_freed
+from tenfold_cli.memory import reuse_freed_memory
 
 ROWS = 256  # whose distributions are in float32 at once
 
@@ -154,7 +154,7 @@ def score_texts(model, tokenizer, asked: dict, device: str, dtype: str) -> dict:
 
 def score(asked: dict) -> dict:
     """Return the parts that are asked for, with the seconds of each."""
-    device = str(api.checked_device(asked["device"]))
+    device = str(api.resolve_device(asked["device"]))
     dtype = asked["dtype"] or ("bfloat16" if multiplies_bfloat16(device.split(":")[0]) else "float32")
     model, tokenizer = api.load(asked["model"], device, dtype)
     if tokenizer is None:
@@ -167,7 +167,7 @@ def score(asked: dict) -> dict:
 
     def full() -> dict:
         files, window = list(asked["texts"].values())[:1], asked["window"]
-        kept = api.evaluate(model, tokenizer, files, window, batch=1)
+        kept = api.evaluate(model, tokenizer, files, window, batch_size=1)
         return {name: kept[name] for name in ("perplexity", "bits_per_byte", "tokens")}
 
     parts = {
@@ -192,7 +192,7 @@ def main(question: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed()
+    reuse_freed_memory()
     try:
         main(*sys.argv[1:])
     except (OSError, ValueError, ImportError) as reason:

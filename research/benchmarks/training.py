@@ -224,7 +224,9 @@ def run(row: str, rate: float, given) -> None:
     folder = given.work / f"{given.shape}-{file.stem}"
     report = api.pretrain(recipe_of(row, rate, given), [tokens_of(given)], folder, torch.float32)
     model, tokenizer = api.load(folder, dtype="float32")
-    scores = api.evaluate(model, tokenizer, [given.data / "corpus" / "valid.jsonl.xz"], limit=given.scored, batch=16)
+    scores = api.evaluate(
+        model, tokenizer, [given.data / "corpus" / "valid.jsonl.xz"], limit=given.scored, batch_size=16
+    )
     price = api.price(model)
     result = {"row": row, "rate": rate, "scores": scores, "training": report}
     result |= {"parameters": price["parameters"] | {"blocks": count_parameters(model, "blocks")}}

@@ -24,7 +24,7 @@ PROMPT = 8  # tokens at most behind which new ones are written
 
 def bench(
     model,
-    batch: int = 1,
+    batch_size: int = 1,
     length: int | None = None,
     new_tokens: int | None = None,
     repeats: int = 5,
@@ -38,7 +38,7 @@ def bench(
     Where one of them is an encoder or a classifier no tokens are written: prompts and training are what both have.
 
     Args:
-        batch: sequences at once.
+        batch_size: sequences at once.
         length: tokens of the prompt; the model's context less ``new_tokens``, 512 at most, unless given.
         new_tokens: tokens written one at a time with a cache; 16 unless given.
         repeats: counted turns; one more warms up.
@@ -58,15 +58,15 @@ def bench(
     Raises:
         ValueError: a number is below 1 or more than the positions of a model, or a model can't be measured like this.
     """
-    check_counts(batch=batch, length=length, new_tokens=new_tokens, repeats=repeats)
+    check_counts(batch_size=batch_size, length=length, new_tokens=new_tokens, repeats=repeats)
     length, new_tokens = sizes([model] if against is None else [model, against], length, new_tokens)
     model.eval()
     twin = (densify(copy.deepcopy(model)) if against is None else against).eval()
     device = next(model.parameters()).device
     words = min(one.get_input_embeddings().weight.shape[0] for one in (model, twin))
-    ids = torch.randint(0, words, (batch, length), device=device)
+    ids = torch.randint(0, words, (batch_size, length), device=device)
     runs = {"prefill": _prefill} | ({"decode": _static if compiled else _decode} if new_tokens else {})
-    rows = {"prefill": batch * length, "decode": batch}
+    rows = {"prefill": batch_size * length, "decode": batch_size}
     result = {
         "rows": {name: rows[name] for name in runs},
         "device": str(device),
@@ -85,12 +85,12 @@ def bench(
         result["cached_at"] = {name: sum(bucket(rows[name]) in one for one in cached) for name in runs}
         for name, run in runs.items():
             calls = [lambda one=one, run=run: run(one, ids, new_tokens) for one in (model, twin)]
-            tokens = batch * (length if name == "prefill" else new_tokens)
+            tokens = batch_size * (length if name == "prefill" else new_tokens)
             result[name] = _measured(calls, (model, twin), result["rows"][name], tokens, repeats)
     if training:
         copies = [copy.deepcopy(one).train() for one in (model, twin)]
-        result["rows"]["training"] = batch * length
-        tokens = batch * length
+        result["rows"]["training"] = batch_size * length
+        tokens = batch_size * length
         with traced(copies if compiled else ()):
             result["training"] = _measured([_step(one, ids) for one in copies], copies, tokens, tokens, repeats)
     return result

@@ -52,7 +52,7 @@ def perplexity(
     stride: int | None = None,
     text: str = "raw",
     normaliser: str = "tokens",
-    batch: int = 8,
+    batch_size: int = 8,
     limit: int | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def perplexity(
     texts = list(documents(files, tokenizer))
     tokens = token_stream(texts, tokenizer, limit)
     check_tokens(tokens, model, window)
-    nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch, progress)
+    nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch_size, progress)
     seen = texts if limit is None else [tokenizer.decode(tokens, skip_special_tokens=True)]
     size, words = (
         sum(len(part) for part in parts) for parts in ([t.encode() for t in seen], [t.split() for t in seen])

@@ -81,7 +81,7 @@ def evaluate_task(
     split: str = "dev",
     limit: int | None = None,
     length: int | None = None,
-    batch: int = 32,
+    batch_size: int = 32,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
     """Score ``model`` on a split of ``task``, without training.
@@ -105,7 +105,7 @@ def evaluate_task(
     task.check_model(model)
     prepare(model, tokenizer)
     examples, was = task.read(data, split, limit), model.training
-    predictions = task.predict(model.eval(), tokenizer, examples, longest(model, length), batch, progress)
+    predictions = task.predict(model.eval(), tokenizer, examples, longest(model, length), batch_size, progress)
     model.train(was)
     about = {"task": task.name, "split": split, "examples": len(examples), "data": task.find(data, split).name}
     return task.score(predictions, examples) | about

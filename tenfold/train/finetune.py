@@ -186,7 +186,7 @@ def _shared_out(given: Settings) -> int:
         more = -(-given.batch // parts) * parts
         said = f" in {given.accumulate} parts" if given.accumulate > 1 else ""
         raise ValueError(
-            f"{processes} processes can't share {given.batch} examples a step{said} evenly; give --batch {more}"
+            f"{processes} processes can't share {given.batch} examples a step{said} evenly; give --batch-size {more}"
         )
     return given.batch // parts
 

@@ -180,7 +180,7 @@ def _shared_out(batch: int, accumulate: int, window: int, settings: Heal) -> tup
         tokens = -(-batch * accumulate // even) * even * window
         raise ValueError(
             f"{processes} processes can't share a step of {batch * accumulate} windows of {window} tokens, {batch} at once; "
-            f"give --tokens-per-step {tokens}, or another --batch"
+            f"give --tokens-per-step {tokens}, or another --batch-size"
         ) from None
 
 

@@ -25,7 +25,7 @@ from tenfold.compress.calibration import Calibration
 from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import count_parameters, find_sites, weight_of
-from tenfold_cli.output import count_line
+from tenfold_cli.output import format_counts
 
 seeds = pytest.mark.parametrize("seed", range(3))
 
@@ -164,7 +164,9 @@ def test_result_is_an_ordinary_checkpoint(tmp_path):
         torch.testing.assert_close(again(ids).logits, after(ids).logits)
     said = f"(counted bytes, stored dense) | {report['counted']['bytes']:,} | {report['counted']['dense_bytes']:,} |"
     assert said in (tmp_path / "model" / "README.md").read_text()
-    assert f"stored dense: {report['counted']['dense_bytes']:,} -> {report['counted']['bytes']:,}" in count_line(report)
+    assert f"stored dense: {report['counted']['dense_bytes']:,} -> {report['counted']['bytes']:,}" in format_counts(
+        report
+    )
 
 
 WRONG = {

@@ -213,7 +213,7 @@ def test_rows_are_made_once_and_a_failure_is_noted(tmp_path, monkeypatch, capsys
         "--keep",
         0.8,
     ]
-    arguments += ["--contenders", "svd-llm", "script", "nonesuch", "--samples", 8, "--windows", 3, "--passages", 4]
+    arguments += ["--contenders", "svd-llm", "script", "nonesuch", "--num-samples", 8, "--windows", 3, "--passages", 4]
     arguments += ["--device", "cpu", "--dtype", "float32", "--full", "--heal", 128, "--rate", 0.001, "--bits", 8]
     monkeypatch.setattr(sys, "argv", ["real_models", *map(str, arguments)])
     process = real_models.run

@@ -1,4 +1,4 @@
-"""The commands, run in this process: what they print, what they write, and one sentence for what goes wrong."""
+"""The commands, run in this process: what they print and write, and one sentence for every error."""
 
 import json
 import platform
@@ -24,7 +24,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a command; its exit status, standard output and standard error."""
+    """Return the function that runs a command and returns exit status, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
@@ -41,8 +41,25 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_what_does_not_train_imports_no_trainer():
-    """Trainer, and peft with it, take a second or two."""
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("compress", ["5GB", "recommended"]),
+        ("generate", ["40", "0.0"]),
+        ("bench", ["5", "dense-cache"]),
+        ("heal", ["0.0003", "4096", "64"]),
+        ("finetune", ["full", "32", "8"]),
+        ("pretrain", ["float16"]),
+    ],
+)
+def test_help_shows_the_defaults_of_the_functions(call, monkeypatch, command, defaults):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = call(command, "--help")
+    assert status == 0 and all(f"[default: {value}]" in out for value in defaults)
+
+
+def test_only_training_imports_the_trainer():
+    """Trainer and peft take a second or two to import."""
     code = (
         "import sys, tenfold; tenfold.plan, tenfold.inspect; assert not {'transformers.trainer', 'peft'} & {*sys.modules}; "
         "from tenfold import api; assert api.heal.__module__ == 'tenfold.train.heal'; api.nothing"
@@ -52,26 +69,26 @@ def test_what_does_not_train_imports_no_trainer():
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-def test_nothing_is_said_of_a_library_that_is_there():
-    code = "import tenfold_cli; tenfold_cli._quiet(); import torchao"
+def test_torchao_is_silent():
+    code = "import tenfold_cli; tenfold_cli.silence_libraries(); import torchao"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr == ""
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-@pytest.mark.parametrize("kept", [True, False])
-def test_freed_memory_is_kept(kept):
-    """Few pages are handed out while 64 megabytes are taken and freed again and again, once that has been done for a while."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("reused", [True, False])
+def test_freed_memory_is_reused(reused):
+    """Few page faults occur when 64 megabytes are allocated and freed repeatedly."""
     code = (
-        "import resource, torch; from tenfold_cli.memory import keep_freed; "
+        "import resource, torch; from tenfold_cli.memory import reuse_freed_memory; "
         "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        f"if {kept}: keep_freed()\n"
+        f"if {reused}: reuse_freed_memory()\n"
         "for k in range(40):\n"
         "    before = pages() if k == 20 else before if k else 0\n"
         "    torch.ones(2**24)\n"
         "print(pages() - before)"
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert (int(told.stdout) < 1000) == kept
+    assert (int(told.stdout) < 1000) == reused
 
 
 def test_inspect_prices_a_recipe(call):
@@ -92,18 +109,20 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
         "evaluate", folded, "--text", dense / "text.txt", "--limit", 300, "--window", 16, "--against", figures
     )
     assert status == 2 and "can't be compared" in err
-    status, out, _ = call("generate", folded, "the old house", "--tokens", "4")
+    status, out, _ = call("generate", folded, "the old house", "--max-new-tokens", "4")
     assert status == 0 and out.startswith("the old house")
     status, out, _ = call("bench", folded, "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0
-    status, out, _ = call("bench", folded, "--against", dense, "--train", "--batch", 1, "--batch", 2, "--repeats", "1")
+    status, out, _ = call(
+        "bench", folded, "--against", dense, "--training", "--batch-size", 1, "--batch-size", 2, "--repeats", "1"
+    )
     assert status == 0 and out.count("training") == 2 and "other tokens/s" in out and "of the most" in out
     status, out, _ = call("bench", folded, "--layers", "--repeats", "1")
     assert status == 0 and "low_rank" in out and "forward + backward" in out and "4,096" in out
-    status, _, err = call("bench", folded, "--layers", "--against", dense, "--batch", 2)
-    assert status == 2 and "leave --against, --batch out" in err
+    status, _, err = call("bench", folded, "--layers", "--against", dense, "--batch-size", 2)
+    assert status == 2 and "leave --against, --batch-size out" in err
     status, _, err = call("bench", dense, "--layers")
-    assert status == 2 and "fold it first" in err
+    assert status == 2 and "compress it first" in err
     status, out, _ = call("bench", folded, "--no-dense-cache", "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["cached"] == 0
     status, _, _ = call("densify", folded, "-o", plain)
@@ -117,29 +136,17 @@ def test_bench_of_an_encoder(call, dense, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     BertForMaskedLM(BertConfig(vocab_size=97, max_position_embeddings=20, **sizes)).save_pretrained(tmp_path)
     for other in ((), ("--against", dense)):
-        status, out, err = call("bench", tmp_path, "--repeats", 1, "--train", *other)
+        status, out, err = call("bench", tmp_path, "--repeats", 1, "--training", *other)
         assert status == 0 and "prefill" in out and "training" in out and "decode" not in out, err
     status, out, err = call("bench", tmp_path, "--repeats", 1, "--json")
     assert status == 0 and "decode" not in json.loads(out), err
 
 
 def test_the_card_has_command_import_figures(call, dense, tmp_path):
-    call(
-        "compress",
-        dense,
-        "-o",
-        tmp_path / "x",
-        "--structure",
-        "kronecker",
-        "--keep",
-        "0.8",
-        "--roles",
-        "mlp.in,mlp.out",
-    )
+    recipe = ("--structure", "kronecker", "--keep", "0.8", "--roles", "mlp.in,mlp.out")
+    call("compress", dense, "-o", tmp_path / "x", *recipe)
     card = (tmp_path / "x" / "README.md").read_text()
-    assert (
-        "tenfold compress" in card and "--keep 0.8" in card and "import tenfold" in card and "without the head" in card
-    )
+    assert all(part in card for part in ("tenfold compress", "--keep 0.8", "import tenfold", "without the head"))
 
 
 def test_heal(call, dense, tmp_path):
@@ -174,7 +181,7 @@ def test_heal(call, dense, tmp_path):
 
 
 def test_heal_by_a_recipe(call, dense, tmp_path):
-    """What the command line gives wins; --data is another name of --text."""
+    """The command line overrides the recipe; --data is another name of --text."""
     (tmp_path / "heal.yaml").write_text(
         "heal: {steps: 9, tokens_per_step: 64, chunk: 50, schedule: constant, losses: {cross_entropy: 1.0}}\n"
     )
@@ -185,8 +192,8 @@ def test_heal_by_a_recipe(call, dense, tmp_path):
 
 
 @pytest.mark.parametrize("command", [("recipes",), ("inspect", "./nothing")])
-def test_processes_part_at_the_end(call, tmp_path, command):
-    """Also behind an error."""
+def test_the_process_group_is_destroyed(call, tmp_path, command):
+    """Also after an error."""
     distributed = torch.distributed
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     call(*command)
@@ -222,7 +229,7 @@ def test_pretrain(call, tmp_path):
 def test_finetune_and_evaluate_on_a_task(call, dense, tmp_path):
     place, tuned, figures = toy_tasks.write_sst2(tmp_path, 32, 16), tmp_path / "tuned", tmp_path / "figures.json"
     task = ("--task", "sst2", "--data", place)
-    given = ("--seed", 1, "--seed", 2, "--epochs", 2, "--learning-rate", 3e-3, "--batch", 8, "--device", "cpu")
+    given = ("--seed", 1, "--seed", 2, "--epochs", 2, "--learning-rate", 3e-3, "--batch-size", 8, "--device", "cpu")
     status, out, err = call("finetune", dense, *task, *given, "-o", tuned)
     assert status == 0, err
     assert "over 2 seeds" in out and "(100.0%); seed" in out and (tuned / "finetune.json").exists()
@@ -274,20 +281,20 @@ WRONG = {
         "fine-tune it first: tenfold finetune MODEL --task cola",
     ),
     "bench: no repeats": (("bench", "{dense}", "--repeats", -1), "repeats -1 leaves nothing to measure"),
-    "bench: no batch": (("bench", "{dense}", "--batch", 2, "--batch", 0), "batch 0 leaves nothing"),
+    "bench: no batch": (("bench", "{dense}", "--batch-size", 2, "--batch-size", 0), "batch_size 0 leaves nothing"),
     "bench: no prompt": (("bench", "{dense}", "--length", 0), "length 0 leaves nothing"),
     "bench: too long": (("bench", "{dense}", "--length", 99), "a prompt of length 99 is more than the model's 32"),
     "bench: too many": (("bench", "{dense}", "--new-tokens", 99), "99 new tokens behind a prompt of 1 are more"),
     "bench: tokens of layers": (
-        ("bench", "{dense}", "--layers", "--new-tokens", 16, "--batch", 1),
-        "leave --batch, --new-tokens out",
+        ("bench", "{dense}", "--layers", "--new-tokens", 16, "--batch-size", 1),
+        "leave --batch-size, --new-tokens out",
     ),
     "window too long": (("evaluate", "{dense}", "--text", "{dense}/text.txt", "--window", "64"), "context of 32"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
+def test_an_error_is_one_sentence(call, dense, tmp_path, name):
     arguments, wanted = WRONG[name]
     (dense / "tokens").mkdir(exist_ok=True)
     (dense / "tokens" / "tokens.json").touch()
@@ -303,11 +310,11 @@ def test_what_goes_wrong_is_one_sentence(call, dense, tmp_path, name):
 
 
 def test_generate_stays_in_the_context(call, dense):
-    """Of 32 tokens, with a note; a prompt that fills it is refused."""
+    """Warn if fewer tokens fit; refuse a prompt that fills the context."""
     status, out, err = call("generate", dense, "the old house")
     assert status == 0 and out.startswith("the old house"), err
     assert "and the model's context is 32: " in err and "more fit instead of 40" in err and len(err.splitlines()) == 1
-    status, out, err = call("generate", dense, "the old house", "--tokens", 2)
+    status, out, err = call("generate", dense, "the old house", "--max-new-tokens", 2)
     assert status == 0 and not err
     status, _, err = call("generate", dense, "the old house " * 30)
     assert status == 2 and "and the model's context is 32; give a shorter one" in err, err
@@ -337,7 +344,7 @@ TASK = ("--task", "samsum", "--data", "{tasks}")
     ],
 )
 def test_a_model_without_a_tokenizer_is_told_so(call, dense, tmp_path, arguments):
-    """Not that the text is short, by the empty one that transformers makes of a configuration."""
+    """Refuse, instead of reading text with the empty tokenizer that transformers makes of a configuration."""
     shutil.copytree(dense, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     toy_tasks.write_summaries(tmp_path)
     places = {"dense": dense, "bare": tmp_path / "bare", "tasks": tmp_path, "new": tmp_path / "new"}
@@ -347,7 +354,7 @@ def test_a_model_without_a_tokenizer_is_told_so(call, dense, tmp_path, arguments
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "llama"])
-def test_what_transformers_makes_of_a_configuration_is_no_tokenizer(tmp_path, kind):
+def test_the_tokenizer_of_a_configuration_alone_is_none(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path) is None
 

@@ -223,7 +223,7 @@ def call(monkeypatch, capsys):
 
 
 def test_the_command_compresses_by_a_text(call, dense, tmp_path):
-    given = (dense, "-o", tmp_path / "out", "--keep", 0.8, "--calibrate", dense / "text.txt", "--samples", 8)
+    given = (dense, "-o", tmp_path / "out", "--keep", 0.8, "--calibrate", dense / "text.txt", "--num-samples", 8)
     status, out, err = call(*given)
     assert status == 0 and "with the head" in out and "nats a token" in err
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (dense, tmp_path / "out")]
@@ -234,20 +234,20 @@ def test_the_command_compresses_by_a_text(call, dense, tmp_path):
 
 
 def test_the_command_heals_what_it_has_compressed(call, dense, tmp_path):
-    given = (dense, "-o", tmp_path / "out", "--keep", 0.8, "--calibrate", dense / "text.txt", "--samples", 8)
+    given = (dense, "-o", tmp_path / "out", "--keep", 0.8, "--calibrate", dense / "text.txt", "--num-samples", 8)
     status, out, err = call(*given, "--heal", dense / "text.txt")
     assert status == 0 and "with the head" in out
     assert err.index("compressing: fits") < err.index("healing: step 1 of ")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-TEXT = ("--calibrate", "{dense}/text.txt", "--samples", "4")
+TEXT = ("--calibrate", "{dense}/text.txt", "--num-samples", "4")
 REFUSED = {
     "missing text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/none.txt"), "there is no file"),
     "too little text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/short.txt"), "fewer than one window"),
     "no text": (("{dense}", "--recipe", "recommended"), "--calibrate FILE"),
     "keep alone": (("{dense}", "--keep", "0.8"), "with --calibrate TEXT"),
-    "no samples": (("{dense}", "--keep", "0.8", *TEXT[:2], "--samples", "0"), "0 samples in batches of None"),
+    "no samples": (("{dense}", "--keep", "0.8", *TEXT[:2], "--num-samples", "0"), "0 samples in batches of None"),
     "no such share": (("{dense}", "--keep", "0.8", "--of", "head", *TEXT), "budget.of: Input should be 'model'"),
     "tokens": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/tokens"), "holds tokens for pre-training"),
     "cut text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/cut.txt.xz"), "is cut off, or not what .xz says"),

@@ -48,7 +48,7 @@ def test_bench_tells_both_and_changes_nothing():
 def test_a_step_of_training_is_measured_on_copies():
     model, _ = compress(small.model(), {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]})
     before = copy.deepcopy(model.state_dict())
-    result = bench(model, batch=2, length=16, new_tokens=2, repeats=1, training=True)
+    result = bench(model, batch_size=2, length=16, new_tokens=2, repeats=1, training=True)
     parameters = sum(p.nbytes for p in model.parameters())
     assert result["rows"]["training"] == 32
     assert result["training"]["bytes"] > 2 * parameters, "the gradients are held beside the parameters"
@@ -97,7 +97,7 @@ def test_what_writes_no_text_has_prompts_and_training(kind, more):
     structure = {"kind": "low_rank", "rank": 4}
     model, _ = compress(bert(kind, **more), {"replace": [{"role": "mlp.in", "structure": structure}]})
     for other in (None, small.model()):
-        found = bench(model, batch=2, repeats=1, against=other, training=True)
+        found = bench(model, batch_size=2, repeats=1, against=other, training=True)
         assert found["rows"] == {"prefill": 40, "training": 40} and "decode" not in found
         assert min(min(found[name].values()) for name in ("prefill", "training")) > 0
     assert "decode" not in bench(small.model(), repeats=1, against=model)
@@ -118,8 +118,8 @@ def test_of_other_models_nothing_is_measured():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"batch": 0}, "batch 0 leaves nothing to measure"),
-        ({"batch": -2}, "batch -2 leaves"),
+        ({"batch_size": 0}, "batch_size 0 leaves nothing to measure"),
+        ({"batch_size": -2}, "batch_size -2 leaves"),
         ({"length": 0}, "length 0 leaves"),
         ({"new_tokens": 0}, "new_tokens 0 leaves"),
         ({"repeats": 0}, "repeats 0 leaves"),

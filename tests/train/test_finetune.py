@@ -420,7 +420,7 @@ def test_a_step_in_parts_with_activations_made_again_is_the_same_step(toys, tmp_
 
 def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes can't share 16 examples a step evenly; give --batch 18"):
+    with pytest.raises(ValueError, match="3 processes can't share 16 examples a step evenly; give --batch-size 18"):
         trained(toys, tmp_path / "out", "gpt2", False, "full")
 
 

@@ -64,7 +64,7 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     dense, place = small.folder(tmp_path / "dense"), toy_tasks.write_sst2(tmp_path, 64, 16)
     given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
     one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
-    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options = ("--epochs", 2, "--batch-size", 16, "--learning-rate", 3e-3, "--device", "cpu")
     call = ("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
     done = two(*call, launcher=ACCELERATE)
     report = json.loads((tmp_path / "two" / "finetune.json").read_text())
@@ -72,7 +72,7 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
     assert done.stdout.count("saved in") == 1 and not list((tmp_path / "two").glob("*.partial"))
     with pytest.raises(AssertionError, match="2 processes can't share 15 examples"):  # there are two
-        two(*call, "--batch", 15, launcher=ACCELERATE)
+        two(*call, "--batch-size", 15, launcher=ACCELERATE)
     model, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
     ids = torch.arange(3, 30)[None]
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)

@@ -50,7 +50,7 @@ def commands(place: Path) -> dict[str, list]:
         name: ["pretrain", place / f"{name}.json", "--dtype", "float32", "--data"]
         for name in ("shared", "folded", "taught")
     }
-    how = ["--epochs", 2, "--batch", 16, "--learning-rate", 3e-3, "--device", "cpu"]
+    how = ["--epochs", 2, "--batch-size", 16, "--learning-rate", 3e-3, "--device", "cpu"]
     return {
         "shared": [*pretrain["shared"], text],
         "folded": [*pretrain["folded"], text],
