@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial, update_wrapper
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tenfold.baselines  # noqa: F401 - registers them
-from tenfold.compress.calibration import Batch, Calibration, calibration
+from tenfold.compress.calibration import Calibration, calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.bench_layers import bench_layers as bench_layers
@@ -44,17 +43,7 @@ def __getattr__(name: str):
     """Import the training functions on first use: Trainer and its dependencies take a second or two."""
     if name not in ("finetune", "heal", "pretrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(import_module(f"tenfold.train.{name}"), name)
-    return function if name != "pretrain" else update_wrapper(partial(function, compress=_compress_in_place), function)
-
-
-def _compress_in_place(model, recipe: Recipe, batches: list[Batch]) -> dict[str, Any]:
-    """Compress ``model`` in place by ``recipe``; ``batches`` calibrate the stages that need activations."""
-    shape = {"samples": sum(len(batch["input_ids"]) for batch in batches), "window": batches[0]["input_ids"].shape[1]}
-    text, report = Calibration(batches, {"files": ["the run's own"]} | shape), {}
-    for stage in recipe.stage_recipes():
-        report = compress(model, stage, text=stage.calibrate and text)[1]
-    return report
+    return getattr(import_module(f"tenfold.train.{name}"), name)
 
 
 def plan(model: PreTrainedModel, recipe):

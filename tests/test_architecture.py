@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "evaluate": {"structure", "nn", "models"},
     "compress": {"structure", "nn", "models", "evaluate"},
     "baselines": {"structure", "nn", "models", "evaluate", "compress"},
-    "train": {"structure", "nn", "models", "evaluate"},
+    "train": {"structure", "nn", "models", "evaluate", "compress"},
     "report": set(),
     "recipes": set(),
     "demo": set(),

@@ -1,8 +1,7 @@
-"""How fast the layers of a model are: every structure in it against ``nn.Linear``, in turns, beside the floor of the machine."""
+"""Speed and memory of the layers of a model: every structure in it against ``nn.Linear``, in turns, and a lower bound."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from itertools import cycle
@@ -11,14 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.evaluate.timing import bytes_per_second, check_counts, flops_per_second, footprint, peak, turns
+from tenfold.evaluate.timing import (
+    bytes_per_second,
+    check_counts,
+    flops_per_second,
+    module_bytes,
+    peak_memory,
+    summarize_turns,
+    time_in_turns,
+)
 from tenfold.nn import FactorizedLinear
 
 ROWS = (1, 8, 64, 512, 4096)
-FEW = 64  # rows: with fewer, factors come from memory, not from caches
-CACHES = 2**27  # bytes that fit into no cache
-COPIES = 64  # of a layer at most: very small ones stay in the caches in a model, too
-WARM = 3  # calls before the first one that is timed
+FEW_ROWS = 64  # below it factors are read from memory, not from caches
+CACHES = 2**27  # bytes that exceed any cache
+MAX_COPIES = 64  # of a layer: very small ones stay in caches in a model, too
+WARM_UP = 3  # calls of a copy
 
 
 def bench_layers(
@@ -28,15 +35,14 @@ def bench_layers(
     progress: Callable[[Iterable], Iterable] = iter,
     backward: bool = True,
 ) -> list[dict[str, Any]]:
-    """Forward, and (``backward``) forward with backward, of every structure in ``model``, each once, at every number of ``rows``.
+    """Measure forward, and (``backward``) forward with backward, of every structure in ``model`` at every number of ``rows``.
 
     Returns:
-        Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median of dense over
-        ours turn by turn, and ``floor``: no fewer seconds are possible for the FLOPs of the cheapest plan at the rate of a
-        large matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A
-        backward pass counts as twice the forward pass. ``bytes`` and ``dense_bytes``: the most that a pass holds at once, with
-        parameters, without its input. With few rows as many copies of a layer are called by turns as no cache holds: in a
-        model, too, a layer is read from memory each time.
+        Per structure, number of rows and pass: ``seconds`` and ``dense_seconds`` (medians), ``ratio``, the median over the turns
+        of dense over ours, and ``floor``, the least seconds possible: for the FLOPs of the cheapest plan at the rate of a large
+        matrix product, or for the bytes of input, output and factors at the rate of a large copy, whichever is more. A backward
+        pass counts as two forward passes. ``bytes`` and ``dense_bytes``: the peak of a pass with parameters, without its input.
+        With few rows, so many copies of a layer are called in turn that they exceed the caches, as the layers of a model do.
 
     Raises:
         ValueError: ``repeats``, or a number of rows, is below 1.
@@ -48,19 +54,19 @@ def bench_layers(
         if isinstance(layer, FactorizedLinear):
             layers.setdefault((layer.structure, layer.bias is None, layer.dtype), []).append(layer)
     passes = (False, True) if backward else (False,)
-    cells = [(some, count, way) for some in layers.values() for count in rows for way in passes]
-    return [_cell(*cell, repeats) for cell in progress(cells)]
+    cells = [(alike, count, one) for alike in layers.values() for count in rows for one in passes]
+    return [_measure(*cell, repeats) for cell in progress(cells)]
 
 
-def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: int) -> dict[str, Any]:
+def _measure(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: int) -> dict[str, Any]:
     layer = layers[0]
     device, dtype, (out, inner) = layer.like.device, layer.dtype, layer.structure.shape
     twin = nn.Linear(inner, out, layer.bias is not None, device, dtype)
     x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_(backward)
     upstream = torch.randn(rows, out, device=device).to(dtype)
-    runs = [by_turns(copies(module, rows), x, upstream, backward) for module in (layer, twin)]
-    pairs = turns(*runs, device, repeats)
-    most = [held(module, x, upstream, backward) for module in (layer, twin)]
+    runs = [call_in_turn(make_copies(module, rows), x, upstream, backward) for module in (layer, twin)]
+    seconds, dense_seconds, ratio = summarize_turns(time_in_turns(*runs, device, repeats))
+    peaks = [pass_memory(module, x, upstream, backward) for module in (layer, twin)]
     layer.zero_grad(set_to_none=True)
     return {
         "structure": layer.structure.to_json(),
@@ -68,33 +74,35 @@ def _cell(layers: list[FactorizedLinear], rows: int, backward: bool, repeats: in
         "layers": len(layers),
         "rows": rows,
         "pass": "forward + backward" if backward else "forward",
-        "seconds": statistics.median(ours for ours, _ in pairs),
-        "dense_seconds": statistics.median(dense for _, dense in pairs),
-        "ratio": statistics.median(dense / ours for ours, dense in pairs),
+        "seconds": seconds,
+        "dense_seconds": dense_seconds,
+        "ratio": ratio,
         "floor": floor(layer, rows) * (3 if backward else 1),
-        "bytes": most[0],
-        "dense_bytes": most[1],
+        "bytes": peaks[0],
+        "dense_bytes": peaks[1],
     }
 
 
-def copies(module: nn.Module, rows: int) -> list[nn.Module]:
-    """``module``, and as many copies of it that no cache holds all of them, if ``rows`` are few."""
+def make_copies(module: nn.Module, rows: int) -> list[nn.Module]:
+    """Return ``module``, and with few ``rows`` enough copies of it to exceed the caches."""
     size = sum(value.nbytes for value in module.parameters())
-    return [module, *(deepcopy(module) for _ in range(min(COPIES, CACHES // size) if rows < FEW else 0))]
+    return [module, *(deepcopy(module) for _ in range(min(MAX_COPIES, CACHES // size) if rows < FEW_ROWS else 0))]
 
 
-def by_turns(modules: list[nn.Module], x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
-    """One of ``modules`` after the other, each of which was called before."""
-    passes = [one_pass(module, x, upstream, backward) for module in modules]
+def call_in_turn(
+    modules: list[nn.Module], x: torch.Tensor, upstream: torch.Tensor, backward: bool
+) -> Callable[[], None]:
+    """Warm up all ``modules``, and return a function that calls one after the other."""
+    passes = [make_pass(module, x, upstream, backward) for module in modules]
     for run in passes:
-        for _ in range(WARM if len(passes) > 1 else 0):
+        for _ in range(WARM_UP if len(passes) > 1 else 0):
             run()
     following = cycle(passes)
     return lambda: next(following)()
 
 
-def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
-    """What is timed: forward without gradients, or forward and backward to ``x`` and all parameters."""
+def make_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> Callable[[], None]:
+    """Return what is timed: forward without gradients, or forward and backward to ``x`` and all parameters."""
 
     def run() -> None:
         if not backward:
@@ -108,19 +116,18 @@ def one_pass(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backwar
     return run
 
 
-def held(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> int:
-    """Bytes that a pass holds at most, with parameters, without ``x`` and ``upstream``."""
-    run = one_pass(module, x, upstream, backward)
-    run()  # whatever is made once
+def pass_memory(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, backward: bool) -> int:
+    """Return the peak bytes of a pass, with parameters, without ``x`` and ``upstream``."""
+    run = make_pass(module, x, upstream, backward)
+    run()  # warm-up
     for value in (x, *module.parameters()):
-        value.grad = None  # else it would be freed within the pass
-    return peak(run, x.device) + footprint(module)
+        value.grad = None  # otherwise it would be freed within the pass
+    return peak_memory(run, x.device) + module_bytes(module)
 
 
 def floor(layer: FactorizedLinear, rows: int) -> float:
-    """Seconds that a forward pass takes at least."""
+    """Return the least seconds of a forward pass."""
     device, size = layer.like.device, layer.like.element_size()
-    numbers = rows * sum(layer.structure.shape) + sum(p.numel() for p in layer.parameters())
-    return max(
-        layer.structure.flops(rows) / flops_per_second(device, layer.dtype), numbers * size / bytes_per_second(device)
-    )
+    elements = rows * sum(layer.structure.shape) + sum(p.numel() for p in layer.parameters())
+    flops_time = layer.structure.flops(rows) / flops_per_second(device, layer.dtype)
+    return max(flops_time, elements * size / bytes_per_second(device))

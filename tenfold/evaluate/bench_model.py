@@ -1,17 +1,26 @@
-"""Tokens per second and memory of a folded model and of its dense twin, in turns in one run, beside the floor of the machine."""
+"""Tokens per second and memory of a compressed model and its dense twin, measured in turns, and an upper bound of the machine."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from tenfold.evaluate.timing import bytes_per_second, check_counts, flops_per_second, footprint, peak, stored, turns
+from tenfold.evaluate.timing import (
+    bytes_per_second,
+    check_counts,
+    flops_per_second,
+    module_bytes,
+    peak_memory,
+    stored_bytes,
+    summarize_turns,
+    time_in_turns,
+)
 from tenfold.models.cost import site_flops
 from tenfold.models.sites import find_sites, is_tied, module_at
 from tenfold.models.surgery import densify
@@ -19,7 +28,7 @@ from tenfold.models.text_mode import context_of, positions_of
 from tenfold.nn.dense_cache import dense_cache
 from tenfold.structure.matmul import bucket
 
-PROMPT = 8  # tokens at most behind which new ones are written
+PROMPT = 8  # tokens at most in front of generated ones
 
 
 def bench(
@@ -33,39 +42,39 @@ def bench(
     compiled: bool = False,
     cache: bool = True,
 ) -> dict[str, Any]:
-    """Reading a prompt, writing tokens and, if asked for, a step of training, for ``model`` and another one, turn by turn.
+    """Measure a prompt's forward pass, generation and optionally a training step of ``model`` and another one, in turns.
 
-    Where one of them is an encoder or a classifier no tokens are written: prompts and training are what both have.
+    If one of them is an encoder or a classifier, nothing is generated.
 
     Args:
-        batch_size: sequences at once.
+        batch: sequences in a batch.
         length: tokens of the prompt; the model's context less ``new_tokens``, 512 at most, unless given.
-        new_tokens: tokens written one at a time with a cache; 16 unless given.
-        repeats: counted turns; one more warms up.
+        new_tokens: tokens generated one at a time with a cache; 16 unless given.
+        repeats: measured turns, after one that warms up.
         against: the other model; the dense twin unless given.
-        training: also forward, backward and AdamW on the prompts, of copies.
-        compiled: both under torch.compile, decoding with a static cache; layers cache no matrix then.
-        cache: let layers cache their dense matrix (:func:`tenfold.nn.dense_cache.dense_cache`) for prompts and decoding.
+        training: also measure forward, backward and AdamW on the prompts, on copies.
+        compiled: use torch.compile for both, with a static cache for generation; layers then cache no dense matrix.
+        cache: let layers cache their dense matrix (:func:`tenfold.nn.dense_cache.dense_cache`) for prompts and generation.
 
     Returns:
         For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``,
-        the median of the ratios turn by turn, which noise of the machine touches least; ``most_tokens_per_second``: no more are
-        possible for the FLOPs of the cheapest plans at the rate of a large matrix product, or for the bytes of the matrices at
-        the rate of a large copy (attention itself is left out); ``bytes`` and ``dense_bytes``: the model and the most that one
-        call holds beside it, after the first. ``cached``: how many layers multiply by a cached matrix at some numbers of rows,
-        and are dense layers then; ``cached_at``: how many at those of ``prefill`` and ``decode``, if they see all rows of a call.
+        the median of the ratios of the turns, which noise affects least; ``most_tokens_per_second``, an upper bound: for the
+        FLOPs of the cheapest plans at the rate of a large matrix product, or for the bytes of the matrices at the rate of a
+        large copy (attention itself is left out); ``bytes`` and ``dense_bytes``: the model and the peak of a call, after the
+        first. ``cached``: how many layers multiply by a cached matrix at some numbers of rows, and are dense layers then;
+        ``cached_at``: how many at those of ``prefill`` and ``decode``, if they see all rows of a call.
 
     Raises:
-        ValueError: a number is below 1 or more than the positions of a model, or a model can't be measured like this.
+        ValueError: a number is below 1 or exceeds a model's positions, or a model can't be measured like this.
     """
     check_counts(batch_size=batch_size, length=length, new_tokens=new_tokens, repeats=repeats)
     length, new_tokens = sizes([model] if against is None else [model, against], length, new_tokens)
     model.eval()
     twin = (densify(copy.deepcopy(model)) if against is None else against).eval()
     device = next(model.parameters()).device
-    words = min(one.get_input_embeddings().weight.shape[0] for one in (model, twin))
-    ids = torch.randint(0, words, (batch_size, length), device=device)
-    runs = {"prefill": _prefill} | ({"decode": _static if compiled else _decode} if new_tokens else {})
+    vocabulary = min(one.get_input_embeddings().weight.shape[0] for one in (model, twin))
+    ids = torch.randint(0, vocabulary, (batch_size, length), device=device)
+    runs = {"prefill": _prefill} | ({"decode": partial(_decode, static=compiled)} if new_tokens else {})
     rows = {"prefill": batch_size * length, "decode": batch_size}
     result = {
         "rows": {name: rows[name] for name in runs},
@@ -76,7 +85,7 @@ def bench(
     limit = None if cache and not compiled else 0
     with (
         torch.no_grad(),
-        traced((model, twin) if compiled else ()),
+        compile_forward((model, twin) if compiled else ()),
         dense_cache(model, limit),
         dense_cache(twin, limit),
     ):
@@ -86,18 +95,22 @@ def bench(
         for name, run in runs.items():
             calls = [lambda one=one, run=run: run(one, ids, new_tokens) for one in (model, twin)]
             tokens = batch_size * (length if name == "prefill" else new_tokens)
-            result[name] = _measured(calls, (model, twin), result["rows"][name], tokens, repeats)
+            result[name] = _measure(calls, (model, twin), result["rows"][name], tokens, repeats)
     if training:
         copies = [copy.deepcopy(one).train() for one in (model, twin)]
         result["rows"]["training"] = batch_size * length
         tokens = batch_size * length
-        with traced(copies if compiled else ()):
-            result["training"] = _measured([_step(one, ids) for one in copies], copies, tokens, tokens, repeats)
+        with compile_forward(copies if compiled else ()):
+            result["training"] = _measure([_make_step(one, ids) for one in copies], copies, tokens, tokens, repeats)
     return result
 
 
 def sizes(models: Sequence[Any], length: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """Tokens of a prompt, and how many are written: none where not all models write; refuses what can't be measured."""
+    """Return the tokens of a prompt, and of those generated, 0 unless all models generate.
+
+    Raises:
+        ValueError: a model can't be measured, or has fewer positions.
+    """
     for one in models:
         if one.config.is_encoder_decoder:
             raise ValueError(
@@ -121,60 +134,61 @@ def sizes(models: Sequence[Any], length: int | None, new_tokens: int | None) -> 
 
 
 @contextmanager
-def traced(models: Sequence[Any]) -> Iterator[None]:
-    """``models`` under torch.compile meanwhile."""
+def compile_forward(models: Sequence[Any]) -> Iterator[None]:
+    """Use torch.compile for the forward of ``models`` within the context."""
     for one in models:
         one.forward = torch.compile(one.forward)  # hides the method of the class
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):  # of all models together: they share their code
+        with torch._dynamo.config.patch(recompile_limit=64):  # of all models together, which share their code
             yield
     finally:
         for one in models:
             del one.forward
 
 
-def _measured(calls: list[Callable], models, rows: int, tokens: int, repeats: int) -> dict[str, float]:
+def _measure(calls: list[Callable], models, rows: int, tokens: int, repeats: int) -> dict[str, float]:
     device = next(models[0].parameters()).device
-    pairs = turns(*calls, device, repeats)
+    seconds, dense_seconds, ratio = summarize_turns(time_in_turns(*calls, device, repeats))
     least = floor(models[0], rows) * (3 if models[0].training else 1)
-    held = [peak(call, device) + footprint(one) for call, one in zip(calls, models, strict=True)]
+    peaks = [peak_memory(call, device) + module_bytes(one) for call, one in zip(calls, models, strict=True)]
     return {
-        "tokens_per_second": tokens / statistics.median(ours for ours, _ in pairs),
-        "dense_tokens_per_second": tokens / statistics.median(dense for _, dense in pairs),
-        "ratio": statistics.median(dense / ours for ours, dense in pairs),
+        "tokens_per_second": tokens / seconds,
+        "dense_tokens_per_second": tokens / dense_seconds,
+        "ratio": ratio,
         "most_tokens_per_second": rows / least,
-        "bytes": held[0],
-        "dense_bytes": held[1],
+        "bytes": peaks[0],
+        "dense_bytes": peaks[1],
     }
 
 
 def floor(model, rows: int) -> float:
-    """Seconds that one call with ``rows`` tokens takes at least."""
+    """Return the least seconds of a call with ``rows`` tokens."""
     like = next(model.parameters())
     modules = [(site, module_at(model, site.path)) for site in find_sites(model)]
     flops = sum(site_flops(site, module, rows) for site, module in modules)
     read = [m for site, m in modules if m is not None and (site.role != "embed" or is_tied(model))]
-    held = sum({id(p): stored(p) for module in read for p in module.parameters()}.values())
-    return max(flops / flops_per_second(like.device, like.dtype), held / bytes_per_second(like.device))
+    size = sum({id(p): stored_bytes(p) for module in read for p in module.parameters()}.values())
+    return max(flops / flops_per_second(like.device, like.dtype), size / bytes_per_second(like.device))
 
 
 def _prefill(model, ids, new_tokens: int) -> None:
     model(input_ids=ids, use_cache=False)
 
 
-def _decode(model, ids, new_tokens: int, **more: Any) -> None:
+def _decode(model, ids, new_tokens: int, static: bool) -> None:
     prompt = ids[:, :PROMPT]
     model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=0, **more,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **({"cache_implementation": "static"} if static else {}),
+    )
 
 
-def _static(model, ids, new_tokens: int) -> None:
-    _decode(model, ids, new_tokens, cache_implementation="static")
-
-
-def _step(model, ids) -> Callable[[], None]:
+def _make_step(model, ids) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
@@ -188,5 +202,5 @@ def _step(model, ids) -> Callable[[], None]:
 def _loss(model, ids) -> torch.Tensor:
     if model.can_generate():
         return model(input_ids=ids, labels=ids, use_cache=False).loss
-    found = model(input_ids=ids, use_cache=False)[0].flatten(0, -2)  # a row a token, or a row a sequence
-    return cross_entropy(found, found.new_zeros(len(found), dtype=torch.long))  # whatever its labels mean
+    outputs = model(input_ids=ids, use_cache=False)[0].flatten(0, -2)  # one row per token, or per sequence
+    return cross_entropy(outputs, outputs.new_zeros(len(outputs), dtype=torch.long))

@@ -18,14 +18,14 @@ from tenfold.models.text_mode import context_of, is_masked_lm
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What must be equal before two figures may be compared.
+class EvalProtocol:
+    """Settings that must be equal for two results to be comparable.
 
     Args:
-        window: tokens that the model sees at once.
-        stride: how far the window moves; below ``window`` every prediction but the first window's has context.
+        window: tokens in a sequence.
+        stride: step between windows; below ``window``, every prediction outside of the first window has context.
         text: ``raw``, or ``tokenised`` for files with spaced punctuation and ``<unk>`` (WikiText's ``.tokens``).
-        normaliser: what nats are divided by for the perplexity: ``tokens`` of the model's tokenizer, or ``words``.
+        normaliser: the divisor of the nats in the perplexity: ``tokens`` of the model's tokenizer, or ``words``.
     """
 
     window: int
@@ -56,12 +56,12 @@ def perplexity(
     limit: int | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
-    """Score ``files`` with ``model``: windows of ``window`` tokens, each target counted once, the very first left out.
+    """Score ``files`` with ``model`` in windows of ``window`` tokens; every token but the first is predicted at most once.
 
     Args:
         window: the model's context, 1,024 at most, unless given.
-        stride: the window unless given: windows that do not overlap (the first token of each is only context).
-        limit: score only this many tokens; the result says how many it were.
+        stride: the window unless given: windows don't overlap, and the first token of each is only context.
+        limit: score only this many tokens; it is part of the result.
 
     Returns:
         ``perplexity``, ``bits_per_byte``, ``nats`` (their sum), ``tokens`` (scored), ``bytes``, ``words``, ``text``
@@ -75,34 +75,36 @@ def perplexity(
             f"a {type(model).__name__} predicts hidden tokens, not next ones, so that it has no perplexity; compare its held-out "
             "loss in training.json, or its score on a task (tenfold finetune)"
         )
-    longest = context_of(model)
-    window = window or min(longest, 1024)
-    if window > longest:
-        raise ValueError(f"window {window} is more than the model's context of {longest}; use at most that")
-    protocol = Protocol(window, stride or window, text, normaliser)
+    context = context_of(model)
+    window = window or min(context, 1024)
+    if window > context:
+        raise ValueError(f"window {window} is more than the model's context of {context}; use at most that")
+    protocol = EvalProtocol(window, stride or window, text, normaliser)
     texts = list(documents(files, tokenizer))
     tokens = token_stream(texts, tokenizer, limit)
     check_tokens(tokens, model, window)
     nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch_size, progress)
-    seen = texts if limit is None else [tokenizer.decode(tokens, skip_special_tokens=True)]
-    size, words = (
-        sum(len(part) for part in parts) for parts in ([t.encode() for t in seen], [t.split() for t in seen])
-    )
-    part = scored / len(tokens)  # bytes and words of what was scored, in proportion
+    read = texts if limit is None else [tokenizer.decode(tokens, skip_special_tokens=True)]
+    size, words = sum(len(part.encode()) for part in read), sum(len(part.split()) for part in read)
+    fraction = scored / len(tokens)  # bytes and words of the scored tokens are in proportion
     return {
-        "perplexity": math.exp(nats / (scored if normaliser == "tokens" else words * part)),
-        "bits_per_byte": nats / math.log(2) / (size * part),
+        "perplexity": math.exp(nats / (scored if normaliser == "tokens" else words * fraction)),
+        "bits_per_byte": nats / math.log(2) / (size * fraction),
         "nats": nats,
         "tokens": scored,
-        "bytes": round(size * part),
-        "words": round(words * part),
-        "text": {"files": [Path(f).name for f in files], "sha256": _digest(texts), "limit": limit},
+        "bytes": round(size * fraction),
+        "words": round(words * fraction),
+        "text": {
+            "files": [Path(file).name for file in files],
+            "sha256": hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
+            "limit": limit,
+        },
         "protocol": asdict(protocol),
     }
 
 
 def check_tokens(tokens: np.ndarray, model, window: int) -> None:
-    """Refuse a text shorter than a window and tokens that the model does not know."""
+    """Raise ValueError if a text is shorter than a window, or has tokens outside of the model's vocabulary."""
     if len(tokens) < window:
         raise ValueError(
             f"the text has {len(tokens)} tokens, fewer than one window of {window}: give more text or --window"
@@ -115,20 +117,13 @@ def check_tokens(tokens: np.ndarray, model, window: int) -> None:
         )
 
 
-def _digest(texts: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
-def _score(model, tokens: Tensor, protocol: Protocol, batch: int, progress) -> tuple[float, int]:
-    """The sum of nats and the number of targets; a last, shorter window is scored too."""
-    was, device = model.training, next(model.parameters()).device
+def _score(model, tokens: Tensor, protocol: EvalProtocol, batch: int, progress) -> tuple[float, int]:
+    """Return the sum of nats and the number of targets; a shorter window at the end is scored, too."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     nats, scored, done = 0.0, 0, 1
-    spans = []
+    spans = []  # (begin, end, first target)
     for begin in range(0, max(1, len(tokens) - 1), protocol.stride):
         end = min(begin + protocol.window, len(tokens))
         first = max(begin + 1, done if protocol.stride < protocol.window else begin + 1)
@@ -137,27 +132,28 @@ def _score(model, tokens: Tensor, protocol: Protocol, batch: int, progress) -> t
         done = end
         if end == len(tokens):
             break
-    groups = [spans[k : k + batch] for k in range(0, len(spans), batch)]
-    for group in progress([part for g in groups for part in _same_length(g)]):
+    for group in progress(_batches(spans, batch)):
         ids = torch.stack([tokens[begin:end] for begin, end, _ in group]).to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         for row, (begin, _, first) in zip(loss.reshape(len(group), -1), group, strict=True):
             nats += float(row[first - begin - 1 :].double().sum())
             scored += len(row) - (first - begin - 1)
-    model.train(was)
+    model.train(training)
     return nats, scored
 
 
-def _same_length(group: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """A group in parts of equal window length: only the very last window is shorter."""
-    full = [span for span in group if span[1] - span[0] == group[0][1] - group[0][0]]
-    rest = [span for span in group if span not in full]
-    return [full, rest] if rest else [full]
+def _batches(spans: list[tuple[int, int, int]], batch: int) -> list[list[tuple[int, int, int]]]:
+    """Return batches of windows of equal length: the very last one, if it is shorter, is alone."""
+    groups = []
+    for group in (spans[k : k + batch] for k in range(0, len(spans), batch)):
+        full = [span for span in group if span[1] - span[0] == group[0][1] - group[0][0]]
+        groups += [part for part in (full, group[len(full) :]) if part]
+    return groups
 
 
 def comparable(results: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError unless all results have one protocol and one text."""
+    """Raise ValueError unless all results have the same protocol and text."""
     first = results[0]
     for other in results[1:]:
         for key in ("protocol", "text"):

@@ -1,4 +1,4 @@
-"""The tasks, as data: where their files are, which columns and labels they have, and by what they are scored.
+"""The tasks, as data: where their files are, which columns and labels they have, and which metrics score them.
 
 Add a task by an entry in :data:`TASKS`. The score of a task is the mean of its metrics: one for most, two where GLUE gives two.
 
@@ -15,7 +15,7 @@ from tenfold.evaluate.task_kinds import Sentences, Summary, Task
 from tenfold.models.suggestions import check_name
 from tenfold.models.text_mode import context_of
 
-LONGEST = 512  # tokens of an example at most, unless a length is given
+MAX_LENGTH = 512  # tokens of an example at most, unless a length is given
 YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}
 GLUE = [
     Sentences(name="cola", folder="CoLA", texts=(3,), label=1, metrics=("matthews",),
@@ -40,18 +40,18 @@ SUMMARIES = [
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *SUMMARIES)}
 
 
-def task_named(name: str) -> Task:
-    """The task of this name.
+def find_task(name: str) -> Task:
+    """Return the task of this name.
 
     Raises:
-        ValueError: there is none; the message names the nearest one.
+        ValueError: there is none; the message suggests the nearest one.
     """
     check_name(name, TASKS, "task")
     return TASKS[name]
 
 
-def prepare(model, tokenizer) -> None:
-    """Let ``model`` and ``tokenizer`` agree on what pads: the end-of-text token, where there is no token of its own.
+def set_padding(model, tokenizer) -> None:
+    """Use the tokenizer's padding token in both, or its end-of-text token if it has none.
 
     Raises:
         ValueError: there is no tokenizer, or it has neither of the two.
@@ -65,12 +65,12 @@ def prepare(model, tokenizer) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def longest(model, length: int | None = None) -> int:
-    """Tokens of an example at most: ``length``, or the model's context, :data:`LONGEST` at most."""
+def example_length(model, length: int | None = None) -> int:
+    """Return the tokens of an example at most: ``length``, or the model's context, :data:`MAX_LENGTH` at most."""
     context = context_of(model)
     if length is not None and not 8 <= length <= context:
         raise ValueError(f"length {length} must be from 8 to the model's context of {context}")
-    return length or min(context, LONGEST)
+    return length or min(context, MAX_LENGTH)
 
 
 def evaluate_task(
@@ -87,9 +87,9 @@ def evaluate_task(
     """Score ``model`` on a split of ``task``, without training.
 
     Args:
-        model: with a classification head that was fine-tuned, or for summaries any decoder.
+        model: with a fine-tuned classification head, or for summaries any decoder.
         data: the folder with the files of the task.
-        limit: only the first examples.
+        limit: use only the first examples.
         length: tokens of an example at most.
 
     Returns:
@@ -100,12 +100,12 @@ def evaluate_task(
         FileNotFoundError: the file of the split is missing.
         ImportError: a library of the metrics is missing.
     """
-    task = task_named(task) if isinstance(task, str) else task
-    task.check()
+    task = find_task(task) if isinstance(task, str) else task
+    task.check_libraries()
     task.check_model(model)
-    prepare(model, tokenizer)
-    examples, was = task.read(data, split, limit), model.training
-    predictions = task.predict(model.eval(), tokenizer, examples, longest(model, length), batch_size, progress)
-    model.train(was)
+    set_padding(model, tokenizer)
+    examples, training = task.read(data, split, limit), model.training
+    predictions = task.predict(model.eval(), tokenizer, examples, example_length(model, length), batch_size, progress)
+    model.train(training)
     about = {"task": task.name, "split": split, "examples": len(examples), "data": task.find(data, split).name}
     return task.score(predictions, examples) | about

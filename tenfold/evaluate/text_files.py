@@ -1,4 +1,4 @@
-"""Reading text: plain files, JSON lines with a ``text`` or a ``messages`` field, packed or not, and data sets of a hub."""
+"""Read text: plain files, JSON lines with a ``text`` or a ``messages`` field, compressed or not, and data sets of a hub."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ HUB = "hf://datasets/"
 
 
 def documents(files: Iterable[str | Path], tokenizer=None) -> Iterator[str]:
-    """The documents of ``files`` in order: one a line for ``.jsonl``, one a file otherwise.
+    """Yield the documents of ``files`` in order: one per line for ``.jsonl``, one per file otherwise.
 
     Args:
-        files: paths, or data sets of a hub, ``hf://datasets/OWNER/NAME[/CONFIGURATION]``, of which the split ``train`` is read.
-        tokenizer: its template turns ``{"messages": [{"role": .., "content": ..}, ..]}`` into text.
+        files: paths, or data sets of a hub, ``hf://datasets/OWNER/NAME[/CONFIGURATION]``, whose split ``train`` is read.
+        tokenizer: its chat template turns ``{"messages": [{"role": .., "content": ..}, ..]}`` into text.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a JSON line has no text, or a file is not UTF-8.
-        ImportError: a hub's data set is named and the library ``datasets`` is not there.
+        ImportError: a data set of a hub is named and the library ``datasets`` is not installed.
     """
     for file in files:
         if str(file).startswith(HUB):
             yield from (
-                _text(row, f"{file}, row {number}", tokenizer) for number, row in enumerate(_rows(str(file)), 1)
+                _extract_text(row, f"{file}, row {number}", tokenizer)
+                for number, row in enumerate(_stream_rows(str(file)), 1)
             )
         else:
-            yield from _documents(Path(file), tokenizer)
+            yield from _read_file(Path(file), tokenizer)
 
 
-def _documents(file: Path, tokenizer) -> Iterator[str]:
+def _read_file(file: Path, tokenizer) -> Iterator[str]:
     opener = OPENERS.get(file.suffix, open)
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
@@ -48,7 +49,7 @@ def _documents(file: Path, tokenizer) -> Iterator[str]:
                 return
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield _text(_object(line), f"{file}, line {number},", tokenizer)
+                    yield _extract_text(line, f"{file}, line {number},", tokenizer)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})") from None
     except IsADirectoryError:
@@ -61,14 +62,12 @@ def _documents(file: Path, tokenizer) -> Iterator[str]:
         raise ValueError(f"{file} is not UTF-8 text ({reason}); convert it, for instance with iconv") from None
 
 
-def _object(line: str):
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _text(row, where: str, tokenizer) -> str:
+def _extract_text(row, where: str, tokenizer) -> str:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError:
+            row = None
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
@@ -83,8 +82,8 @@ def _text(row, where: str, tokenizer) -> str:
         raise ValueError(f"{where} holds messages that the chat template refuses ({reason})") from None
 
 
-def _rows(name: str) -> Iterable[dict]:
-    """Of a data set of a hub, as they come."""
+def _stream_rows(name: str) -> Iterable[dict]:
+    """Stream the rows of a data set of a hub."""
     parts = name.removeprefix(HUB).strip("/").split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{name} names no data set; write {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIGURATION")
@@ -96,7 +95,7 @@ def _rows(name: str) -> Iterable[dict]:
 
 
 def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None) -> np.ndarray:
-    """The token numbers of ``texts``, each document followed by the end-of-text token; at most ``limit`` tokens."""
+    """Return the tokens of ``texts`` as one sequence of at most ``limit``, each document followed by the end-of-text token."""
     parts, total = [], 0
     for part in token_parts(texts, tokenizer):
         parts.append(part)
@@ -108,9 +107,9 @@ def token_stream(texts: Iterable[str], tokenizer, limit: int | None = None) -> n
 
 
 def token_parts(texts: Iterable[str], tokenizer, batch: int = 256) -> Iterator[np.ndarray]:
-    """The token numbers of one document after another, each followed by the end-of-text token."""
+    """Yield the tokens of one document after another, each followed by the end-of-text token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = iter(texts)
-    while some := list(islice(texts, batch)):
-        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+    while group := list(islice(texts, batch)):
+        for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             yield np.asarray(ids + end, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which one is the last, and whether it is whole."""
+"""Checkpoints of a run: find the newest complete one, and check that training can resume from it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import json
 from pathlib import Path
 from zipfile import is_zipfile
 
-STATE = "trainer_state.json"  # what Trainer writes last
-FOLDED = "fold.json"  # what a checkpoint of a model that was just folded has, and no other one
-NEEDED = ("optimizer.pt", "scheduler.pt")
+STATE = "trainer_state.json"  # the file that Trainer writes last
+COMPRESSED = "fold.json"  # only in the checkpoint of a model that was compressed right before it
+RESUME_FILES = ("optimizer.pt", "scheduler.pt")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``."""
-    return next(iter(whole_checkpoints(folder)), None)
+    """Return the newest complete checkpoint in ``folder``."""
+    return next(iter(complete_checkpoints(folder)), None)
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Those in ``folder`` that are whole, the newest first."""
-    return [path for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(path)]
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in ``folder``, newest first."""
+    return [path for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True) if _is_complete(path)]
 
 
 def step_of(checkpoint: str | Path) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError):
@@ -33,33 +33,31 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def is_folded(checkpoint: str | Path) -> bool:
-    """Whether it is that of a model that was just folded: the weights are there, but no optimizer knows them."""
-    return (Path(checkpoint) / FOLDED).is_file()
+def is_compressed_here(checkpoint: str | Path) -> bool:
+    """Return whether the model was compressed at this checkpoint, which then has weights but no optimizer state."""
+    return (Path(checkpoint) / COMPRESSED).is_file()
 
 
 def check_checkpoint(checkpoint: Path, sharded: bool) -> None:
-    """Whether a run can go on from ``checkpoint``.
+    """Raise ValueError if training can't resume from ``checkpoint``.
 
     Args:
-        sharded: the parameters, and so the optimizer's state, are to lie in parts on several processes.
+        sharded: parameters and optimizer state are sharded over the processes (FSDP) of the resuming run.
 
     Raises:
-        ValueError: they were not when it was written, or the reverse; or a file is missing or cut off.
+        ValueError: one run is sharded and the other is not; or a file is missing or cut off.
     """
-    parts = any(checkpoint.glob("optimizer_*")) or (checkpoint / "optimizer.bin").is_file()  # FULL_STATE_DICT's
-    if parts and not sharded:
+    was_sharded = any(checkpoint.glob("optimizer_*")) or (checkpoint / "optimizer.bin").is_file()  # FULL_STATE_DICT
+    if was_sharded and not sharded:
         raise ValueError(
-            f"{checkpoint} is of a run whose parameters lie in parts on several processes; go on with accelerate launch "
-            "--use_fsdp --fsdp_version 2, with any number of them"
+            f"{checkpoint} is of a run with sharded parameters; resume it with accelerate launch --use_fsdp "
+            "--fsdp_version 2, with any number of processes"
         )
-    if (checkpoint / NEEDED[0]).is_file() and sharded:
-        raise ValueError(
-            f"{checkpoint} is of a run whose parameters were whole in every process; go on without --use_fsdp"
-        )
-    files = {checkpoint / name for name in NEEDED[parts:] if not is_folded(checkpoint)}
+    if (checkpoint / RESUME_FILES[0]).is_file() and sharded:
+        raise ValueError(f"{checkpoint} is of a run without sharded parameters; resume it without --use_fsdp")
+    files = {checkpoint / name for name in RESUME_FILES[was_sharded:] if not is_compressed_here(checkpoint)}
     for file in sorted(files | set(checkpoint.glob("*.pt")) | set(checkpoint.glob("*.pth"))):
-        if not is_zipfile(file):  # torch.save's
+        if not is_zipfile(file):  # the format of torch.save
             raise ValueError(
-                f"{file} is missing or cut off; delete {checkpoint}, and the same command goes on from the one before"
+                f"{file} is missing or cut off; delete {checkpoint} and rerun the same command to resume from the one before"
             )

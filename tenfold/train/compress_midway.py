@@ -1,7 +1,7 @@
-"""Folded midway: trained dense for a part of the steps, then folded as the recipe says, and trained on.
+"""Compression midway: train dense for a part of the steps, compress as the recipe says, and train on.
 
-A matrix that is far from trained can lose much of itself at little cost, and what it loses is learnt again behind it; a
-structured model that starts from noise has to find everything by its factors.
+A matrix that is far from trained loses much of itself at little cost, and training recovers it; a structured model that starts
+from random factors has to find everything by them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
+from tenfold.compress.calibration import Calibration
+from tenfold.compress.compress import compress
 from tenfold.models.atomic_io import disk_full_errors, write_json
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process
+from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.recipe import Recipe
-from tenfold.train.checkpoints import FOLDED, STATE, last_checkpoint, step_of
-from tenfold.train.trainer import PackedDataset, step_size
+from tenfold.train.checkpoints import COMPRESSED, STATE, last_checkpoint, step_of
+from tenfold.train.model_factory import AUTO_CLASSES, new_empty_model, new_model
+from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset, step_size
 
-AT_ONCE = 1024  # tokens in a batch of those that guide the fold
-# ``compress(model, recipe, batches)`` folds the model in place and returns a report
-Compress = Callable[[Any, Recipe, list[dict[str, Tensor]]], dict[str, Any]]
-KEPT = "rng_state*.pth"  # of the dense part's last checkpoint; its optimizer knows other tensors
+BATCH_TOKENS = 1024  # tokens in a batch of calibration
+RNG_STATES = "rng_state*.pth"  # of the last dense checkpoint; its optimizer state belongs to other parameters
 
 
 class StopAtStep(TrainerCallback):
-    """Ends a training behind ``step``, with a checkpoint, on the schedule of the whole."""
+    """End training after ``step``, with a checkpoint, without changing the schedule."""
 
     def __init__(self, step: int):
         self.step = step
@@ -40,81 +42,95 @@ class StopAtStep(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
 
-def fold_midway(
-    folder: Path, step: int, recipe: Recipe, windows: PackedDataset, model, trainer, load, compress: Compress
+def compress_midway(
+    folder: Path,
+    step: int,
+    recipe: Recipe,
+    windows: PackedDataset,
+    tokenizer,
+    make_trainer: Callable[[Any, Path], DivergenceGuardTrainer],
 ):
-    """The model at ``step``, folded, whose training goes on with the checkpoint that is in ``folder / "checkpoints"`` then.
+    """Return the model at ``step``, compressed; training resumes from the checkpoint in ``folder / "checkpoints"``.
 
-    The dense part has its checkpoints in ``folder / "dense"``, and these go once the folded one is there.
+    Dense checkpoints are in ``folder / "dense"``, and are deleted once the compressed one is disk_full_errors.
 
     Args:
-        windows: what the model is trained on; it is folded by those of the dense part, evenly spread over it.
-        model: makes the dense one.
-        trainer: makes ``trainer(model, folder of its checkpoints)``.
-        load: makes ``load(folder of a checkpoint)``, a model.
+        windows: the training data; windows evenly spread over those of the dense part are the calibration text.
+        make_trainer: ``make_trainer(model, folder of its checkpoints)``.
     """
     dense, target = folder / "dense", folder / "checkpoints" / f"checkpoint-{step}"
+    plain = recipe.model_copy(update={"replace": [], "stages": []})
+    check_rules(recipe)
+    if not recipe.stages and recipe.calibrate is None:  # what can't be compressed is refused before anything is trained
+        make_plan(new_empty_model(plain, tokenizer), recipe)
     if last_checkpoint(target.parent) is None:
-        arguments = _train_dense(dense, step, model, trainer)
+        arguments = _train_dense(make_trainer(new_model(plain, tokenizer), dense), step)
         found = last_checkpoint(dense)
-        made = load(found).to(arguments.device)
-        batches = _batches(windows, step * step_size(arguments), _settings(recipe))
-        report = compress(made, recipe, batches)
+        model = _load(found, recipe).to(arguments.device)
+        report = _compress(model, recipe, _calibration(windows, step * step_size(arguments), recipe))
         if is_main_process():
-            _write(made, found, target, report)
+            _write_checkpoint(model, found, target, report)
         barrier()
     if is_main_process():
         shutil.rmtree(dense, ignore_errors=True)
-    return load(last_checkpoint(target.parent))
+    return _load(last_checkpoint(target.parent), recipe)
 
 
-def _train_dense(folder: Path, step: int, model, trainer) -> TrainingArguments:
-    """Up to ``step``; with which arguments."""
-    made, known = trainer(model(), folder), last_checkpoint(folder)
-    made.callback_handler.callbacks.insert(0, StopAtStep(step))  # before what looks at the loss of what is saved
+def _load(checkpoint: Path, recipe: Recipe):
+    attention = recipe.model.get("attn_implementation")
+    auto_class = AUTO_CLASSES[recipe.train.objective]
+    return auto_class.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention)
+
+
+def _train_dense(trainer: DivergenceGuardTrainer, step: int):
+    known = last_checkpoint(Path(trainer.args.output_dir))
+    trainer.callback_handler.callbacks.insert(0, StopAtStep(step))  # before the guard, which checks what is saved
     if known is None or step_of(known) < step:
-        with disk_full_errors(folder):
-            made.train(resume_from_checkpoint=None if known is None else str(known))
-    barrier()  # until the checkpoint is whole
-    made.accelerator.free_memory()
-    return made.args
+        trainer.train(known)
+    barrier()  # until the checkpoint is complete
+    trainer.accelerator.free_memory()
+    return trainer.args
 
 
-def _settings(recipe: Recipe) -> Calibrate:
-    """Those of the step that reads the most."""
-    given = [step.calibrate for step in recipe.stage_recipes() if step.calibrate]
-    return max(given, key=lambda one: one.samples, default=Calibrate())
+def _calibration(windows: PackedDataset, seen: int, recipe: Recipe) -> Calibration:
+    """Return windows out of the ``seen`` first ones, as many and as long as the stage that reads most asks for."""
+    settings = [stage.calibrate for stage in recipe.stage_recipes() if stage.calibrate]
+    largest = max(settings, key=lambda one: one.samples, default=Calibrate())
+    chosen = torch.linspace(0, seen - 1, min(largest.samples, seen)).round().long().tolist()
+    ids = torch.stack([windows.ids(k) for k in chosen])[:, : largest.window]
+    parts = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    batches: list[dict[str, Tensor]] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+    return Calibration(batches, {"files": ["the run's own"], "samples": len(ids), "window": ids.shape[1]})
 
 
-def _batches(windows: PackedDataset, seen: int, settings: Calibrate) -> list[dict[str, Tensor]]:
-    chosen = torch.linspace(0, seen - 1, min(settings.samples, seen)).round().long().tolist()
-    ids = torch.stack([windows.ids(k) for k in chosen])[:, : settings.window]
-    parts = ids.split(max(1, AT_ONCE // ids.shape[1]))
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+def _compress(model, recipe: Recipe, text: Calibration) -> dict[str, Any]:
+    report = {}
+    for stage in recipe.stage_recipes():
+        report = compress(model, stage, text=stage.calibrate and text)[1]
+    return report
 
 
-def _write(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
-    """A checkpoint that Trainer goes on from: the folded model, and how far the dense one was."""
+def _write_checkpoint(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
+    """Write a checkpoint that Trainer resumes from: the compressed model at the step of the dense one."""
     new = target.with_name("folded.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     with disk_full_errors(new):
         model.save_pretrained(new)
-        for file in dense.glob(KEPT):
+        for file in dense.glob(RNG_STATES):
             shutil.copy(file, new / file.name)
         state = json.loads((dense / STATE).read_text())
-        none = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
-        write_json(new / FOLDED, report)
-        write_json(new / STATE, state | none)
+        best = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+        write_json(new / COMPRESSED, report)
+        write_json(new / STATE, state | best)
     new.rename(target)
 
 
-def go_on_with(scheduler, step: int, rates: list[float]) -> None:
-    """Put a new optimizer of learning ``rates`` where its schedule is at ``step``."""
-    if not hasattr(scheduler, "lr_lambdas"):  # it goes by losses, not by steps
+def resume_schedule(scheduler, step: int, rates: list[float]) -> None:
+    """Set a new optimizer with learning ``rates`` to where its schedule is at ``step``."""
+    if not hasattr(scheduler, "lr_lambdas"):  # it depends on losses, not on steps
         return
     scheduler.last_epoch, scheduler._step_count = step, step + 1
-    parts = [part(step) for part in scheduler.lr_lambdas]
-    for group, rate, part in zip(scheduler.optimizer.param_groups, rates, parts, strict=True):
-        group["lr"] = part * rate
-    scheduler._last_lr = [part * rate for rate, part in zip(rates, parts, strict=True)]
+    scheduler._last_lr = [factor(step) * rate for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

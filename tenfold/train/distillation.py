@@ -1,4 +1,4 @@
-"""The loss of a batch in healing: what the student's ``forward`` is while it is trained."""
+"""The loss of a batch in distillation, which takes the place of the student's ``forward`` while it is trained."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from transformers import PreTrainedModel
 
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
-from tenfold.train.chunked_loss import summed
+from tenfold.train.chunked_loss import sum_chunks
 from tenfold.train.fsdp import is_sharded
-from tenfold.train.losses import IGNORED, LOGITS, STATES, WITHOUT_TEACHER, LossInputs, log_probabilities, wide
-from tenfold.train.teacher import layer_map
+from tenfold.train.losses import IGNORED, LOGITS, STATES, WITHOUT_TEACHER, LossInputs, log_probabilities, upcast
+from tenfold.train.teacher import pair_layers
 
 
 class Distillation:
-    """``sum_k weight_k loss_k``, every loss a mean over positions; see :mod:`tenfold.train.losses`.
+    """``sum_k weight_k loss_k``, each loss a mean over positions; see :mod:`tenfold.train.losses`.
 
-    Logits are computed ``settings.chunk`` positions at a time, of student and teacher: whatever the batch, no more of them are
-    ever held.
+    Logits of student and teacher are computed ``settings.chunk`` positions at a time, so that the memory that they take does not
+    depend on the batch.
 
     Args:
         student: is trained.
-        teacher: None where its answers are stored, or no loss asks for them.
+        teacher: None where its predictions are cached, or no loss needs them.
         settings: the losses and their weights, the layers, the temperature, the chunk.
-        causal: whether position ``t`` predicts token ``t + 1``; a masked language model predicts token ``t``.
+        causal: position ``t`` predicts token ``t + 1``; in a masked language model it predicts token ``t``.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: Heal, causal: bool = True):
         self.student, self.teacher = ChunkedHead(student), teacher and ChunkedHead(teacher)
-        self.settings, self.causal, self.checked = settings, causal, False
-        self.of_rows = {name: weight for name, weight in settings.losses.items() if name in LOGITS}
-        self.of_states = {name: weight for name, weight in settings.losses.items() if name in STATES}
-        self.diverging = bool(self.of_rows.keys() - WITHOUT_TEACHER)
-        if self.of_states:
-            self.layers = layer_map(settings.layers, student, teacher)
+        self.settings, self.causal, self.verified = settings, causal, False
+        self.logit_losses = {name: weight for name, weight in settings.losses.items() if name in LOGITS}
+        self.state_losses = {name: weight for name, weight in settings.losses.items() if name in STATES}
+        if self.state_losses:
+            self.layers = pair_layers(settings.layers, student, teacher)
 
     def __call__(
         self,
@@ -44,71 +43,70 @@ class Distillation:
         log_probabilities: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``{"loss": ..}`` of a batch ``(batch, length)``; labels that are ``IGNORED`` are nothing to predict.
+        """Return ``{"loss": ..}`` of a batch ``(batch, length)``; positions whose label is ``IGNORED`` have no target.
 
         Args:
-            log_probabilities: the stored answers ``(batch, length, classes)``.
-            ids: the tokens that they are for; one class more is the rest.
+            log_probabilities: the teacher's cached predictions ``(batch, length, classes)``.
+            ids: the tokens of the classes; one class more stands for all others.
         """
-        self._check(input_ids)
-        given = {"input_ids": input_ids}
-        if attention_mask is not None:
-            given["attention_mask"] = attention_mask
-        there = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        inside = {"output_hidden_states": True} if self.of_states else {}
-        if "attention" in self.of_states:
-            inside["output_attentions"] = True
-            self.student.model.eval()  # dropout would be among the probabilities
-        states, out = self.student.run(**given, **inside)
-        wanted, seen = log_probabilities, None
+        self._verify(input_ids)
+        inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        inner = {"output_hidden_states": True} if self.state_losses else {}
+        if "attention" in self.state_losses:
+            inner["output_attentions"] = True
+            self.student.model.eval()  # otherwise dropout acts on the attention probabilities
+        states, out = self.student.compute_states(**inputs, **inner)
+        predicted, teacher_out = log_probabilities, None
         if self.teacher is not None:
             with torch.no_grad():
-                wanted, seen = self.teacher.run(**given, **inside)
-        loss = states.new_zeros((), dtype=wide(states[..., :0]).dtype)
-        if self.of_rows:
-            loss = loss + self._rows(states, wanted, ids, labels, there)
-        if (balance := self.student.balance(states, out, attention_mask)) is not None:
-            loss = loss + balance
-        for name, weight in self.of_states.items():
-            loss = loss + weight * STATES[name](out, seen, self.layers, there)
+                predicted, teacher_out = self.teacher.compute_states(**inputs, **inner)
+        loss = states.new_zeros((), dtype=upcast(states[..., :0]).dtype)
+        if self.logit_losses:
+            loss = loss + self._logit_loss(states, predicted, ids, labels, mask)
+        if (router_loss := self.student.router_loss(states, out, attention_mask)) is not None:
+            loss = loss + router_loss
+        for name, weight in self.state_losses.items():
+            loss = loss + weight * STATES[name](out, teacher_out, self.layers, mask)
         return {"loss": loss}
 
-    def _check(self, input_ids: Tensor) -> None:
-        if not self.checked:
-            for model in (self.student, self.teacher):
-                if model is not None:
-                    model.check(input_ids, self.settings.chunk)
-                    if self.settings.compile:
-                        model.trace()
-            self.checked = True
+    def _verify(self, input_ids: Tensor) -> None:
+        if not self.verified:
+            for head in filter(None, (self.student, self.teacher)):
+                head.verify(input_ids, self.settings.chunk)
+                if self.settings.compile:
+                    head.compile()
+            self.verified = True
 
-    def _rows(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, labels: Tensor, there: Tensor) -> Tensor:
-        """The losses of positions, chunk by chunk, each a mean over them."""
+    def _logit_loss(self, states: Tensor, predicted, ids, labels: Tensor, mask: Tensor) -> Tensor:
+        """Return the weighted losses of positions, each a mean over them, computed in chunks."""
         if self.causal:
-            labels, there = labels[:, 1:], there[:, 1:]
-            states, wanted, ids = (None if value is None else value[:, :-1] for value in (states, wanted, ids))
-        labelled = (labels != IGNORED) & there
-        kept = labelled if self.causal or self.settings.positions == "masked" else there
-        states, wanted, ids = (None if value is None else value[kept] for value in (states, wanted, ids))
-        targets = torch.where(labelled, labels, IGNORED)[kept]
-        counts = torch.stack([(labelled if name == "cross_entropy" else kept).sum() for name in self.of_rows])
+            labels, mask = labels[:, 1:], mask[:, 1:]
+            states, predicted, ids = (value if value is None else value[:, :-1] for value in (states, predicted, ids))
+        labelled = (labels != IGNORED) & mask
+        rows = labelled if self.causal or self.settings.positions == "masked" else mask
+        states, predicted, ids = (value if value is None else value[rows] for value in (states, predicted, ids))
+        targets = torch.where(labelled, labels, IGNORED)[rows]
+        counts = torch.stack([(labelled if name == "cross_entropy" else rows).sum() for name in self.logit_losses])
 
-        def run(states: Tensor, rows: slice) -> Tensor:
-            rest = (None if value is None else value[rows] for value in (wanted, ids, targets))
-            sums = self._chunk(states, *rest)
-            return (sums * sums.new_tensor(list(self.of_rows.values())) / counts.clamp(min=1)).sum()
+        def loss(states: Tensor, chunk: slice) -> Tensor:
+            rest = (value if value is None else value[chunk] for value in (predicted, ids, targets))
+            sums = self._sum_losses(states, *rest)
+            return (sums * sums.new_tensor(list(self.logit_losses.values())) / counts.clamp(min=1)).sum()
 
         model = self.student.model
-        return summed(run, states, list(model.parameters()), self.settings.chunk, again=is_sharded(model))
+        return sum_chunks(loss, states, list(model.parameters()), self.settings.chunk, recompute=is_sharded(model))
 
-    def _chunk(self, states: Tensor, wanted: Tensor | None, ids: Tensor | None, targets: Tensor) -> Tensor:
-        """The sum of every loss ``(losses,)`` over the positions of a chunk."""
-        heat, student, teacher = self.settings.temperature, None, None
-        logits = self.student.logits(states)
-        if self.diverging:
-            student = log_probabilities(logits, heat, None if ids is None else ids.long())
-            with torch.no_grad():  # stored answers are rounded, and add up to one again
-                made = None if self.teacher is None else self.teacher.logits(wanted)
-                teacher = torch.log_softmax(wide(wanted), -1) if made is None else log_probabilities(made, heat)
-        rows = LossInputs(logits, targets, student, teacher, heat)
-        return torch.stack([LOGITS[name](rows).sum() for name in self.of_rows])
+    def _sum_losses(self, states: Tensor, predicted: Tensor | None, ids: Tensor | None, targets: Tensor) -> Tensor:
+        """Return the sum of every loss ``(losses,)`` over the positions of a chunk."""
+        temperature, student, teacher = self.settings.temperature, None, None
+        logits = self.student.compute_logits(states)
+        if self.logit_losses.keys() - WITHOUT_TEACHER:
+            student = log_probabilities(logits, temperature, None if ids is None else ids.long())
+            with torch.no_grad():
+                if self.teacher is not None:
+                    teacher = log_probabilities(self.teacher.compute_logits(predicted), temperature)
+                else:  # normalised again: cached predictions are rounded
+                    teacher = torch.log_softmax(upcast(predicted), -1)
+        rows = LossInputs(logits, targets, student, teacher, temperature)
+        return torch.stack([LOGITS[name](rows).sum() for name in self.logit_losses])

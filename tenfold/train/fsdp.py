@@ -1,4 +1,4 @@
-"""Parameters that lie in parts on several processes (FSDP2 under accelerate), and the whole model that they are."""
+"""Parameters sharded over several processes (FSDP2 under accelerate), and the unsharded model that they make up."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-COMPILED = "_orig_mod."  # what torch.compile puts in front of names
+COMPILED = "_orig_mod."  # the prefix that torch.compile adds to names
 
 
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def whole_state(trainer: Trainer) -> dict[str, Tensor]:
-    """The trained model's state, collected from all processes, which have to call it together; the first one gets it."""
+def full_state_dict(trainer: Trainer) -> dict[str, Tensor]:
+    """Gather the trained model's state on the first process; a collective call."""
     state = trainer.accelerator.get_state_dict(trainer.model)
     return {key.removeprefix(COMPILED): value for key, value in state.items()}
 
 
-def losses_as_they_are(plugin) -> None:
-    """Of accelerate: it would round what a model returns to bfloat16, the loss, too, which then has three digits.
+def keep_output_dtype(plugin) -> None:
+    """Stop accelerate's FSDP plugin from rounding a model's outputs to bfloat16, which leaves the loss three digits.
 
     Raises:
-        ValueError: it is FSDP's first version, which lays parameters end to end.
+        ValueError: the plugin uses FSDP's first version, which flattens parameters.
     """
     if plugin.fsdp_version != 2:
         raise ValueError(
-            "parameters are shared out by FSDP's second version only; give accelerate launch --fsdp_version 2"
+            "parameters are sharded by FSDP's second version only; give accelerate launch --fsdp_version 2"
         )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 class UnshardedShell:
-    """What ``model`` is before its parameters are shared out, without their numbers.
+    """Copy of ``model`` without parameter values, made before it is sharded, which changes modules and classes in place.
 
-    Sharding is done in place, to modules and classes. :meth:`fill` makes ``model`` what it was, with the numbers that its parts
-    have now: in every process, on the processor.
+    :meth:`fill` turns ``model`` back into what it was, with its current parameters: in every process, on the CPU.
     """
 
     def __init__(self, model: nn.Module):
         empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-        own = model.__dict__.get("forward")  # of this very model, with a teacher, maybe
-        self.model, self.twin = model, copy.deepcopy(model, empty | {id(own): own})
+        forward = model.__dict__.get("forward")  # may hold a teacher, and is not copied
+        self.model, self.twin = model, copy.deepcopy(model, empty | {id(forward): forward})
 
     @torch.no_grad()
     def fill(self) -> None:
-        """All processes have to call it together."""
+        """Gather the parameters and restore the model; a collective call."""
         for name, parameter in self.twin.named_parameters():
-            value = self.model.get_parameter(name)
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            torch.utils.swap_tensors(parameter, nn.Parameter(value.detach().cpu(), parameter.requires_grad))
+            value = unshard(self.model.get_parameter(name)).detach().cpu()
+            torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
         for module in self.twin.modules():
-            module._buffers.update(
-                {name: value if value is None else value.cpu() for name, value in module._buffers.items()}
-            )
+            buffers = module._buffers.items()
+            module._buffers.update({name: value if value is None else value.cpu() for name, value in buffers})
         self.model.__class__, self.model.__dict__ = self.twin.__class__, self.twin.__dict__
+
+
+def unshard(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor as a whole, and any other one as it is; a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

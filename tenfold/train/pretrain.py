@@ -1,48 +1,43 @@
-"""Pre-training: a model from a configuration, dense or structured from noise, or a trained one, on transformers.Trainer."""
+"""Pre-training on transformers.Trainer: a dense or structured model from a configuration, or a trained one."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
-from transformers.trainer_callback import PrinterCallback
 
-from tenfold.models.atomic_io import atomic_directory, disk_full_errors
+from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.config import Train
 from tenfold.models.distributed import process_state
 from tenfold.models.loading import silent
-from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.precision import check_saved_dtype, in_bfloat16
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.train.checkpoints import is_folded, last_checkpoint, step_of
-from tenfold.train.compress_midway import Compress, fold_midway, go_on_with
-from tenfold.train.fsdp import whole_state
+from tenfold.train.checkpoints import is_compressed_here, last_checkpoint, step_of
+from tenfold.train.compress_midway import compress_midway, resume_schedule
+from tenfold.train.fsdp import full_state_dict
 from tenfold.train.losses import IGNORED
-from tenfold.train.model_factory import KINDS, length_of, new_model, outline, pad_as
+from tenfold.train.model_factory import new_model, window_length
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.pretrain_distillation import DistilledForward, check_named, teacher_of
-from tenfold.train.recipe_checks import check_wanted
-from tenfold.train.run_manifest import check_apart, forget, same_recipe, same_sources, versions
-from tenfold.train.self_guided import Guided
-from tenfold.train.token_dataset import tokens_of
+from tenfold.train.pretrain_distillation import DistilledForward, load_recipe_teacher
+from tenfold.train.recipe_checks import check_recipe_keys, check_teacher_named
+from tenfold.train.run_manifest import check_inputs_outside, check_recipe, check_sources, delete_run, versions
+from tenfold.train.self_guided import SelfGuidance
+from tenfold.train.token_dataset import load_tokens
 from tenfold.train.tokens import Tokens
 from tenfold.train.trainer import (
-    DivergenceGuard,
+    Advance,
     DivergenceGuardTrainer,
-    Log,
     PackedDataset,
-    Progress,
-    shared_out,
+    split_step,
     training_arguments,
-    unwrapped,
+    unwrap_model,
 )
 
 
@@ -51,123 +46,133 @@ def pretrain(
     data: Sequence[str | Path],
     output: str | Path,
     dtype: torch.dtype = torch.float16,
-    advance: Callable[[int, int, float], None] | None = None,
+    advance: Advance | None = None,
     device: str | None = None,
     overwrite: bool = False,
-    compress: Compress | None = None,
 ) -> dict[str, Any]:
-    """Train the recipe's model on ``data`` and write a Hugging Face folder; an interrupted run resumes, and repeats no data.
+    """Train the recipe's model on ``data`` and write a Hugging Face folder; rerun an interrupted call to resume it.
 
-    The recipe has ``model`` (a ``model_type`` and arguments of its configuration, or ``from``, the folder or the name of a model
-    that is trained on), ``tokenizer`` (``vocab_size`` of a byte-level BPE that is trained on the first ``documents``, or where to
-    take it from), ``train`` (see :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is folded from
-    noise before it is trained.
+    The recipe has ``model`` (a ``model_type`` and arguments of its configuration, or ``from``, the folder or name of a trained
+    model), ``tokenizer`` (``vocab_size`` of a byte-level BPE trained on the first ``documents``, or the name of one), ``train``
+    (see :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is structured from the start.
 
-    The folder has ``run.json`` (recipe, text and versions), ``tokens`` (the text as numbers, which other runs may take as their
-    data), ``log.jsonl`` (a line every few steps) and ``checkpoints``, each a Hugging Face folder, the last one and the best one.
+    The folder has ``run.json`` (recipe, text and versions), ``tokens`` (the tokenized text, which other runs may use as data),
+    ``log.jsonl`` (a line every few steps) and ``checkpoints``, each a Hugging Face folder, the last one and the best one.
 
     Args:
         data: files of text, or one folder of tokens: ``tokens`` of another run.
-        dtype: in which the result is written.
+        dtype: of the written model.
         advance: called as ``advance(step, steps, tokens_per_second)``.
-        device: ``cpu`` keeps an accelerator out of it.
-        overwrite: delete what another run has left in ``output``, and begin anew.
-        compress: folds the model midway, where the recipe wants that (``train.fold``); :func:`tenfold.pretrain` gives it.
+        device: ``cpu`` disables accelerators.
+        overwrite: delete another run in ``output`` first.
 
     Returns:
-        What ``training.json`` in the folder holds: the recipe, the loss curve, the time, the versions.
+        The contents of ``training.json``: the recipe, the loss curve, the time, the versions.
 
     Raises:
-        ValueError: the folder is another run's, the recipe can't be, the text has too few tokens, the loss or a weight is no
-            number, or the loss runs away.
-        OSError: there is no room on the disk; the same call goes on from the last whole checkpoint.
+        ValueError: the folder is another run's, the recipe is not valid, the text has too few tokens, loss or weights are not
+            finite, or the loss diverges.
+        OSError: there is no room on the disk; the same call resumes from the last complete checkpoint.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
-    check_wanted(recipe)
-    check_named(recipe)
+    check_recipe_keys(recipe)
+    check_teacher_named(recipe)
     check_saved_dtype(dtype)
-    check_apart(Path(output), recipe)
-    folder, settings, length = Path(output), recipe.train, length_of(recipe)
+    check_inputs_outside(Path(output), recipe)
+    folder, settings, length = Path(output), recipe.train, window_length(recipe)
     with process_state().main_process_first():
         if overwrite and process_state().is_main_process:
-            forget(folder, data)
-        same_recipe(folder, recipe, data)
-        tokens = tokens_of(folder, data, recipe)
-        tokenizer = tokens.tokenizer()
+            delete_run(folder, data)
+        check_recipe(folder, recipe, data)
+        tokens, tokenizer = load_tokens(folder, data, recipe)
         if process_state().is_main_process:
             tokens.check(len(tokenizer))
-        same_sources(folder, tokens, {"teacher": recipe.train.teacher, "model": recipe.origin})
-    pad_as(recipe, tokenizer)
+        check_sources(folder, tokens.manifest, {"teacher": settings.teacher, "model": recipe.origin})
     masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
-    if masked and tokenizer.mask_token is None:
-        raise ValueError(
-            f"the tokenizer of {tokens.folder} has no mask token, which the objective masked needs; give text"
-        )
-    train, rest = _split(tokens, length, settings.held_out)
-    held = PackedDataset(rest, length, masked=masked) if len(rest) else None
-    windows = PackedDataset(train, length, settings.seed, masked)
-    steps, teacher = _steps(windows, settings), teacher_of(recipe, tokenizer)
+    train_tokens, eval_tokens = _split_tokens(tokens, length, settings.held_out)
+    held_out = PackedDataset(eval_tokens, length, masked=masked) if len(eval_tokens) else None
+    windows = PackedDataset(train_tokens, length, settings.seed, masked)
+    steps, teacher = _count_steps(windows, settings), load_recipe_teacher(recipe, tokenizer)
     torch.manual_seed(settings.seed)
 
-    def trainer_of(model, checkpoints: Path) -> _Pretrainer:
+    def make_trainer(model, checkpoints: Path) -> _Pretrainer:
         if teacher is not None:
             model.forward = DistilledForward(model, teacher, settings)  # hides the method of the class
-        return _trainer(model, checkpoints, recipe, windows, held, tokenizer, steps, device, folder, advance)
+        return _Pretrainer(
+            model=model,
+            args=_arguments(checkpoints, settings, steps, device, held_out is not None),
+            train_dataset=windows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            recipe=recipe,
+            log=folder / "log.jsonl",
+            advance=advance,
+            tokens_per_step=settings.batch * settings.accumulate * length,
+        )
 
-    begun, stop = time.perf_counter(), round(settings.fold * steps)
-    if settings.fold and not stop:
+    begun, compress_step = time.perf_counter(), round(settings.fold * steps)
+    if settings.fold and not compress_step:
         raise ValueError(f"train.fold {settings.fold:g} of {steps} steps is none; give more of them, or a larger share")
     with silent():
-        if stop:
-            model = _folded_midway(folder, stop, recipe, windows, tokenizer, trainer_of, compress)
+        if compress_step:
+            model = compress_midway(folder, compress_step, recipe, windows, tokenizer, make_trainer)
         else:
             model = new_model(recipe, tokenizer)
     size = sum(p.numel() for p in model.parameters())
-    guided = Guided(model, settings.guide) if settings.guide else None
-    trainer = trainer_of(model, folder / "checkpoints")
-    trainer.since = stop
-    if guided is not None:
-        trainer.add_callback(guided)
-    with silent(), disk_full_errors(folder / "checkpoints"):
-        trainer.train(resume_from_checkpoint=_resumed(folder))
+    guidance = SelfGuidance(model, settings.guide) if settings.guide else None
+    trainer = make_trainer(model, folder / "checkpoints")
+    trainer.first_step = compress_step
+    if guidance is not None:
+        trainer.add_callback(guidance)
+    trainer.train(last_checkpoint(folder / "checkpoints"))
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
         "tokens": steps * settings.batch * settings.accumulate * length,
         "parameters": size,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "seconds_of_last_run": round(time.perf_counter() - begun, 1),
-        "curve": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row],
-        "held_out": [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row],
+        "curve": trainer.curve(),
+        "held_out": trainer.curve("eval_loss"),
         "versions": versions(),
     }
-    _finish(trainer, folder, dtype, tokenizer, report, guided)
+    _save(trainer, folder, dtype, tokenizer, report, guidance)
     return report
 
 
-def _folded_midway(folder: Path, step: int, recipe: Recipe, windows, tokenizer, trainer_of, compress):
-    if compress is None:
-        raise ValueError("a recipe with train.fold is carried out by tenfold.pretrain, which knows how to fold a model")
-
-    def load(checkpoint: Path):
-        kind = KINDS[recipe.train.objective]
-        return kind.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=recipe.model.get("attn_implementation")
+def _split_tokens(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
+    """Split off the last tokens, whole windows of them, for evaluation."""
+    if not held_out:
+        return tokens, ()
+    size = held_out // length * length
+    if size >= len(tokens) - length or not size:
+        raise ValueError(
+            f"held_out {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
         )
-
-    check_rules(recipe)
-    plain = recipe.model_copy(update={"replace": [], "stages": []})
-    if not recipe.stages and recipe.calibrate is None:  # what can't be folded is told before anything is trained
-        make_plan(outline(plain, tokenizer), recipe)
-    model = partial(new_model, plain, tokenizer)
-    return fold_midway(folder, step, recipe, windows, model, trainer_of, load, compress)
+    return Tokens(tokens.folder, len(tokens) - size), tokens[len(tokens) - size :]
 
 
-def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer, steps: int, device, folder, advance):
-    settings = recipe.train
-    batch, accumulate = shared_out(settings.batch, settings.accumulate)
-    arguments = training_arguments(
+def _count_steps(windows: PackedDataset, settings: Train) -> int:
+    size = settings.batch * settings.accumulate
+    if len(windows) < size:
+        raise ValueError(
+            f"the text has {len(windows)} windows, fewer than the {size} of a step; give more text or a smaller batch"
+        )
+    return len(windows) // size
+
+
+def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | None, evaluate: bool):
+    batch, accumulate = split_step(settings.batch, settings.accumulate)
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": settings.save_steps,
+        "per_device_eval_batch_size": batch,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    return training_arguments(
         checkpoints,
         settings.learning_rate,
         batch,
@@ -175,64 +180,40 @@ def _trainer(model, checkpoints: Path, recipe: Recipe, windows, held, tokenizer,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
         bf16=in_bfloat16(settings.precision, device),
-        torch_compile=settings.compile and settings.teacher is None,  # else Taught sees to it
+        torch_compile=settings.compile and settings.teacher is None,  # with a teacher, DistilledForward compiles
         activation_checkpointing=settings.checkpointing,
         max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),
         save_steps=settings.save_steps,
         save_total_limit=2,
-        train_sampling_strategy="sequential",  # windows are in their order already, which no number of processes changes
+        train_sampling_strategy="sequential",  # windows are shuffled already, alike for any number of processes
         seed=settings.seed,
         **({"use_cpu": True} if device == "cpu" else {}),
-        **_evaluation(held, settings, batch),
+        **(evaluation if evaluate else {}),
     )
-    trainer = _Pretrainer(
-        model=model,
-        args=arguments,
-        train_dataset=windows,
-        eval_dataset=held,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        recipe=recipe,
-    )
-    _watch(trainer, folder, settings.batch * settings.accumulate * windows.length, advance)
-    return trainer
-
-
-def _steps(windows: PackedDataset, settings: Train) -> int:
-    each = settings.batch * settings.accumulate
-    if len(windows) < each:
-        raise ValueError(
-            f"the text has {len(windows)} windows, fewer than the {each} of a step; give more text or a smaller batch"
-        )
-    return len(windows) // each
 
 
 class _Pretrainer(DivergenceGuardTrainer):
-    """Losses are means over the tokens of a step, however many batches and processes it is made of.
+    """Trainer whose losses are means over the tokens of a step, however many batches and processes it is split into.
 
-    Whole windows have equally many next tokens, so that the mean of the batches' losses is that, and what a mixture of experts
-    adds to them counts once. Of hidden tokens there are more in one batch than in another.
+    Whole windows have equally many next tokens, so that a mean over batches is that, and the router loss of a mixture of experts
+    counts once. The number of masked tokens differs between batches.
     """
 
     def __init__(self, *args, recipe: Recipe, **kwargs):
         self.recipe = recipe
-        masked = recipe.train.objective == "masked"
-        told = {"compute_loss_func": _hidden_tokens if masked else None, "compute_metrics": _mean}
-        super().__init__(*args, **told, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            False  # some that take them leave them aside, in a part of the loss or the whole
-        )
+        loss = _masked_loss if recipe.train.objective == "masked" else None
+        super().__init__(*args, compute_loss_func=loss, compute_metrics=_mean_loss, **kwargs)
 
-    def at_first(self, loss):
-        """A new model is no better than a guess; of hidden tokens there may be none in the first step."""
+    def initial_best(self, loss):
+        """Return the loss of a guess at least: a new model is no better, and the first step may have no masked token."""
         if self.recipe.origin and self.recipe.train.objective == "causal":
             return loss
         return max(loss, math.log(self.model.config.get_text_config().vocab_size))
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Of every window that is held out the sum of its tokens' losses, and how many these are: in whichever batch it is."""
+        """Return the sum of the losses of every window, and the number of its tokens, independent of the batches."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             logits, labels = model(**inputs).logits, inputs["labels"]
@@ -250,87 +231,45 @@ class _Pretrainer(DivergenceGuardTrainer):
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not is_folded(resume_from_checkpoint):  # else the model came from there
+        if not is_compressed_here(resume_from_checkpoint):  # otherwise the model was loaded from there
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """The learning rate is the recipe's, not the checkpoint's, whose place on the schedule stays."""
-        rates = [
-            group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups
-        ]  # not all schedules keep it
-        if checkpoint and is_folded(checkpoint):
-            go_on_with(self.lr_scheduler, step_of(checkpoint), rates)
+        """Load the place on the schedule from the checkpoint, but take the learning rate from the recipe."""
+        groups = self.optimizer.param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]  # some schedules don't set initial_lr
+        if checkpoint and is_compressed_here(checkpoint):
+            resume_schedule(self.lr_scheduler, step_of(checkpoint), rates)
             return
         super()._load_optimizer_and_scheduler(checkpoint)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, rates, strict=True):
             group["lr"], group["initial_lr"] = group["lr"] * (rate / group.get("initial_lr", rate)), rate
         self.lr_scheduler.base_lrs = rates
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+        self.lr_scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
 
-def _hidden_tokens(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+def _masked_loss(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
     total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     return total / num_items_in_batch.clamp_min(1)
 
 
-def _mean(told) -> dict[str, float]:
-    """The mean loss of all tokens, by the sums of windows and how many tokens these are of."""
-    return {"loss": float(told.predictions.sum(dtype="float64") / max(1, told.label_ids.sum()))}
+def _mean_loss(prediction) -> dict[str, float]:
+    """Return the mean loss of all tokens, from the sums and numbers of tokens of the windows."""
+    return {"loss": float(prediction.predictions.sum(dtype="float64") / max(1, prediction.label_ids.sum()))}
 
 
-def _watch(trainer: DivergenceGuardTrainer, folder: Path, tokens_a_step: int, advance) -> None:
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(DivergenceGuard(trainer))
-    trainer.add_callback(Log(folder / "log.jsonl", tokens_a_step))
-    if advance is not None:
-        trainer.add_callback(Progress(advance, tokens_a_step))
-
-
-def _evaluation(held, settings, batch: int) -> dict[str, Any]:
-    if held is None:
-        return {}
-    return {
-        "eval_strategy": "steps",
-        "eval_steps": settings.save_steps,
-        "per_device_eval_batch_size": batch,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
-
-
-def _split(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
-    """The tokens to train on, and the last ones, to look at the loss on."""
-    if not held_out:
-        return tokens, ()
-    held = held_out // length * length
-    if held >= len(tokens) - length or not held:
-        raise ValueError(
-            f"held_out {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
-        )
-    rest = Tokens(tokens.folder, len(tokens) - held)
-    return rest, tokens[len(tokens) - held :]
-
-
-def _finish(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any], guided) -> None:
+def _save(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any], guidance) -> None:
     trainer.accelerator.wait_for_everyone()
-    state = whole_state(trainer)
+    weights = full_state_dict(trainer)
     if not trainer.is_world_process_zero():
         return
-    model = unwrapped(trainer)
-    state = {key: _as(value, dtype) for key, value in state.items()}
-    if guided is not None:
-        guided.remove()
-        state = {key: value for key, value in state.items() if key in model.state_dict()}
+    model = unwrap_model(trainer)
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+    if guidance is not None:
+        guidance.remove()
+        weights = {key: value for key, value in weights.items() if key in model.state_dict()}
     with silent(), atomic_directory(folder) as new:
-        model.to(dtype).save_pretrained(new, state_dict=state)
+        model.to(dtype).save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(report, indent=1))
-
-
-def _as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype) if value.is_floating_point() else value  # not index maps
-
-
-def _resumed(folder: Path) -> str | None:
-    kept = last_checkpoint(folder / "checkpoints")
-    return None if kept is None else str(kept)

@@ -1,4 +1,4 @@
-"""What a recipe wants of pre-training: what no step of it would do is refused, before anything is written."""
+"""Checks of a pre-training recipe: what no step of it would carry out is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from tenfold.models.initializers import DRAWS, STARTS
-from tenfold.models.recipe import Recipe, Rule, find_activation_choices
+from tenfold.models.recipe import Recipe, find_activation_choices
 from tenfold.models.suggestions import check_name
 
-# key -> the way out, where the model starts from noise
-IDLE = {
+# key -> the way out, for a model with random weights
+UNUSED = {
     **dict.fromkeys(
         ("first", "squeeze", "stages", "calibrate"),
         "is for a trained model: train dense for a part of the steps, train: {fold: 0.5}, or leave it out",
     ),
-    "heal": "is for a folded model, and pre-training trains anyway: leave it out",
+    "heal": "is for a compressed model, and pre-training trains anyway: leave it out",
 }
-TRAINED = (
-    "would fold a trained model: do that first, tenfold compress, and name that folder, or midway, train: {fold: 0.5}"
-)
+TRAINED = "would compress a trained model: do that first, tenfold compress, and name that folder, or midway, train: {fold: 0.5}"
 WITHOUT_RULES = dict.fromkeys(
     ("budget", "untie"), "does nothing without rules under replace: write one, or leave it out"
 )
 
 
-def check_wanted(recipe: Recipe) -> None:
-    """Raise ValueError for what ``recipe`` says and pre-training would not do."""
-    for rule in (rule for step in recipe.stage_recipes() for rule in step.replace):
-        check_name(rule.start.fit, STARTS, "start")  # with a fold it would be told midway
+def check_recipe_keys(recipe: Recipe) -> None:
+    """Raise ValueError if ``recipe`` has what pre-training would not carry out."""
+    for rule in (rule for stage in recipe.stage_recipes() for rule in stage.replace):
+        check_name(rule.start.fit, STARTS, "start")
     if recipe.train.fold:
         return
-    idle = IDLE if recipe.replace else IDLE | WITHOUT_RULES
+    unused = UNUSED if recipe.replace else UNUSED | WITHOUT_RULES
     if recipe.origin:
-        idle = idle | dict.fromkeys(("replace", *IDLE, *WITHOUT_RULES), TRAINED) | {"heal": IDLE["heal"]}
-    for key, way_out in idle.items():
+        unused = unused | dict.fromkeys(("replace", *UNUSED, *WITHOUT_RULES), TRAINED) | {"heal": UNUSED["heal"]}
+    for key, way_out in unused.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")
     if found := find_activation_choices(recipe):
@@ -46,25 +44,29 @@ def check_wanted(recipe: Recipe) -> None:
             f"recipe {recipe.name!r} has {found[0]}, which activations of a trained model decide: train dense for a part of the "
             "steps, train: {fold: 0.5} with calibrate: {}, or leave it out"
         )
-    for rule in recipe.replace:
-        _check_drawn(rule, recipe.name)
+    for start in (rule.start for rule in recipe.replace):
+        if "fit" in start.model_fields_set and start.fit not in DRAWS:  # without a start factors are drawn
+            raise ValueError(
+                f"the start {start.fit} of recipe {recipe.name!r} is a fit to a trained matrix, and here is none yet: draw by "
+                f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{fold: 0.5}}"
+            )
 
 
-def _check_drawn(rule: Rule, name: str) -> None:
-    """A rule that says nothing of its start is drawn as noise; a fit that it names has no matrix to be made of."""
-    fit = rule.start.fit
-    if "fit" in rule.start.model_fields_set and fit not in DRAWS:
+def check_teacher_named(recipe: Recipe) -> None:
+    """Raise ValueError if ``recipe`` has settings of a teacher but names none."""
+    train = recipe.train
+    if train.teacher is None and (train.losses is not None or train.temperature != 1):
         raise ValueError(
-            f"the start {fit} of recipe {name!r} is a fit to a trained matrix, and here is none yet: draw by "
-            f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{fold: 0.5}}"
+            f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
+            "or teacher in the train section), or leave losses and temperature out"
         )
 
 
 def check_known(config: PreTrainedConfig, given: Iterable[str]) -> None:
-    """Raise ValueError for a key of ``given``, which ``config`` was made of, that nothing of its model reads.
+    """Raise ValueError for a key of ``given``, which ``config`` was made of, that its model does not read.
 
-    transformers keeps any key. What it only renames or puts elsewhere (``rope_theta``) is none of the configuration's own, and
-    classes of others are left alone.
+    transformers accepts any key. Keys that it renames or moves (``rope_theta``) are not attributes of the configuration itself;
+    configurations of other packages are not checked.
     """
     if not type(config).__module__.startswith("transformers."):
         return
@@ -77,6 +79,6 @@ def check_known(config: PreTrainedConfig, given: Iterable[str]) -> None:
 
 
 def _is_read(config: PreTrainedConfig, key: str) -> bool:
-    """Whether the code of the model names the key: some read, with a default, what their configuration doesn't declare."""
+    """Return whether the model's source names ``key``: some read, with a default, what the configuration does not declare."""
     found = find_spec(type(config).__module__.replace(".configuration_", ".modeling_"))
     return found is not None and f'"{key}"' in Path(found.origin).read_text()

@@ -1,114 +1,123 @@
-"""What the run of a folder was begun with: noted first, and compared when it goes on."""
+"""Manifest of a run: what it was started with, written first and compared when the run resumes."""
 
 from __future__ import annotations
 
 import platform
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tenfold.models.atomic_io import read_json, write_json
-from tenfold.models.recipe import Recipe, parse_recipe
+from tenfold.models.recipe import Recipe
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.teacher import weights_digest
-from tenfold.train.tokens import Tokens
 
 FILE = "run.json"
-FILES = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the note last
-OF_TOKENS = ("tokenizer", "model", "train.tokens", "train.objective", "train.window")  # other ones have other tokens
-FOLDERS = ("checkpoints", "dense", "tokens")
+OUTPUTS = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the manifest goes last
+OUTPUT_FOLDERS = ("checkpoints", "dense", "tokens")
+TOKENIZATION = ("tokenizer", "model", "train.tokens", "train.objective", "train.window")  # keys that decide the tokens
+LIBRARIES = ("tenfold", "torch", "transformers", "accelerate")
 
 
-def check_apart(folder: Path, recipe: Recipe) -> None:
-    """Raise ValueError where ``folder``, which a run is written to, holds a model that it begins with or learns from."""
+def differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return ``{dotted key: (before, now)}`` of all entries in which two nested dictionaries differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {key: (before, now)}
+    found = {}
+    for name in [*now, *(name for name in before if name not in now)]:
+        found |= differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    return found
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], problem: str, way_out: str) -> None:
+    """Raise ValueError, ``problem`` (what differs); ``way_out``, unless two manifests are equal."""
+    if found := differences(before, now):
+        told = "; ".join(
+            f"{key} is {str(old)[:60]} there and {str(new)[:60]} here" for key, (old, new) in found.items()
+        )
+        raise ValueError(f"{problem} ({told}); {way_out}")
+
+
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Return the versions of Python and of the installed ones among ``libraries``."""
+    found = {"python": platform.python_version()}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_inputs_outside(folder: Path, recipe: Recipe) -> None:
+    """Raise ValueError if the model that ``recipe`` starts from, or its teacher, is in the output ``folder``."""
     for name in filter(None, (recipe.origin, recipe.train.teacher)):
         if Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{name} is in {folder}, where the run would write over it; give another folder")
 
 
-def same_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
-    """Note what is run, or see that it is what was begun; of a run without any checkpoint another can take the place.
+def check_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
+    """Write the manifest of a run, or compare with it; a run without a checkpoint may be replaced by another one.
 
     Raises:
-        ValueError: it is not; the keys that differ are named.
+        ValueError: ``folder`` has a run of another recipe.
     """
     file = folder / FILE
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
-        before = parse_recipe(read_json(file)["recipe"], str(file)).model_dump(mode="json")
-        other = sorted(differences(before, now["recipe"]))
+        before = read_json(file)["recipe"]
+        other = differences(before, now["recipe"])
         if not other:
             return
-        if _begun(folder):
-            raise ValueError(
-                f"{folder} is a run of another recipe (other {', '.join(other)}); repeat that one, or give another folder"
+        if _has_trained(folder):
+            check_same(
+                before, now["recipe"], f"{folder} is a run of another recipe", "repeat that one, or give another folder"
             )
-        if any(key.startswith(OF_TOKENS) for key in other):
-            forget(folder, data)
+        if any(key.startswith(TOKENIZATION) for key in other):
+            delete_run(folder, data)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, now)
 
 
-def _begun(folder: Path) -> bool:
-    """Whether anything is there that was trained."""
+def check_sources(folder: Path, tokens: dict[str, Any], models: dict[str, str | None]) -> None:
+    """Add the tokens and models of a run to its manifest, or compare with it, wherever they are stored now.
+
+    Args:
+        tokens: the manifest of the tokens.
+        models: ``{role: folder or name}`` of the models that the run starts from or learns from.
+
+    Raises:
+        ValueError: the run was started with others.
+    """
+    manifest = read_json(folder / FILE)
+    now = {key: value for key, value in tokens.items() if key != "shards"}
+    now |= {role: weights_digest(name) for role, name in models.items() if name is not None}
+    if "tokens" not in manifest or not _has_trained(folder):
+        write_json(folder / FILE, manifest | {"tokens": now})
+    else:
+        problem = f"{folder} is a run on other data, or with another model"
+        check_same(manifest["tokens"], now, problem, "repeat it with that, or give another folder")
+
+
+def _has_trained(folder: Path) -> bool:
     checkpoints = (last_checkpoint(folder / name) for name in ("checkpoints", "dense"))
     return (folder / "training.json").is_file() or any(checkpoints)
 
 
-def same_sources(folder: Path, tokens: Tokens, models: dict[str, str | None]) -> None:
-    """Note what the run is trained on, or see that it is what it was begun on, wherever that is now.
-
-    Args:
-        models: the folders or names of those that it begins with or learns from, by what they are to it.
+def delete_run(folder: Path, data: Sequence[str | Path]) -> None:
+    """Delete what a run wrote to ``folder``, and nothing else.
 
     Raises:
-        ValueError: it is not; what differs is named.
-    """
-    noted = read_json(folder / FILE)
-    now = {key: value for key, value in tokens.about.items() if key != "shards"}
-    for what, name in models.items():
-        if name is not None and ("tokens" not in noted or what in noted["tokens"]):  # folders of before lack it
-            now[what] = weights_digest(name)
-    other = sorted(differences(noted.get("tokens", {}), now))
-    if "tokens" not in noted or (other and not _begun(folder)):
-        write_json(folder / FILE, noted | {"tokens": now})
-    elif other:
-        raise ValueError(
-            f"{folder} is a run on other data, or with another model (other {', '.join(other)}); repeat it with that, or give "
-            "another folder"
-        )
-
-
-def forget(folder: Path, data: Sequence[str | Path]) -> None:
-    """Delete what a run has left in ``folder``, and nothing else.
-
-    Raises:
-        ValueError: some of ``data`` is in there.
+        ValueError: some of ``data`` is in the folder.
     """
     if not (folder / FILE).is_file():
         return
     for path in data:
         if Path(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is in {folder}, which is to be overwritten; move it, or give another folder")
-    for name in FOLDERS:
+    for name in OUTPUT_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for file in (file for pattern in FILES for file in folder.glob(pattern)):
+    for file in (file for pattern in OUTPUTS for file in folder.glob(pattern)):
         file.unlink()
-
-
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """The keys, with dots, under which two nested dictionaries have something else."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = one.keys() | other.keys()
-        return [
-            path for key in keys for path in differences(one.get(key), other.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if one == other else [where]
-
-
-def versions() -> dict[str, str]:
-    """Of what a run depends on."""
-    named = {name: version(name) for name in ("tenfold", "torch", "transformers", "accelerate")}
-    return named | {"python": platform.python_version()}

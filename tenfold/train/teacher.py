@@ -1,4 +1,4 @@
-"""The teacher of a healing: where it comes from, whether it fits the student, and what makes it this one."""
+"""The teacher of a distillation: load it, check that it fits the student, and identify its weights."""
 
 from __future__ import annotations
 
@@ -20,71 +20,67 @@ Teacher = PreTrainedModel | str | Path
 
 
 def load_teacher(teacher: Teacher, device: torch.device) -> PreTrainedModel:
-    """The model itself, or the one of this folder or name in single precision, on ``device`` and ready to evaluate."""
+    """Return a model, or load one from a folder or name in single precision, in evaluation mode on ``device``."""
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(teacher, torch.float32)
     return teacher.to(device).eval()
 
 
 def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> None:
-    """Refuse a teacher that reads other tokens than the student, from its configuration and its tokenizer.
-
-    Raises:
-        ValueError: the sizes differ, or a token of the student's has another number, or none, in the teacher's.
-    """
-    named = not isinstance(teacher, PreTrainedModel)
-    config = read_config(teacher) if named else teacher.config
-    own, other = (c.get_text_config().vocab_size for c in (model.config, config))
-    if own != other:
+    """Raise ValueError if the teacher's vocabulary is not the student's, by its configuration and its tokenizer."""
+    loaded = isinstance(teacher, PreTrainedModel)
+    config = teacher.config if loaded else read_config(teacher)
+    size, teacher_size = (c.get_text_config().vocab_size for c in (model.config, config))
+    if size != teacher_size:
         raise ValueError(
-            f"the student predicts {own:,} tokens and the teacher {other:,}: their distributions can't be compared; "
-            "take as teacher the model that the student was folded from"
+            f"the student predicts {size:,} tokens and the teacher {teacher_size:,}: their distributions can't be compared; "
+            "take as teacher the model that the student was compressed from"
         )
-    theirs = load_tokenizer(teacher) if named else None
-    if theirs is None:
+    teacher_tokenizer = None if loaded else load_tokenizer(teacher)
+    if teacher_tokenizer is None:
         return
-    known = theirs.get_vocab()
+    known = teacher_tokenizer.get_vocab()
     for token, number in tokenizer.get_vocab().items():
         if known.get(token) != number:
             raise ValueError(
                 f"token {token!r} is number {number} for the student and {known.get(token, 'no token')} for the teacher: "
-                "their tokenizers differ; take as teacher the model that the student was folded from"
+                "their tokenizers differ; take as teacher the model that the student was compressed from"
             )
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, losses: Iterable[str]) -> None:
-    """Refuse a teacher that ``losses`` can't compare the student with.
+    """Raise ValueError if ``losses`` can't compare the student with the teacher.
 
     Raises:
-        ValueError: one is causal and the other is not, or widths or heads differ where they are compared.
+        ValueError: one is causal and the other is not, or widths or heads that are compared differ.
     """
     if is_causal_lm(model) != is_causal_lm(teacher):
         raise ValueError(
             f"the student is a {type(model).__name__} and the teacher a {type(teacher).__name__}: one predicts the next "
             "token and the other masked ones; take a teacher of the student's kind"
         )
-    asked, (own, other) = set(losses), (m.config.get_text_config() for m in (model, teacher))
-    if asked & {"hidden", "embedding"} and own.hidden_size != other.hidden_size:
+    losses, (own, other) = set(losses), (m.config.get_text_config() for m in (model, teacher))
+    if (wide := losses & {"hidden", "embedding"}) and own.hidden_size != other.hidden_size:
         raise ValueError(
             f"the student's hidden states have {own.hidden_size} dimensions and the teacher's {other.hidden_size}, which "
-            f"{' and '.join(sorted(asked & {'hidden', 'embedding'}))} can't compare; leave it out"
+            f"{' and '.join(sorted(wide))} can't compare; leave it out"
         )
-    if "attention" in asked and own.num_attention_heads != other.num_attention_heads:
+    if "attention" in losses and own.num_attention_heads != other.num_attention_heads:
         raise ValueError(
             f"the student has {own.num_attention_heads} attention heads and the teacher {other.num_attention_heads}, "
             "which the loss attention can't compare; leave it out"
         )
 
 
-def layer_map(
+def pair_layers(
     layers: Sequence[Sequence[int]] | None, model: PreTrainedModel, teacher: PreTrainedModel
 ) -> list[list[int]]:
-    """Pairs of a student's and a teacher's layer, both counted from 0; without ``layers`` those of one relative depth.
+    """Return pairs of student and teacher layers, counted from 0: ``layers``, or those of the same relative depth.
 
-    Layer ``i`` of ``n`` goes with the layer of ``m`` that is nearest to ``(i + 1) m / n - 1``, the later one of two.
+    Layer ``i`` of ``n`` is paired with the layer of ``m`` nearest to ``(i + 1) m / n - 1``, the later one of two.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: a layer does not exist.
     """
     own, other = (m.config.get_text_config().num_hidden_layers for m in (model, teacher))
     if layers is None:
@@ -98,32 +94,32 @@ def layer_map(
 
 
 @contextmanager
-def eager(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """Attention that returns its probabilities, in ``models``; afterwards what they had."""
+def eager_attention(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+    """Use the attention implementation that returns its probabilities within the context."""
     before = [(model, model.config._attn_implementation) for model in models]
     for model, _ in before:
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        for model, kind in before:
-            model.set_attn_implementation(kind)
+        for model, implementation in before:
+            model.set_attn_implementation(implementation)
 
 
-def weights_digest(teacher: Teacher) -> str:
-    """A fingerprint of the weights: whatever their names, order, ties and precision on disk.
+def weights_digest(model: Teacher) -> str:
+    """Return a fingerprint of a model's weights, whatever their names, order, ties and stored precision.
 
-    Those of a folder or a name are read tensor by tensor. A model in memory has the same fingerprint where its tensors are
-    those of its files: not so where transformers fuses experts, or old files hold masks.
+    A folder or name is read tensor by tensor. A model in memory has the same fingerprint if its tensors are those of its files:
+    not where transformers fuses experts, or old files hold masks.
     """
-    files = [] if isinstance(teacher, PreTrainedModel) else weight_files(teacher)
-    if not files:
-        model = load_teacher(teacher, torch.device("cpu")) if not isinstance(teacher, PreTrainedModel) else teacher
-        return _digest(model.state_dict().values())
-    return _digest(_stored(files))
+    if not isinstance(model, PreTrainedModel):
+        if files := weight_files(model):
+            return _digest(_read_tensors(files))
+        model = load_teacher(model, torch.device("cpu"))
+    return _digest(model.state_dict().values())
 
 
-def _stored(files: list[Path]) -> Iterator[Tensor]:
+def _read_tensors(files: list[Path]) -> Iterator[Tensor]:
     for file in files:
         with open_safetensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - a handle, not a mapping

@@ -1,4 +1,4 @@
-"""What a run is trained on: its text as numbers, by the tokenizer that its recipe says."""
+"""The tokens that a run is trained on, by the tokenizer that its recipe names, trains or takes from its model."""
 
 from __future__ import annotations
 
@@ -10,75 +10,92 @@ from typing import Any
 from tenfold.evaluate.text_files import documents
 from tenfold.models.auto import load_tokenizer
 from tenfold.models.recipe import Recipe
-from tenfold.train.model_factory import length_of, vocabulary_of
+from tenfold.train.model_factory import vocabulary_size, window_length
 from tenfold.train.tokenizer import END, train_tokenizer
-from tenfold.train.tokens import Tokens, alike, is_tokens, write_tokens
+from tenfold.train.tokens import Tokens, is_tokens, tokenize_alike, write_tokens
 
 MASK = "<|mask|>"
 
 
-def tokens_of(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> Tokens:
-    """The data as numbers: written once, or another run's.
+def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> tuple[Tokens, Any]:
+    """Return the tokens of a run, written to ``folder`` first if ``data`` is text, and their tokenizer.
 
     Raises:
-        ValueError: the tokens are not those of the recipe or of its model, there is no tokenizer, or there is no text.
+        ValueError: the tokens don't fit the recipe or its model, or there is no tokenizer or no text.
     """
-    limit, made = recipe.train.tokens, [path for path in data if is_tokens(path)]
-    place = folder / "tokens"
-    here = not made and is_tokens(place)  # a run that goes on needs no other tokenizer
-    said, whose = (Tokens(place).tokenizer(), str(place)) if here else _said(recipe)
-    if not made:
-        known = said or _new(data, recipe)
-        vocabulary_of(recipe, known)
-        if recipe.train.objective == "masked" and known.mask_token is None:
-            raise ValueError(f"tokenizer {whose} has no mask token, which the objective masked needs; name another")
-        return write_tokens(place, data, known, limit)
+    if any(map(is_tokens, data)):
+        tokens = _check_tokens(data, recipe)
+    else:
+        place = folder / "tokens"
+        # a run that resumes has its tokenizer there, and does not need the one that the recipe names
+        tokenizer, source = (Tokens(place).tokenizer(), str(place)) if is_tokens(place) else _find_tokenizer(recipe)
+        tokenizer = tokenizer or _train(data, recipe)
+        _check_tokenizer(recipe, tokenizer, f"tokenizer {source}", "name another")
+        tokens = write_tokens(place, data, tokenizer, recipe.train.tokens)
+    tokenizer = tokens.tokenizer()
+    _set_padding(recipe, tokenizer)
+    return tokens, tokenizer
+
+
+def _check_tokens(data: Sequence[str | Path], recipe: Recipe) -> Tokens:
     if len(data) > 1:
-        raise ValueError(f"{made[0]} is a folder of tokens, which is the whole of a run's data; give it alone")
-    tokens = Tokens(Path(data[0]), limit)
-    found = tokens.tokenizer()
-    if said and not alike(found, said):
-        way_out = "give text" if whose == recipe.origin else "leave the recipe's section out, or give text"
-        raise ValueError(f"{data[0]} holds tokens of another tokenizer than {whose}; {way_out}")
-    wanted = recipe.tokenizer and recipe.tokenizer.vocab_size
-    if wanted and wanted != len(found):
+        folder = next(path for path in data if is_tokens(path))
+        raise ValueError(f"{folder} is a folder of tokens, which has to be all of a run's data; give it alone")
+    tokens = Tokens(Path(data[0]), recipe.train.tokens)
+    tokenizer, (expected, source) = tokens.tokenizer(), _find_tokenizer(recipe)
+    if expected and not tokenize_alike(tokenizer, expected):
+        way_out = "give text" if source == recipe.origin else "leave the recipe's section out, or give text"
+        raise ValueError(f"{data[0]} holds tokens of another tokenizer than {source}; {way_out}")
+    size = recipe.tokenizer and recipe.tokenizer.vocab_size
+    if size and size != len(tokenizer):
         raise ValueError(
-            f"{data[0]} holds tokens of a vocabulary of {len(found)}, but recipe {recipe.name!r} wants {wanted}; leave the "
+            f"{data[0]} holds tokens of a vocabulary of {len(tokenizer)}, but recipe {recipe.name!r} wants {size}; leave the "
             "recipe's tokenizer section out, or give text"
         )
-    vocabulary_of(recipe, found)
+    _check_tokenizer(recipe, tokenizer, f"the tokenizer of {data[0]}", "give text")
     return tokens
 
 
-def _said(recipe: Recipe) -> tuple[Any, str | None]:
-    """The tokenizer that the recipe names, or its model's own, and whose it is; None where neither is."""
-    named = recipe.tokenizer and recipe.tokenizer.name
-    said = named and _named(named)
-    own = recipe.origin and load_tokenizer(recipe.origin)  # not all models bring one
-    if said and own and not alike(said, own):
+def _check_tokenizer(recipe: Recipe, tokenizer, name: str, way_out: str) -> None:
+    vocabulary_size(recipe, tokenizer)
+    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
+        raise ValueError(f"{name} has no mask token, which the objective masked needs; {way_out}")
+
+
+def _find_tokenizer(recipe: Recipe) -> tuple[Any, str | None]:
+    """Return the tokenizer that the recipe names, or its model's own, and where it is from; None if there is neither."""
+    name = recipe.tokenizer and recipe.tokenizer.name
+    named = name and load_tokenizer(name)
+    if name and named is None:
         raise ValueError(
-            f"{recipe.origin} has another tokenizer than {named}; leave the recipe's tokenizer section out"
+            f"there is no tokenizer {name}; name a folder that has one, or one on a hub that can be reached from here"
         )
-    return (said, named) if said else (own, recipe.origin)
+    own = recipe.origin and load_tokenizer(recipe.origin)  # some models have none
+    if named and own and not tokenize_alike(named, own):
+        raise ValueError(f"{recipe.origin} has another tokenizer than {name}; leave the recipe's tokenizer section out")
+    return (named, name) if named else (own, recipe.origin)
 
 
-def _new(data: Sequence[str | Path], recipe: Recipe):
-    wanted = recipe.tokenizer
-    if wanted is None:
+def _train(data: Sequence[str | Path], recipe: Recipe):
+    settings = recipe.tokenizer
+    if settings is None:
         missing = "no tokenizer section" if recipe.origin is None else f"a model without a tokenizer, {recipe.origin}"
         raise ValueError(f"recipe {recipe.name!r} has {missing}, and the data is text; name a tokenizer there")
     masked = recipe.train.objective == "masked"
-    sample = islice(documents(data), wanted.documents)
-    tokenizer = train_tokenizer(sample, wanted.vocab_size - masked, length_of(recipe))
+    sample = islice(documents(data), settings.documents)
+    tokenizer = train_tokenizer(sample, settings.vocab_size - masked, window_length(recipe))
     if masked:
         tokenizer.add_special_tokens({"mask_token": MASK, "pad_token": END})
     return tokenizer
 
 
-def _named(name: str):
-    tokenizer = load_tokenizer(name)
-    if tokenizer is None:
-        raise ValueError(
-            f"there is no tokenizer {name}; name a folder that has one, or one on a hub that can be reached from here"
-        )
-    return tokenizer
+def _set_padding(recipe: Recipe, tokenizer) -> None:
+    """Set the padding token of the recipe's model section, as Trainer saves the tokenizer's in the model."""
+    for key, number in recipe.model.items():
+        if key.endswith("_token_id") and isinstance(number, int) and not 0 <= number < len(tokenizer):
+            raise ValueError(
+                f"recipe {recipe.name!r} has {key} {number} in its model section, but its tokenizer has the tokens 0 to "
+                f"{len(tokenizer) - 1}; leave that out"
+            )
+    if isinstance(number := recipe.model.get("pad_token_id"), int):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)

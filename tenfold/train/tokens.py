@@ -1,4 +1,4 @@
-"""A corpus as numbers: memory-mapped shards of tokens in a folder, with the tokenizer that made them."""
+"""A tokenized corpus: memory-mapped shards of tokens in a folder, with the tokenizer that produced them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import numpy as np
 from tenfold.evaluate.text_files import documents, token_parts
 from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.auto import load_tokenizer
+from tenfold.train.run_manifest import check_same
 
 SHARD = 2**26  # tokens in one file
-ANEW = "or delete the folder and give the text"  # a way out of whatever is wrong with one
+REMEDY = "or delete the folder and give the text"
+TOKENIZATION = (
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "model",
+)  # parts of tokenizer.json that decide the tokens
 
 
 class Tokens:
-    """The tokens of a folder that :func:`write_tokens` made, one after another; a slice reads only what it needs."""
+    """The tokens in a folder that :func:`write_tokens` made, as one sequence; a slice reads only what it needs."""
 
     def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.about = folder, _about(folder)
-        self.shards = [_opened(folder / name) for name in self.about["shards"]]
+        self.folder, self.manifest = folder, read_json(folder / "tokens.json")
+        self.shards = [_open_shard(folder / name) for name in self.manifest["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.length = min(int(self.ends[-1]), limit or int(self.ends[-1]))
 
@@ -39,62 +46,61 @@ class Tokens:
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def tokenizer(self):
-        """The tokenizer that made them.
+        """Load the tokenizer that produced the tokens.
 
         Raises:
-            ValueError: it is not there, or another one is.
+            ValueError: it is missing, or was replaced by another one.
         """
         found = load_tokenizer(self.folder)
         if found is None:
             raise ValueError(
-                f"{self.folder} has no tokenizer beside its tokens; copy tokenizer.json and tokenizer_config.json there, {ANEW}"
+                f"{self.folder} has no tokenizer beside its tokens; copy tokenizer.json and tokenizer_config.json there, {REMEDY}"
             )
-        if fingerprint(found) != self.about["tokenizer"]:
+        if tokenizer_fingerprint(found) != self.manifest["tokenizer"]:
             raise ValueError(
-                f"{self.folder} has another tokenizer than the one that made its tokens; restore tokenizer.json, {ANEW}"
+                f"{self.folder} has another tokenizer than the one that produced its tokens; restore tokenizer.json, {REMEDY}"
             )
         return found
 
     def check(self, size: int) -> None:
-        """Raise ValueError for a token beyond a vocabulary of ``size``: all of them are looked at."""
-        for name, shard in zip(self.about["shards"], self.shards, strict=True):
-            largest = int(shard.view(f"u{shard.itemsize}").max(initial=0))  # negative ones are large, too
+        """Raise ValueError if any token is outside of a vocabulary of ``size``."""
+        for name, shard in zip(self.manifest["shards"], self.shards, strict=True):
+            largest = int(shard.view(f"u{shard.itemsize}").max(initial=0))  # negative ones become large
             if largest >= size:
                 raise ValueError(
-                    f"{self.folder / name} holds token {largest:,} of a vocabulary of {size:,}; copy it again, {ANEW}"
+                    f"{self.folder / name} holds token {largest:,} of a vocabulary of {size:,}; copy it again, {REMEDY}"
                 )
 
 
-def _opened(shard: Path) -> np.ndarray:
+def _open_shard(shard: Path) -> np.ndarray:
     try:
         return np.load(shard, mmap_mode="r")
     except (OSError, ValueError, EOFError) as reason:
-        raise ValueError(f"{shard} is missing or cut off ({reason}); copy it again, {ANEW}") from None
+        raise ValueError(f"{shard} is missing or cut off ({reason}); copy it again, {REMEDY}") from None
 
 
 def is_tokens(path: str | Path) -> bool:
-    """Whether ``path`` is a folder that :func:`write_tokens` finished."""
+    """Return whether ``path`` is a folder that :func:`write_tokens` finished."""
     return (Path(path) / "tokens.json").is_file()
 
 
 def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int | None = None) -> Tokens:
-    """The first ``limit`` tokens of ``data``, every document followed by the end-of-text token; kept if they are there.
+    """Write the first ``limit`` tokens of ``data``, each document followed by the end-of-text token, unless they are there.
 
     Raises:
-        ValueError: the text has no tokens, or the folder holds those of other text or of another tokenizer.
+        ValueError: the text has no tokens, or the folder has the tokens of other text or of another tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {"tokenizer": fingerprint(tokenizer), "data": [_named(file) for file in data], "limit": limit}
+    sizes = [[path.name, path.stat().st_size] if path.is_file() else [str(path), None] for path in map(Path, data)]
+    now = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": sizes, "limit": limit}
     if is_tokens(folder):
-        about = _about(folder)
-        if other := [key for key, value in wanted.items() if about[key] != value]:
-            raise ValueError(
-                f"{folder} holds the tokens of another run: other {', '.join(other)}; give another folder, or delete this one"
-            )
-        return Tokens(folder)
+        tokens = Tokens(folder)
+        before = {key: tokens.manifest[key] for key in now}
+        check_same(before, now, f"{folder} holds the tokens of another run", "give another folder, or delete this one")
+        return tokens
     names, total, digest = [], 0, hashlib.sha256()
     with disk_full_errors(folder):
-        for shard in _shards(token_parts(documents(data, tokenizer), tokenizer), limit):
+        for shard in _split_shards(token_parts(documents(data, tokenizer), tokenizer), limit):
             names.append(f"tokens-{len(names):05d}.npy")
             shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
             np.save(folder / names[-1], shard)
@@ -103,14 +109,14 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
         if not total:
             raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
         tokenizer.save_pretrained(folder)
-    write_json(folder / "tokens.json", wanted | {"tokens": total, "digest": digest.hexdigest(), "shards": names})
+    write_json(folder / "tokens.json", now | {"tokens": total, "digest": digest.hexdigest(), "shards": names})
     return Tokens(folder)
 
 
-def _shards(parts: Iterable[np.ndarray], limit: int | None) -> Iterable[np.ndarray]:
+def _split_shards(parts: Iterable[np.ndarray], limit: int | None) -> Iterable[np.ndarray]:
     pending, size, left = [], 0, limit
     for part in parts:
-        part = part if left is None else part[:left]
+        part = part[:left]
         left = None if left is None else left - len(part)
         pending.append(part)
         size += len(part)
@@ -123,34 +129,22 @@ def _shards(parts: Iterable[np.ndarray], limit: int | None) -> Iterable[np.ndarr
         yield np.concatenate(pending)
 
 
-def fingerprint(tokenizer) -> str:
-    """Of the vocabulary, the merges and how text is cut, not of the settings beside them."""
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a digest of what decides how a tokenizer splits text, without its other settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        stated = json.dumps(sorted(tokenizer.get_vocab().items()))
+        parts = sorted(tokenizer.get_vocab().items())
     else:
-        stated = json.dumps({key: value for key, value in json.loads(backend.to_str()).items() if key in _CUTS})
-    return hashlib.sha256(stated.encode()).hexdigest()
+        parts = {key: value for key, value in json.loads(backend.to_str()).items() if key in TOKENIZATION}
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def alike(one, other) -> bool:
-    """Whether two tokenizers give every text the same numbers, whichever of their tokens are special."""
+def tokenize_alike(one, other) -> bool:
+    """Return whether two tokenizers give every text the same tokens, whichever of them are special."""
     if one.get_vocab() != other.get_vocab():
         return False
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
     if None in backends:
         return backends == [None, None]
-    read = [json.loads(backend.to_str()) for backend in backends]
-    return all(read[0].get(key) == read[1].get(key) for key in _CUTS if key != "added_tokens")
-
-
-_CUTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-
-
-def _named(file: str | Path) -> list:
-    path = Path(file)
-    return [path.name, path.stat().st_size] if path.is_file() else [str(file), None]
-
-
-def _about(folder: Path) -> dict:
-    return read_json(folder / "tokens.json")
+    first, second = (json.loads(backend.to_str()) for backend in backends)
+    return all(first.get(key) == second.get(key) for key in TOKENIZATION if key != "added_tokens")

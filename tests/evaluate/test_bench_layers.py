@@ -44,19 +44,21 @@ def test_the_floor_is_flops_or_bytes(monkeypatch, rate, copies, expected):
 
 
 def test_the_memory_of_a_pass_is_counted():
-    """Of nn.Linear by hand; a structured layer holds no matrix."""
+    """nn.Linear's is computed by hand; a structured layer allocates no dense matrix."""
     layer, x, upstream = torch.nn.Linear(64, 96), torch.randn(32, 64, requires_grad=True), torch.randn(32, 96)
     matrix, output = 4 * 64 * 96, 4 * 32 * 96
     own = matrix + 4 * 96
-    assert bench_layers.held(layer, x, upstream, False) == own + output
-    assert bench_layers.held(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, (
+    assert bench_layers.pass_memory(layer, x, upstream, False) == own + output
+    assert bench_layers.pass_memory(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, (
         "gradients of all that has one"
     )
-    assert bench_layers.held(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, "whatever was there before"
+    assert bench_layers.pass_memory(layer, x, upstream, True) == own + output + own + 4 * 32 * 64, (
+        "whatever was there before"
+    )
     folded = FactorizedLinear(LowRank(out_features=96, in_features=64, rank=4)).eval()
     folded.set_factors(folded.structure.init(0.1))
     factors = 4 * (4 * (96 + 64) + 96)
-    assert factors + output < bench_layers.held(folded, x, upstream, False) < matrix + output
+    assert factors + output < bench_layers.pass_memory(folded, x, upstream, False) < matrix + output
     cell = measured(torch.nn.ModuleDict({"a": folded}), rows=(32,), repeats=1)[0]
     assert cell["dense_bytes"] == own + output and factors + output < cell["bytes"] < matrix + output
 
@@ -64,7 +66,7 @@ def test_the_memory_of_a_pass_is_counted():
 def test_nothing_that_was_measured_is_held():
     value = torch.zeros(3)
     gone = weakref.ref(value)
-    assert timing.stored(value) == 12
+    assert timing.stored_bytes(value) == 12
     del value
     assert gone() is None
 
@@ -72,20 +74,20 @@ def test_nothing_that_was_measured_is_held():
 def test_few_rows_are_timed_with_factors_that_come_from_memory(monkeypatch):
     monkeypatch.setattr(bench_layers, "CACHES", 1000)
     layer, x = torch.nn.Linear(5, 7), torch.randn(2, 5)
-    assert bench_layers.copies(layer, bench_layers.FEW) == [layer]
-    some, called = bench_layers.copies(layer, 2), []
+    assert bench_layers.make_copies(layer, bench_layers.FEW_ROWS) == [layer]
+    some, called = bench_layers.make_copies(layer, 2), []
     assert some[0] is layer and sum(m.weight.nbytes + m.bias.nbytes for m in some) >= 1000
     assert len({m.weight.data_ptr() for m in some}) == len(some)
     for k, one in enumerate(some):
         one.register_forward_hook(lambda *given, k=k: called.append(k))
-    run = bench_layers.by_turns(some, x, None, False)
+    run = bench_layers.call_in_turn(some, x, None, False)
     assert called == sorted(called) and set(called) == set(range(len(some))), "each is called before"
     called.clear()
     for _ in range(2 * len(some)):
         run()
     assert called == [*range(len(some))] * 2
     monkeypatch.setattr(bench_layers, "CACHES", 2**40)
-    assert len(bench_layers.copies(layer, 2)) == 1 + bench_layers.COPIES
+    assert len(bench_layers.make_copies(layer, 2)) == 1 + bench_layers.MAX_COPIES
 
 
 def test_nothing_is_not_measured():
@@ -97,7 +99,7 @@ def test_nothing_is_not_measured():
 
 def test_turns_take_turns():
     order = []
-    found = timing.turns(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 3)
+    found = timing.time_in_turns(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 3)
     assert len(found) == 3 and min(min(pair) for pair in found) > 0
     calls = [key for key, _ in itertools.groupby(order)]
     assert calls == ["a", "b"] * 4  # one turn warms up

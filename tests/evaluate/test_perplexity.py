@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 
-from tenfold.evaluate.perplexity import Protocol, comparable, perplexity
+from tenfold.evaluate.perplexity import EvalProtocol, comparable, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def setting(tmp_path_factory):
 
 @torch.no_grad()
 def slow_nats(model, ids: list[int], window: int, stride: int) -> tuple[float, int]:
-    """Every token but the first of the text: with as much context as its window gives it, one forward pass each."""
+    """Score every token but the first with the context of its window, in one forward pass each."""
     nats, count = 0.0, 0
     for target in range(1, len(ids)):
         begins = [b for b in range(0, len(ids), stride) if b < target < b + window]
@@ -87,7 +87,7 @@ def test_tokenizer_of_another_model(setting):
 @pytest.mark.parametrize("wrong", [{"stride": 0}, {"stride": 40}, {"text": "plain"}, {"normaliser": "bytes"}])
 def test_protocols_that_make_no_sense(wrong):
     with pytest.raises(ValueError):
-        Protocol(**{"window": 32, "stride": 32} | wrong)
+        EvalProtocol(**{"window": 32, "stride": 32} | wrong)
 
 
 def test_window_beyond_the_context(setting):

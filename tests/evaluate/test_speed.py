@@ -17,7 +17,7 @@ from transformers import (
 
 from tenfold.api import bench, compress
 from tenfold.evaluate import bench_model
-from tenfold.evaluate.timing import peak
+from tenfold.evaluate.timing import peak_memory
 from tenfold.models.sites import find_sites
 from tenfold.nn import dense_cache
 from tenfold.structure.matmul import bucket
@@ -93,7 +93,7 @@ def test_another_model_may_be_the_rival():
     ],
 )
 def test_what_writes_no_text_has_prompts_and_training(kind, more):
-    """Against its dense twin, and against a decoder; in training all that the loss goes by has gradients."""
+    """Measure against the dense twin and against a decoder; the training loss reaches all parameters."""
     structure = {"kind": "low_rank", "rank": 4}
     model, _ = compress(bert(kind, **more), {"replace": [{"role": "mlp.in", "structure": structure}]})
     for other in (None, small.model()):
@@ -166,7 +166,7 @@ def test_the_peak_is_what_is_held_at_once():
         del one
         return (other * 2).sum()
 
-    assert 2 * x.nbytes <= peak(run, x.device) < 2.1 * x.nbytes
+    assert 2 * x.nbytes <= peak_memory(run, x.device) < 2.1 * x.nbytes
 
 
 def test_the_floor_of_a_dense_model_is_its_matrices(monkeypatch):

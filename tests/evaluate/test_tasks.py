@@ -1,4 +1,4 @@
-"""Metrics against their formulas, and how the files of tasks are read, predicted and scored."""
+"""Metrics against their formulas, and tasks: reading, encoding, predicting and scoring."""
 
 import json
 import lzma
@@ -11,9 +11,9 @@ import toy_tasks
 from transformers import BertForSequenceClassification
 
 from tenfold.evaluate import metrics
-from tenfold.evaluate.metrics import METRICS, library
+from tenfold.evaluate.metrics import METRICS, import_library
 from tenfold.evaluate.task_kinds import Example
-from tenfold.evaluate.tasks import TASKS, evaluate_task, longest, prepare, task_named
+from tenfold.evaluate.tasks import TASKS, evaluate_task, example_length, find_task, set_padding
 
 WANTED = [1, 0, 1, 1, 0, 0, 1, 0, 1, 1]
 GUESSED = [1, 0, 0, 1, 1, 0, 1, 0, 0, 1]
@@ -43,7 +43,7 @@ def slow_pearson(a, b):
 
 
 def slow_ranks(values):
-    """Equal values share the mean of their places."""
+    """Return the ranks; equal values have the mean of theirs."""
     return [sum(v < w for v in values) + (sum(v == w for v in values) + 1) / 2 for w in values]
 
 
@@ -56,7 +56,7 @@ def test_correlations_are_their_formulas():
 
 
 def slow_rouge(text, reference, n):
-    """F-measure of the runs of ``n`` words; short words have no stem."""
+    """Return the F-measure of the n-grams of words; short words have no stem."""
 
     def runs(words):
         return [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
@@ -132,16 +132,16 @@ def test_columns_and_labels(tmp_path, name):
     (tmp_path / folder / "dev.tsv").write_text(lines, encoding="utf-8")
     (tmp_path / folder / "train.tsv.xz").write_bytes(lzma.compress(lines.encode()))
     for place, split in ((tmp_path, "dev"), (tmp_path, "train"), (tmp_path / folder, "dev")):
-        assert [(e.texts, e.wanted) for e in TASKS[name].read(place, split)] == wanted
+        assert [(e.texts, e.target) for e in TASKS[name].read(place, split)] == wanted
     assert len(TASKS[name].read(tmp_path, "dev", limit=1)) == 1
 
 
 def test_metrics_and_labels_of_all_tasks():
     assert {name: " ".join(task.metrics) for name, task in TASKS.items()} == METRIC
     for name, (labels, kind) in {"rte": (2, "single_label_classification"), "stsb": (1, "regression")}.items():
-        told = TASKS[name].loading()[1]
+        told = TASKS[name].model_class()[1]
         assert told["num_labels"] == labels and told["problem_type"] == kind
-    assert TASKS["rte"].loading()[1]["id2label"] == {0: "entailment", 1: "not_entailment"}
+    assert TASKS["rte"].model_class()[1]["id2label"] == {0: "entailment", 1: "not_entailment"}
 
 
 def test_the_score_is_the_mean_of_the_metrics(tmp_path):
@@ -155,12 +155,12 @@ def test_summaries_are_read(tmp_path):
     rows = [{"document": "a", "summary": "s"}, {"document": "b", "summary": "t", "summaries": ["t", "u"]}]
     (tmp_path / "scitldr_dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = TASKS["scitldr"].read(tmp_path, "dev")
-    assert [(e.texts, e.wanted) for e in found] == [(("a",), ("s",)), (("b",), ("t", "u"))]
+    assert [(e.texts, e.target) for e in found] == [(("a",), ("s",)), (("b",), ("t", "u"))]
 
 
 def test_pairs_by_template_or_joined_by_the_end_of_text():
     pair = TASKS["rte"]
-    example = pair._examples(iter(["sentence1\tsentence2\tlabel\n", "the old house\ta road\tentailment\n"]), "x")
+    example = pair._parse(iter(["sentence1\tsentence2\tlabel\n", "the old house\ta road\tentailment\n"]), "x")
     example = next(example)
     template, plain = toy_tasks.word_tokenizer(), toy_tasks.gpt2()[1]
     read = pair.encode(template, example, 64)
@@ -176,7 +176,7 @@ def test_pairs_by_template_or_joined_by_the_end_of_text():
 def test_the_loss_of_a_summary_ignores_the_prompt(tmp_path, kind):
     model, tokenizer = getattr(toy_tasks, kind)()
     task = TASKS["samsum"]
-    prepare(model, tokenizer)
+    set_padding(model, tokenizer)
     examples = task.read(toy_tasks.write_summaries(tmp_path, dev=3), "dev")
     rows = [task.encode(tokenizer, example, length) for example, length in zip(examples, (32, 30, 20), strict=True)]
     batch = task.collator(tokenizer)([dict(row) for row in rows])
@@ -184,7 +184,7 @@ def test_the_loss_of_a_summary_ignores_the_prompt(tmp_path, kind):
         loss = float(model.eval()(**batch).loss)
         nats, count = 0.0, 0
         for example, row in zip(examples, rows, strict=True):
-            target = [*tokenizer(" " + example.wanted[0])["input_ids"], tokenizer.eos_token_id]
+            target = [*tokenizer(" " + example.target[0])["input_ids"], tokenizer.eos_token_id]
             ids = row["input_ids"]
             begin = len(ids) - len(target)
             assert ids[begin:] == target and tokenizer.decode(ids[:begin]).endswith("\nTL;DR:")
@@ -209,12 +209,12 @@ def test_summaries_in_a_batch_are_those_written_one_by_one(tmp_path, kind):
     model, tokenizer = getattr(toy_tasks, kind)()
     found = evaluate_task(model, tokenizer, "samsum", toy_tasks.write_summaries(tmp_path), limit=4)
     assert found["examples"] == 4 and found["data"] == "samsum_validation.jsonl" and 0 <= found["score"] <= 1
-    task, examples, length = TASKS["samsum"], TASKS["samsum"].read(tmp_path, "dev"), longest(model)
+    task, examples, length = TASKS["samsum"], TASKS["samsum"].read(tmp_path, "dev"), example_length(model)
     together = task.predict(model.eval(), tokenizer, examples, length, 6, iter)
     for example, text in zip(examples, together, strict=True):
         ids = task.encode(tokenizer, example, length, train=False)["input_ids"]
         written = []
-        for _ in range(task.room(length)):
+        for _ in range(task.summary_length(length)):
             with torch.no_grad():
                 written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
             if written[-1] == tokenizer.eos_token_id:
@@ -230,7 +230,7 @@ def test_predictions_are_those_of_one_example_at_a_time(tmp_path):
     judge = BertForSequenceClassification(model.config).eval()
     task, examples = TASKS["stsb"], TASKS["stsb"].read(toy_tasks.write_stsb(tmp_path), "dev")
     examples = [  # of all lengths, the long ones first
-        Example((example.texts[0], " ".join(example.texts[1].split()[: 5 - k // 6])), example.wanted)
+        Example((example.texts[0], " ".join(example.texts[1].split()[: 5 - k // 6])), example.target)
         for k, example in enumerate(examples)
     ]
     slow = [float(judge(**tokenizer(*example.texts, return_tensors="pt")).logits) for example in examples]
@@ -266,7 +266,7 @@ def test_wrong_summaries_files_names_and_limits(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no dev\.tsv .* holds nothing"):
         TASKS["cola"].read(tmp_path / "none", "dev")
     with pytest.raises(ValueError, match="did you mean 'mrpc'"):
-        task_named("mprc")
+        find_task("mprc")
     with pytest.raises(ValueError, match="limit 0"):
         TASKS["samsum"].read(tmp_path, "test", 0)
 
@@ -279,14 +279,14 @@ def test_models_without_the_head(tmp_path):
     with pytest.raises(ValueError, match="needs a decoder such as gpt2"):
         evaluate_task(model, tokenizer, "samsum", tmp_path)
     with pytest.raises(ValueError, match="no tokenizer"):
-        prepare(model, None)
+        set_padding(model, None)
     with pytest.raises(ValueError, match="length 999"):
-        longest(model, 999)
+        example_length(model, 999)
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"tasks need nothing_here, .* pip install 'tenfold\[tasks\]'"):
-        library("nothing_here.metrics")
+        import_library("nothing_here.metrics")
     monkeypatch.setattr(metrics, "import_module", lambda name: (_ for _ in ()).throw(ImportError))
     with pytest.raises(ImportError, match="tasks need rouge_score"):
-        TASKS["samsum"].check()
+        TASKS["samsum"].check_libraries()

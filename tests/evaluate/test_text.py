@@ -1,4 +1,4 @@
-"""Reading text, packed and not, and what is said about files that are none."""
+"""Reading text, compressed or not, and errors for other files."""
 
 import gzip
 import json
@@ -53,7 +53,7 @@ def test_not_utf8(tmp_path):
 
 
 class Chatty:
-    """A tokenizer with a template."""
+    """A tokenizer with a chat template."""
 
     chat_template = "yes"
 

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.models import precision
-from tenfold.train.optimizer import orthogonal
+from tenfold.train.optimizer import orthogonalize
 from tenfold.train.pretrain import pretrain
 
 RECIPE = {
@@ -43,7 +43,7 @@ def test_products_are_in_bfloat16_where_that_is_fast_or_asked_for(asked, fast, t
 @pytest.mark.parametrize("fast", [True, False])
 def test_steps_of_muon_are_in_bfloat16_where_that_is_fast(fast, monkeypatch):
     monkeypatch.setattr("tenfold.train.optimizer.multiplies_bfloat16", lambda device: fast)
-    assert orthogonal(torch.randn(1, 4, 8)).dtype == (torch.bfloat16 if fast else torch.float32)
+    assert orthogonalize(torch.randn(1, 4, 8)).dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_what_is_taken_for_fast_is_fast():

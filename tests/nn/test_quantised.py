@@ -7,7 +7,7 @@ pytest.importorskip("torchao")
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from tenfold.evaluate.timing import stored
+from tenfold.evaluate.timing import stored_bytes
 from tenfold.models.model_card import save_compressed
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn import layers as nn_layers
@@ -102,8 +102,8 @@ def test_its_bytes_are_those_it_takes():
     model = made(STRUCTURES["low rank"])
     quantize_(model, NAMES, filter_fn=None)
     for factor in (model[0].left, model[0].right):  # a byte a number, and a scale a row
-        assert factor.numel() + 4 * len(factor) <= stored(factor) <= factor.numel() + 8 * len(factor)
-    assert stored(model[0].bias) == 4 * 96
+        assert factor.numel() + 4 * len(factor) <= stored_bytes(factor) <= factor.numel() + 8 * len(factor)
+    assert stored_bytes(model[0].bias) == 4 * 96
 
 
 def test_a_quantised_model_is_not_saved(tmp_path):

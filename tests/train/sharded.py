@@ -1,4 +1,4 @@
-"""What each of two processes runs for the test of sharded parameters: torchrun sharded.py FILE."""
+"""Run by each of two processes in the test of sharded parameters: torchrun sharded.py FILE."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def losses(kind: str, shard: bool, rank: int = 0, ranks: int = 1) -> list[float]
 
 
 def saved_and_loaded(model, optimizer, kind: str):
-    """Another optimizer that goes on where this one is, as accelerate's checkpoints of sharded models have it."""
+    """Return another optimizer that resumes from this one's state, as accelerate's checkpoints of sharded models store it."""
     folder = Path(sys.argv[1]).with_suffix(f".{kind}")
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
     other = optimizer_for(model, OPTIMIZER[kind], "one", 9.9, 0.9)

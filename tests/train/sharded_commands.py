@@ -1,6 +1,6 @@
-"""What each of two processes runs for the test of sharded commands: torchrun sharded_commands.py FILE, lists of arguments.
+"""Run by each of two processes in the test of sharded commands: torchrun sharded_commands.py FILE, lists of arguments.
 
-accelerate shares parameters out (FSDP2) on accelerators only; here it is told to do so on processors, too.
+accelerate shards parameters (FSDP2) on accelerators only; here it does so on CPUs, too.
 """
 
 import json

@@ -1,14 +1,16 @@
-"""Fine-tuning on tasks, on models of toy size: what is trained, what is learned, and what is saved."""
+"""Fine-tuning on tasks, on toy models: which parameters are trained, what is learned, and what is saved."""
 
 import json
 import re
 import statistics
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import toy_tasks
 from losses import off_by
+from runs import Killed, killed_at
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,8 +21,8 @@ from tenfold.evaluate.tasks import TASKS
 from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
 from tenfold.nn.cola import Cola, ColaLinear
-from tenfold.train.finetune import Scored, counted
-from tenfold.train.methods import WAYS, free_head
+from tenfold.train.finetune import TaskTrainer, count_parameters
+from tenfold.train.methods import METHODS, unfreeze_head
 from tenfold.train.trainer import DivergenceGuardTrainer
 
 RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
@@ -28,7 +30,7 @@ RATES = {"full": 3e-3, "auxiliary": 1e-2, "lora": 1e-2}
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
-    """The toys, made when they are asked for, and the data."""
+    """Return a factory of cached toy models, and the folder of the data."""
     place, made = tmp_path_factory.mktemp("toys"), {}
     toy_tasks.write_summaries(toy_tasks.write_sst2(place))
     (place / "STS-B").mkdir()
@@ -50,7 +52,7 @@ def trained(toys, output, kind, folded, train, task="sst2", **more):
 
 @pytest.fixture(scope="module")
 def learned(toys, tmp_path_factory):
-    """What was trained on the easy task, and the folder, once each; nobody changes it."""
+    """Return a cached factory of fine-tuning runs on the easy task; tests must not change the folders."""
     made = {}
 
     def once(*case):
@@ -120,7 +122,7 @@ def test_shared_central_tensors_stay(toys):
     model, _ = toy_tasks.bert()
     share = {"factors": ["core_1"], "across": "layers"}
     tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
-    WAYS["auxiliary"].free(model, 8)
+    METHODS["auxiliary"].prepare(model, 8)
     free = {name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     assert free == {f"bert.encoder.layer.{k}.intermediate.dense.core_{j}" for k in (0, 1) for j in (0, 2)}
 
@@ -130,7 +132,7 @@ def test_a_pooler_is_trained_as_a_whole_unless_it_is_folded(roles):
     masked, _ = toy_tasks.bert()
     model = AutoModelForSequenceClassification.from_config(masked.config)
     tenfold.compress(model, {"replace": [{"role": roles, "structure": toy_tasks.TRAIN}]})
-    WAYS["auxiliary"].free(model, 8)
+    METHODS["auxiliary"].prepare(model, 8)
     free = {name.split(".")[-1] for name, p in model.bert.pooler.dense.named_parameters() if p.requires_grad}
     assert free == ({"core_0", "core_2", "bias"} if "pooler" in roles else {"weight", "bias"})
 
@@ -140,10 +142,10 @@ def test_what_a_recipe_freezes_stays_in_auxiliary_but_not_in_full(toys):
     rule = {"role": "mlp.in", "structure": toy_tasks.TRAIN, "freeze": ["core_0"]}
     tenfold.compress(model, {"replace": [rule]})
     layer = model.transformer.h[0].mlp.c_fc
-    WAYS["auxiliary"].free(model, 8)
+    METHODS["auxiliary"].prepare(model, 8)
     assert [layer.get_parameter(f"core_{k}").requires_grad for k in range(3)] == [False, False, True]
-    WAYS["full"].free(model, 8)
-    assert counted(model)["share"] == 1.0
+    METHODS["full"].prepare(model, 8)
+    assert count_parameters(model)["share"] == 1.0
 
 
 def test_lora_starts_at_the_same_function_and_frees_its_parts_and_the_head(toys):
@@ -153,13 +155,13 @@ def test_lora_starts_at_the_same_function_and_frees_its_parts_and_the_head(toys)
         ids = torch.arange(1, 13).reshape(2, 6)
         with torch.no_grad():
             wanted = model(ids).logits
-            WAYS["lora"].free(model, 2)
-            free_head(model, set())
+            METHODS["lora"].prepare(model, 2)
+            unfreeze_head(model, set())
             assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
         outs = [3 * 32, 32, 4 * 32, 32]
         inner = [32, 32, 32, 4 * 32]
         low_rank = 2 * sum(2 * (out + width) for out, width in zip(outs, inner, strict=True))
-        assert counted(model)["trainable"] == low_rank + model.score.weight.numel()
+        assert count_parameters(model)["trainable"] == low_rank + model.score.weight.numel()
 
 
 def test_seeds_repeat_and_their_spread_is_reported(toys, tmp_path):
@@ -190,19 +192,19 @@ def test_a_seed_draws_its_own_head(toys, tmp_path):
 
 
 def judge(monkeypatch, scores, look=lambda model: None):
-    """Epochs are judged so, instead of by the dev examples."""
+    """Use these scores for the epochs, instead of those of the dev examples."""
     left = iter(scores)
 
-    class Judged(Scored):
-        def __init__(self, *args, scored, **kwargs):
-            super().__init__(*args, scored=self.judged, **kwargs)
+    class Judged(TaskTrainer):
+        def __init__(self, *args, score_model, **kwargs):
+            super().__init__(*args, score_model=self.judged, **kwargs)
 
         def judged(self, model):
             look(model)
             score = next(left)
             return {"score": score, "half": score / 2}
 
-    monkeypatch.setattr("tenfold.train.finetune.Scored", Judged)
+    monkeypatch.setattr("tenfold.train.finetune.TaskTrainer", Judged)
 
 
 @pytest.mark.parametrize(("folded", "train"), [(True, "auxiliary"), (True, "lora"), (False, "lora")])
@@ -250,9 +252,9 @@ def contents(folder):
 def test_no_number_is_told_and_nothing_is_written_over(toys, tmp_path, rate):
     trained(toys, tmp_path / "out", "gpt2", False, "full", **SHORT)
     before = contents(tmp_path / "out")
-    what = r"(loss is (nan|inf) at|loss or weights are not finite after) step \d"
+    what = r"(loss is (nan|inf) (at|after)|weights are NaN or infinite after) step \d"
     place = rf"examples \d+ to \d+ of epoch 1, in the order of seed 5; learning rate {re.escape(f'{rate:g}')}"
-    where = rf"{what} \({place}\); nothing of this seed is saved; lower the learning rate"
+    where = rf"{what} \({place}\); there is no checkpoint yet; lower the learning rate"
     with pytest.raises(ValueError, match=where):
         trained(toys, tmp_path / "out", "gpt2", False, "full", learning_rate=rate, seeds=[5], overwrite=True, **SHORT)
     after = contents(tmp_path / "out")
@@ -260,7 +262,7 @@ def test_no_number_is_told_and_nothing_is_written_over(toys, tmp_path, rate):
 
 
 def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_path):
-    """Those of the last step are in no loss."""
+    """No training loss shows the effect of the last step."""
     toy, place = toys
 
     def call(output, **given):
@@ -268,7 +270,7 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
             toy("gpt2", False), "sst2", place, output, batch=32, device="cpu", warmup=0.0, **SHORT, **given
         )
 
-    where = r"weights are not finite after step 1 \(examples 0 to 32 of epoch 1, in the order of seed 0; learning rate 1e\+39\)"
+    where = r"weights are NaN or infinite after step 1 \(examples 0 to 32 of epoch 1, .* 0; learning rate 1e\+39\)"
     with pytest.raises(ValueError, match=where):
         call(tmp_path / "out", learning_rate=1e39)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log-0.jsonl"]
@@ -276,7 +278,7 @@ def test_weights_that_are_no_numbers_are_told_though_the_loss_is_one(toys, tmp_p
 
 
 def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
-    """One that is twice that of the first step or of a guess; not one that is merely much larger than it was."""
+    """A loss has diverged at twice that of the first step or of a guess, not where it is merely larger than before."""
     monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 3.0, 21: 3.4})
     trained(toys, tmp_path / "worse", "gpt2", False, "full")
@@ -285,13 +287,13 @@ def test_a_loss_that_runs_away_is_stopped(toys, tmp_path, monkeypatch):
         ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-20; lower the"
     ):
         trained(toys, tmp_path / "away", "gpt2", False, "full")
-    with pytest.raises(ValueError, match=r"the loss has run away to .*; nothing of this seed is saved; lower the"):
+    with pytest.raises(ValueError, match=r"the loss has run away to .*; there is no checkpoint yet; lower the"):
         trained(toys, tmp_path / "wild", "gpt2", False, "full", learning_rate=10.0, epochs=1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 8])
 def test_a_short_last_step_is_no_loss_that_runs_away(toys, tmp_path, accumulate, monkeypatch):
-    """One example alone at the end of an epoch, in one part where the other steps may have eight."""
+    """The last step of an epoch has a single example, in one micro-batch where other steps may have eight."""
     off_by(monkeypatch, {0: 0.0, 5: 2.0})
     toy, place = toys
     given = {"epochs": 3, "batch": 16, "limit": 17, "accumulate": accumulate, "device": "cpu", "learning_rate": 1e-5}
@@ -299,10 +301,10 @@ def test_a_short_last_step_is_no_loss_that_runs_away(toys, tmp_path, accumulate,
 
 
 def test_a_guess_loses_what_examples_differ_by():
-    assert TASKS["sst2"].guess([Example(("x",), 1)]) == pytest.approx(np.log(2))
+    assert TASKS["sst2"].guess_loss([Example(("x",), 1)]) == pytest.approx(np.log(2))
     numbers = [Example(("x", "y"), value) for value in (0.0, 1.0, 5.0)]
-    assert TASKS["stsb"].guess(numbers) == pytest.approx(np.var([0.0, 1.0, 5.0]))
-    assert TASKS["samsum"].guess([Example(("x",), ("a",))]) == 0
+    assert TASKS["stsb"].guess_loss(numbers) == pytest.approx(np.var([0.0, 1.0, 5.0]))
+    assert TASKS["samsum"].guess_loss([Example(("x",), ("a",))]) == 0
 
 
 def test_every_run_has_its_log(toys, tmp_path):
@@ -320,21 +322,15 @@ def test_every_run_has_its_log(toys, tmp_path):
         assert row["score"] == scores[epoch]["eval_score"]
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_call_goes_on_behind_the_last_seed(toys, tmp_path):
     given, out, seen = SHORT | {"dev_limit": 20, "learning_rate": 3e-4}, tmp_path / "out", []
-
-    def stop(step, steps, *speed):
-        if step == 3:
-            raise Killed
-
     whole = trained(toys, tmp_path / "whole", "gpt2", False, "full", seeds=[1, 2], **given)
     with pytest.raises(Killed):
-        trained(toys, out, "gpt2", False, "full", seeds=[1, 2], advance=stop, **given)
-    with pytest.raises(ValueError, match=r"other settings \(batch, task\); repeat that one, .* add --overwrite"):
+        trained(toys, out, "gpt2", False, "full", seeds=[1, 2], advance=killed_at(3), **given)
+    with pytest.raises(
+        ValueError,
+        match=r"other settings \(task is sst2 .*; batch is 16 there and 8 here\); .* add --overwrite",
+    ):
         trained(toys, out, "gpt2", False, "full", "stsb", seeds=[2], **given | {"batch": 8, "limit": 32})
     with pytest.raises(FileExistsError, match="is there already and not empty"):
         trained(toys, toys[1], "gpt2", False, "full", seeds=[1], **given)
@@ -351,20 +347,17 @@ def test_a_killed_call_goes_on_behind_the_last_seed(toys, tmp_path):
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_killed_call_goes_on_behind_the_last_epoch(toys, tmp_path, train):
-    """To the same weights; the best epoch may lie in the part before."""
+    """The weights are the same, and the best epoch may precede the interruption."""
     given, out = {"limit": 32, "dev_limit": 20, "seeds": [1], "epochs": 4}, tmp_path / "out"
     whole = trained(toys, tmp_path / "whole", "bert", False, train, **given)
     for last in (5, 8):  # in the third epoch, and behind the last one
-
-        def stop(step, steps, *speed, last=last):
-            if step == last:
-                raise Killed
-
         with pytest.raises(Killed):
-            trained(toys, out, "bert", False, train, advance=stop, **given)
+            trained(toys, out, "bert", False, train, advance=killed_at(last), **given)
         kept = out / "seed-1.partial" / f"checkpoint-{(last - 1) // 2 * 2}"
         assert kept.is_dir() and not (out / "finetune.json").exists()
-    with pytest.raises(ValueError, match=r"seed-1.partial holds a fine-tuning with other settings \(epochs\)"):
+    with pytest.raises(
+        ValueError, match=r"seed-1.partial holds .* with other settings \(epochs is 4 there and 3 here\)"
+    ):
         trained(toys, out, "bert", False, train, **given | {"epochs": 3})
     seen = []
     report = trained(toys, out, "bert", False, train, advance=lambda *now: seen.append(now[0]), **given)
@@ -382,7 +375,7 @@ def test_what_is_finished_but_not_written_yet_is_not_trained_again(toys, tmp_pat
     whole = trained(toys, tmp_path / "whole", "bert", False, "full", **given)
     judge(monkeypatch, scores)
     with monkeypatch.context() as patch:
-        patch.setattr("tenfold.train.finetune.unwrapped", lambda trainer: (_ for _ in ()).throw(Killed))
+        patch.setattr("tenfold.train.trainer.unwrap_model", Mock(side_effect=Killed))
         with pytest.raises(Killed):
             trained(toys, out, "bert", False, "full", **given)
     seen = []
@@ -407,7 +400,7 @@ def test_a_model_may_be_compiled(toys, tmp_path, monkeypatch):
 
 
 def test_a_step_in_parts_with_activations_made_again_is_the_same_step(toys, tmp_path):
-    """Of examples that count alike: without dropout, every step of whole parts."""
+    """Examples weigh alike: there is no dropout, and every step is complete."""
     curves = {}
     for name, more in (("one", {}), ("parts", {"accumulate": 4, "checkpointing": True})):
         report = trained(
@@ -418,7 +411,7 @@ def test_a_step_in_parts_with_activations_made_again_is_the_same_step(toys, tmp_
     np.testing.assert_allclose(curves["parts"], curves["one"], rtol=1e-5)
 
 
-def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):
+def test_a_batch_that_can_not_be_shared(toys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 processes can't share 16 examples a step evenly; give --batch-size 18"):
         trained(toys, tmp_path / "out", "gpt2", False, "full")
@@ -427,7 +420,11 @@ def test_a_batch_that_can_not_be_shared_out(toys, tmp_path, monkeypatch):
 REFUSED = {
     "unknown task": ({"task": "mprc"}, ValueError, "did you mean 'mrpc'"),
     "unknown way": ({"train": "auxilary"}, ValueError, "did you mean 'auxiliary'"),
-    "dense auxiliary": ({"train": "auxiliary"}, ValueError, "without folded layers has no auxiliary tensors; fold it"),
+    "dense auxiliary": (
+        {"train": "auxiliary"},
+        ValueError,
+        "without structured layers has no auxiliary tensors; compress it",
+    ),
     "no file": ({"task": "rte"}, FileNotFoundError, r"task rte has no train\.tsv"),
     "no model": ({"model": "./nothing"}, FileNotFoundError, "there is no model './nothing'"),
     "no epochs": ({"epochs": 0}, ValueError, "epochs 0 must be more than 0"),
@@ -451,7 +448,7 @@ def test_what_is_refused(toys, tmp_path, case):
 
 
 def test_a_head_of_another_task_is_drawn_anew(toys, learned, tmp_path):
-    """Two classes, then one number."""
+    """The head has two classes, then one number."""
     given = {"device": "cpu", "epochs": 0.1, "limit": 32, "dev_limit": 8}
     report = tenfold.finetune(learned("bert", False, "full")[1], "stsb", toys[1], tmp_path / "out", **given)
     assert report["runs"][0]["new"] == ["classifier.bias", "classifier.weight"]
@@ -471,14 +468,14 @@ def test_an_adapter_goes_beside_shared_factors_which_stay_shared(toys, tmp_path)
     tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "share": share}]})
     ids = torch.arange(5, 15)[None]
     before, shared = model.eval()(ids)[0], set(base_model(model).shared_factors.state_dict())
-    WAYS["lora"].free(model, 2)
+    METHODS["lora"].prepare(model, 2)
     torch.testing.assert_close(model(ids)[0], before)
     freed = {name for name, value in model.named_parameters() if value.requires_grad}
     assert freed and all("lora_" in name or ".part_1_" in name for name in freed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.add_(0.1 * torch.randn_like(value) if name in freed else 0)
-    WAYS["lora"].finish(model)
+    METHODS["lora"].finish(model)
     after = model(ids)[0]
     assert not torch.allclose(after, before, atol=1e-3)
     tenfold.save(model, tmp_path / "out", tokenizer)
@@ -491,12 +488,7 @@ def test_an_adapter_that_a_recipe_brings_stays(toys):
     model, _ = toy_tasks.bert()
     tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "adapter": 2}]})
     before = list(model.parameters())  # held: the number of an object that is gone is given to the next
-    WAYS["lora"].free(model, 3)
+    METHODS["lora"].prepare(model, 3)
     free = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(free) == 2 * 2 * 6 and not any(p is q for p in free.values() for q in before)
     assert all(3 in p.shape for p in free.values())
-
-
-def test_every_way_has_a_rate_and_every_task_its_metrics():
-    assert set(WAYS) == {"full", "auxiliary", "lora"} and all(way.learning_rate > 0 for way in WAYS.values())
-    assert all(task.metrics for task in TASKS.values())

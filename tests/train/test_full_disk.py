@@ -1,4 +1,4 @@
-"""A full disk is one sentence, whichever library meets it, and what was there stays."""
+"""A full disk is reported in one sentence, whichever library meets it, and existing files stay."""
 
 import json
 import sys
@@ -78,7 +78,7 @@ def test_fine_tuning_leaves_what_was_there(dense, tmp_path, monkeypatch):
     before = tenfold.finetune(dense, "sst2", place, tmp_path / "out", **given)
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", raises(REASONS[0]))
-        with pytest.raises(OSError, match=f"out {SENTENCE}"):
+        with pytest.raises(OSError, match=f"seed-0.partial {SENTENCE}"):
             tenfold.finetune(dense, "sst2", place, tmp_path / "out", overwrite=True, **given)
     assert json.loads((tmp_path / "out" / "finetune.json").read_text()) == before
 

@@ -1,4 +1,4 @@
-"""Pre-training that begins with a trained model: dense, folded or deepened."""
+"""Pre-training that starts from a trained model: dense, compressed or deepened."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 from losses import off_by
+from runs import Killed, killed_at, same_weights, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -14,7 +15,7 @@ from tenfold import api, deepen
 from tenfold.api import compress, evaluate
 from tenfold.models.recipe import load_recipe
 from tenfold.train.pretrain import pretrain
-from tenfold.train.recipe_checks import check_wanted
+from tenfold.train.recipe_checks import check_recipe_keys
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import write_tokens
 
@@ -28,7 +29,7 @@ def further(folder, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Text, a dense model that was trained on it, one that was folded from it and one that was deepened."""
+    """Return a folder with a text, a dense model trained on it, and a compressed and a deepened version of it."""
     place = tmp_path_factory.mktemp("place")
     (place / "text.txt").write_text(small.text())
     shape = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32} | STILL
@@ -45,10 +46,6 @@ def place(tmp_path_factory):
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     return place
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
 @pytest.mark.parametrize("name", ["dense", "folded", "deepened"])
@@ -69,34 +66,27 @@ def test_it_begins_as_the_trained_one_and_goes_on(place, tmp_path, name):
 
 
 def test_a_killed_run_goes_on_where_it_was_with_the_same_model_only(place, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(step, *rest):
-        if step == 8:
-            raise Killed
-
     data = [place / "dense" / "tokens"]
     shutil.copytree(place / "dense", tmp_path / "origin")
     recipe = further(tmp_path / "origin")
     pretrain(recipe, data, tmp_path / "whole")
     with pytest.raises(Killed):
-        pretrain(recipe, data, tmp_path / "run", advance=kill)
+        pretrain(recipe, data, tmp_path / "run", advance=killed_at(8))
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     pretrain(recipe, data, tmp_path / "run")
-    whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(whole[key], run[key]) for key in whole)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "origin")
     torch.nn.init.zeros_(model.transformer.wpe.weight)
     model.save_pretrained(tmp_path / "origin")
     with pytest.raises(
-        ValueError, match=r"is a run on other data, or with another model \(other model\); repeat it with that"
+        ValueError,
+        match=r"is a run on other data, or with another model \(model is \w+ there and \w+ here\); repeat",
     ):
         pretrain(recipe, data, tmp_path / "other")
 
 
 def test_tokens_are_the_models_own(place, tmp_path):
-    """With a folder that lost its tokenizer the vocabulary has to be large enough at least."""
+    """A model without a tokenizer takes any that fits its vocabulary."""
     (tmp_path / "some.txt").write_text(small.text())
     shutil.copytree(place / "folded", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("tokenizer*"):
@@ -128,7 +118,7 @@ def test_a_named_tokenizer_is_the_models_own(place, tmp_path):
 
 
 def test_a_run_goes_on_without_the_tokenizer_that_it_named(place, tmp_path):
-    """It may have come from a hub that can't be reached any more."""
+    """The hub that it is from may be offline."""
     shutil.copytree(place / "dense", tmp_path / "named", ignore=shutil.ignore_patterns("checkpoints", "tokens"))
     shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32}
     recipe = {"name": "new", "model": shape, "tokenizer": {"name": str(tmp_path / "named")}, "train": TRAIN}
@@ -138,7 +128,7 @@ def test_a_run_goes_on_without_the_tokenizer_that_it_named(place, tmp_path):
 
 
 def test_special_tokens_make_no_other_tokenizer(place, tmp_path):
-    """A run pads with what its model section says, which its tokens were made before."""
+    """The padding token of a model section is set after the text is tokenized."""
     shape = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32, "pad_token_id": 5}
     new = {"name": "new", "model": shape, "tokenizer": {"vocab_size": 300}, "train": TRAIN}
     pretrain(new, [place / "text.txt"], tmp_path / "padded")
@@ -160,7 +150,7 @@ def test_nothing_is_written_over_the_model(place, tmp_path, role):
 
 
 def test_a_teacher_predicts_what_the_model_does(place, tmp_path):
-    """However many tokens the tokenizer has: vocabularies are padded."""
+    """Vocabularies may be padded beyond the tokenizer's."""
     for name in ("dense", "folded"):
         model = AutoModelForCausalLM.from_pretrained(place / name, dtype=torch.float32)
         model.resize_token_embeddings(320)
@@ -174,7 +164,7 @@ def test_a_teacher_predicts_what_the_model_does(place, tmp_path):
 
 
 def test_a_model_that_lacks_tensors_is_refused(place, tmp_path):
-    """Where transformers would draw them; and one of another class, which has no head for this."""
+    """transformers would initialise them at random; a model of another class lacks the head."""
     shutil.copytree(place / "dense", tmp_path / "damaged")
     kept = load_file(tmp_path / "damaged" / "model.safetensors")
     del kept["transformer.h.1.mlp.c_fc.weight"]
@@ -201,19 +191,16 @@ def test_what_is_quantised_by_others_is_refused(place, tmp_path):
 
 
 def test_a_trained_model_that_is_wrecked_at_once_is_noticed(place, tmp_path, monkeypatch):
-    """Though it may still be better than a guess."""
+    """Its loss may still be lower than that of a guess."""
     off_by(monkeypatch, {0: 0.0, 2: 2.5})
     with pytest.raises(ValueError, match=r"the loss has run away to [4-7]\."):
         pretrain(further(place / "dense", learning_rate=1e-9), [place / "text.txt"], tmp_path / "run")
 
 
 def test_an_untrained_run_takes_another_model(place, tmp_path):
-    def no_step(*rest):
-        raise InterruptedError
-
     shutil.copytree(place / "dense", tmp_path / "origin")
-    with pytest.raises(InterruptedError):
-        pretrain(further(tmp_path / "origin"), [place / "text.txt"], tmp_path / "run", advance=no_step)
+    with pytest.raises(Killed):
+        pretrain(further(tmp_path / "origin"), [place / "text.txt"], tmp_path / "run", advance=killed_at(1))
     shutil.copy(place / "folded" / "config.json", tmp_path / "origin")
     shutil.copy(place / "folded" / "model.safetensors", tmp_path / "origin")
     pretrain(further(tmp_path / "origin"), [place / "text.txt"], tmp_path / "run")
@@ -227,8 +214,8 @@ def test_an_untrained_run_takes_another_model(place, tmp_path):
         ({"model": {"from": 3}}, "model: a model that is trained on is its folder or its name alone"),
         ({"tokenizer": {"vocab_size": 300}}, "a model that is trained on has its tokenizer: leave vocab_size out"),
         ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: do that first"),
-        ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would fold a trained model"),
-        ({"stages": [{"first": "order"}]}, "stages of recipe 'further' would fold a trained model"),
+        ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would compress a trained model"),
+        ({"stages": [{"first": "order"}]}, "stages of recipe 'further' would compress a trained model"),
         ({"train": TRAIN | {"window": 64}}, "window 64 of recipe 'further' is longer than the 32 positions of its model"),
         ({"train": TRAIN | {"objective": "masked"}}, "transformers has no AutoModelForMaskedLM of GPT2"),
     ],
@@ -241,9 +228,9 @@ def test_what_does_not_go_with_a_trained_model_is_refused(place, tmp_path, more,
 
 def test_a_refusal_says_nothing_of_other_recipes(place):
     rules = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 8}}]}
-    with pytest.raises(ValueError, match="would fold a trained model"):
-        check_wanted(load_recipe(further(place / "dense") | rules))
-    check_wanted(load_recipe({"name": "new", "model": {"model_type": "gpt2"}, "train": TRAIN} | rules))
+    with pytest.raises(ValueError, match="would compress a trained model"):
+        check_recipe_keys(load_recipe(further(place / "dense") | rules))
+    check_recipe_keys(load_recipe({"name": "new", "model": {"model_type": "gpt2"}, "train": TRAIN} | rules))
 
 
 def test_a_model_that_is_not_there_is_named(place, tmp_path):
@@ -257,7 +244,7 @@ def test_a_dense_one_is_folded_midway(place, tmp_path):
     recipe = further(place / "dense", fold=0.5) | {"replace": [rule]}
     api.pretrain(recipe, [place / "text.txt"], tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"folded is folded already, so that train.fold has nothing to do; leave it out"
+        ValueError, match=r"folded is compressed already, so that train.fold has nothing to do; leave it out"
     ):
         api.pretrain(recipe | {"model": {"from": str(place / "folded")}}, [place / "text.txt"], tmp_path / "again")
     assert "quantization_config" in json.loads((tmp_path / "run" / "config.json").read_text())

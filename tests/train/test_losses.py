@@ -1,4 +1,4 @@
-"""Every loss of healing against a loop over floats in NumPy, in double precision."""
+"""Every loss of distillation against a loop over floats in NumPy, in double precision."""
 
 import math
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def divergence(p, q):
 
 
 def reference(name, student, teacher, target, temperature):
-    """Of one row of logits."""
+    """Return the loss of one row of logits."""
     p, q = probabilities(teacher, temperature), probabilities(student, temperature)
     middle = (p + q) / 2
     return {

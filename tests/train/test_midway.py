@@ -1,20 +1,22 @@
-"""Folded midway: one run on one schedule, dense first, whose killed parts go on where they were."""
+"""Compression midway: one run on one schedule, dense first, which resumes from either part."""
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import small
 import torch
 from losses import off_by
-from test_pretrain import CHOICE, FOLDED, RECIPE, STILL, Killed, killed_at, weights
+from runs import Killed, killed_at, same_weights
+from test_pretrain import CHOICE, FOLDED, RECIPE, STILL
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tenfold.api import pretrain
-from tenfold.train import pretrain as alone
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.compress_midway import go_on_with
-from tenfold.train.trainer import DivergenceGuardTrainer
+from tenfold.train.compress_midway import resume_schedule
+from tenfold.train.pretrain import pretrain
+from tenfold.train.tokens import Tokens
+from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset
 
 NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
 BLOCKS = {"replace": [FOLDED]}
@@ -32,20 +34,15 @@ def text(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nobody killed."""
+    """Return an uninterrupted run."""
     place = tmp_path_factory.mktemp("whole")
     (place / "text.txt").write_text(small.text())
     pretrain(halfway(NARROW), [place / "text.txt"], place / "run")
     return place / "run"
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    expected, found = weights(one), weights(other)
-    return all(torch.equal(value, expected[name]) for name, value in found.items())
-
-
 def test_a_folded_model_is_not_compared_with_the_dense_one(text, tmp_path, monkeypatch):
-    """It begins worse, also where it goes on behind an interruption."""
+    """Its loss starts higher, also if it is resumed after compression."""
     monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 0.0, 12: 3.0})
     slow = halfway(BLOCKS, learning_rate=1e-9)
@@ -85,7 +82,7 @@ def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule():
     for _ in range(8):
         old.step()
         before.step()
-    go_on_with(after, 8, [0.9])
+    resume_schedule(after, 8, [0.9])
     for _ in range(12):
         assert new.param_groups[0]["lr"] == pytest.approx(3 * old.param_groups[0]["lr"])
         assert after.get_last_lr() == [new.param_groups[0]["lr"]]
@@ -94,18 +91,17 @@ def test_a_new_optimizer_is_where_the_old_one_was_on_its_schedule():
             scheduler.step()
 
 
-def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path):
+def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path, monkeypatch):
     seen = []
 
-    def compress(model, recipe, batches):
-        seen.extend(row.tolist() for batch in batches for row in batch["input_ids"])
-        assert all(bool(batch["attention_mask"].all()) for batch in batches)
-        return {}
+    def compress(model, recipe, text):
+        seen.extend(row.tolist() for batch in text.batches for row in batch["input_ids"])
+        assert all(bool(batch["attention_mask"].all()) for batch in text.batches)
+        return model, {}
 
-    recipe = alone.load_recipe(halfway(NARROW, seed=3))
-    alone.pretrain(recipe, [text], tmp_path / "run", compress=compress)
-    tokens = alone.Tokens(tmp_path / "run" / "tokens")
-    windows = alone.PackedDataset(tokens, 32, 3)
+    monkeypatch.setattr("tenfold.train.compress_midway.compress", compress)
+    pretrain(halfway(NARROW, seed=3), [text], tmp_path / "run")
+    windows = PackedDataset(Tokens(tmp_path / "run" / "tokens"), 32, 3)
     trained = [windows[k]["input_ids"].tolist() for k in range(12 * 4)]
     assert len(seen) == 20 and all(row in trained for row in seen)
     assert seen[0] == trained[0] and seen[-1] == trained[-1], "spread over all of it"
@@ -146,12 +142,8 @@ def test_a_killed_run_ends_as_one_that_was_not(text, tmp_path, whole, step):
 
 def test_a_run_that_is_killed_while_it_folds_folds_again(text, tmp_path, whole, monkeypatch):
     recipe = halfway(NARROW)
-
-    def killed(*given, **more):
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr("tenfold.api.compress", killed)
+        patch.setattr("tenfold.train.compress_midway.compress", Mock(side_effect=Killed))
         with pytest.raises(Killed):
             pretrain(recipe, [text], tmp_path / "run")
     kept = last_checkpoint(tmp_path / "run" / "dense")
@@ -194,8 +186,3 @@ def test_overwriting_begins_anew(text, tmp_path):
 def test_what_can_not_be_folded_is_told_first(text, tmp_path, recipe, sentence):
     with pytest.raises(ValueError, match=sentence):
         pretrain(recipe, [text], tmp_path / "run", advance=lambda *given: pytest.fail("trained"))
-
-
-def test_without_compression_nothing_is_trained(text, tmp_path):
-    with pytest.raises(ValueError, match=r"is carried out by tenfold\.pretrain"):
-        alone.pretrain(halfway(NARROW), [text], tmp_path / "run", advance=lambda *given: pytest.fail("trained"))

@@ -11,7 +11,7 @@ from models import toys
 from tenfold.api import compress
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import BlockTensorTrain, Kronecker, LowRank, TensorTrain
-from tenfold.train.optimizer import Muon, optimizer_for, orthogonal
+from tenfold.train.optimizer import Muon, optimizer_for, orthogonalize
 
 FOLDED = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "block_train", "rank": 2}}
 STRUCTURES = [
@@ -24,7 +24,7 @@ STRUCTURES = [
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_a_factor_is_a_batch_of_matrices_that_are_applied(structure):
-    """Applied from the last to the first as batches of matrices, factors make ``W x``."""
+    """Factors applied from the last to the first as batches of matrices compute ``W x``."""
     factors = structure.init(1.0, torch.Generator().manual_seed(0))
     diagram = structure.normal_form()[0].spec
     sizes, x = dict(diagram.sizes), torch.randn(structure.shape[1], generator=torch.Generator().manual_seed(1))
@@ -49,9 +49,9 @@ def test_steps_are_orthogonal():
     matrices = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
     for some in (matrices, matrices.mT):
         u, _, v = torch.linalg.svd(some, full_matrices=False)
-        values = torch.linalg.svdvals(orthogonal(some).float())
+        values = torch.linalg.svdvals(orthogonalize(some).float())
         assert values.min() > 0.6 and values.max() < 1.3
-        near = orthogonal(some).float()
+        near = orthogonalize(some).float()
         cosine = (near * (u @ v)).sum() / near.norm() / (u @ v).norm()
         assert cosine > 0.97
 
@@ -137,7 +137,7 @@ def test_every_parameter_is_in_one_group_and_schedulers_reach_all():
 
 
 def test_what_is_not_for_muon_moves_as_by_adamw_and_states_come_back():
-    """Also after a state was saved and loaded into another optimizer in the middle."""
+    """So they do after the state is saved and loaded into another optimizer."""
     found = []
     for kind in ("muon", "adamw", "again"):
         model = small.model()

@@ -1,4 +1,4 @@
-"""Pre-training on models of toy size: that it learns, goes on exactly where it was, and says what went wrong."""
+"""Pre-training of toy models: it learns, resumes exactly where it was, and reports errors."""
 
 import copy
 import json
@@ -16,6 +16,7 @@ import pytest
 import small
 import torch
 from losses import off_by
+from runs import Killed, killed_at, same_weights, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -24,13 +25,13 @@ from tenfold.api import compress, evaluate
 from tenfold.models.recipe import load_recipe, recipe_names
 from tenfold.nn import FactorizedLinear
 from tenfold.train.checkpoints import last_checkpoint
-from tenfold.train.model_factory import length_of
+from tenfold.train.model_factory import window_length
 from tenfold.train.pretrain import pretrain
-from tenfold.train.recipe_checks import check_wanted
-from tenfold.train.self_guided import Guided
+from tenfold.train.recipe_checks import check_recipe_keys
+from tenfold.train.self_guided import SelfGuidance
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import Tokens, write_tokens
-from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset, shared_out, training_arguments
+from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset, split_step, training_arguments
 
 RECIPE = {
     "name": "toy",
@@ -63,21 +64,9 @@ def with_train(**more) -> dict:
     return RECIPE | {"train": RECIPE["train"] | more}
 
 
-class Killed(Exception):
-    pass
-
-
-def killed_at(step: int):
-    def advance(now, *rest):
-        if now == step:
-            raise Killed
-
-    return advance
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of the recipe; who changes it takes a copy."""
+    """Return a finished run; tests that change it copy it."""
     place = tmp_path_factory.mktemp("finished")
     (place / "text.txt").write_text(small.text())
     pretrain(RECIPE, [place / "text.txt"], place / "run")
@@ -86,16 +75,12 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """One that was killed in step 15; likewise."""
+    """Return a run that was killed in step 15; tests that change it copy it."""
     place = tmp_path_factory.mktemp("begun")
     (place / "text.txt").write_text(small.text())
     with pytest.raises(Killed):
         pretrain(RECIPE, [place / "text.txt"], place / "run", advance=killed_at(15))
     return place / "run"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +107,7 @@ def test_masked_words_are_learnt(text, tmp_path):
 
 
 def placed(folder: Path, windows: int = 300) -> Path:
-    """Tokens that are known by where they stand in their window, with noise, and a tokenizer with padding."""
+    """Write noisy tokens that are predictable from their position, and a tokenizer with padding."""
     tokenizer, numbers = train_tokenizer([small.text()], 299, 32), np.random.default_rng(0)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>", "pad_token": "<|endoftext|>"})
     (folder / "some.txt").write_text("a road")
@@ -134,7 +119,7 @@ def placed(folder: Path, windows: int = 300) -> Path:
 
 
 def held_out_again(run: Path, tokens: Path, count: int) -> float:
-    """The mean loss of the hidden tokens of the last ``count`` windows, by what the folder loads as."""
+    """Return the mean loss of the masked tokens of the last ``count`` windows, for the model as it is loaded."""
     model = AutoModelForMaskedLM.from_pretrained(run, dtype=torch.float32).eval()
     hidden = PackedDataset(Tokens(tokens)[-count * 32 :], 32, masked=(AutoTokenizer.from_pretrained(run), 0.15))
     batch = {key: torch.stack([hidden[k][key] for k in range(count)]) for key in hidden[0]}
@@ -144,7 +129,7 @@ def held_out_again(run: Path, tokens: Path, count: int) -> float:
 
 @pytest.mark.parametrize("more", [{}, {"pad_token_id": 3}], ids=["the tokenizer's padding", "the recipe's"])
 def test_a_model_loads_with_the_positions_that_it_was_trained_with(tmp_path, more):
-    """RoBERTa counts them from behind the number of its padding."""
+    """RoBERTa counts positions from its padding token."""
     tokens = placed(tmp_path)
     model = BERT | {"model_type": "roberta", "max_position_embeddings": 40, "initializer_range": 0.2} | more
     train = {"objective": "masked", "window": 32, "tokens": None, "held_out": 1280, "learning_rate": 2e-2}
@@ -157,7 +142,7 @@ def test_a_model_loads_with_the_positions_that_it_was_trained_with(tmp_path, mor
 
 @pytest.mark.parametrize("kind", ["modernbert", "roberta", "xlm"])
 def test_masked_models_train_with_the_numbers_of_their_tokenizer(text, tmp_path, kind):
-    """Whose special tokens have higher ones of their own."""
+    """Their own special tokens are outside of its vocabulary."""
     more = {"xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}}
     model = {"model_type": kind, **more.get(kind, BLOCKS | {"max_position_embeddings": 40})}
     pretrain(with_train(objective="masked", window=32) | {"model": model}, [text], tmp_path / "run")
@@ -173,7 +158,7 @@ def test_masked_models_train_with_the_numbers_of_their_tokenizer(text, tmp_path,
     ids=["olmo", "roberta"],
 )
 def test_a_tokenizer_without_padding_makes_no_token_padding_that_is_none(text, tmp_path, model, pad):
-    """Whose embedding would never be learnt; the end of a text where positions are counted from it."""
+    """An embedding of padding is not trained; the end-of-text token is padding where positions are counted from it."""
     pretrain(
         with_train(window=32) | {"model": BLOCKS | {"max_position_embeddings": 32} | model}, [text], tmp_path / "run"
     )
@@ -200,7 +185,7 @@ def test_next_tokens_are_not_learnt_by_models_that_see_them(text, tmp_path, kind
     sizes = {"emb_dim": 32, "n_layers": 1, "n_heads": 2} if kind == "xlm" else BLOCKS
     model = sizes | {"model_type": kind, "max_position_embeddings": 32}
     with pytest.raises(
-        ValueError, match=rf"a {kind} sees the tokens behind .*; write objective: masked .*, or {key}: true"
+        ValueError, match=rf"a {kind} attends to the tokens after .*; write objective: masked .*, or {key}: true"
     ):
         pretrain(RECIPE | {"model": model}, [text], tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -227,13 +212,12 @@ def test_what_is_hidden_depends_on_the_window_only(tmp_path):
 
 
 def test_a_killed_run_goes_on_exactly_where_it_was(text, tmp_path, finished, begun):
-    """The same weights, bit by bit, as a run that nobody killed; the log has every step once."""
+    """The weights are bit-identical to those of an uninterrupted run, and the log has every step once."""
     shutil.copytree(begun, tmp_path / "run")
     steps = []
     report = pretrain(RECIPE, [text], tmp_path / "run", advance=lambda k, *rest: steps.append(k))
     assert steps == list(range(13, 26)), "it loses the steps since the last checkpoint, at 12, and no others"
-    expected = weights(finished)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+    assert same_weights(finished, tmp_path / "run")
     assert report["curve"] == json.loads((finished / "training.json").read_text())["curve"]
     logged = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (finished, tmp_path / "run")]
     assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]
@@ -279,7 +263,7 @@ def test_checkpoints_are_models(text, tmp_path):
 
 @pytest.mark.parametrize("more", ["checkpointing", pytest.param("compile", marks=pytest.mark.traced)])
 def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
-    """With activations that are computed again in the backward pass, and with a traced model (inductor takes a minute)."""
+    """Use activation checkpointing, or torch.compile (inductor takes a minute)."""
     calls, compiled, forward, compile = [], [], FactorizedLinear.forward, torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or compile(model, backend="eager"))
     if more == "checkpointing":
@@ -296,7 +280,7 @@ def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
 
 
 def test_index_maps_are_saved_as_they_are(text, tmp_path):
-    """Numbers beyond 256 too, which bfloat16 does not have."""
+    """They include integers above 256, which bfloat16 can't represent."""
     structure = {"kind": "placed", "base": {"kind": "kronecker", "outs": [256, 2], "ins": [16, 2]}}
     recipe = with_train(tokens=800, save_steps=100) | {"replace": [{"role": "mlp.in", "structure": structure}]}
     recipe["model"] = RECIPE["model"] | {"n_inner": 512}
@@ -335,12 +319,14 @@ def test_the_best_checkpoint_and_the_last_one_are_kept(text, tmp_path, monkeypat
 def test_another_recipe_is_not_mixed_in(text, tmp_path, begun):
     shutil.copytree(begun, tmp_path / "run")
     other = with_train(learning_rate=1e-3)
-    with pytest.raises(ValueError, match=r"is a run of another recipe \(other train.learning_rate\)"):
+    with pytest.raises(
+        ValueError, match=r"is a run of another recipe \(train.learning_rate is 0.005 there and 0.001 here\)"
+    ):
         pretrain(other, [text], tmp_path / "run")
 
 
 def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begun):
-    """Once ``run.json`` says so: at the same place of the schedule, of all groups alike."""
+    """After ``run.json`` is edited, all groups continue at the same place of the schedule."""
     shutil.copytree(begun, tmp_path / "run")
     noted = json.loads((tmp_path / "run" / "run.json").read_text())
     noted["recipe"]["train"]["learning_rate"] = 5e-4
@@ -406,7 +392,7 @@ BY_HALF = {"keep": 0.5, "of": "blocks"}
         ({"first": "drop-layers", "budget": BY_HALF}, "first of recipe 'toy' is for a trained model"),
         ({"squeeze": {"role": "mlp.in"}}, "squeeze of recipe 'toy' is for a trained model"),
         (RULES | {"calibrate": {}}, "calibrate of recipe 'toy' is for a trained model"),
-        (RULES | {"heal": {"steps": 5}}, "heal of recipe 'toy' is for a folded model, .*: leave it out"),
+        (RULES | {"heal": {"steps": 5}}, "heal of recipe 'toy' is for a compressed model, .*: leave it out"),
         ({"budget": BY_HALF}, "budget of recipe 'toy' does nothing without rules under replace: write one, or leave it out"),
         ({"untie": True}, "untie of recipe 'toy' does nothing without rules"),
         ({"replace": [{"narrow": "mlp"}]}, "has narrow: mlp, which activations of a trained model decide: train dense"),
@@ -441,7 +427,8 @@ def test_a_start_that_can_not_be_drawn_is_refused(text, tmp_path, train, start, 
 
 def test_no_number_is_told_and_not_saved(text, tmp_path):
     with pytest.raises(
-        ValueError, match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+, in the order of seed 0\)"
+        ValueError,
+        match=r"the loss is (nan|inf) at step \d+ \(windows \d+ to \d+ of epoch 1, .* 0; learning rate 1e\+30\)",
     ):
         pretrain(with_train(learning_rate=1e30, optimizer="adamw"), [text], tmp_path / "run")
     assert not any((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
@@ -449,7 +436,7 @@ def test_no_number_is_told_and_not_saved(text, tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
-    """A gradient may be NaN where the loss is not; the checkpoint before it is the last good one, and goes on."""
+    """A gradient may be NaN where the loss is not; training resumes from the checkpoint before it."""
 
     def poisoned(self, *arguments, **keywords):
         loss = whole(self, *arguments, **keywords)
@@ -460,7 +447,7 @@ def test_weights_that_are_no_numbers_are_not_saved(text, tmp_path, monkeypatch):
     whole = DivergenceGuardTrainer.training_step
     monkeypatch.setattr(DivergenceGuardTrainer, "training_step", poisoned)
     with pytest.raises(
-        ValueError, match=r"weights are NaN or infinite after step 12; the last good .* is .*checkpoint-6;"
+        ValueError, match=r"weights are NaN or infinite after step 12 \(.*\); the last good .* is .*checkpoint-6;"
     ):
         pretrain(with_train(), [text], tmp_path / "run")
     monkeypatch.undo()
@@ -481,23 +468,24 @@ def test_all_processes_stop_where_one_has_no_number():
         accelerator=SimpleNamespace(gather=lambda own: torch.cat([own, theirs])),
         args=SimpleNamespace(world_size=2, gradient_accumulation_steps=1, per_device_train_batch_size=4),
         state=SimpleNamespace(global_step=2),
-        _where=lambda step: f"windows {8 * step} to {8 * step + 8}",
-        _good=lambda: "there is no checkpoint yet",
+        _locate=lambda step: f"windows {8 * step} to {8 * step + 8}",
+        _last_good=lambda: "there is no checkpoint yet",
+        _stop=lambda problem: DivergenceGuardTrainer._stop(trainer, problem),
         control=SimpleNamespace(should_training_stop=False),
         **{"recent": [], "best": np.inf, "STEPS": 50},
     )
     with pytest.raises(ValueError, match=r"the loss is nan at step 2 \(windows 8 to 16\)"):
-        DivergenceGuardTrainer.check(trainer)
+        DivergenceGuardTrainer.check_losses(trainer)
 
 
 AWAY = r"the loss has run away to .* over the best mean before it; "
 
 
 def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
-    """The checkpoint that is named is one at which it was good, not simply the last one."""
+    """The message names a checkpoint at which the loss was good, not simply the last one."""
     monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: 0.0, 8: 1.5, 14: 50.0})
-    with pytest.raises(ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-6 \(delete those behind it"):
+    with pytest.raises(ValueError, match=AWAY + r"the last good checkpoint is .*checkpoint-6 \(delete later ones"):
         pretrain(with_train(learning_rate=1e-9), [text], tmp_path / "run")
     kept = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert {path.name for path in kept} == {"checkpoint-6", "checkpoint-12"}
@@ -505,9 +493,9 @@ def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_runs_away_at_once_has_no_good_checkpoint(text, tmp_path):
-    """Nor is a run finished that has come to nothing, however short; a guess loses the logarithm of the vocabulary."""
+    """A short run that diverges does not finish, either; the loss of a guess is the logarithm of the vocabulary."""
     wild = {"learning_rate": 3.0, "warmup": 0.0, "schedule": "constant", "batch": 1, "save_steps": 20}
-    none = AWAY + "the loss was not good at any checkpoint that is kept, so begin anew; lower the learning rate"
+    none = AWAY + "the loss was not good at any checkpoint, so start again; lower the learning rate"
     with pytest.raises(ValueError, match=none):
         pretrain(with_train(**wild), [text], tmp_path / "long")
     assert {row["step"] for row in map(json.loads, (tmp_path / "long" / "log.jsonl").open())} == {1, 10, 20, 30, 40}
@@ -527,7 +515,7 @@ def test_a_run_that_goes_on_knows_how_good_it_was(text, tmp_path, begun, monkeyp
 
 
 def test_no_hidden_token_in_the_first_step_is_no_good_loss(text, tmp_path, monkeypatch):
-    """With which those behind it would be compared."""
+    """Later losses are not compared with it."""
     monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
     off_by(monkeypatch, {0: -5.7, 1: 0.0})
     assert pretrain(with_train(objective="masked", learning_rate=1e-9) | {"model": BERT}, [text], tmp_path / "run")[
@@ -539,11 +527,11 @@ def test_no_hidden_token_in_the_first_step_is_no_good_loss(text, tmp_path, monke
 
 
 def test_a_guide_leads_and_leaves(text, tmp_path):
-    """At first the model is as it was, in between it is a mixture, at the end it is structured and nothing else."""
+    """Outputs change from those of the guide over a mixture to those of the structured layer."""
     model = small.model().train()
     compress(model, {"replace": [FOLDED]})
     ids = torch.arange(8)[None]
-    before, guided = model(input_ids=ids).logits, Guided(model, 0.5)
+    before, guided = model(input_ids=ids).logits, SelfGuidance(model, 0.5)
     torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-5, rtol=0)
     layer, x = guided.layers[0], torch.randn(3, 32)
     with torch.no_grad():
@@ -564,13 +552,12 @@ def test_guided_training_ends_structured_and_resumes(text, tmp_path):
     with pytest.raises(Killed):
         pretrain(recipe, [text], tmp_path / "run", advance=killed_at(9))
     pretrain(recipe, [text], tmp_path / "run")
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert not any("guide" in name for name in found)
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert not any("guide" in name for name in weights(tmp_path / "run"))
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
-    """A guided one as it loads: without its guides."""
+    """A guided checkpoint is evaluated without its guides."""
     recipe = with_train(guide=1.0, held_out=320, precision="float32") | {"replace": [FOLDED]}
     report = pretrain(recipe, [text], tmp_path / "run")
     place = last_checkpoint(tmp_path / "run" / "checkpoints").with_name("checkpoint-18")
@@ -582,7 +569,7 @@ def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
 
 
 def test_the_loss_on_held_out_text_is_the_mean_over_its_hidden_tokens(text, tmp_path):
-    """In whichever batches they come; 11 windows are no multiple of 4."""
+    """It does not depend on the batches; 11 windows are not a multiple of 4."""
     told, train = [], {"objective": "masked", "held_out": 352, "precision": "float32", "learning_rate": 1e-9}
     for batch in (1, 4):
         train |= {"batch": batch, "accumulate": 4 // batch}
@@ -625,17 +612,16 @@ def test_another_runs_tokens_are_data(text, tmp_path, finished):
     recipe = copy.deepcopy(RECIPE)
     del recipe["tokenizer"]
     pretrain(recipe, [finished / "tokens"], tmp_path / "other")
-    expected = weights(finished)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "other").items())
+    assert same_weights(finished, tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds tokens of a vocabulary of 300, but recipe 'toy' wants 290"):
         pretrain(RECIPE | {"tokenizer": {"vocab_size": 290}}, [finished / "tokens"], tmp_path / "third")
     tokenizer = train_tokenizer([small.text(seed=5)], 280, 32)
-    with pytest.raises(ValueError, match="holds the tokens of another run: other tokenizer"):
+    with pytest.raises(ValueError, match=r"holds the tokens of another run \(tokenizer is \w+ there and"):
         write_tokens(finished / "tokens", [text], tokenizer, 3200)
 
 
 def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
-    """Of two folders of tokens that differ in nothing but what they hold; one that has moved is the same."""
+    """Two folders of tokens differ in their tokens only; a folder may be moved."""
     tokenizer = train_tokenizer([small.text()], 300, 32)
     for name in ("one", "other"):
         (tmp_path / "data.txt").write_text(small.text()[:: 1 if name == "one" else -1])
@@ -643,7 +629,8 @@ def test_a_run_goes_on_with_its_own_data_only(text, tmp_path):
     with pytest.raises(Killed):
         pretrain(RECIPE, [tmp_path / "one"], tmp_path / "run", advance=killed_at(7))
     with pytest.raises(
-        ValueError, match=r"run is a run on other data, or with another model \(other digest\); repeat it with that"
+        ValueError,
+        match=r"run is a run on other data, or with another model \(digest is \w+ there .* here\); repeat it",
     ):
         pretrain(RECIPE, [tmp_path / "other"], tmp_path / "run")
     (tmp_path / "one").rename(tmp_path / "moved")
@@ -689,11 +676,13 @@ def test_a_damaged_checkpoint_is_named(finished, text, tmp_path, name, damage):
         (last / name).write_bytes(data[: len(data) // 2])
     for file in ("training.json", "model.safetensors"):
         (tmp_path / "run" / file).unlink()
-    with pytest.raises(ValueError, match=rf"{name} is missing or cut off; delete .*{last.name}, and the same command"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is missing or cut off; delete .*{last.name} and rerun the same command"
+    ):
         pretrain(RECIPE, [finished / "tokens"], tmp_path / "run")
     shutil.rmtree(last)
     pretrain(RECIPE, [finished / "tokens"], tmp_path / "run")
-    assert all(torch.equal(value, weights(finished)[key]) for key, value in weights(tmp_path / "run").items())
+    assert same_weights(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize("wrong", [{"n_head": "a"}, {"n_embd": 1.5}])
@@ -725,20 +714,20 @@ def test_keys_that_transformers_renames_moves_or_reads_by_default_are_known():
         {"model_type": "gemma3", "text_config": {"hidden_size": 32, "max_position_embeddings": 32}},
     ):
         objective = "masked" if model["model_type"] == "deberta-v2" else "causal"
-        length_of(load_recipe(RECIPE | {"model": model, "train": {"window": 16, "objective": objective}}))
+        window_length(load_recipe(RECIPE | {"model": model, "train": {"window": 16, "objective": objective}}))
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain-")])
 def test_shipped_recipes_can_be_trained(name):
     recipe = load_recipe(name)
-    check_wanted(recipe)
-    assert length_of(recipe) == {"pretrain-btt": 512, "pretrain-cola": 256}.get(name, 1024), "the model's positions"
+    check_recipe_keys(recipe)
+    assert window_length(recipe) == {"pretrain-btt": 512, "pretrain-cola": 256}.get(name, 1024), "the model's positions"
 
 
 def test_a_window_is_what_the_model_has_positions_for():
-    """RoBERTa's are counted from behind its padding."""
+    """RoBERTa counts positions from its padding token."""
     model = {"model_type": "roberta", "max_position_embeddings": 34} | BLOCKS
-    assert length_of(load_recipe(RECIPE | {"model": model, "train": {"objective": "masked"}})) == 32
+    assert window_length(load_recipe(RECIPE | {"model": model, "train": {"objective": "masked"}})) == 32
 
 
 def test_a_model_type_that_is_not_known_is_refused(text, tmp_path):
@@ -768,16 +757,16 @@ def test_what_is_saved_has_a_type_of_its_own(text, tmp_path):
 
 
 def test_parameters_without_a_gradient_are_borne_by_several_processes(tmp_path):
-    """Guides that are gone; with activations that are computed again Trainer would take it that there are none."""
+    """Inactive guides have no gradient; with activation checkpointing Trainer assumes that there are none."""
     assert training_arguments(tmp_path, 1e-3, 1, activation_checkpointing=True).ddp_find_unused_parameters
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_are_those_of_whole_steps(text, tmp_path, accumulate, monkeypatch):
-    """Whatever the number of batches that make one."""
+    """They don't depend on the number of batches in a step."""
     seen = []
-    check = DivergenceGuardTrainer.check
-    monkeypatch.setattr(DivergenceGuardTrainer, "check", lambda self: (check(self), seen.append(self.recent[0])))
+    check = DivergenceGuardTrainer.check_losses
+    monkeypatch.setattr(DivergenceGuardTrainer, "check_losses", lambda self: (check(self), seen.append(self.recent[0])))
     report = pretrain(with_train(accumulate=accumulate, learning_rate=1e-9), [text], tmp_path / "run")
     assert seen[0] == pytest.approx(report["curve"][0][1], rel=0.02)
 
@@ -788,7 +777,7 @@ def test_losses_are_those_of_whole_steps(text, tmp_path, accumulate, monkeypatch
     ids=["gpt2", "mixtral", "bert"],
 )
 def test_losses_are_means_over_the_tokens_of_a_step(text, tmp_path, model, objective):
-    """The model's own loss of its windows, whatever the number of batches they come in; what is hidden counts by token."""
+    """A loss is the model's own for the windows of the step, however they are batched; masked tokens weigh alike."""
     more = {"objective": objective, "learning_rate": 1e-9, "precision": "float32", "tokens": 512, "save_steps": 1}
     told = {}
     for accumulate in (1, 2):
@@ -827,7 +816,7 @@ def _beyond(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (_swapped, "has another tokenizer than the one that made its tokens; restore tokenizer.json, or delete"),
+        (_swapped, "has another tokenizer than the one that produced its tokens; restore tokenizer.json, or delete"),
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
             "has no tokenizer beside its tokens; copy tokenizer.json",
@@ -862,13 +851,13 @@ def test_a_recipe_without_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "processes", "each"), [(4, 2, 2, (4, 1)), (4, 3, 2, (2, 3))])
-def test_windows_are_shared_out(batch, accumulate, processes, each):
-    assert shared_out(batch, accumulate, processes) == each
+def test_windows_are_shared(batch, accumulate, processes, each):
+    assert split_step(batch, accumulate, processes) == each
 
 
-def test_windows_that_can_not_be_shared_out():
+def test_windows_that_can_not_be_shared():
     with pytest.raises(ValueError, match="3 processes can't share 2 batches of 4 windows evenly"):
-        shared_out(4, 2, 3)
+        split_step(4, 2, 3)
 
 
 def starting(processes: int, *command: str) -> subprocess.Popen:
@@ -888,7 +877,7 @@ def starting(processes: int, *command: str) -> subprocess.Popen:
 
 
 def test_two_processes_train_as_one(text, tmp_path):
-    """Also when one of them is killed in the middle, behind a fold, and when a single one goes on with what both have begun."""
+    """So they do if one is killed after compression midway, and if a single process resumes their run."""
     train = {"precision": "float32", "accumulate": 2, "tokens": 13152, "held_out": 352, "save_steps": 10, "fold": 0.2}
     recipe = with_train(**train) | {"model": STILL}
     calibrate = {"samples": 20, "precision": "float32"}

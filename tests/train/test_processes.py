@@ -1,4 +1,4 @@
-"""Two processes: parameters sharded over them (FSDP2), healing and fine-tuning shared out among them."""
+"""Two processes: sharded parameters (FSDP2), and data-parallel healing and fine-tuning."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def two(*command: str, launcher=TORCHRUN) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_heal_as_one(tmp_path):
-    """The windows of a step are shared out, behind the end of the text, too, and one of the two writes and speaks."""
+    """The windows of a step are split, also after the first pass over the text, and one process writes and prints."""
     dense = small.folder(tmp_path / "dense")
     student, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     compress(student, {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]})
@@ -60,7 +60,7 @@ def test_two_processes_heal_as_one(tmp_path):
 
 
 def test_two_processes_fine_tune_as_one(tmp_path):
-    """The examples of a batch are shared out, and one of the two writes and speaks."""
+    """The examples of a batch are split, and one process writes and prints."""
     dense, place = small.folder(tmp_path / "dense"), toy_tasks.write_sst2(tmp_path, 64, 16)
     given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
     one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
@@ -79,7 +79,7 @@ def test_two_processes_fine_tune_as_one(tmp_path):
 
 
 def test_one_of_two_processes_writes(tmp_path):
-    """A deeper model, a dense one and figures: whole files, one after another into the same folders, said once."""
+    """Files of deepen, densify and evaluate are complete, and reported once."""
     dense, deep, plain = small.folder(tmp_path / "dense"), tmp_path / "deep", tmp_path / "plain"
     figures = ("--text", dense / "text.txt", "--limit", 100, "-o", tmp_path / "figures.json")
     for command in (("deepen", dense, "--layers", 4, "-o", deep), ("densify", deep, "-o", plain)):

@@ -1,4 +1,4 @@
-"""Commands whose parameters accelerate shares out among two processes (FSDP2) do what they do with whole ones."""
+"""Commands give the same results if accelerate shards the parameters over two processes (FSDP2)."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ KINDS = {"tuned": AutoModelForSequenceClassification}
 
 
 def commands(place: Path) -> dict[str, list]:
-    """By the name of what they write; their recipes and what they read is written to ``place``."""
+    """Return commands by the name of their output, and write their recipes and inputs to ``place``."""
     dense, data, text = small.folder(place / "dense"), toy_tasks.write_sst2(place, 64, 16), place / "text.txt"
     text.write_text(small.text())
     tenfold.pretrain(DENSE, [text], place / "teacher", torch.float32)
@@ -77,7 +77,7 @@ def last_of(folder: Path) -> Path:
 
 
 def begun_again(run: Path, place: Path) -> Path:
-    """A run that stands at the checkpoint before its last one."""
+    """Copy a run, and return it to the checkpoint before its last one."""
     shutil.copytree(run, place)
     shutil.rmtree(last_of(place))
     for file in ("model.safetensors", "config.json", "training.json"):
@@ -86,7 +86,7 @@ def begun_again(run: Path, place: Path) -> Path:
 
 
 def test_commands_end_as_with_whole_parameters(tmp_path):
-    """Losses, models and files; one test, since what is looked at takes so long to make."""
+    """Compare losses, models and files in one test, since the runs take long."""
     given = commands(tmp_path)
     for kind in ("whole", "shared out"):
         (tmp_path / kind).mkdir()
@@ -118,12 +118,12 @@ def checkpoints_are_model_folders(run: Path) -> None:
 
 
 def goes_on_with_one_process(run: Path, command: list[str], place: Path) -> None:
-    """Sharded, and is told so if it is not."""
+    """A single process has to shard the parameters, too."""
     begun = begun_again(run, place / "begun")
     (place / "commands.json").write_text(json.dumps([[*command, str(begun)]]))
     two(sharded_commands.__file__, place / "commands.json", launcher=ONE)
     np.testing.assert_allclose(curve_of(begun), curve_of(run), rtol=1e-4)
-    with pytest.raises(ValueError, match="parameters lie in parts on several processes; go on with accelerate launch"):
+    with pytest.raises(ValueError, match="with sharded parameters; resume it with accelerate launch"):
         app([*command, str(begun_again(run, place / "other"))], standalone_mode=False)
 
 
@@ -131,24 +131,24 @@ def test_a_run_of_whole_parameters_does_not_go_on_with_sharded_ones(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt"):
         torch.save({}, tmp_path / name)
     check_checkpoint(tmp_path, False)
-    with pytest.raises(ValueError, match="parameters were whole in every process; go on without --use_fsdp"):
+    with pytest.raises(ValueError, match="without sharded parameters; resume it without --use_fsdp"):
         check_checkpoint(tmp_path, True)
 
 
 def test_a_sharded_checkpoint_may_be_written_as_a_whole(tmp_path):
-    """By accelerate, told FULL_STATE_DICT."""
+    """accelerate does so with FULL_STATE_DICT."""
     torch.save({}, tmp_path / "scheduler.pt")
     (tmp_path / "optimizer.bin").touch()
     check_checkpoint(tmp_path, True)
-    with pytest.raises(ValueError, match="parameters lie in parts"):
+    with pytest.raises(ValueError, match="with sharded parameters"):
         check_checkpoint(tmp_path, False)
 
 
 def test_losses_are_not_rounded_with_what_a_model_returns():
     policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     plugin = SimpleNamespace(mixed_precision_policy=policy, fsdp_version=2)
-    fsdp.losses_as_they_are(plugin)
+    fsdp.keep_output_dtype(plugin)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16)
-    fsdp.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=2))
+    fsdp.keep_output_dtype(SimpleNamespace(mixed_precision_policy=None, fsdp_version=2))
     with pytest.raises(ValueError, match="second version only; give accelerate launch --fsdp_version 2"):
-        fsdp.losses_as_they_are(SimpleNamespace(mixed_precision_policy=None, fsdp_version=1))
+        fsdp.keep_output_dtype(SimpleNamespace(mixed_precision_policy=None, fsdp_version=1))

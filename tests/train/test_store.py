@@ -1,4 +1,4 @@
-"""Stored teachers: they answer as live ones do, are never half written, and are never another one's."""
+"""Cached teachers: their losses are those of live ones, and unfinished or other caches are not used."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from runs import Killed
 from transformers import AutoModelForCausalLM
 
 from tenfold.api import compress
@@ -15,7 +16,7 @@ from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.teacher import weights_digest
-from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, origin, write_store
+from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, make_manifest, write_cache
 from tenfold.train.tokenizer import train_tokenizer
 
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
@@ -28,7 +29,7 @@ def windows_of(number=7, length=8, vocabulary=300):
 
 def stored_in(path, teacher, windows, k, temperature=1.0, batch=2, **more):
     made_from = {"top_k": k, "vocabulary": 300, "window": 8, "temperature": temperature}
-    write_store(path, made_from, ChunkedHead(teacher), windows, batch, 5, **more)
+    write_cache(path, made_from, ChunkedHead(teacher), windows, batch, 5, **more)
     return DatasetWithTeacher(windows, TeacherCache(path))
 
 
@@ -67,17 +68,13 @@ def test_a_stored_teacher_of_some_tokens_has_one_class_for_the_rest(tmp_path, te
     assert TeacherCache(tmp_path / "store").arrays["log_probabilities"].dtype == np.float16
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_path):
     teacher, windows, seen = small.model(), windows_of(), []
 
     def interrupted(items):
         for number, item in enumerate(items):
             if number == 2:
-                raise Interrupted
+                raise Killed
             yield item
 
     def counting(items):
@@ -85,7 +82,7 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
             seen.append(item)
             yield item
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Killed):
         stored_in(tmp_path / "store", teacher, windows, 5, progress=interrupted)
     assert not (tmp_path / "store").exists() and (tmp_path / "store.partial" / "progress.json").is_file()
     stored_in(tmp_path / "store", teacher, windows, 5, progress=counting)
@@ -95,11 +92,11 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
     one, other = TeacherCache(tmp_path / "store"), TeacherCache(tmp_path / "once")
     assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in one.arrays)
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["ids.npy", "log_probabilities.npy", "store.json"]
-    with pytest.raises(Interrupted):
+    with pytest.raises(Killed):
         stored_in(tmp_path / "third", teacher, windows, 5, progress=interrupted)
     seen.clear()
     with pytest.raises(
-        FileExistsError, match="is an unfinished store of something else \\(top_k is 5 there and 6 here\\); give"
+        ValueError, match="is an unfinished store of something else \\(top_k is 5 there and 6 here\\); give"
     ):
         stored_in(tmp_path / "third", teacher, windows, 6, progress=counting)
     stored_in(tmp_path / "third", teacher, windows, 5, progress=counting)
@@ -119,25 +116,28 @@ def test_a_store_without_room_is_refused(tmp_path, monkeypatch):
 
 def test_a_store_of_something_else_is_refused(tmp_path, tokenizer):
     tokens = np.arange(40)
-    first = origin("abc", tokenizer, tokens, 8, 1.0, 5, 300)
+    first = make_manifest("abc", tokenizer, tokens, 8, 1.0, 5, 300)
     (tmp_path / "store").mkdir()
     assert not is_finished(tmp_path / "store", first), "empty"
     (tmp_path / "store" / "store.json").write_text(json.dumps(first))
     assert is_finished(tmp_path / "store", first)
     other = train_tokenizer(["entirely different words"], 270, 32)
     for made_from, word in [
-        (origin("abd", tokenizer, tokens, 8, 1.0, 5, 300), "teacher is abc there and abd here"),
-        (origin("abc", other, tokens, 8, 1.0, 5, 300), "tokenizer is "),
-        (origin("abc", tokenizer, tokens + 1, 8, 1.0, 5, 300), "text is "),
-        (origin("abc", tokenizer, tokens, 16, 1.0, 5, 300), "window is 8 there and 16 here"),
-        (origin("abc", tokenizer, tokens, 8, 2.0, 6, 300), "temperature is 1.0 there and 2.0 here; top_k is 5 there"),
+        (make_manifest("abd", tokenizer, tokens, 8, 1.0, 5, 300), "teacher is abc there and abd here"),
+        (make_manifest("abc", other, tokens, 8, 1.0, 5, 300), "tokenizer is "),
+        (make_manifest("abc", tokenizer, tokens + 1, 8, 1.0, 5, 300), "text is "),
+        (make_manifest("abc", tokenizer, tokens, 16, 1.0, 5, 300), "window is 8 there and 16 here"),
+        (
+            make_manifest("abc", tokenizer, tokens, 8, 2.0, 6, 300),
+            "temperature is 1.0 there and 2.0 here; top_k is 5 there",
+        ),
     ]:
         with pytest.raises(ValueError, match=word):
             is_finished(tmp_path / "store", made_from)
     with pytest.raises(
         ValueError, match="the 301 likeliest tokens can't be stored: take from 1 to the vocabulary's 300"
     ):
-        origin("abc", tokenizer, tokens, 8, 1.0, 301, 300)
+        make_manifest("abc", tokenizer, tokens, 8, 1.0, 301, 300)
     (tmp_path / "store" / "store.json").unlink()
     (tmp_path / "store" / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is no store"):
@@ -153,10 +153,12 @@ def test_the_second_healing_reads_the_store_and_no_teacher(folder, tokenizer, tm
     monkeypatch.setattr("tenfold.train.heal.load_teacher", None)
     second = heal(again, folder, tokenizer, [folder / "text.txt"], settings, **given)
     assert first["curve"] == second["curve"]
-    with pytest.raises(ValueError, match=r"made from something else: window is 32 there and 16 here.*another folder"):
+    with pytest.raises(ValueError, match=r"made from something else \(window is 32 there and 16 here.*another folder"):
         heal(again, folder, tokenizer, [folder / "text.txt"], settings, window=16, **given)
     for name in ("hidden", "attention", "embedding"):
-        with pytest.raises(ValueError, match=f"nothing from inside it, which {name} compare: leave the store out"):
+        with pytest.raises(
+            ValueError, match=f"not the hidden states and attention that {name} compare: leave the store out"
+        ):
             heal(again, folder, tokenizer, [folder / "text.txt"], Heal(losses={name: 1.0}), **given)
 
 

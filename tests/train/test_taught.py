@@ -1,4 +1,4 @@
-"""Pre-training with a teacher: the loss is what it says, what is held out is the text's own, and a run goes on where it was."""
+"""Pre-training with a teacher: the training loss, the held-out loss, which has no teacher, and resuming."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import pytest
 import small
 import torch
 from models import toys
-from test_pretrain import FOLDED, RECIPE, STILL, Killed, killed_at, weights
+from runs import Killed, killed_at, same_weights
+from test_pretrain import FOLDED, RECIPE, STILL
 from transformers import AutoModelForCausalLM
 
 import tenfold
@@ -23,7 +24,7 @@ DENSE = RECIPE | {"model": STILL, "train": RECIPE["train"] | {"tokens": 1600}}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A trained model, and its tokens."""
+    """Return the folder of a trained model with its tokens."""
     place = tmp_path_factory.mktemp("dense")
     (place / "text.txt").write_text(small.text(3000))
     tenfold.pretrain(DENSE, [place / "text.txt"], place / "run", torch.float32)
@@ -89,8 +90,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
     with pytest.raises(Killed):
         tenfold.pretrain(recipe, text, tmp_path / "run", torch.float32, advance=killed_at(9))
     tenfold.pretrain(recipe, text, tmp_path / "run", torch.float32)
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_a_run_goes_on_with_the_same_teacher_only(dense, tmp_path):
     model.transformer.h[0].mlp.c_fc.weight.data *= 1.1
     model.save_pretrained(tmp_path / "teacher")
     with pytest.raises(
-        ValueError, match=r"run on other data, or with another model \(other teacher\); repeat it with that"
+        ValueError,
+        match=r"run on other data, or with another model \(teacher is \w+ there and \w+ here\); repeat it with that",
     ):
         tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / "run")
     shutil.copy(dense / "model.safetensors", tmp_path / "teacher")
@@ -130,7 +131,7 @@ def test_experts_are_balanced_with_a_teacher_too(name, whole):
     ids, parameters = torch.arange(16).view(2, 8), list(model.parameters())
     plain = model(input_ids=ids, labels=ids).loss
     loss = Distillation(model, None, Heal(losses={"cross_entropy": 1.0}))
-    loss.student.whole = loss.checked = whole
+    loss.student.whole = loss.verified = whole
     found = loss(ids, ids)["loss"]
     torch.testing.assert_close(found, plain)
     for one, other in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(plain, parameters), strict=True):

@@ -1,4 +1,4 @@
-"""With TensorBoard installed, every kind of training leaves the curves that it reports."""
+"""With TensorBoard installed, every kind of training writes the curves that it reports."""
 
 import json
 
