@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tenfold.baselines  # noqa: F401 - registers them
-from tenfold.compress.calibration import Calibration, calibration
+from tenfold.compress.calibration import Calibration, load_calibration
 from tenfold.compress.compress import compress as compress
 from tenfold.compress.compress import recipe_for as recipe_for
 from tenfold.evaluate.bench_layers import bench_layers as bench_layers
@@ -163,7 +163,7 @@ def read_calibration(
             raise ValueError(f"{file} holds tokens for pre-training; give the text that they were made of")
     settings = (recipe and recipe.calibrate) or Calibrate()
     samples = settings.samples if num_samples is None else num_samples
-    return calibration(model, tokenizer, files, samples, settings.window)
+    return load_calibration(model, tokenizer, files, samples, settings.window)
 
 
 def generate(model, tokenizer, prompt: str, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tenfold import api
-from tenfold.compress.activations import blocks_of
+from tenfold.compress.activations import group_by_block
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.compress import compress
-from tenfold.compress.progress import Progress, untold
+from tenfold.compress.progress import Progress, no_progress
 from tenfold.compress.resume_state import ResumeState, write_tensors
 from tenfold.compress.weight_source import StreamedWeights
 from tenfold.models.atomic_io import file_stamps, is_model_file, open_safetensors, read_json, write_json
@@ -90,11 +90,11 @@ class CompressJob:
         tokenizer = load_tokenizer(self.name)
         text = self.read_calibration(checkpoint.model, tokenizer, self.recipe)
         folder = _partial_folder(self.output, _fingerprint(checkpoint, self.recipe, text), self.overwrite)
-        blocks = list(blocks_of(find_sites(checkpoint.model)))
+        blocks = list(group_by_block(find_sites(checkpoint.model)))
         state = ResumeState(folder, len(blocks))
         checkpoint.load_outside(blocks)
         weights = StreamedWeights(
-            checkpoint, blocks, lambda number, path: state.keep(checkpoint.model, number, path, checkpoint.dtype)
+            checkpoint, lambda number, path: state.save_block(checkpoint.model, number, path, checkpoint.dtype)
         )
         model, report = compress(
             checkpoint.model, self.recipe, "weights", self.progress, text, self.announce, weights, state
@@ -176,7 +176,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     command: str = "",
     max_shard_size: str = "5GB",
-    progress: Progress = untold,
+    progress: Progress = no_progress,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     advance: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -343,12 +343,12 @@ def _tensors_outside(model, blocks: list[str]) -> dict[str, Tensor]:
 
 def _assemble(state: ResumeState, outer: dict[str, Tensor], max_shard_size: str) -> Path:
     """Make one checkpoint of the block shards and the ``outer`` tensors, and return its folder."""
-    assert state.notes is not None
-    shards = [state.shard(number) for number in range(state.blocks + 1)]
+    assert state.unfinished is not None
+    shards = [state.shard_path(number) for number in range(state.blocks + 1)]
     write_tensors(shards[0], outer)
     size = sum(shard.stat().st_size for shard in shards)
     if size <= ONE_FILE_BYTES:
-        whole = state.notes / "whole"  # beside the shards, which must stay until everything is written
+        whole = state.unfinished / "whole"  # beside the shards, which must stay until everything is written
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir()
         merged = outer | {key: value for shard in shards[1:] for key, value in load_file(shard).items()}

@@ -78,7 +78,7 @@ class Interrupted(Exception):
 @contextmanager
 def interrupted_at_block(number):
     """Interrupt the job inside before it saves block ``number``."""
-    keep = ResumeState.keep
+    keep = ResumeState.save_block
 
     def stop(self, model, block, *rest):
         if block == number:
@@ -86,7 +86,7 @@ def interrupted_at_block(number):
         keep(self, model, block, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(ResumeState, "keep", stop)
+        patch.setattr(ResumeState, "save_block", stop)
         yield
 
 
@@ -138,7 +138,7 @@ STEPS = ["forward-0", "forward-1", "nats", "turn", "backward-1", "backward-0"]
     ids=["in it", "behind it", "measured", "folds"],
 )
 def test_an_interrupted_survey_resumes(dense, whole, tmp_path, monkeypatch, step, when, recipe):
-    once, put, made = CheckpointedTasks.once, TensorStore.put, []
+    once, put, made = CheckpointedTasks.run_or_load, TensorStore.put, []
     recipe = recipe | {"replace": [{k: v for k, v in rule.items() if k != "keep"} for rule in recipe["replace"]]}
     expected = whole(recipe)
 
@@ -155,11 +155,11 @@ def test_an_interrupted_survey_resumes(dense, whole, tmp_path, monkeypatch, step
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointedTasks, "once", stop)
+        patch.setattr(CheckpointedTasks, "run_or_load", stop)
         with pytest.raises(Interrupted):
             go(dense, tmp_path / "out", recipe)
     monkeypatch.setattr(
-        CheckpointedTasks, "once", lambda self, name, make: once(self, name, lambda: made.append(name) or make())
+        CheckpointedTasks, "run_or_load", lambda self, name, make: once(self, name, lambda: made.append(name) or make())
     )
     go(dense, tmp_path / "out", recipe)
     behind = when == "behind it" or step == "nats"  # which stores no tensors
@@ -168,7 +168,7 @@ def test_an_interrupted_survey_resumes(dense, whole, tmp_path, monkeypatch, step
 
 
 def test_an_interrupted_run_resumes(dense, whole, tmp_path, monkeypatch):
-    keep, done = ResumeState.keep, []
+    keep, done = ResumeState.save_block, []
     with interrupted_at_block(1):
         go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
@@ -177,7 +177,7 @@ def test_an_interrupted_run_resumes(dense, whole, tmp_path, monkeypatch):
         done.append(number)
         keep(self, model, number, *rest)
 
-    monkeypatch.setattr(ResumeState, "keep", note)
+    monkeypatch.setattr(ResumeState, "save_block", note)
     go(dense, tmp_path / "out")
     assert done == [1]  # the first block was not compressed again
     check_same_weights(tmp_path / "out", whole())
@@ -193,7 +193,7 @@ def test_a_full_disk_at_the_end_loses_no_block(dense, whole, tmp_path, monkeypat
         with pytest.raises(OSError, match=r"can't be written .*make room"):
             go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(ResumeState, "keep", lambda *rest: pytest.fail("a block was compressed again"))
+    monkeypatch.setattr(ResumeState, "save_block", lambda *rest: pytest.fail("a block was compressed again"))
     go(dense, tmp_path / "out", max_shard_size="30KB")
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert expected.keys() == out.keys() and all(torch.equal(expected[key], out[key]) for key in expected)
@@ -299,11 +299,11 @@ def test_a_checkpoint_with_other_names_is_not_read_lazily(tmp_path):
 
 
 def test_a_compressed_checkpoint_is_compressed_again(dense, tmp_path):
-    go(dense, tmp_path / "once")
+    go(dense, tmp_path / "run_or_load")
     again = checkpoint_jobs.compress_checkpoint(
-        tmp_path / "once", tmp_path / "twice", RECIPE, [dense / "text.txt"], num_samples=8
+        tmp_path / "run_or_load", tmp_path / "twice", RECIPE, [dense / "text.txt"], num_samples=8
     )
-    once = json.loads((tmp_path / "once" / "tenfold.json").read_text())
+    once = json.loads((tmp_path / "run_or_load" / "tenfold.json").read_text())
     assert again["parameters"]["total"] < 0.81 * once["parameters"]["total"]
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(torch.arange(12)[None]).logits).all()
 

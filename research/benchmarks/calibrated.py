@@ -58,13 +58,13 @@ before = peak_kb()
 recipe = load_recipe("recommended")
 recipe.calibrate = Calibrate(**calibrate)
 if only:  # the survey, whatever comes behind it
-    survey = blockwise.survey
+    collect = blockwise.collect_curves
     def alone(*rest):
         begun = time.perf_counter()
-        survey(*rest)
+        collect(*rest)
         print(json.dumps({"seconds": time.perf_counter() - begun}))
         raise SystemExit
-    blockwise.survey = alone
+    blockwise.collect_curves = alone
 report = compress_checkpoint(source, target, recipe, files, samples)
 peak = peak_kb()
 print(json.dumps({"before": before / 1024, "peak": peak / 1024, "phases": report["phases"], "seconds": report["seconds"],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold import api
-from tenfold.compress.calibration import calibration
+from tenfold.compress.calibration import load_calibration
 from tenfold.models.auto import read_config
 from tenfold.models.precision import multiplies_bfloat16
 
@@ -107,7 +107,7 @@ def main() -> None:
         place, stored = api.resolve_device(given.device), read_config(given.model).dtype or torch.float32
         dtype = "bfloat16" if multiplies_bfloat16(place.type) else "float32"
         model, tokenizer = api.load(given.model, str(place), dtype)
-        batches = calibration(model, tokenizer, [given.text], given.num_samples, batch=1).batches
+        batches = load_calibration(model, tokenizer, [given.text], given.num_samples, batch=1).batches
         width = compress(model, [batch["input_ids"].to(place) for batch in batches], given.keep)
     except (OSError, ValueError) as reason:
         sys.exit(f"narrow_script: {reason}")

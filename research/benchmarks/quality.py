@@ -29,7 +29,7 @@ from quality_table import write_table
 from transformers import AutoModel, AutoTokenizer
 
 from tenfold import api
-from tenfold.compress.calibration import calibration
+from tenfold.compress.calibration import load_calibration
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import count_parameters, find_sites
 from tenfold.models.text_mode import is_causal_lm
@@ -87,7 +87,7 @@ class Causal:
     def __init__(self, name: str, data: Path, folder: Path, samples: int):
         self.model, self.tokenizer = api.load(name, device="cpu", dtype="float32")
         self.texts = texts(data)
-        self.calibration = calibration(
+        self.calibration = load_calibration(
             self.model, self.tokenizer, [data / "corpus" / "small-train.jsonl.xz"], samples=samples
         )
 
@@ -121,7 +121,7 @@ class Encoder:
         self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
         self.pairs, file = pairs(data, "dev"), folder / "sts-b-train.txt"
         file.write_text("\n".join(text for one, other, _ in pairs(data, "train") for text in (one, other)))
-        self.calibration = calibration(self.model, self.tokenizer, [file], samples=SENTENCES, batch=32)
+        self.calibration = load_calibration(self.model, self.tokenizer, [file], samples=SENTENCES, batch=32)
         self.original = self.embed(self.model)
 
     def recipe(self, method: str, keep: float):

@@ -1,6 +1,6 @@
-"""Dropping layers: the blocks that change least of what passes through them go, and nothing makes up for them.
+"""Layer dropping: the blocks that change the hidden states least go, and nothing compensates for them.
 
-What is left is an ordinary, shorter checkpoint.
+The result is an ordinary, shorter checkpoint.
 
 Reference: ShortGPT, arXiv 2403.03853.
 """
@@ -15,38 +15,38 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.activations import Streams, blocks_of
+from tenfold.compress.activations import Activations, group_by_block
 from tenfold.compress.block_influence import cosine_distance
 from tenfold.compress.calibration import Calibration
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import count_parameters, find_sites
 
-NEAR = 1e-3  # of the budget: half of the layers may be left at keep 0.5 although the last norm stays, too
+TOLERANCE = 1e-3  # of the budget: half of the layers may stay at keep 0.5 although the last norm stays, too
 
 
 def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
-    """Take the blocks of least influence out of ``model``, in place, until the budget is kept.
+    """Remove the blocks of least influence from ``model``, in place, until the budget is met.
 
     Returns:
         ``influence`` of every block of the original model, and which were ``dropped``.
 
     Raises:
-        ValueError: as :func:`list_of_blocks`, :func:`to_drop` and :func:`drop_one_by_one`.
+        ValueError: see :func:`list_blocks`, :func:`count_excess` and :func:`drop_one_by_one`.
     """
-    paths = list_of_blocks(model)
-    excess = to_drop(model, recipe, paths)
-    influence = influences(model, paths, text)
+    paths = list_blocks(model)
+    excess = count_excess(model, recipe, paths)
+    influence = measure_influence(model, paths, text)
     dropped = drop_one_by_one(model, paths, excess, lambda left: min(left, key=influence.__getitem__))
     return {"influence": influence, "dropped": dropped}
 
 
-def list_of_blocks(model: PreTrainedModel) -> list[str]:
+def list_blocks(model: PreTrainedModel) -> list[str]:
     """Return the paths of the blocks of ``model`` in the order in which they run.
 
     Raises:
-        ValueError: they are no single list.
+        ValueError: they are not in one list.
     """
-    paths = list(blocks_of(find_sites(model)))
+    paths = list(group_by_block(find_sites(model)))
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) != 1 or len(model.get_submodule(next(iter(parents)))) != len(paths):
         raise ValueError(
@@ -55,8 +55,8 @@ def list_of_blocks(model: PreTrainedModel) -> list[str]:
     return paths
 
 
-def to_drop(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> float:
-    """Return how many parameters of the blocks ``paths`` must go to keep the budget of ``recipe`` to a thousandth.
+def count_excess(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> float:
+    """Return how many parameters of the blocks ``paths`` must go to meet the budget of ``recipe`` within a thousandth.
 
     Raises:
         ValueError: there is no budget, or it leaves no block.
@@ -65,7 +65,7 @@ def to_drop(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> flo
         raise ValueError(f"nothing says how many layers recipe {recipe.name} shall leave; give it a budget, or --keep")
     sizes = [_size(model.get_submodule(path)) for path in paths]
     base = sum(sizes) if recipe.budget.of == "sites" else count_parameters(model, recipe.budget.of)
-    excess = (1 - recipe.budget.keep - NEAR) * base
+    excess = (1 - recipe.budget.keep - TOLERANCE) * base
     if excess > sum(sizes) - min(sizes):
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves none of {len(sizes)} layers; keep at least "
@@ -77,15 +77,15 @@ def to_drop(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> flo
 def drop_one_by_one(
     model: PreTrainedModel, paths: Sequence[str], excess: float, choose: Callable[[list[str]], str]
 ) -> list[str]:
-    """Take blocks out of ``model``, in place, until ``excess`` parameters are gone.
+    """Remove blocks from ``model``, in place, until ``excess`` parameters are gone.
 
     Args:
         paths: of all blocks.
-        choose: gets the paths of the blocks that are left, in order, and returns the one that goes next. The model is whole
-            until the last one is chosen.
+        choose: receives the paths of the remaining blocks, in order, and returns the one to remove. The model is whole until the
+            last one is chosen.
 
     Returns:
-        The paths of the blocks that went, in the order in which they were chosen.
+        The paths of the removed blocks, in the order in which they were chosen.
 
     Raises:
         ValueError: the last block would have to go, too.
@@ -97,31 +97,31 @@ def drop_one_by_one(
         dropped.append(choose(left))
         left.remove(dropped[-1])
         excess -= _size(model.get_submodule(dropped[-1]))
-    remove(model, sorted(int(path.rpartition(".")[2]) for path in dropped))
+    remove_blocks(model, sorted(int(path.rpartition(".")[2]) for path in dropped))
     return dropped
 
 
 @torch.no_grad()
-def influences(model: PreTrainedModel, paths: Sequence[str], text: Calibration) -> dict[str, float]:
-    """``{path of a block: 1 - mean cosine of what goes in and what comes out}``."""
-    was = model.training
-    streams, found = Streams(model.eval(), list(paths), text.batches), {}
-    tokens = max(1, sum(int(kept.sum()) for kept in streams.kept))
+def measure_influence(model: PreTrainedModel, paths: Sequence[str], text: Calibration) -> dict[str, float]:
+    """Return ``{path of a block: 1 - mean cosine of its input and its output}``."""
+    training = model.training
+    activations, found = Activations(model.eval(), list(paths), text.batches), {}
     for number, path in enumerate(paths):
-        before = [streams.states(k)[0] for k in range(len(text.batches))]
-        streams.advance(number)
-        after = [streams.states(k)[0] for k in range(len(text.batches))]
-        parts = zip(before, after, streams.kept, strict=True)
-        found[path] = sum(cosine_distance(x.cpu(), y.cpu(), kept) for x, y, kept in parts) / tokens
+        before = [activations.states(k)[0] for k in range(len(text.batches))]
+        activations.advance(number)
+        after = [activations.states(k)[0] for k in range(len(text.batches))]
+        parts = zip(before, after, activations.masks, strict=True)
+        distance = sum(cosine_distance(x.cpu(), y.cpu(), mask) for x, y, mask in parts)
+        found[path] = distance / max(1, activations.num_tokens)
         if not math.isfinite(found[path]):
             raise ValueError(f"{path} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
-    model.train(was)
+    model.train(training)
     return found
 
 
-def remove(model: PreTrainedModel, numbers: Sequence[int]) -> None:
-    """Take blocks out of ``model``, and their entries out of every list of its configuration that has one per layer."""
-    path = next(iter(blocks_of(find_sites(model)))).rpartition(".")[0]
+def remove_blocks(model: PreTrainedModel, numbers: Sequence[int]) -> None:
+    """Remove blocks from ``model``, and their entries from every list of its configuration that has one per layer."""
+    path = next(iter(group_by_block(find_sites(model)))).rpartition(".")[0]
     blocks, config = model.get_submodule(path), model.config.get_text_config()
     count = len(blocks)
     if getattr(config, "decoder_sparse_step", 1) != 1:

@@ -1,7 +1,7 @@
-"""The multiple-choice knapsack: one option for every item, the least sum of losses within a budget.
+"""Multiple-choice knapsack: one option for every item, the least sum of losses within a budget.
 
-``minimise sum_i loss_i(k_i)  subject to  sum_i cost_i(k_i) <= budget``, by dynamic programming over what may be spent. Unlike
-the price of :func:`tenfold.compress.allocate.allocate` it reaches options inside the convex hull of a curve, too.
+``minimise sum_i loss_i(k_i)  subject to  sum_i cost_i(k_i) <= budget``, by dynamic programming over the cost. Unlike the Lagrange
+multiplier of :func:`tenfold.compress.allocation.allocate_by_loss` it reaches options inside the convex hull of a curve, too.
 
 Reference: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11.
 """
@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.compress.allocate import TradeoffCurve, filled
+from tenfold.compress.allocation import TradeoffCurve, spend_rest
 
-GRID = 50_000  # steps in which the budget is spent
-OPTIONS = 128  # of one item; of more, so many are tried that are evenly spread
+GRID = 50_000  # steps of the cost
+OPTIONS = 128  # of one item; of more, so many evenly spaced ones are tried
 
 
-def knapsack(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
+def solve_knapsack(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
     """Return ``{name: option}`` with the least sum of losses at a cost of at most ``budget``.
 
     Exact where the costs are whole numbers, no item has more than ``OPTIONS`` options, and at most ``GRID`` is left above the
-    least that all items cost; else costs are rounded up to ``1 / GRID`` of that. What rounding leaves is spent greedily.
+    least that all items cost; otherwise costs are rounded up to ``1 / GRID`` of that. The rest of the budget is spent greedily.
 
     Args:
-        curves: of items whose losses are known; those of one item never rise with its cost.
+        curves: with known losses, which never rise with the cost.
         budget: in the unit of the costs.
 
     Raises:
@@ -58,5 +58,5 @@ def knapsack(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
         k = int(pick[left])
         chosen.append(k)
         left -= int(np.ceil((curve.costs[k] - curve.costs[0]) / unit - 1e-9))
-    chosen = filled(curves, chosen[::-1], budget)
+    chosen = spend_rest(curves, chosen[::-1], budget)
     return {curve.name: curve.options[k] for curve, k in zip(curves, chosen, strict=True)}

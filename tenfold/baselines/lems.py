@@ -6,7 +6,7 @@ The error of matrix ``i`` in block ``b`` of ``B`` at rank ``r`` is modelled as
 
 ``l_i(r)``: local importance, the sum of the squared singular values beyond ``r`` in the metrics of inputs and outputs;
 ``K_i``: global importance, the measured Kullback-Leibler divergence of the model in which this matrix alone has rank
-``r_0 = 0.1 mn / (m + n)``, in nats a token; ``m_b``: propagation, errors of early blocks grow on their way.
+``r_0 = 0.1 mn / (m + n)``, in nats a token; ``m_b``: propagation: errors of early blocks grow on their way through the model.
 Ranks minimise ``sum_i e_i(r_i)`` within the budget, exactly.
 
 Reference: Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error Model Search, ICML 2026, and its code.
@@ -17,53 +17,47 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from tenfold.baselines.knapsack import knapsack
-from tenfold.compress.activations import Streams
-from tenfold.compress.allocate import TradeoffCurve
+from tenfold.baselines.knapsack import solve_knapsack
+from tenfold.compress.activations import Activations
+from tenfold.compress.allocation import TradeoffCurve
 from tenfold.compress.block import Block
-from tenfold.compress.block_plan import BlockPlan
-from tenfold.compress.blockwise import part_of
-from tenfold.compress.calibration import Batch
-from tenfold.compress.divergence import Correction, batches_with, divergences, through
-from tenfold.compress.fit_actions import Fold
-from tenfold.compress.progress import Phase, Progress
+from tenfold.compress.block_plan import BlockPlan, CompressionRun
+from tenfold.compress.calibration import select_batches
+from tenfold.compress.divergence import Correction, batches_with_tokens, divergences, run_variants
+from tenfold.compress.fit_actions import FactorizeSite
+from tenfold.compress.progress import Phase
 from tenfold.compress.tensor_store import TensorStore
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import shard_items
 
 GAMMA = 5.0  # in the published configuration, with alpha 0
-REFERENCE = 0.1  # the share of the whole cost at which the divergence is measured
-LEAST = (0.3, 0.1)  # of its cost every matrix keeps, where half or more is kept in all, and where less is
+REFERENCE = 0.1  # ratio of the whole cost at which the divergence is measured
+LEAST = (0.3, 0.1)  # ratio that every matrix keeps, where half or more is kept in all, and where less is
 TOKENS = 8192  # on which divergences are measured
 
 
-def allocate(
+def allocate_by_error_model(
     settings: Calibrate, curves: Sequence[TradeoffCurve], budget: float, influence: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return ``{name: option}`` with the least sum of modelled errors; no item keeps less than the share ``LEAST``.
+    """Return ``{name: option}`` with the least sum of modelled errors; every item keeps at least the ratio ``LEAST``.
 
     Args:
-        curves: with losses as :func:`measure` leaves them.
+        curves: with losses as :func:`measure_curves` leaves them.
         budget: parameters of all items together.
     """
     least = LEAST[0] if budget >= 0.5 * sum(curve.whole for curve in curves) else LEAST[1]
-    depth = propagation([curve.name for curve in curves])
-    open_to = [curve.costs >= min(least * curve.whole, curve.costs[-1]) for curve in curves]
-    if sum(curve.costs[some].min() for curve, some in zip(curves, open_to, strict=True)) > budget:
-        open_to = [curve.costs > 0 for curve in curves]
-    return knapsack([_part(*three) for three in zip(curves, open_to, depth, strict=True)], budget)
-
-
-def _part(curve: TradeoffCurve, some: np.ndarray, factor: float) -> TradeoffCurve:
-    """The options ``some`` of ``curve``, their losses times ``factor``."""
-    options = [option for option, stays in zip(curve.options, some, strict=True) if stays]
-    return TradeoffCurve(curve.name, curve.costs[some], factor * curve.losses[some], options)
+    masks = [curve.costs >= min(least * curve.whole, curve.costs[-1]) for curve in curves]
+    if sum(curve.costs[mask].min() for curve, mask in zip(curves, masks, strict=True)) > budget:
+        masks = [curve.costs > 0 for curve in curves]
+    modelled = []
+    for curve, mask, factor in zip(curves, masks, propagation([curve.name for curve in curves]), strict=True):
+        options = [option for option, allowed in zip(curve.options, mask, strict=True) if allowed]
+        modelled.append(TradeoffCurve(curve.name, curve.costs[mask], factor * curve.losses[mask], options))
+    return solve_knapsack(modelled, budget)
 
 
 def propagation(names: Sequence[str]) -> list[float]:
@@ -74,76 +68,57 @@ def propagation(names: Sequence[str]) -> list[float]:
 
 
 @torch.no_grad()
-def measure(
-    model: Any,
-    works: list[BlockPlan],
-    batches: list[Batch],
-    settings: Calibrate,
-    weights: Any,
-    journal: Any,
-    folder: Path | None,
-    curves: list[TradeoffCurve],
-    progress: Progress,
-) -> None:
-    """Scale the losses of every curve, in place, so that at ``REFERENCE`` they are what was measured there.
+def measure_curves(run: CompressionRun, curves: list[TradeoffCurve]) -> None:
+    """Scale the losses of every curve, in place, to the divergence measured at ``REFERENCE``, on about ``TOKENS`` tokens.
 
-    A block is gone through once for every matrix in it and every block before it; the weights of one block are needed at a
-    time. Divergences are means over about ``TOKENS`` tokens.
+    A block runs once for every matrix in it and in every block before it; the weights of two blocks are needed at a time.
 
     Raises:
-        ValueError: a rule does more than fold matrices one by one, or the model returns no logits.
+        ValueError: a rule does more than factorise matrices one by one, or the model returns no logits.
     """
-    some, steps = shard_items(part_of(batches, settings.survey)), journal.survey
-    shelf = TensorStore(folder and folder / "measured")
-    with weights.outside():
-        streams = Streams(model, [work.path for work in works], some, shelf, settings.skip_first)
-    still, open_ones = settings.model_copy(update={"refit": False}), {c.name: c for c in curves if c.settled is None}
-    for number, work in enumerate(progress(works, Phase("divergences"))):
-
-        def one(number: int, work: BlockPlan) -> dict[str, float]:
-            with weights.at(work.path):
-                block = Block(model, work.path, work.sites, streams, number, still, journal.matters(number), None)
-                truncated = _truncated(work, block, open_ones)
-                ways = [{}, *({path: correction} for path, correction in truncated.items())]
-                count = batches_with(streams, TOKENS)
-                states = [
-                    [through(streams, number, streams.states(k)[0], k, way) for way in ways] for k in range(count)
-                ]
-            for later in range(number + 1, len(works)):
-                with weights.at(works[later].path):
-                    states = [[through(streams, later, x, k, {}) for x in row] for k, row in enumerate(states)]
-            with weights.outside():
-                return dict(zip(truncated, divergences(streams, states), strict=True))
-
-        for path, divergence in steps.once(f"measured-{number}", partial(one, number, work)).items():
-            _scale(open_ones[path], divergence)
-        with weights.at(work.path):
-            streams.advance(number)
+    batches = shard_items(select_batches(run.batches, run.settings.survey))
+    activations = run.open_activations(batches, TensorStore(run.folder and run.folder / "measured"), "float32")
+    free = {curve.name: curve for curve in curves if not curve.settled}
+    for number, plan in enumerate(run.progress(run.plans, Phase("divergences"))):
+        measure = partial(_measure_block, run, activations, number, free)
+        for path, divergence in run.state.tasks.run_or_load(f"measured-{number}", measure).items():
+            curve = free[path]
+            loss = float(curve.losses[curve.index_within(REFERENCE * curve.whole)])
+            if loss > 0:
+                curve.losses = curve.losses * (divergence / loss)
+        with run.weights.at(plan.path):
+            activations.advance(number)
 
 
-def _at_reference(curve: TradeoffCurve) -> int:
-    return max(0, int(np.searchsorted(curve.costs, REFERENCE * curve.whole, side="right")) - 1)
+def _measure_block(
+    run: CompressionRun, activations: Activations, number: int, curves: dict[str, TradeoffCurve]
+) -> dict[str, float]:
+    """Return the divergence for every matrix of a block that is not settled."""
+    plan = run.plans[number]
+    with run.weights.at(plan.path):
+        fixed, fisher = run.settings.model_copy(update={"refit": False}), run.state.fisher(number)
+        block = Block(activations, number, plan.sites, fixed, fisher)
+        corrections = _truncate_at_reference(plan, block, curves)
+        variants = [{}, *({path: correction} for path, correction in corrections.items())]
+        before = [activations.states(k)[0] for k in range(batches_with_tokens(activations, TOKENS))]
+        states = run_variants(activations, run.weights, number, before, variants)
+    with run.weights.outside():
+        return dict(zip(corrections, divergences(activations, states), strict=True))
 
 
-def _scale(curve: TradeoffCurve, divergence: float) -> None:
-    loss = float(curve.losses[_at_reference(curve)])
-    if loss > 0:
-        curve.losses = curve.losses * (divergence / loss)
-
-
-def _truncated(work: BlockPlan, block: Block, curves: dict[str, TradeoffCurve]) -> dict[str, Correction]:
-    """``{path: (What - W, change of the bias)}`` at the reference of every item of the block that is not settled."""
-    found = {}
-    for action in work.actions:
-        if not isinstance(action, Fold):
+def _truncate_at_reference(plan: BlockPlan, block: Block, curves: dict[str, TradeoffCurve]) -> dict[str, Correction]:
+    """Return ``{path: (What - W, change of the bias)}`` at the reference size of every item of the block."""
+    corrections = {}
+    for action in plan.actions:
+        if not isinstance(action, FactorizeSite):
             raise ValueError(
                 f"allocate lems measures matrices that are folded one by one, and {action.sites[0].path} is not; give it a plain "
                 "rule, or another allocation"
             )
         curve = curves.get(action.site.path)
         if curve is not None:
-            structure = curve.options[_at_reference(curve)]
-            near = block.weight(curve.name) if structure is None else structure.dense(action.factors(block, structure))
-            bias, new = block.bias(curve.name), block.new_bias(curve.name, near)
-            found[curve.name] = near - block.weight(curve.name), None if bias is None else new - bias
-    return found
+            structure, weight = curve.options[curve.index_within(REFERENCE * curve.whole)], block.weight(curve.name)
+            near = weight if structure is None else structure.dense(action.fit(block, structure))
+            bias, new = block.bias(curve.name), block.corrected_bias(curve.name, near)
+            corrections[curve.name] = near - weight, None if bias is None else new - bias
+    return corrections

@@ -1,10 +1,10 @@
-"""Widths by activations: hidden units, heads and channels whose activations are small go, and nothing makes up for them.
+"""Width pruning by activations: hidden units, heads and channels with small activations go, and nothing compensates for them.
 
 | width | activation ``a (samples, tokens, how many)`` |
 |---|---|
-| ``mlp`` | absolute value of what the out matrix reads |
+| ``mlp`` | absolute value of the input of the output matrix |
 | ``heads`` | norm of the output of a head; the scores of the query heads of a group are added up |
-| ``hidden`` | absolute value of what a norm of a block makes; the scores of all norms are added up |
+| ``hidden`` | absolute value of the output of a norm in a block; the scores of all norms are added up |
 
 The score is ``(sum over samples of (mean over tokens of a)^2)^(1/2)``: the mean over the sequence, the L2 norm over the batch.
 
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenfold.baselines.widths import Scores, Widths, prune_widths
-from tenfold.compress.activations import counted, without_cache
-from tenfold.compress.blockwise import enough
-from tenfold.compress.calibration import Calibration
+from tenfold.compress.activations import cache_options, token_mask
+from tenfold.compress.calibration import Calibration, split_for_processes
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import all_reduce, shard_items
 from tenfold.models.precision import in_bfloat16
@@ -33,61 +32,55 @@ from tenfold.models.sites import base_model
 
 
 def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
-    """Prune the widths of ``model``, in place, whose activations are smallest.
+    """Prune the widths of ``model`` with the smallest activations, in place; see :func:`tenfold.baselines.widths.prune_widths`.
 
     By default hidden units of the MLPs and channels lose the same fraction, and heads stay.
-
-    Returns:
-        ``widths``, see :func:`tenfold.baselines.widths.prune_widths`.
-
-    Raises:
-        ValueError: a score is no number, and what :func:`tenfold.baselines.widths.prune_widths` raises.
     """
     settings = recipe.calibrate or Calibrate()
     shrink = recipe.shrink or Shrink(mlp=1, hidden=1)
     return prune_widths(
-        model, recipe, shrink, lambda widths, shrinking: by_activations(widths, shrinking, text, settings)
+        model, recipe, shrink, lambda widths, shrinking: score_activations(widths, shrinking, text, settings)
     )
 
 
 @torch.no_grad()
-def by_activations(
+def score_activations(
     widths: Widths, shrinking: list[str], text: Calibration, settings: Calibrate | None = None
 ) -> Scores:
-    """Return the scores of what may go of the widths ``shrinking``.
+    """Return the scores along the widths ``shrinking``.
 
     Args:
-        settings: their ``skip_first`` and ``precision`` count.
+        settings: of which ``skip_first`` and ``precision`` are used.
 
     Raises:
-        ValueError: a score is no number.
+        ValueError: a score is not finite.
     """
     settings = settings or Calibrate()
-    model, squares, counts = widths.model, dict[tuple[str, str, str], Tensor](), dict[str, Tensor]()
+    model, squares, masks = widths.model, dict[tuple[str, str, str], Tensor](), dict[str, Tensor]()
 
     def hook(key: tuple[str, str, str], activation: Callable[[Tensor], Tensor]):
         def add(module, arguments, out=None) -> None:
-            found = activation((arguments[0] if out is None else out).float())
-            found = found.view(*counts["kept"].shape, -1) * counts["kept"][..., None]
-            mean = found.sum(1, dtype=torch.float64) / counts["kept"].sum(1, keepdim=True).clamp_min(1)
+            mask, found = masks["batch"], activation((arguments[0] if out is None else out).float())
+            found = found.view(*mask.shape, -1) * mask[..., None]
+            mean = found.sum(1, dtype=torch.float64) / mask.sum(1, keepdim=True).clamp_min(1)
             squares[key] = squares.get(key, 0) + mean.square().sum(0).cpu()
 
         return add
 
-    was = model.training
+    training = model.training
     with ExitStack() as stack:
-        for width, path, module, activation, behind in _watched(widths):
+        for width, path, module, activation, of_output in _list_activations(widths):
             if width in shrinking:
                 key = (width, "" if width == "hidden" else path, path)
-                register = module.register_forward_hook if behind else module.register_forward_pre_hook
+                register = module.register_forward_hook if of_output else module.register_forward_pre_hook
                 stack.callback(register(hook(key, activation)).remove)
-        stack.callback(model.train, was)
+        stack.callback(model.train, training)
         kind = model.device.type
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(settings.precision, kind)))
         model.eval()
-        for batch in shard_items(enough(text.batches)):
-            counts["kept"] = counted(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
-            base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
+        for batch in shard_items(split_for_processes(text.batches)):
+            masks["batch"] = token_mask(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
+            base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **cache_options(model))
     scores: Scores = {}
     for (width, path, where), found in squares.items():
         score = all_reduce(found).sqrt()
@@ -98,8 +91,8 @@ def by_activations(
     return scores
 
 
-def _watched(widths: Widths) -> Iterator[tuple[str, str, nn.Module, Callable[[Tensor], Tensor], bool]]:
-    """``(width, path, module, activation, whether of its output)``; the path of a norm is its own, else that of the block."""
+def _list_activations(widths: Widths) -> Iterator[tuple[str, str, nn.Module, Callable[[Tensor], Tensor], bool]]:
+    """Yield ``(width, path, module, activation, whether of its output)``; the path is that of the block, or of the norm."""
     for path, sites in widths.blocks.items():
         for site in sites:
             module = widths.model.get_submodule(site.path)

@@ -1,4 +1,4 @@
-"""The three modules of MoDeGPT, each the closed-form compression of two matrices with something between them.
+"""MoDeGPT: three modules, each the closed-form compression of two matrices with something between them.
 
 | module | matrices | what stays |
 |---|---|---|
@@ -7,7 +7,7 @@
 | III, SVD | value and output | ``Wv Wo`` of a head in the metric of the inputs of the block |
 
 In I the output matrix becomes ``Wd C S (S^T C S)^-1``: least squares on the original activations. With rotary positions the
-two dimensions of a pair go together in II. ``lambda`` is the mean of the diagonal of ``C``, which is the scale-free reading of
+two dimensions of a pair go together in II. ``lambda`` is the mean of the diagonal of ``C``, a scale-free reading of
 the paper's constant.
 
 Reference: arXiv 2408.09632.
@@ -21,39 +21,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocate import TradeoffCurve
+from tenfold.compress.allocation import TradeoffCurve
 from tenfold.compress.block import Block, Target
-from tenfold.compress.head_pruning import NarrowHeads
-from tenfold.compress.structured_pruning import Queries
-from tenfold.compress.unit_selection import Basis, best_basis
+from tenfold.compress.head_pruning import PruneHeads
+from tenfold.compress.structured_pruning import QueryOrder
+from tenfold.compress.unit_selection import Basis, best_basis, sum_tails
 
 
 class MoDeGPTCriterion:
-    """The choices of the three modules; they read second moments only."""
+    """Choices of the three modules, from second moments only."""
 
     refit = False
 
-    def units(self, target: Target) -> tuple[list[int], np.ndarray]:
-        order = leverage(target.inputs).argsort(descending=True, stable=True)
-        return order.tolist(), left_over(target, order)
+    def order_units(self, target: Target) -> tuple[list[int], np.ndarray]:
+        order = leverage_scores(target.inputs).argsort(descending=True, stable=True)
+        return order.tolist(), residual_losses(target, order)
 
-    def values(self, action: NarrowHeads, block: Block, group: int) -> Basis:
-        """The SVD of ``C^(1/2) Wv^T`` times all output matrices that read these values."""
+    def choose_value_basis(self, action: PruneHeads, block: Block, group: int) -> Basis:
+        """Return the basis of the SVD of ``C^(1/2) Wv^T`` times all output matrices that read these values."""
         weight = block.target(action.out.path).weight
         reads = torch.cat([weight[:, action.columns(head)] for head in action.members(group)])
-        return best_basis(reads.T @ reads, made(action, block, "v", group))
+        return best_basis(reads.T @ reads, output_moment(action, block, "v", group))
 
-    def queries(self, action: NarrowHeads, block: Block, group: int) -> Queries:
-        queries = [made(action, block, "q", head).diagonal() for head in action.members(group)]
-        scores = torch.stack(queries).sum(0) * made(action, block, "k", group).diagonal()
+    def order_queries(self, action: PruneHeads, block: Block, group: int) -> QueryOrder:
+        queries = [output_moment(action, block, "q", head).diagonal() for head in action.members(group)]
+        scores = torch.stack(queries).sum(0) * output_moment(action, block, "k", group).diagonal()
         weights = torch.stack([scores[unit].sum() for unit in action.units])
         order = weights.argsort(descending=True, stable=True)
-        left = weights[order].flip(0).cumsum(0).flip(0)
-        return Queries(order.tolist(), np.append(left.numpy(), 0.0))
+        return QueryOrder(order.tolist(), sum_tails(weights[order]))
 
 
-def made(action: NarrowHeads, block: Block, which: str, head: int) -> Tensor:
-    """The second moment ``(size, size)`` of what a head's ``q``, ``k`` or ``v`` matrix makes, its bias included."""
+def output_moment(action: PruneHeads, block: Block, which: str, head: int) -> Tensor:
+    """Return the second moment ``(size, size)`` of the outputs of the ``q``, ``k`` or ``v`` matrix of a head, bias included."""
     path, at = action.into[which].path, action.rows(which, head)
     weight, bias, moments = block.weight(path)[at], block.bias(path), block.moments(path)
     second = weight @ moments.second @ weight.T
@@ -63,33 +62,32 @@ def made(action: NarrowHeads, block: Block, which: str, head: int) -> Tensor:
     return second
 
 
-def leverage(second: Tensor) -> Tensor:
-    """Ridge leverage scores ``(units,)`` of ``C (units, units)``."""
+def leverage_scores(second: Tensor) -> Tensor:
+    """Return the ridge leverage scores ``(units,)`` of ``C (units, units)``."""
     values, vectors = torch.linalg.eigh(second)
     ridge = second.diagonal().mean()
     return vectors.square() @ (values.clamp_min(0) / (values.clamp_min(0) + ridge))
 
 
-def left_over(target: Target, order: Tensor) -> np.ndarray:
-    """``(units + 1,)``: half the squared error at the output when the first ``k`` of ``order`` make up for the others.
+def residual_losses(target: Target, order: Tensor) -> np.ndarray:
+    """Return ``(units + 1,)``: half the squared error at the output when the first ``k`` of ``order`` compensate for the others.
 
-    With ``C = L L^T`` in this order, what the first ``k`` can't tell are the columns of ``W L`` from ``k`` on.
+    With ``C = L L^T`` in this order, what the first ``k`` can't explain are the columns of ``W L`` from ``k`` on.
     """
     second = target.inputs[order][:, order]
     lower = torch.linalg.cholesky_ex(second + 1e-10 * second.diagonal().mean() * torch.eye(len(second)).to(second))[0]
-    parts = (target.weight[:, order] @ lower).square().sum(0)
-    return np.append(parts.flip(0).cumsum(0).flip(0).numpy(), 0.0) / 2
+    return sum_tails((target.weight[:, order] @ lower).square().sum(0)) / 2
 
 
-def influence_shares(
+def influence_ratios(
     curves: Sequence[TradeoffCurve], influence: Mapping[str, float], budget: float, temperature: float
 ) -> dict[str, float]:
-    """``{name of an item: share of it that stays}``: what a block loses goes with ``softmax(-s / temperature)``.
+    """Return ``{name of an item: ratio of it that stays}``: what a block loses is proportional to ``softmax(-s / temperature)``.
 
-    All items of a block keep the same share. A block can't lose more than it has; what it can't lose the others do.
+    All items of a block keep the same ratio. What a block can't lose the others do.
 
     Args:
-        influence: ``{path of a block: s}``; an item lies in the block that its name begins with.
+        influence: ``{path of a block: s}``; an item is in the block that its name begins with.
         budget: parameters of all items together.
     """
     block_of = {curve.name: next(path for path in influence if curve.name.startswith(f"{path}.")) for curve in curves}

@@ -1,7 +1,7 @@
-"""Hidden units of MLPs by the range of their weights, without data.
+"""Width pruning of MLPs by the range of the weights of their hidden units, without data.
 
 The score of unit ``i`` is ``max_j G_ij - min_j G_ij + max_j U_ij - min_j U_ij``, ``G (units, width)`` the gate and ``U`` the up
-matrix; an MLP without a gate has the second part only. The lowest go, equally many in every layer.
+matrix; without a gate, the second part only. The units of the lowest scores go, equally many in every layer.
 
 Reference: Martra 2025, arXiv 2512.22671.
 """
@@ -19,7 +19,7 @@ from tenfold.models.sites import weight_of
 
 
 def prune_by_peak_to_peak(model: PreTrainedModel, recipe: Recipe, text: Any = None) -> dict[str, Any]:
-    """Prune the hidden units of the MLPs of ``model``, in place, whose weights range least.
+    """Prune the hidden units of the MLPs of ``model`` whose weights range least, in place.
 
     Args:
         text: is not read.
@@ -28,16 +28,16 @@ def prune_by_peak_to_peak(model: PreTrainedModel, recipe: Recipe, text: Any = No
         ``widths``, see :func:`tenfold.baselines.widths.prune_widths`.
 
     Raises:
-        ValueError: heads or channels shall shrink, too, and what :func:`tenfold.baselines.widths.prune_widths` raises.
+        ValueError: heads or channels should shrink, too, or see :func:`tenfold.baselines.widths.prune_widths`.
     """
     shrink = recipe.shrink or Shrink(mlp=1)
     if shrink.heads or shrink.hidden:
         raise ValueError("peak-to-peak scores units of MLPs only; shrink mlp alone, or let minitron choose")
-    return prune_widths(model, recipe, shrink, peak_to_peak)
+    return prune_widths(model, recipe, shrink, score_ranges)
 
 
 @torch.no_grad()
-def peak_to_peak(widths: Widths, shrinking: list[str]) -> Scores:
+def score_ranges(widths: Widths, shrinking: list[str]) -> Scores:
     """Return the score ``(units,)`` of every hidden unit of every block."""
     scores: Scores = {}
     for path, sites in widths.blocks.items() if "mlp" in shrinking else ():

@@ -4,13 +4,13 @@ With ``C = R R`` the second moment of the inputs and ``R W^T = U V``, ``U`` orth
 largest first):
 
 1. the first ``k`` rows of ``V`` (k, out) are the coefficients;
-2. those of the largest ``|V_ij| sqrt(||R^-1 u_i||)`` stay: the same number for every output, then a few for all;
+2. those of the largest ``|V_ij| sqrt(||R^-1 u_i||)`` stay: the same number for every output, then a few over all outputs;
 3. the dictionary ``D = W^T S^T (S S^T + eps 1)^-1`` (in, k) is fitted to the sparse ``S`` (k, out); the least squares are the
    same in whitened and in original space;
 4. ``What = (D S)^T``.
 
 The sizes of all matrices minimise the sum of ``||W - What|| / ||W||`` within the budget
-(:mod:`tenfold.baselines.knapsack`). ``What`` is stored dense, so that it runs everywhere; what it counts is :func:`bytes_of`.
+(:mod:`tenfold.baselines.knapsack`). ``What`` is stored dense, so that it runs everywhere, and counts as :func:`count_bytes`.
 
 Reference: arXiv 2602.11008 and its code.
 """
@@ -24,23 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocate import TradeoffCurve
-from tenfold.compress.block import Block
+from tenfold.compress.allocation import TradeoffCurve
+from tenfold.compress.block import Action, Block
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.structure.linalg import roots, solve_symmetric
 
-SHARES = np.arange(0.3, 0.96, 0.05)  # of a matrix's bytes that stay
+SHARES = np.arange(0.3, 0.96, 0.05)  # of the bytes of a matrix that stay
 RATIOS = (1.0, 1.5, 2.0, 2.5, 3.0)  # atoms of the dictionary for every coefficient of an output
-REFILL = 0.005  # the share of coefficients that are chosen for all outputs together
-RIDGE = 1e-3  # eps, as a share of the mean of the diagonal of S S^T
+REFILL = 0.005  # ratio of the coefficients that are chosen over all outputs
+RIDGE = 1e-3  # eps, relative to the mean of the diagonal of S S^T
 
 
-def bytes_of(inner: int, out: int, atoms: int, nonzeros: int) -> int:
+def count_bytes(inner: int, out: int, atoms: int, nonzeros: int) -> int:
     """Return the bytes of a dictionary ``(inner, atoms)`` and coefficients ``(atoms, out)`` of so many ``nonzeros``.
 
-    Numbers in bfloat16. The places of the nonzeros: a bit for every entry, or an int16 each and an int32 where every output
-    begins, or none where zeros are stored too, whichever is the least.
+    Values are in bfloat16. The indices of the nonzeros take a bit for every entry, or an int16 each and an int32 per output, or
+    nothing where zeros are stored too, whichever is the least.
     """
     dense, mask = 2 * atoms * out, 2 * nonzeros + -(-atoms * out // 8)
     return 2 * inner * atoms + min(dense, mask, 4 * nonzeros + 4 * (out + 1))
@@ -48,13 +48,13 @@ def bytes_of(inner: int, out: int, atoms: int, nonzeros: int) -> int:
 
 @dataclass
 class Coefficients:
-    """All coefficients ``values (k, out)``, and ``||R^-1 u_i||`` for every one of their rows, in ``norms (k,)``."""
+    """Coefficients ``values (k, out)`` before thresholding, and ``||R^-1 u_i||`` of their rows, ``norms (k,)``."""
 
     values: Tensor
     norms: Tensor
 
 
-def coefficients(weight: Tensor, inputs: Tensor) -> Coefficients:
+def decompose(weight: Tensor, inputs: Tensor) -> Coefficients:
     """Decompose ``weight (out, in)`` in the metric ``inputs (in, in)``, as many rows as its rank can be."""
     root, back = roots(inputs)
     white = root @ weight.double().T
@@ -62,7 +62,7 @@ def coefficients(weight: Tensor, inputs: Tensor) -> Coefficients:
     return Coefficients(vectors.T @ white, (back @ vectors).norm(dim=0))
 
 
-def sparse(found: Coefficients, atoms: int, nonzeros: int) -> Tensor:
+def select_coefficients(found: Coefficients, atoms: int, nonzeros: int) -> Tensor:
     """Return ``S (atoms, out)`` with ``nonzeros`` of the first ``atoms`` rows of the coefficients, zeros elsewhere."""
     values, norms = found.values[:atoms], found.norms[:atoms, None]
     each = min(atoms, max(1, nonzeros // values.shape[1] - round(REFILL * atoms)))
@@ -73,39 +73,39 @@ def sparse(found: Coefficients, atoms: int, nonzeros: int) -> Tensor:
     return torch.where(stays, values, 0.0)
 
 
-def dictionary(weight: Tensor, kept: Tensor) -> Tensor:
+def fit_dictionary(weight: Tensor, kept: Tensor) -> Tensor:
     """Return ``D (in, atoms)``, fitted to the coefficients ``kept (atoms, out)``."""
     gram = kept @ kept.T
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean().clamp_min(1e-300)))
     return solve_symmetric(gram, weight.double().T @ kept.T)
 
 
-def error_of(weight: Tensor, kept: Tensor) -> float:
+def relative_error(weight: Tensor, kept: Tensor) -> float:
     """Return ``||W - (D S)^T|| / ||W||`` for the coefficients ``kept``, without the product."""
-    made, size = dictionary(weight, kept), weight.double().square().sum()
+    basis, size = fit_dictionary(weight, kept), weight.double().square().sum()
     cross = weight.double().T @ kept.T
-    square = size - 2 * (made * cross).sum() + ((made.T @ made) * (kept @ kept.T)).sum()
+    square = size - 2 * (basis * cross).sum() + ((basis.T @ basis) * (kept @ kept.T)).sum()
     return float((square.clamp_min(0) / size.clamp_min(1e-300)).sqrt())
 
 
-def sizes_of(inner: int, out: int, share: float) -> list[tuple[int, int]]:
-    """Return ``(atoms, nonzeros)`` for every ratio of both: the most that fit in ``share`` of the dense bytes."""
+def list_sizes(inner: int, out: int, share: float) -> list[tuple[int, int]]:
+    """Return ``(atoms, nonzeros)`` for every ratio of both: the largest that fit in ``share`` of the dense bytes."""
     found = []
     for ratio in RATIOS:
         pairs = [(k, max(1, int(k / ratio)) * out) for k in range(1, min(inner, out) + 1)]
-        within = [pair for pair in pairs if bytes_of(inner, out, *pair) <= 2 * share * inner * out]
+        within = [pair for pair in pairs if count_bytes(inner, out, *pair) <= 2 * share * inner * out]
         found += within[-1:]
     return list(dict.fromkeys(found))
 
 
 @dataclass
-class Sparse:
+class SparseSite(Action):
     """One site as the product of a dictionary and sparse coefficients, stored dense.
 
-    Costs are bytes by twos, so that a budget of parameters is one of a model in bfloat16.
+    Costs are in units of two bytes, so that a budget of parameters is that of a model in bfloat16.
 
     Raises:
-        ValueError: the rule asks for more than method and budget say.
+        ValueError: the rule sets more than its method.
     """
 
     site: Site
@@ -125,34 +125,30 @@ class Sparse:
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), target = self.site.shape, block.target(self.site.path)
-        found = coefficients(target.weight, target.inputs)
+        found = decompose(target.weight, target.inputs)
         costs, losses, options = [], [], []
         for share in SHARES:
-            tried = [(error_of(target.weight, sparse(found, *size)), size) for size in sizes_of(inner, out, share)]
+            sizes = list_sizes(inner, out, share)
+            tried = [(relative_error(target.weight, select_coefficients(found, *size)), size) for size in sizes]
             if tried:
                 error, size = min(tried)
-                costs.append(-(-bytes_of(inner, out, *size) // 2))
+                costs.append(-(-count_bytes(inner, out, *size) // 2))
                 losses.append(error)
                 options.append(list(size))
-        if not costs:  # too small for any
+        if not costs:  # the matrix is too small; as in the published code, no other one stays dense
             costs, losses, options = [out * inner], [0.0], [None]
-        products = np.full(len(costs), out * inner)
-        curve = TradeoffCurve(
-            self.site.path, np.array(costs), np.array(losses), options, products=products, calls=self.site.calls
-        )
-        curve.whole = out * inner  # as in the code, no matrix stays as it is
-        return [curve]
+        size = {"products": np.full(len(costs), out * inner), "calls": self.site.calls, "whole": out * inner}
+        return [TradeoffCurve(self.site.path, np.array(costs), np.array(losses), options, **size)]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, size = self.site.path, chosen[self.site.path]
         target = block.target(path)
         near = target.weight
         if size is not None:
-            kept = sparse(coefficients(target.weight, target.inputs), *size)
-            near = (dictionary(target.weight, kept) @ kept).T
-        block.put(path, near, block.new_bias(path, near))
+            kept = select_coefficients(decompose(target.weight, target.inputs), *size)
+            near = (fit_dictionary(target.weight, kept) @ kept).T
+        block.set_dense(path, near, block.corrected_bias(path, near))
 
-    def counted(self, chosen: dict[str, Any]) -> tuple[int, int]:
-        """Return the bytes of what was chosen, and of the matrix in bfloat16."""
+    def count_bytes(self, chosen: dict[str, Any]) -> tuple[int, int]:
         (out, inner), size = self.site.shape, chosen[self.site.path]
-        return 2 * out * inner if size is None else bytes_of(inner, out, *size), 2 * out * inner
+        return 2 * out * inner if size is None else count_bytes(inner, out, *size), 2 * out * inner

@@ -1,6 +1,6 @@
-"""Rotating: one rotation of the residual stream after which all matrices at it are nearer to their structures.
+"""Rotation of the residual stream after which the matrices that read and write it are nearer to their structures.
 
-The rules of the recipe then fold the rotated model. The rotation is sought in the Frobenius norm, where a round is one closed
+The rules of the recipe then compress the rotated model. The rotation is sought in the Frobenius norm, where a round is one closed
 form per matrix and one orthogonal Procrustes problem; the paper seeks it in the metric of the inputs, and rotates every
 block by itself, with matrices on the residual connections that an ordinary checkpoint can't hold.
 
@@ -33,40 +33,48 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     """Rotate the residual stream of ``model``, in place, towards the structures of the rules.
 
     Returns:
-        ``errors``: the squared error of all structures after every round, as a share of the first.
+        ``errors``: the squared error of all structures after every round, relative to the first.
 
     Raises:
         ValueError: the stream can't be rotated, or no rule has a structure at it.
     """
     layer_norm = check_rotatable(model)
-    found = {site.path: structure_of(model, recipe, site) for site in find_sites(model) if site.layer is not None}
+    found = {
+        site.path: _structure_at_stream(model, recipe, site) for site in find_sites(model) if site.layer is not None
+    }
     structures = {path: structure for path, structure in found.items() if structure is not None}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
     fuse_norms(model, untie=True)
     matrices = stream_matrices(model, structures)
-    turn, losses = best_rotation(matrices, layer_norm=layer_norm, rounds=ROUNDS, sweeps=3)
-    rotate_residual(model, turn, untie=True)
+    rotation, losses = best_rotation(matrices, layer_norm=layer_norm, rounds=ROUNDS, sweeps=3)
+    rotate_residual(model, rotation, untie=True)
     return {"errors": [loss / losses[0] for loss in losses]}
 
 
-def structure_of(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structure | None:
-    """The structure that ``site`` gets at its equal share, None where it is not at the stream or stays as it is."""
-    rule: Rule | None = next((rule for rule in recipe.replace if rule.matches(site)), None)
-    if rule is None or rule.narrow or site.role not in (*READS, *WRITES):
-        return None
-    return shaped(model, recipe, rule, site.shape)
+def _structure_at_stream(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structure | None:
+    """Return the structure of a site that reads or writes the stream, None for any other site and where it stays dense."""
+    rule = find_rule(recipe, site)
+    return (
+        None if rule is None or site.role not in (*READS, *WRITES) else structure_for(model, recipe, rule, site.shape)
+    )
 
 
-def shaped(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
-    """The structure of ``rule`` for a matrix ``(out, in)``: of the size it says, or at its equal share."""
+def find_rule(recipe: Recipe, site: Site) -> Rule | None:
+    """Return the rule that factorises ``site``, None where none does."""
+    rule = next((rule for rule in recipe.replace if rule.matches(site)), None)
+    return None if rule is None or rule.narrow else rule
+
+
+def structure_for(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
+    """Return the structure of ``rule`` for a matrix ``(out, in)``: of the size in the rule, or at a uniform ratio."""
     if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
         return Structure.for_shape(*shape, rule.spec)
-    return Structure.within(*shape, rule.spec, share(model, recipe, rule) * shape[0] * shape[1])
+    return Structure.within(*shape, rule.spec, _uniform_ratio(model, recipe, rule) * shape[0] * shape[1])
 
 
-def share(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
-    """What a rule's matrices keep when all that are folded keep the same share."""
+def _uniform_ratio(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
+    """Return the ratio that the matrices of a rule keep when all that are factorised keep the same."""
     if rule.keep is not None or recipe.budget is None:
         return rule.keep or 0.5
     if recipe.budget.of == "sites":

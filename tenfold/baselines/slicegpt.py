@@ -1,12 +1,12 @@
-"""Slicing: the residual stream is rotated so that few coordinates carry most of it, and the others go.
+"""SliceGPT: rotate the residual stream so that few coordinates carry most of it, and remove the others.
 
 One rotation serves all blocks: the paper rotates every block by itself and puts matrices on the residual connections, which
 an ordinary checkpoint can't hold. Matrices at the stream lose columns or rows (``Scattered`` at the first ones); the norms keep
-their width and see zeros, so that an RMSNorm divides by what it did before.
+their width and see zeros, so that an RMSNorm divides by the same value as before.
 
-LayerNorm models keep their norms, which take the mean away: the paper makes RMSNorms of them. So the rotation fixes the vector
-of ones, what is written to the stream is centred, and one coordinate more is needed; see ``pca_rotation``. A tied head gets a
-matrix of its own where the gains of the last norm have to move into it.
+LayerNorm models keep their norms, which subtract the mean: the paper turns them into RMSNorms. So the rotation fixes the vector
+of ones, what is written to the stream is centred, and one more coordinate is needed; see ``pca_rotation``. A tied head gets a
+matrix of its own where the gains of the last norm are absorbed by it.
 
 Reference: SliceGPT, arXiv 2401.15024.
 """
@@ -36,10 +36,10 @@ from tenfold.structure import Dense, Scattered
 
 
 def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
-    """Slice the residual stream of ``model``, in place, so that the budget is kept.
+    """Slice the residual stream of ``model``, in place, so that the budget is met.
 
     Returns:
-        ``width`` of the stream and how many coordinates are ``left``.
+        ``width`` of the stream, and ``left``: how many coordinates stay.
 
     Raises:
         ValueError: the stream can't be rotated, there is no budget, or it leaves no coordinate.
@@ -52,20 +52,20 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
         center_residual(model, untie=True)
     rotate_residual(model, pca_rotation(stream_moment(model, text), centred), untie=True)
     width = model.get_input_embeddings().weight.shape[1]
-    left = slice_to(model, sliced_width(model, recipe.budget.of, recipe.budget.keep * before))
+    left = slice_coordinates(model, sliced_width(model, recipe.budget.of, recipe.budget.keep * before))
     finish(model, recipe.name)
     return {"width": width, "left": left}
 
 
 @torch.no_grad()
 def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
-    """The mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` what the norms of the stream make of it before their gains."""
-    feeds, total, state = Stream(model).prenorms(), 0, {}
+    """Return the mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` the output of a norm of the stream before its gains."""
+    feeds, total, masks = Stream(model).prenorms(), 0, {}
 
     def hook(feed):
         def add(module, arguments) -> None:
             nonlocal total
-            x = arguments[0].flatten(0, -2)[state["kept"]].double()
+            x = arguments[0].flatten(0, -2)[masks["batch"]].double()
             x = x - x.mean(-1, keepdim=True) if feed.mean else x
             x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
             total = total + x.T @ x
@@ -73,15 +73,15 @@ def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
         return add
 
     hooks, tokens = [feed.module.register_forward_pre_hook(hook(feed)) for feed in feeds], 0
-    was = model.training
+    training = model.training
     model.eval()
     try:
         for batch in text.batches:
-            state["kept"] = batch["attention_mask"].flatten().bool().to(model.device)
-            tokens += int(state["kept"].sum())
+            masks["batch"] = batch["attention_mask"].flatten().bool().to(model.device)
+            tokens += int(masks["batch"].sum())
             base_model(model)(**{name: value.to(model.device) for name, value in batch.items()})
     finally:
-        model.train(was)
+        model.train(training)
         for handle in hooks:
             handle.remove()
     assert isinstance(total, Tensor)
@@ -89,7 +89,7 @@ def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
 
 
 def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
-    """The most coordinates of the stream with which the model, or its blocks, have at most ``budget`` parameters."""
+    """Return the largest width of the stream with which the model, or its blocks, have at most ``budget`` parameters."""
     of = of.replace("sites", "blocks")
     outside = {"model": (), "without_head": ("head",), "blocks": ("embed", "head")}[of]
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
@@ -105,8 +105,8 @@ def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
 
 
 @torch.no_grad()
-def slice_to(model: PreTrainedModel, left: int) -> int:
-    """Keep the first ``left`` coordinates of the stream."""
+def slice_coordinates(model: PreTrainedModel, left: int) -> int:
+    """Keep the first ``left`` coordinates of the stream, and return their number."""
     width = model.get_input_embeddings().weight.shape[1]
     if left == width:
         return left
@@ -133,7 +133,7 @@ def slice_to(model: PreTrainedModel, left: int) -> int:
         if bias is not None and writes:
             bias = torch.cat([bias[:left], torch.zeros_like(bias[left:])])
         elif (shift := shifts.get(site.path)) is not None and bool((shift != 0).any()):
-            fixed = weight[:, left:] @ shift.to(weight)  # what a norm adds to the coordinates that go
+            fixed = weight[:, left:] @ shift.to(weight)  # which a norm adds at the coordinates that go
             bias = fixed if bias is None else bias + fixed
         matrix = weight[: small[0], : small[1]]
         install(model, SitePlan(site, structure, bias is not None), {"matrix": matrix}, bias)

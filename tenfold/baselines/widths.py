@@ -1,4 +1,4 @@
-"""Pruning of widths: fewer hidden units, heads and channels, the same numbers in every layer; nothing makes up for what goes.
+"""Width pruning: fewer hidden units, heads and channels, equally many in every layer; nothing compensates for those that go.
 
 | width | what goes together |
 |---|---|
@@ -7,8 +7,8 @@
 | ``hidden`` | a channel of the residual stream, everywhere in the model |
 
 A criterion scores them, the highest stay. The result is an ordinary checkpoint whose configuration has the smaller sizes: a new
-model is made from that configuration and gets the rows and columns that stay. To add a criterion, write a change of the whole
-model (:mod:`tenfold.compress.whole_model`) that calls :func:`prune_widths`.
+model is made from that configuration and receives the rows and columns that stay. To add a criterion, write a transform of the
+whole model (:mod:`tenfold.compress.whole_model`) that calls :func:`prune_widths`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress.activations import blocks_of
+from tenfold.compress.activations import group_by_block
 from tenfold.compress.structured_pruning import ALIGNED
 from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
@@ -37,7 +37,7 @@ from tenfold.models.sites import FACTORIZED, find_sites, part_of, shape_of
 ROWS = dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.qkv"), "heads") | dict.fromkeys(("mlp.in", "mlp.gate"), "mlp")
 COLUMNS = {"attn.out": "heads", "mlp.out": "mlp"}  # the rows and columns of all other matrices are channels ..
 OUTER = ("embed", "head")  # .. or, in these, tokens
-KEYS = {  # of configurations
+KEYS = {  # in configurations
     "mlp": ("intermediate_size", "n_inner", "ffn_dim"),
     "hidden": ("hidden_size", "word_embed_proj_dim"),
 }
@@ -48,11 +48,11 @@ Scores = dict[tuple[str, str], Tensor]  # {(width, path of a block, "" for chann
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a parameter.
+    """Dimension of a parameter.
 
     Args:
         width: ``mlp``, ``heads`` or ``hidden``.
-        block: the path of the block whose units or heads they are, empty for channels.
+        block: path of the block whose units or heads they are, empty for channels.
         role: of the matrix.
     """
 
@@ -62,18 +62,18 @@ class Axis:
 
 
 class Widths:
-    """The widths of a model, and which dimensions of its parameters they are.
+    """Widths of a model, and the dimensions of its parameters that belong to each.
 
     Args:
-        model: dense; its blocks are alike, each of one attention and one MLP.
+        model: dense, with equal blocks of one attention and one MLP each.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: the model has another form.
     """
 
     def __init__(self, model: PreTrainedModel):
         sites = find_sites(model)
-        self.model, self.blocks = model, blocks_of(sites)
+        self.model, self.blocks = model, group_by_block(sites)
         self.sites = {site.path: site for site in sites}
         self.block_of = {site.path: path for path, some in self.blocks.items() for site in some}
         self._check()
@@ -121,19 +121,15 @@ class Widths:
     def _axis(width: str, block: str, role: str) -> Axis:
         return Axis("hidden") if width == "hidden" else Axis(width, block, role)
 
-    def counter(self, of: str) -> Callable[[Sizes], int]:
+    def make_counter(self, of: str) -> Callable[[Sizes], int]:
         """Return a function that counts the parameters of the part ``of`` the model at given sizes."""
         terms = [(parameter.shape, self.axes[name]) for name, parameter in part_of(self.model, of).items()]
 
+        def length(n: int, axis: Axis | None, sizes: Sizes) -> int:
+            return n if axis is None else n * sizes[axis.width] // self.full[axis.width]
+
         def count(sizes: Sizes) -> int:
-            lengths = (
-                (
-                    n if axis is None else n * sizes[axis.width] // self.full[axis.width]
-                    for n, axis in zip(*one, strict=True)
-                )
-                for one in terms
-            )
-            return sum(prod(some) for some in lengths)
+            return sum(prod(length(n, axis, sizes) for n, axis in zip(*one, strict=True)) for one in terms)
 
         return count
 
@@ -141,8 +137,8 @@ class Widths:
         """Return the query heads that read group ``group`` of keys and values."""
         return range(group * self.heads.each, (group + 1) * self.heads.each)
 
-    def places(self, axis: Axis, chosen: Tensor) -> Tensor:
-        """Return the indices along ``axis`` of what is ``chosen`` (units, groups of heads or channels), in order."""
+    def indices(self, axis: Axis, chosen: Tensor) -> Tensor:
+        """Return the sorted indices along ``axis`` of the ``chosen`` units, groups of heads or channels."""
         if axis.width != "heads":
             return chosen
         fused = axis.role == "attn.qkv"
@@ -157,7 +153,7 @@ class Widths:
 
     @cached_property
     def coupled(self) -> bool:
-        """Whether heads are as wide as the channels by their number, as in GPT-2: then heads and channels go together."""
+        """Whether the heads together are as wide as the channels, as in GPT-2: then heads and channels go together."""
         twice = self.full | {"hidden": 2 * self.full["hidden"]}
         with torch.device("meta"):
             twin = type(self.model)(self.configuration(twice, True))
@@ -165,7 +161,7 @@ class Widths:
 
     @cached_property
     def divided(self) -> bool:
-        """Whether the configuration refuses channels that are no multiple of the number of heads, as Llama's does."""
+        """Whether the configuration requires the channels to be a multiple of the number of heads, as Llama's does."""
         try:
             self.configuration(self.full | {"hidden": self.heads.query * self.full["hidden"] + 1}, True).validate()
         except StrictDataclassError:
@@ -173,7 +169,7 @@ class Widths:
         return False
 
     def configuration(self, sizes: Sizes, sized: bool) -> PretrainedConfig:
-        """Return the configuration of the model at these sizes; ``sized``: it says how wide a head is."""
+        """Return the configuration of the model at these sizes; ``sized``: with the width of a head."""
         config = copy.deepcopy(self.model.config)
         text = config.get_text_config()
         for width, keys in KEYS.items():
@@ -194,8 +190,8 @@ def prune_widths(
     """Prune the widths of ``model``, in place, to the budget of ``recipe``.
 
     Args:
-        shrink: in which proportion they shrink.
-        score: gets the widths and which of them shrink, and returns a score for everything that may go.
+        shrink: the proportion in which they shrink.
+        score: receives the widths and which of them shrink, and returns a score for everything that may go.
 
     Returns:
         ``widths``: ``{width: [before, after]}``.
@@ -211,22 +207,22 @@ def prune_widths(
     chosen = {
         key: found.argsort(descending=True, stable=True)[: sizes[key[0]]].sort().values for key, found in scores.items()
     }
-    cut(widths, sizes, chosen)
+    cut_widths(widths, sizes, chosen)
     return {"widths": {width: [before, sizes[width]] for width, before in widths.full.items()}}
 
 
 def fit_sizes(widths: Widths, shrink: Shrink, of: str, keep: float) -> Sizes:
     """Return sizes with which at most the share ``keep`` of the parameters stays.
 
-    Every width loses the fraction ``t`` times its number in ``shrink``, to the nearest step: of 8 units or channels where there
-    are many, of a group of heads. Where the configuration wants it, channels go in steps of the number of heads; where heads and
-    channels are coupled, in steps of a group, and heads with them. Units of the MLPs, if they shrink, take up what that leaves of
-    the budget. Among all ``t`` whose sizes use the budget up, the one counts whose fractions are most nearly in proportion.
+    Every width loses the fraction ``t`` times its number in ``shrink``, rounded to steps: of 8 units or channels where there are
+    many, of a group of heads. Where the configuration requires it, channels go in steps of the number of heads; where heads and
+    channels are coupled, in steps of a group, and heads with them. Units of the MLPs, if they shrink, use the rest of the budget.
+    Among all ``t`` whose sizes use up the budget, the one whose fractions are most nearly in proportion is taken.
 
     Raises:
-        ValueError: even the smallest sizes are too large, or heads shall go that are coupled to channels which shall stay.
+        ValueError: even the smallest sizes are too large, or heads should go that are coupled to channels which should stay.
     """
-    full, numbers, count = widths.full, shrink.model_dump(), widths.counter(of)
+    full, numbers, count = widths.full, shrink.model_dump(), widths.make_counter(of)
     coupled = bool(shrink.heads or shrink.hidden) and widths.coupled
     if coupled and not shrink.hidden:
         raise ValueError(
@@ -235,7 +231,7 @@ def fit_sizes(widths: Widths, shrink: Shrink, of: str, keep: float) -> Sizes:
         )
     step, allowed, whole = ALIGNED if full["mlp"] >= 32 * ALIGNED else 1, keep * count(full), count(full)
 
-    def filled(t: float) -> Sizes:
+    def fill(t: float) -> Sizes:
         sizes = full | _outer_sizes(widths, shrink, coupled, t)
         if not shrink.mlp:
             return sizes
@@ -249,7 +245,7 @@ def fit_sizes(widths: Widths, shrink: Shrink, of: str, keep: float) -> Sizes:
         lost = [(1 - sizes[width] / full[width]) / number for width, number in numbers.items() if number]
         return loose, unused if loose else max(lost) - min(lost)
 
-    tried = [filled(t / max(numbers.values())) for t in np.linspace(0, 1, 1025)]
+    tried = [fill(t / max(numbers.values())) for t in np.linspace(0, 1, 1025)]
     tried = [dict(sizes) for sizes in dict.fromkeys(tuple(sizes.items()) for sizes in tried)]
     fitting = [sizes for sizes in tried if count(sizes) <= allowed]
     if not fitting:
@@ -282,22 +278,22 @@ def _nearest(wanted: float, step: int, most: int) -> int:
 
 
 @torch.no_grad()
-def cut(widths: Widths, sizes: Sizes, chosen: dict[tuple[str, str], Tensor]) -> None:
-    """Leave what is ``chosen`` of the model, in place.
+def cut_widths(widths: Widths, sizes: Sizes, chosen: dict[tuple[str, str], Tensor]) -> None:
+    """Cut the model down to what is ``chosen``, in place.
 
     Args:
-        chosen: ``{(width, path of a block, "" for channels): indices}``; all stay of what is not in it.
+        chosen: ``{(width, path of a block, "" for channels): indices}``; everything else stays whole.
 
     Raises:
-        ValueError: no configuration of this model says these sizes.
+        ValueError: no configuration of this model has these sizes.
     """
     model = widths.model
     kept, before = dict[str, Tensor](), dict(model.named_parameters())
     for name, parameter in before.items():
         for dim, axis in enumerate(widths.axes[name]):
             if axis is not None and (axis.width, axis.block) in chosen:
-                places = widths.places(axis, chosen[axis.width, axis.block]).to(parameter.device)
-                parameter = parameter.index_select(dim, places)
+                indices = widths.indices(axis, chosen[axis.width, axis.block]).to(parameter.device)
+                parameter = parameter.index_select(dim, indices)
         kept[name] = parameter
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in tied}

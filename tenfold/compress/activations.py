@@ -1,22 +1,21 @@
-"""The hidden states of the calibration tokens in front of one block after another, and the moments of its inputs.
+"""Hidden states of the calibration tokens in front of one block after another, and the moments of the inputs of its sites.
 
-There are two streams: what the original model computes, and what the model computes whose blocks so far are compressed. A
-stream that nobody reads is not run.
+There are two sets of states: those of the original model, and those of the model whose blocks so far are compressed. Where
+nothing needs the original ones, only the others are computed.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.compress.calibration import Batch
-from tenfold.compress.moments import MomentAccumulator, Moments, check_finite, checked, like_others
+from tenfold.compress.moments import MomentAccumulator, Moments, fill_unseen_experts
 from tenfold.compress.tensor_store import TensorStore
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.experts import expert_of
@@ -29,31 +28,26 @@ NO_CHAIN = (
 )
 
 
-@dataclass
-class Call:
-    """How a block was called with one batch, its hidden states left out."""
-
-    arguments: tuple
-    keywords: dict
+Call = tuple[tuple, dict]  # arguments and keywords of a block for one batch, without its hidden states
 
 
 class _Stop(Exception):
-    """The input that was wanted has been seen."""
+    """The input that was to be captured has been seen."""
 
 
-class Streams:
-    """Both streams of every batch, in front of one block after another.
+class Activations:
+    """Hidden states of every batch, original and compressed, in front of one block after another.
 
     Args:
-        model: is run once with its blocks left out, to see how they are called.
+        model: is run once with its blocks bypassed, to record how they are called.
         blocks: paths of the blocks, in the order in which they run.
         batches: of calibration tokens.
-        shelf: holds the hidden states.
+        store: of the hidden states.
         skip: positions at the beginning of every window that do not count.
-        precision: in which blocks run: ``auto``, ``bfloat16`` or ``float32``; see :class:`tenfold.models.config.Calibrate`.
+        precision: of the blocks: ``auto``, ``bfloat16`` or ``float32``; see :class:`tenfold.models.config.Calibrate`.
 
     Raises:
-        ValueError: the blocks do not run one after another, each once a batch, on what the one before it returns.
+        ValueError: the blocks do not run one after another, each once per batch, on the output of the one before.
     """
 
     def __init__(
@@ -61,69 +55,81 @@ class Streams:
         model: nn.Module,
         blocks: list[str],
         batches: list[Batch],
-        shelf: TensorStore | None = None,
+        store: TensorStore | None = None,
         skip: int = 0,
         precision: str = "float32",
     ):
         self.model, self.paths, self.blocks = model, blocks, [model.get_submodule(path) for path in blocks]
-        self.batches, self.kept = batches, [counted(batch, skip) for batch in batches]
+        self.batches, self.masks = batches, [token_mask(batch, skip) for batch in batches]
+        self.num_tokens = sum(int(mask.sum()) for mask in self.masks)  # of this process
         self.calls: list[list[Call]] = [[] for _ in blocks]
-        self.shelf, self.device, self.form = (
-            shelf or TensorStore(),
-            _device(model),
-            _form(model, self.blocks, batches[0]),
-        )
+        self.store = store or TensorStore()
+        self.device = next(p.device for p in model.parameters() if not p.is_meta)
+        self.form = _output_form(model, self.blocks, self.to_device(batches[0], 0))
         self.bfloat16 = in_bfloat16(precision, self.device.type)
         for number, batch in enumerate(batches):
-            given = {name: value.to(self.device) for name, value in batch.items()}
-            with torch.no_grad(), passing(self.blocks, self.form) as seen:
-                base_model(model)(**given, **without_cache(model))
+            with torch.no_grad(), bypass_blocks(self.blocks, self.form) as seen:
+                base_model(model)(**self.to_device(batch), **cache_options(model))
             for calls, (_, call) in zip(self.calls, seen, strict=True):
                 calls.append(call)
-            self.shelf.put(f"first-{number}", seen[0][0])
-        self.names = [(f"first-{k}", f"first-{k}") for k in range(len(batches))]
-        if not all_reduce_number(sum(int(kept.sum()) for kept in self.kept)):
+            self.store.put(f"first-{number}", seen[0][0])
+        self.keys = [(f"first-{k}", f"first-{k}") for k in range(len(batches))]
+        if not all_reduce_number(self.num_tokens):
             raise ValueError(
                 f"skip_first {skip} leaves no token of the calibration text; skip fewer, or read longer windows"
             )
 
+    def to_device(self, batch: Batch, row: int | None = None) -> Batch:
+        """Return ``batch``, or one ``row`` of it, on the device of the model."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        return {name: value[rows].to(self.device) for name, value in batch.items()}
+
+    def load(self, key: str) -> Tensor:
+        """Return stored states on the device of the model."""
+        return self.store.get(key).to(self.device)
+
     def states(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Of the original stream and of the other one."""
-        original, now = self.names[batch]
-        held = self.shelf.get(original).to(self.device)
-        return held, held if now == original else self.shelf.get(now).to(self.device)
+        """Return the original and the compressed hidden states of a batch."""
+        original, compressed = self.keys[batch]
+        states = self.load(original)
+        return states, states if compressed == original else self.load(compressed)
 
     def autocast(self) -> torch.autocast:
-        """Products in the precision that was asked for."""
+        """Return the context in which blocks run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def run(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
-        """The output of ``block``, called as block ``number`` was."""
-        call = self.calls[number][batch]
+    def run_block(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
+        """Return the output of ``block`` for ``states``, called like block ``number`` for this batch."""
+        arguments, keywords = self.calls[number][batch]
         with self.autocast():
-            out = block(states, *call.arguments, **call.keywords)
+            out = block(states, *arguments, **keywords)
         return out if isinstance(out, Tensor) else out[0]
 
+    def run_head(self, states: Tensor, batch: Batch):
+        """Return the output of the model for ``states`` behind its last block."""
+        with bypass_blocks(self.blocks, self.form, states), self.autocast():
+            return self.model(**batch, **cache_options(self.model))
+
     @torch.no_grad()
-    def advance(self, number: int, original: nn.Module | None = None, now: nn.Module | None = None) -> None:
-        """Run the streams through block ``number``.
+    def advance(self, number: int, original: nn.Module | None = None, compressed: nn.Module | None = None) -> None:
+        """Run the states through block ``number``.
 
         Args:
-            original: what the original stream goes through; None: both streams are one from here on.
-            now: what the other stream goes through, the block as it is unless given.
+            original: for the original states; None: only the compressed ones are computed from here on.
+            compressed: for the compressed states; the block as it is unless given.
         """
         for k in range(len(self.batches)):
             x, z = self.states(k)
-            self.shelf.put(f"now-{k}", self.run(number, now or self.blocks[number], z, k))
+            self.store.put(f"now-{k}", self.run_block(number, compressed or self.blocks[number], z, k))
             if original is None:
-                self.names[k] = (f"now-{k}", f"now-{k}")
+                self.keys[k] = (f"now-{k}", f"now-{k}")
             else:
-                self.shelf.put(f"original-{k}", self.run(number, original, x, k))
-                self.names[k] = (f"original-{k}", f"now-{k}")
-            self.shelf.drop(f"first-{k}")
+                self.store.put(f"original-{k}", self.run_block(number, original, x, k))
+                self.keys[k] = (f"original-{k}", f"now-{k}")
+            self.store.drop(f"first-{k}")
 
     @torch.no_grad()
-    def moments(
+    def collect_moments(
         self,
         number: int,
         block: nn.Module,
@@ -132,127 +138,143 @@ class Streams:
         original: nn.Module | None = None,
         share: float = 0.0,
     ) -> Moments:
-        """Of the inputs ``z`` of the site ``path`` inside ``block``, block ``number``, and of those that it is to answer to.
+        """Return the moments of the inputs ``z`` of the site ``path`` inside ``block``, which is block ``number``.
 
-        ``x = (1 - share) x_local + share x_original``.
+        The inputs whose outputs it should reproduce are ``x = (1 - share) x_local + share x_original``.
 
         Args:
-            local: what ``x_local`` is seen in, on the stream as it is now; None: ``x_local`` is ``z``.
-            original: what ``x_original`` is seen in, on the original stream.
+            local: the block that gives ``x_local`` on the compressed states; None: ``x_local`` is ``z``.
+            original: the block that gives ``x_original`` on the original states.
         """
-        sums, one = None, local is None and share == 0
+        sums, same = None, local is None and share == 0
         for k in range(len(self.batches)):
-            before, now = self.states(k)
-            z = x = self._input(number, block, path, now, k)
+            before, states = self.states(k)
+            z = x = self._capture_rows(number, block, path, states, k)
             if local is not None and share < 1:
-                x = self._input(number, local, path, now, k)
+                x = self._capture_rows(number, local, path, states, k)
             if share > 0:
                 assert original is not None
-                x = (1 - share) * x + share * self._input(number, original, path, before, k)
-            check_finite(x, z, path, number, k)
-            sums = sums or MomentAccumulator(z.shape[-1], one)
+                x = (1 - share) * x + share * self._capture_rows(number, original, path, before, k)
+            if not bool(torch.isfinite(x.sum() + z.sum())):
+                raise ValueError(
+                    f"the inputs of {path} in block {number}, batch {k} of the calibration text, hold NaN or Inf; try --dtype "
+                    "float32 or other text"
+                )
+            sums = sums or MomentAccumulator(z.shape[-1], same)
             sums.add(x, z)
         assert sums is not None
-        return checked(sums.of_all().moments(), path, number)
+        return sums.reduce(path, number)
 
-    def _input(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
-        with stopping_at(block.get_submodule(path)) as seen:
-            self.run(number, block, states, batch)
-        return rows_of(seen[0], self.kept[batch])
+    def _capture_rows(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stop(module, arguments):
+            seen.append(arguments[0])
+            raise _Stop
+
+        handle = block.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            self.run_block(number, block, states, batch)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return select_rows(seen[0], self.masks[batch])
 
     @torch.no_grad()
-    def expert_moments(self, number: int, block: nn.Module, paths: list[str]) -> list[Moments]:
-        """Of the inputs of several sites of experts, as they are now: an expert gets other tokens than in the original."""
+    def collect_expert_moments(self, number: int, block: nn.Module, paths: list[str]) -> list[Moments]:
+        """Return the moments of the inputs of several sites of experts on the compressed states, in one pass."""
         sums: dict[str, MomentAccumulator] = {}
-        for k, kept in enumerate(self.kept):
+        for k, mask in enumerate(self.masks):
             with ExitStack() as hooks:
                 for path in paths:
-                    hooks.callback(
-                        block.get_submodule(path).register_forward_pre_hook(adding(sums, block, path, kept)).remove
-                    )
-                self.run(number, block, self.states(k)[1], k)
+                    module = block.get_submodule(path)
+                    hook = accumulate_inputs(sums, block, path, mask)
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+                self.run_block(number, block, self.states(k)[1], k)
         widths = {path: block.get_submodule(path).weight.shape[1] for path in paths}
-        found = [sums.get(path, MomentAccumulator(widths[path], True)).of_all().moments() for path in paths]
-        return like_others([checked(one, path, number) for one, path in zip(found, paths, strict=True)])
+        found = [sums.get(path, MomentAccumulator(widths[path], True)).reduce(path, number) for path in paths]
+        return fill_unseen_experts(found)
 
-    def stages(self, number: int, paths: list[str]) -> list[list[str]]:
-        """``paths`` inside block ``number`` in the order in which they run, those with one input together.
+    def find_input_groups(self, number: int, sites: list[Site]) -> list[list[str]]:
+        """Return the paths of ``sites``, in block ``number``, in the order in which they run, grouped by their input.
 
-        Experts come last, in an order that does not depend on which of them the tokens are sent to.
+        Experts come last, in an order that does not depend on the routing.
         """
-        seen: list[tuple[Tensor, str]] = []  # the tensors too, so that no address is used twice
-        block = self.blocks[number]
+        seen: list[tuple[Tensor, str]] = []  # holds the tensors, so that no id is reused
         with ExitStack() as hooks, torch.no_grad():
-            for path in paths:
-                hook = block.get_submodule(path).register_forward_pre_hook(
+            for path in (site.path for site in sites):
+                hook = self.model.get_submodule(path).register_forward_pre_hook(
                     lambda module, arguments, path=path: seen.append((arguments[0], path))
                 )
                 hooks.callback(hook.remove)
-            self.run(number, block, self.states(0)[1], 0)
-        stages: dict[int, list[str]] = {}
+            self.run_block(number, self.blocks[number], self.states(0)[1], 0)
+        groups: dict[int, list[str]] = {}
         for states, path in seen:
-            stages.setdefault(id(states), []).append(path)
-        found = [stage for stage in stages.values() if expert_of(stage[0]) is None]
-        return found + experts_stages([path for path in paths if expert_of(path) is not None])
+            groups.setdefault(id(states), []).append(path)
+        experts: dict[str, list[str]] = {}
+        for path in (site.path for site in sites if expert_of(site.path) is not None):
+            expert, _, part = path.rpartition(".")
+            experts.setdefault(path if part == "down" else expert, []).append(path)
+        return [group for group in groups.values() if expert_of(group[0]) is None] + list(experts.values())
 
 
-def adding(sums: dict[str, MomentAccumulator], model: nn.Module, path: str, kept: Tensor):
-    """A hook that adds the inputs of the site ``path`` of ``model``, as far as they are ``kept``, to its sums."""
+def accumulate_inputs(sums: dict[str, MomentAccumulator], model: nn.Module, path: str, mask: Tensor) -> Callable:
+    """Return a forward pre-hook that adds the inputs of the site ``path`` of ``model`` at the tokens in ``mask`` to ``sums``."""
 
     def hook(module, arguments) -> None:
-        rows = rows_of(arguments[0].detach(), kept_here(model, path, kept))
+        rows = select_rows(arguments[0].detach(), expert_mask(model, path, mask))
         sums.setdefault(path, MomentAccumulator(rows.shape[-1], True)).add(rows, rows)
 
     return hook
 
 
-def rows_of(states: Tensor, kept: Tensor) -> Tensor:
-    """The vectors that count ``(n, in)``, in float32; without a copy where all do."""
+def select_rows(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the vectors ``(n, in)`` at the tokens in ``mask``, in float32; without a copy where all count."""
     rows = states.flatten(0, -2)
-    return (rows if bool(kept.all()) else rows[kept]).float()
+    return (rows if bool(mask.all()) else rows[mask]).float()
 
 
-def kept_here(model: nn.Module, path: str, kept: Tensor) -> Tensor:
-    """Which of the rows count that the site ``path`` has just got: an expert gets some of the tokens."""
+def expert_mask(model: nn.Module, path: str, mask: Tensor) -> Tensor:
+    """Return ``mask`` for the rows that the site ``path`` has just received: an expert receives some of the tokens."""
     rows = getattr(model.get_submodule(path.rpartition(".")[0]), "rows", None)
-    return kept if rows is None else kept[rows.cpu()]
+    return mask if rows is None else mask[rows.cpu()]
 
 
-def experts_stages(paths: list[str]) -> list[list[str]]:
-    """The stages of the sites of experts: what reads the expert's tokens, then what reads their hidden units."""
-    stages: dict[str, list[str]] = {}
-    for path in paths:
-        expert, _, part = path.rpartition(".")
-        stages.setdefault(path if part == "down" else expert, []).append(path)
-    return list(stages.values())
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """A decoder is told to keep no keys and values: blocks that are run again would find them."""
+def cache_options(model: nn.Module) -> dict[str, bool]:
+    """Return the keywords that turn off the key-value cache, which blocks that run twice would fill twice."""
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
 
-def counted(batch: Batch, skip: int) -> Tensor:
-    """Which tokens count ``(samples * window,)``: no padding, and not the first ``skip`` of a window."""
-    kept = batch["attention_mask"].bool().clone()
-    kept[:, :skip] = False
-    return kept.flatten()
+def token_mask(batch: Batch, skip: int) -> Tensor:
+    """Return which tokens count ``(samples * window,)``: no padding, and not the first ``skip`` of a window."""
+    mask = batch["attention_mask"].bool().clone()
+    mask[:, :skip] = False
+    return mask.flatten()
 
 
 @contextmanager
-def passing(blocks: list[nn.Module], form: type, last: Tensor | None = None) -> Iterator[list[tuple[Tensor, Call]]]:
-    """``blocks`` do nothing but note how they are called; the last one returns ``last`` if that is given."""
+def bypass_blocks(
+    blocks: list[nn.Module], form: type, last: Tensor | None = None
+) -> Iterator[list[tuple[Tensor, Call]]]:
+    """Replace ``blocks`` by the identity and record their inputs; the last one returns ``last`` if given.
+
+    Args:
+        form: Tensor or tuple: what a block returns.
+    """
     seen: list[tuple[Tensor, Call]] = []
+    returned: list[Tensor] = []
 
     def forward(*arguments, **keywords):
-        states, call = _split(arguments, keywords)
-        seen.append((states, call))
-        # a new tensor, so that one can see whether the next block gets this very one
-        passed = last if last is not None and len(seen) == len(blocks) else states.view_as(states)
-        made.append(passed)
-        return passed if form is Tensor else (passed, None, None)
+        if arguments:
+            states, arguments = arguments[0], arguments[1:]
+        else:
+            states = keywords.pop("hidden_states")
+        seen.append((states, (arguments, keywords)))
+        # a new tensor, so that one can see whether the next block receives this very one
+        returned.append(last if last is not None and len(seen) == len(blocks) else states.view_as(states))
+        return returned[-1] if form is Tensor else (returned[-1], None, None)
 
-    made: list[Tensor] = []
     for block in blocks:
         block.forward = forward  # hides the method of the class
     try:
@@ -260,63 +282,33 @@ def passing(blocks: list[nn.Module], form: type, last: Tensor | None = None) -> 
     finally:
         for block in blocks:
             del block.forward
-    if len(seen) != len(blocks) or any(one is not other for one, (other, _) in zip(made, seen[1:], strict=False)):
+    if len(seen) != len(blocks) or any(one is not two for one, (two, _) in zip(returned, seen[1:], strict=False)):
         raise ValueError(NO_CHAIN)
 
 
-def _form(model: nn.Module, blocks: list[nn.Module], batch: Batch) -> type:
-    """Whether the model expects a tensor or a tuple from its blocks."""
-    given = {name: value[:1].to(_device(model)) for name, value in batch.items()}
+def _output_form(model: nn.Module, blocks: list[nn.Module], sample: Batch) -> type:
+    """Return whether the model expects a Tensor or a tuple from its blocks."""
     for form in (Tensor, tuple):
         try:
-            with torch.no_grad(), passing(blocks, form):
-                base_model(model)(**given, **without_cache(model))
+            with torch.no_grad(), bypass_blocks(blocks, form):
+                base_model(model)(**sample, **cache_options(model))
             return form
         except (ValueError, IndexError, RuntimeError, AttributeError, TypeError):
             continue
     raise ValueError(NO_CHAIN)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters() if not p.is_meta)
-
-
-def _split(arguments: tuple, keywords: dict) -> tuple[Tensor, Call]:
-    if arguments:
-        return arguments[0], Call(arguments[1:], keywords)
-    rest = dict(keywords)
-    return rest.pop("hidden_states"), Call((), rest)
-
-
-@contextmanager
-def stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Run until ``module`` is called; its input is in the list."""
-    seen: list[Tensor] = []
-
-    def hook(module, arguments):
-        seen.append(arguments[0])
-        raise _Stop
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield seen
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-
-
-def blocks_of(sites: list[Site]) -> dict[str, list[Site]]:
-    """``{path of a block: its sites}`` in the order of the model."""
-    found: dict[str, list[Site]] = {}
+def group_by_block(sites: list[Site]) -> dict[str, list[Site]]:
+    """Return ``{path of a block: its sites}`` in the order of the model."""
+    blocks: dict[str, list[Site]] = {}
     for site in sites:
         if site.layer is not None:
             block = re.match(rf"(.*?\.|){site.layer}(?=\.)", site.path)
             assert block is not None
-            found.setdefault(block[0], []).append(site)
-    return found
+            blocks.setdefault(block[0], []).append(site)
+    return blocks
 
 
-def twin(block: nn.Module) -> nn.Module:
-    """A copy that stays as the block is now."""
+def freeze_copy(block: nn.Module) -> nn.Module:
+    """Return a copy of ``block`` that no later change reaches."""
     return copy.deepcopy(block).requires_grad_(False)

@@ -1,14 +1,17 @@
-"""One block while it is compressed: the moments of its inputs, what its sites should become, and putting that in."""
+"""One block while it is compressed: moments of its inputs, targets of its sites, and the changes to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from tenfold.compress.activations import Streams
+from tenfold.compress.activations import Activations
+from tenfold.compress.allocation import TradeoffCurve
+from tenfold.compress.divergence import Trial
 from tenfold.compress.evidence import Evidence, fisher_losses
 from tenfold.compress.moments import Moments
 from tenfold.models.config import Calibrate
@@ -23,7 +26,7 @@ from tenfold.structure.linalg import solve_symmetric
 
 @dataclass
 class Target:
-    """What one site should become: ``minimise ||outputs^(1/2) (weight - What) inputs^(1/2)||``.
+    """Target of one site: ``minimise ||outputs^(1/2) (weight - What) inputs^(1/2)||``.
 
     Args:
         weight: ``(out, in)``: the best dense matrix for the inputs that the site now gets.
@@ -36,249 +39,269 @@ class Target:
     outputs: Tensor
 
     def loss(self, near: Tensor) -> float:
-        """Nats a token, where ``outputs`` is a Fisher information."""
+        """Return the loss of the matrix ``near``, in nats a token where ``outputs`` is a Fisher information."""
         rest = self.weight - near
         return float((rest * (self.outputs @ rest @ self.inputs)).sum()) / 2
 
 
 class Block:
-    """Block ``number`` of ``model`` in both streams.
+    """Block of a model with its original and its compressed activations.
 
     Args:
-        path: of the block.
+        activations: in front of the block.
+        number: of the block.
         sites: all matrices in it.
-        sensitivity: ``{path: G}``; a site without one counts every output alike.
-        original: the block as it was; None while the original model is surveyed.
-        known: moments that were found already, ``{number of a stage: moments}``.
-        evidence: of the survey, ``{path: [(inputs, gradients at the outputs)]}``, one pair a batch.
+        fisher: ``{path: G}``; without an entry every output of a site counts alike.
+        original: the block as it was; None while statistics of the original model are collected.
+        moments: known already, ``{number of an input group: moments}``.
+        evidence: ``{path: [(inputs, gradients at the outputs)]}``, one pair per batch.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        path: str,
-        sites: list[Site],
-        streams: Streams,
+        activations: Activations,
         number: int,
+        sites: list[Site],
         settings: Calibrate,
-        sensitivity: dict[str, Tensor],
-        original: nn.Module | None,
-        known: dict[int, Moments] | None = None,
+        fisher: dict[str, Tensor],
+        original: nn.Module | None = None,
+        moments: dict[int, Moments] | None = None,
         evidence: Evidence | None = None,
     ):
-        self.model, self.path, self.sites = model, path, {site.path: site for site in sites}
-        self.streams, self.number, self.settings, self.sensitivity = streams, number, settings, sensitivity
-        self.original = original
-        self.stages = stages_of(path, sites, streams, number)
-        self._known: dict[int, Moments] = known or {}
-        self.evidence = evidence or {}
-        self.ratios: list[float] = []  # of errors: what tokens cost together, by what each costs alone
+        self.activations, self.number, self.model, self.path = (
+            activations,
+            number,
+            activations.model,
+            activations.paths[number],
+        )
+        self.sites, self.settings, self.fisher = {site.path: site for site in sites}, settings, fisher
+        self.original, self.evidence = original, evidence or {}
+        self.input_groups = activations.find_input_groups(number, sites)
+        self.ratios: list[float] = []  # of errors: the loss of all tokens together to that of each alone
         self.changed_before: set[str] = set()  # sites that read what the matrices of their own action make
-        self._targets: dict[str, Target] = {}
-        self.fitted: dict[str, Factors] = {}  # of sites that are next, by several processes
+        self.factors: dict[str, Factors] = {}  # fitted ahead, by several processes
         self.fits: dict[str, dict] = {}  # how the fit of a site ended
-        self.orders: dict[str, Tensor] = {}  # of items: in which order, or in which basis, they lose dimensions
+        self.orders: dict[str, Tensor] = {}  # of items: the order, or the basis, in which they lose dimensions
+        self._moments: dict[int, Moments] = moments or {}
+        self._targets: dict[str, Target] = {}
 
-    def role(self, *roles: str) -> list[Site]:
-        """The sites of these roles."""
-        return [site for site in self.sites.values() if site.role in roles]
-
-    def stage(self, path: str) -> int:
-        """The number of the stage in which the site ``path`` runs."""
-        return next(k for k, stage in enumerate(self.stages) if path in stage)
+    def input_group(self, path: str) -> int:
+        """Return the number of the input group of the site ``path``."""
+        return next(k for k, group in enumerate(self.input_groups) if path in group)
 
     def moments(self, path: str) -> Moments:
-        """Of the inputs of a site as the block now is; of sites that read the same, once."""
-        stage = self.stage(path)
-        if stage not in self._known:
-            if self.original is not None:  # the stages before it are done
-                self._known = {k: known for k, known in self._known.items() if k > stage or expert_of(path) is not None}
-            inner = self.stages[stage][0].removeprefix(f"{self.path}.")
-            here = self.streams.blocks[self.number]
-            if expert_of(path) is not None:
-                self._experts(here)
-                return self._known[stage]
-            if not self.settings.refit or self.original is None:
-                self._known[stage] = self.streams.moments(self.number, self.original or here, inner)
-            else:
-                local = self.original if path in self.changed_before else None
-                given = (local, self.original, self.settings.original_share)
-                self._known[stage] = self.streams.moments(self.number, here, inner, *given)
-        return self._known[stage]
+        """Return the moments of the inputs of a site as the block now is, collected once for its input group."""
+        number = self.input_group(path)
+        if number in self._moments:
+            return self._moments[number]
+        is_expert = expert_of(path) is not None
+        if self.original is not None:  # the groups before it are done
+            self._moments = {k: known for k, known in self._moments.items() if k > number or is_expert}
+        here = self.activations.blocks[self.number]
+        if is_expert:  # all experts in one pass
+            unknown = {
+                k: self._inside(group[0])
+                for k, group in enumerate(self.input_groups)
+                if expert_of(group[0]) is not None and k not in self._moments
+            }
+            found = self.activations.collect_expert_moments(self.number, here, list(unknown.values()))
+            self._moments |= dict(zip(unknown, found, strict=True))
+            return self._moments[number]
+        inside = self._inside(self.input_groups[number][0])
+        if not self.settings.refit or self.original is None:
+            found = self.activations.collect_moments(self.number, self.original or here, inside)
+        else:
+            local = self.original if path in self.changed_before else None
+            share = self.settings.original_share
+            found = self.activations.collect_moments(self.number, here, inside, local, self.original, share)
+        self._moments[number] = found
+        return found
 
-    def _experts(self, here: torch.nn.Module) -> None:
-        """The moments of all experts that are not known, in one pass."""
-        first = {
-            k: stage[0]
-            for k, stage in enumerate(self.stages)
-            if expert_of(stage[0]) is not None and k not in self._known
-        }
-        inner = [path.removeprefix(f"{self.path}.") for path in first.values()]
-        self._known |= dict(zip(first, self.streams.expert_moments(self.number, here, inner), strict=True))
+    def _inside(self, path: str) -> str:
+        return path.removeprefix(f"{self.path}.")
 
-    def refits(self, path: str) -> bool:
-        """Whether the site is to answer to other inputs than it gets."""
+    def _original_module(self, path: str) -> nn.Module:
+        return (self.original or self.activations.blocks[self.number]).get_submodule(self._inside(path))
+
+    def weight(self, path: str) -> Tensor:
+        """Return ``W (out, in)`` of the original model, in float64."""
+        return weight_of(self._original_module(path)).detach().double()
+
+    def bias(self, path: str) -> Tensor | None:
+        """Return the bias of the original model, in float64."""
+        bias = self._original_module(path).bias
+        return None if bias is None else bias.detach().double()
+
+    def needs_refit(self, path: str) -> bool:
+        """Return whether the site should reproduce outputs for other inputs than it gets."""
         apart = self.settings.original_share > 0 or path in self.changed_before
         return self.settings.refit and self.original is not None and apart and expert_of(path) is None
 
-    def weight(self, path: str) -> Tensor:
-        """``W (out, in)`` of the original model, in float64."""
-        block = self.original or self.streams.blocks[self.number]
-        return weight_of(block.get_submodule(path.removeprefix(f"{self.path}."))).detach().double()
-
-    def bias(self, path: str) -> Tensor | None:
-        """The bias of the original model."""
-        block = self.original or self.streams.blocks[self.number]
-        bias = block.get_submodule(path.removeprefix(f"{self.path}.")).bias
-        return None if bias is None else bias.detach().double()
-
     def target(self, path: str) -> Target:
-        """What the site should become, from the moments of its inputs as the block now is."""
-        if path not in self._targets:  # heads ask for the same two again and again; more would be too much memory
+        """Return the target of the site ``path`` for its inputs as the block now is."""
+        if path not in self._targets:  # two are cached, which heads ask for repeatedly; more would take too much memory
             self._targets = dict([*self._targets.items()][-1:])
-            self._targets[path] = self._found(path)
+            weight, second = self.refitted_weight(path), self.input_covariance(path)
+            metric = self._input_metric(with_ridge(second, self.damping(second)))
+            self._targets[path] = Target(weight, metric, self.output_metric(path))
         return self._targets[path]
 
-    def take(self, path: str) -> Target:
-        """As :meth:`target`; the caller may overwrite it."""
+    def pop_target(self, path: str) -> Target:
+        """Return :meth:`target`, which the caller may overwrite."""
         target = self.target(path)
         del self._targets[path]
         return target
 
-    def _found(self, path: str) -> Target:
-        weight = self.refitted(path)
-        second = self.second(path)
-        return Target(weight, self.metric(with_ridge(second, self.damping(second))), self.outputs(path))
+    def refitted_weight(self, path: str) -> Tensor:
+        """Return the best dense matrix ``(out, in)`` for the inputs that the site now gets.
 
-    def refitted(self, path: str) -> Tensor:
-        """The best dense matrix ``(out, in)`` for the inputs that the site now gets; the original one unless it refits."""
-        if not self.refits(path):
-            return self.weight(path)
-        second, goal = self.second(path), self.crossed(path)
-        return regressed(self.weight(path), second, goal, self.damping(second))
+        With ``C`` their second moment that is ``(W mean(x z^T) + ridge W) (C + ridge 1)^-1``, drawn towards the original ``W``.
+        """
+        weight = self.weight(path)
+        if not self.needs_refit(path):
+            return weight
+        second, goal = self.input_covariance(path), self.cross_covariance(path)
+        ridge = max(self.damping(second), 2.0**-23 * float(second.diagonal().sum()))  # the error of products in float32
+        return solve_symmetric(with_ridge(second, ridge), goal.add(weight, alpha=ridge))
 
-    def second(self, path: str) -> Tensor:
-        """The second moment of the inputs, about their mean where the bias takes that up."""
+    def input_covariance(self, path: str) -> Tensor:
+        """Return the second moment of the inputs, about their mean where the bias absorbs that."""
         moments = self.moments(path)
-        return moments.second - torch.outer(moments.mean, moments.mean) if self.centres(path) else moments.second
+        return moments.second - torch.outer(moments.mean, moments.mean) if self.centers(path) else moments.second
 
-    def crossed(self, path: str) -> Tensor:
-        """``W mean(x z^T)`` ``(out, in)``, about the means likewise; the cross moment goes when no other site asks for it."""
+    def cross_covariance(self, path: str) -> Tensor:
+        """Return ``W mean(x z^T) (out, in)``, about the means where the bias absorbs them.
+
+        The cross moment is freed if no other site needs it.
+        """
         moments, weight = self.moments(path), self.weight(path)
-        if path not in moments.crossed:
-            moments.crossed[path] = weight @ moments.cross
-            if len(self.stages[self.stage(path)]) == 1:
+        if path not in moments.projected:
+            moments.projected[path] = weight @ moments.cross
+            if len(self.input_groups[self.input_group(path)]) == 1:
                 moments.cross = moments.cross.new_empty(0)
-        found = moments.crossed[path]
-        return found - torch.outer(weight @ moments.mean_original, moments.mean) if self.centres(path) else found
+        found = moments.projected[path]
+        return found - torch.outer(weight @ moments.mean_original, moments.mean) if self.centers(path) else found
 
-    def centres(self, path: str) -> bool:
-        """Whether the mean of the inputs is left to the bias."""
+    def centers(self, path: str) -> bool:
+        """Return whether the bias of the site absorbs the mean of its inputs."""
         return self.settings.center and self.sites[path].bias
 
     def damping(self, second: Tensor) -> float:
-        """What is added to the diagonal of a second moment."""
+        """Return the ridge that is added to the diagonal of a second moment."""
         return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12))
 
-    def metric(self, damped: Tensor) -> Tensor:
-        """The metric of inputs with this second moment."""
+    def _input_metric(self, damped: Tensor) -> Tensor:
         if self.settings.inputs == "second":
             return damped
         diagonal = damped.diagonal() if self.settings.inputs == "diagonal" else torch.ones(len(damped)).to(damped)
         return torch.diag(diagonal**self.settings.power)
 
-    def outputs(self, path: str) -> Tensor:
-        """The metric of the outputs of a site."""
-        known = self.sensitivity.get(path)
+    def output_metric(self, path: str) -> Tensor:
+        """Return the metric of the outputs of a site."""
+        known = self.fisher.get(path)
         if known is None or self.settings.outputs == "none":
             return torch.eye(self.sites[path].shape[0], dtype=torch.float64)
         if self.settings.outputs == "row":
             return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
-        share = self.settings.output_damping or self.settings.damping
-        return with_ridge(known, share * float(known.diagonal().mean().clamp_min(1e-12)))
+        damping = self.settings.output_damping or self.settings.damping
+        return with_ridge(known, damping * float(known.diagonal().mean().clamp_min(1e-12)))
 
-    def cost(self, path: str, error: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> float:
-        """Return what an error of a site costs in nats a token, by the evidence; see :mod:`tenfold.compress.evidence`.
+    def evidence_loss(self, path: str, error: Tensor, columns: Tensor | None = None) -> float:
+        """Return the loss of an error of a site in nats a token by its evidence; see :mod:`tenfold.compress.evidence`.
 
-        A bias that takes up means takes up that of the error.
+        A bias that absorbs means absorbs that of the error.
 
         Args:
-            error: ``(out, in)``, or of the ``rows`` and ``columns`` only, all others being none.
+            error: ``(out, in)``, or of the ``columns`` only, all others being correct.
         """
-        pairs = [
-            (z if columns is None else z[:, columns], g if rows is None else g[:, rows])
-            for z, g in self.evidence.get(path, ())
-        ]
+        pairs = [(z if columns is None else z[:, columns], g) for z, g in self.evidence.get(path, ())]
         mean = self.moments(path).mean
-        shift = -error @ (mean if columns is None else mean[columns]) if self.centres(path) else None
-        alone, together = fisher_losses(pairs, error, shift, self.tokens)
+        shift = -error @ (mean if columns is None else mean[columns]) if self.centers(path) else None
+        alone, together = fisher_losses(pairs, error, shift, self.activations.num_tokens)
         if alone > 0:
             self.ratios.append(together / alone)
         return alone
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens of the text this process reads."""
-        return sum(int(kept.sum()) for kept in self.streams.kept)
-
-    def new_bias(self, path: str, near: Tensor) -> Tensor | None:
-        """The bias that makes the mean of the outputs right when the matrix is ``near``."""
+    def corrected_bias(self, path: str, near: Tensor) -> Tensor | None:
+        """Return the bias with which the mean of the outputs is correct when the matrix is ``near``."""
         bias = self.bias(path)
-        if bias is None or not self.centres(path):
+        if bias is None or not self.centers(path):
             return bias
         moments = self.moments(path)
         return bias + self.weight(path) @ moments.mean_original - near @ moments.mean
 
-    def put(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
-        """Give the site a dense matrix of its own size."""
+    def set_dense(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
+        """Give the site a dense matrix of its own size and this bias."""
         module = self.model.get_submodule(path)
         if isinstance(module, FactorizedLinear) and not isinstance(module.structure, Dense):
             out, inner = matrix.shape
-            return self.fold(path, Dense(out_features=out, in_features=inner), {"matrix": matrix}, bias)
+            return self.install(path, Dense(out_features=out, in_features=inner), {"matrix": matrix}, bias)
         set_matrix(module, matrix, bias)
-        return self._changed(path)
+        return self._invalidate(path)
 
-    def fold(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
+    def refit_dense(self, path: str) -> None:
+        """Give the site the best dense matrix for the inputs that it now gets, if that is another one."""
+        if self.needs_refit(path):
+            weight = self.refitted_weight(path)
+            self.set_dense(path, weight, self.corrected_bias(path, weight))
+
+    def install(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
         """Give the site a structure."""
         install(self.model, SitePlan(self.sites[path], structure, bias is not None), factors, bias)
-        self._changed(path)
+        self._invalidate(path)
 
-    def fold_together(self, changes: list[tuple[SitePlan, Factors, Tensor | None]]) -> None:
+    def install_shared(self, changes: list[tuple[SitePlan, Factors, Tensor | None]]) -> None:
         """Give sites their structures, some factors of which they share."""
         install_together(self.model, changes)
         for entry, _, _ in changes:
-            self._changed(entry.site.path)
+            self._invalidate(entry.site.path)
 
-    def _changed(self, path: str) -> None:
-        """What runs behind the stage of ``path`` gets other inputs now."""
-        here, expert = self.stage(path), expert_of(path)
+    def _invalidate(self, path: str) -> None:
+        """Forget what is known of the inputs behind the input group of ``path``."""
+        here, expert = self.input_group(path), expert_of(path)
 
-        def stays(stage: int) -> bool:
-            beside = expert_of(self.stages[stage][0]) not in (None, expert) and expert is not None
-            return stage <= here or beside  # experts do not read one another
+        def stays(number: int) -> bool:
+            beside = expert_of(self.input_groups[number][0]) not in (None, expert) and expert is not None
+            return number <= here or beside  # experts do not read one another
 
-        self._targets = {path: found for path, found in self._targets.items() if stays(self.stage(path))}
-        self._known = {stage: known for stage, known in self._known.items() if stays(stage)}
+        self._targets = {path: found for path, found in self._targets.items() if stays(self.input_group(path))}
+        self._moments = {number: known for number, known in self._moments.items() if stays(number)}
 
 
-def regressed(weight: Tensor, second: Tensor, goal: Tensor, share: float) -> Tensor:
-    """``(goal + share W) (second + share 1)^-1``, ``goal = W mean(x z^T)``.
+class Action:
+    """One item of a block, or several, that can be compressed: price the options, then carry one out.
 
-    What makes of ``z`` what ``W`` makes of ``x``, drawn towards ``W``. The share is never less than what products in float32 may
-    be wrong by.
+    ``curves`` and ``apply`` have to be defined, the other methods where they say anything.
     """
-    share = max(share, 2.0**-23 * float(second.diagonal().sum()))
-    return solve_symmetric(with_ridge(second, share), goal.add(weight, alpha=share))
+
+    sites: list[Site]
+    evidence_paths: Sequence[str] = ()  # sites whose gradients are kept token by token
+    loss_unit: str | None = None  # of the curves, where it is not that of the run
+
+    @property
+    def fisher_paths(self) -> list[str]:
+        """Paths of the sites whose Fisher information the curves need."""
+        return [site.path for site in self.sites]
+
+    def curves(self, block: Block) -> list[TradeoffCurve]:
+        """Return the options of every item, judged by the original model."""
+        raise NotImplementedError
+
+    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
+        """Carry out the options that were chosen, by the names of the curves."""
+        raise NotImplementedError
+
+    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
+        """Return errors of the block at these sizes, whose divergence is to be measured."""
+        return []
+
+    def count_bytes(self, chosen: dict[str, Any]) -> tuple[int, int] | None:
+        """Return the bytes of what was chosen and of the dense matrix, where what is stored dense counts as less."""
+        return None
 
 
-def with_ridge(second: Tensor, share: float) -> Tensor:
-    """``second + share * 1``."""
+def with_ridge(second: Tensor, ridge: float) -> Tensor:
+    """Return ``second + ridge * 1``."""
     damped = second.clone()
-    damped.diagonal().add_(share)
+    damped.diagonal().add_(ridge)
     return damped
-
-
-def stages_of(path: str, sites: list[Site], streams: Streams, number: int) -> list[list[str]]:
-    """The sites of block ``number`` in the order in which they run, those that read the same together."""
-    inner = {site.path.removeprefix(f"{path}."): site.path for site in sites}
-    return [[inner[p] for p in stage] for stage in streams.stages(number, list(inner))]

@@ -1,41 +1,41 @@
-"""Block refinement: a few steps of gradient descent on the output of a block whose sites were fitted one by one."""
+"""Finetuning of one block: a few steps of gradient descent on its output after its sites were fitted one by one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.activations import Streams
+from tenfold.compress.activations import Activations
 from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.structure.linalg import roots
 
 
-def refine(
-    streams: Streams,
+def finetune_block(
+    activations: Activations,
     number: int,
     block: nn.Module,
     original: nn.Module,
-    matters: Tensor | None,
+    fisher: Tensor | None,
     steps: int,
     learning_rate: float,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Lower ``1/2 mean_t e_t^T G e_t``, ``e_t = block(z_t) - original(x_t)``, over everything in ``block`` that is trained.
+    """Lower ``1/2 mean_t e_t^T G e_t``, ``e_t = block(z_t) - original(x_t)``, over the floating point parameters of ``block``.
 
-    Adam, a batch of the calibration text a step (each of several processes takes one), cosine schedule. The block is left
-    as it was if that was better over the whole text.
+    Adam with a cosine schedule, a batch of the calibration text per step and process. The block is restored if it is not better
+    over the whole text.
 
     Args:
-        matters: ``G (width, width)`` of what the block returns; every direction alike without it.
-        learning_rate: the first one, as a share of the root mean square of each tensor.
+        fisher: ``G (width, width)`` at the output of the block; the identity unless given.
+        learning_rate: the first one, relative to the root mean square of each tensor.
 
     Returns:
-        The error before and after, in nats a token where ``matters`` is a Fisher information.
+        The error before and after, in nats a token where ``fisher`` is a Fisher information.
     """
-    root = None if matters is None else roots(matters)[0].float().to(streams.device)
+    root = None if fisher is None else roots(fisher)[0].float().to(activations.device)
     parameters = [p for p in block.parameters() if p.is_floating_point()]
-    wanted, before = [p.requires_grad for p in parameters], [p.detach().clone() for p in parameters]
-    begun = _error(streams, number, block, original, root)
+    flags, saved = [p.requires_grad for p in parameters], [p.detach().clone() for p in parameters]
+    before = _mean_error(activations, number, block, original, root)
     groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -44,36 +44,38 @@ def refine(
         parameter.requires_grad_(True)
     with torch.enable_grad():
         for _ in range(steps):
-            batch = int(torch.randint(len(streams.batches), (1,), generator=generator))
+            k = int(torch.randint(len(activations.batches), (1,), generator=generator))
             optimizer.zero_grad()
-            (_squares(streams, number, block, original, root, batch) / int(streams.kept[batch].sum())).backward()
+            error = _squared_error(activations, number, block, original, root, k)
+            (error / int(activations.masks[k].sum())).backward()
             for parameter in parameters if num_processes() > 1 else ():
-                here = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = all_reduce(here) / num_processes()
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = all_reduce(gradient) / num_processes()
             optimizer.step()
             schedule.step()
-    ended = _error(streams, number, block, original, root)
-    for parameter, old, trained in zip(parameters, before, wanted, strict=True):
+    after = _mean_error(activations, number, block, original, root)
+    for parameter, old, trained in zip(parameters, saved, flags, strict=True):
         parameter.requires_grad_(trained)
         parameter.grad = None
-        if not ended < begun:
+        if not after < before:
             parameter.data.copy_(old)
-    return begun, min(begun, ended)
+    return before, min(before, after)
 
 
-def _squares(
-    streams: Streams, number: int, block: nn.Module, original: nn.Module, root: Tensor | None, batch: int
+def _squared_error(
+    activations: Activations, number: int, block: nn.Module, original: nn.Module, root: Tensor | None, batch: int
 ) -> Tensor:
-    x, z = streams.states(batch)
+    x, z = activations.states(batch)
     with torch.no_grad():
-        goal = streams.run(number, original, x, batch)
-    error = (streams.run(number, block, z, batch) - goal).flatten(0, -2)[streams.kept[batch]]
+        goal = activations.run_block(number, original, x, batch)
+    error = (activations.run_block(number, block, z, batch) - goal).flatten(0, -2)[activations.masks[batch]]
     return (error if root is None else error @ root).square().sum() / 2
 
 
 @torch.no_grad()
-def _error(streams: Streams, number: int, block: nn.Module, original: nn.Module, root: Tensor | None) -> float:
-    tokens = sum(int(kept.sum()) for kept in streams.kept)
-    batches = range(len(streams.batches))
-    error = sum(float(_squares(streams, number, block, original, root, k)) for k in batches)
-    return all_reduce_number(error) / max(1, all_reduce_number(tokens))
+def _mean_error(
+    activations: Activations, number: int, block: nn.Module, original: nn.Module, root: Tensor | None
+) -> float:
+    batches = range(len(activations.batches))
+    error = sum(float(_squared_error(activations, number, block, original, root, k)) for k in batches)
+    return all_reduce_number(error) / max(1, all_reduce_number(activations.num_tokens))

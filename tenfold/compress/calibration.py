@@ -1,4 +1,4 @@
-"""Calibration text as batches of tokens, cut the way the model reads text."""
+"""Calibration text: batches of tokens, cut the way the model reads text."""
 
 from __future__ import annotations
 
@@ -15,30 +15,59 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tenfold.evaluate.text_files import HUB, documents, token_stream
+from tenfold.models.distributed import num_processes
 from tenfold.models.text_mode import context_of, is_causal_lm
 
 Batch = dict[str, Tensor]
-AT_ONCE = 1024  # tokens: no slower than twice as many, whose activations were a quarter of the peak memory
-STRANGE = 2.0  # bits per byte
-READ_AHEAD = (
-    4  # of a hub's data set, whose end is far, this many times the samples are read, and they are spread over it
-)
+BATCH_TOKENS = 1024  # no slower than twice as many, whose activations were a quarter of the peak memory
+UNFAMILIAR = 2.0  # bits per byte
+READ_AHEAD = 4  # times the samples are read of a hub's data set, which is too long to be read whole
 
 
 @dataclass
 class Calibration:
-    """Batches ``{"input_ids": (samples, window), "attention_mask": ..}``, and where they came from."""
+    """Batches ``{"input_ids": (samples, window), "attention_mask": ..}`` and their source."""
 
     batches: list[Batch]
     source: dict[str, Any]
 
     @property
     def tokens(self) -> int:
-        """How many tokens count: padding does not."""
-        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+        """Number of tokens without padding."""
+        return count_tokens(self.batches)
 
 
-def calibration(
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Return the number of tokens without padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def select_batches(batches: list[Batch], tokens: int) -> list[Batch]:
+    """Return evenly spaced ``batches`` with about ``tokens`` tokens, at least one per process."""
+    each = count_tokens(batches) / len(batches)
+    count = min(len(batches), max(num_processes(), round(tokens / each)))
+    return [batches[k * len(batches) // count] for k in range(count)]
+
+
+def split_for_processes(batches: list[Batch]) -> list[Batch]:
+    """Return ``batches``, cut into single samples where there are fewer batches than num_processes.
+
+    Raises:
+        ValueError: there are fewer samples than num_processes, too.
+    """
+    if len(batches) >= num_processes():
+        return batches
+    single = [
+        {name: value[k : k + 1] for name, value in b.items()} for b in batches for k in range(len(b["input_ids"]))
+    ]
+    if len(single) < num_processes():
+        raise ValueError(
+            f"{num_processes()} num_processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
+        )
+    return single
+
+
+def load_calibration(
     model,
     tokenizer,
     files: Sequence[str | Path],
@@ -46,22 +75,22 @@ def calibration(
     window: int | None = None,
     batch: int | None = None,
 ) -> Calibration:
-    """The first ``samples`` samples of ``files``.
+    """Read ``samples`` samples of ``files``, evenly spread over the text.
 
-    A causal model reads windows of ``window`` tokens cut from the text as one stream, evenly spread over it; any other
-    model reads one document (one line of a plain text file) a sample, cut to the window and padded.
+    A causal model reads windows of ``window`` tokens cut from the text as one stream. For any other model a sample is one
+    document (one line of a plain text file), truncated to the window and padded.
 
     Args:
-        batch: samples run at once; as many as make ``AT_ONCE`` tokens unless given.
+        batch: samples per batch; as many as make ``BATCH_TOKENS`` tokens unless given.
 
     Raises:
-        ValueError: there is no text, or not enough for one window, or the tokenizer is another model's.
+        ValueError: there is no text, or too little for one window, or the tokenizer belongs to another model.
     """
     longest = context_of(model)
     window = min(window or min(longest, 1024), longest)
     if samples < 1 or (batch is not None and batch < 1):
-        raise ValueError(f"{samples} samples in batches of {batch} can't be drawn; ask for one or more")
-    cut = _windows if is_causal_lm(model) else _documents
+        raise ValueError(f"{samples} samples in batches of {batch} can't be read; ask for one or more")
+    cut = _cut_windows if is_causal_lm(model) else _cut_documents
     batches = cut(tokenizer, files, samples, window, batch)
     largest, known = max(int(b["input_ids"].max()) for b in batches), model.get_input_embeddings().weight.shape[0]
     if largest >= known:
@@ -74,32 +103,36 @@ def calibration(
 
 
 def check_text(text: Calibration, nats: float) -> None:
-    """Warn where the model, which needs ``nats`` a token for the text, does not know what this is about.
+    """Warn if the loss of the model, ``nats`` per token, shows that the text is unlike its training data.
 
-    Bits per byte tell: what a model was trained on takes it 0.8 to 1.6, and another language as UTF-8, line noise or another
-    tokenizer's tokens 2 and more, although their short tokens may have low perplexities.
+    Text like the training data takes 0.8 to 1.6 bits per byte; another language, noise or the tokens of another tokenizer take
+    2 and more, although their short tokens may have low perplexities.
     """
     bits = nats / math.log(2) / text.source.get("bytes_per_token", math.inf)
-    if bits > STRANGE:
-        told = f"the model's perplexity on the calibration text is {math.exp(min(nats, 700)):,.0f}, {bits:.1f} bits per byte"
-        warnings.warn(f"{told}; is it the right text, in a language that the model was trained on?", stacklevel=2)
+    if bits > UNFAMILIAR:
+        finding = f"the model's perplexity on the calibration text is {math.exp(min(nats, 700)):,.0f}, {bits:.1f} bits per byte"
+        warnings.warn(f"{finding}; is it the right text, in a language that the model was trained on?", stacklevel=2)
 
 
 @torch.no_grad()
-def nats_per_token(model, batches: Sequence[Batch]) -> float | None:
-    """What a model needs for a token of ``batches``, in the mean; None where it predicts no next token."""
+def mean_loss(model, batches: Sequence[Batch]) -> float | None:
+    """Return the mean loss of ``model`` per token of ``batches``; None if it predicts no next token."""
     if not is_causal_lm(model) or model.get_output_embeddings() is None:
         return None
-    found, tokens, device, training = 0.0, 0, next(model.parameters()).device, model.training
+    loss, tokens, device, training = 0.0, 0, next(model.parameters()).device, model.training
     model.eval()
     for batch in batches:
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        both = mask[:, 1:] & mask[:, :-1]
-        found += float(cross_entropy(logits[both].float(), ids[:, 1:][both], reduction="sum"))
-        tokens += int(both.sum())
+        more, count = sum_losses(model(input_ids=ids, attention_mask=mask).logits, ids, mask[:, 1:] & mask[:, :-1])
+        loss, tokens = loss + more, tokens + count
     model.train(training)
-    return found / max(1, tokens)
+    return loss / max(1, tokens)
+
+
+def sum_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, int]:
+    """Return the summed cross entropy of the next tokens in ``mask (samples, tokens - 1)``, and how many they are."""
+    losses = cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:][mask], reduction="sum")
+    return float(losses), int(mask.sum())
 
 
 def _bytes_per_token(tokenizer, batch: Batch) -> float:
@@ -109,9 +142,12 @@ def _bytes_per_token(tokenizer, batch: Batch) -> float:
     )
 
 
-def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
-    endless = any(str(file).startswith(HUB) for file in files)
-    limit = READ_AHEAD * samples * window if endless else None
+def _on_hub(files) -> bool:
+    return any(str(file).startswith(HUB) for file in files)
+
+
+def _cut_windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
+    limit = READ_AHEAD * samples * window if _on_hub(files) else None
     tokens = torch.from_numpy(token_stream(documents(files, tokenizer), tokenizer, limit)).long()
     whole = len(tokens) // window
     if whole == 0:
@@ -123,22 +159,21 @@ def _windows(tokenizer, files, samples: int, window: int, batch: int | None) -> 
     rows = tokens[: whole * window].reshape(whole, window)[chosen]
     return [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in rows.split(batch or max(1, AT_ONCE // window))
+        for part in rows.split(batch or max(1, BATCH_TOKENS // window))
     ]
 
 
-def _documents(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
-    endless = any(str(file).startswith(HUB) for file in files)
+def _cut_documents(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
     lines = (line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip())
-    texts = list(islice(lines, READ_AHEAD * samples if endless else None))
+    texts = list(islice(lines, READ_AHEAD * samples if _on_hub(files) else None))
     if not texts:
         raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
     chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()
     rows = tokenizer([texts[k] for k in chosen], truncation=True, max_length=window)["input_ids"]
-    rows.sort(key=len)  # of like length, so that little is padded
+    rows.sort(key=len)  # samples of similar length need little padding
     groups: list[list[list[int]]] = []
     for row in rows:
-        if not groups or len(groups[-1]) == (batch or max(1, AT_ONCE // len(row))):
+        if not groups or len(groups[-1]) == (batch or max(1, BATCH_TOKENS // len(row))):
             groups.append([])
         groups[-1].append(row)
     return [dict(tokenizer.pad({"input_ids": group}, return_tensors="pt")) for group in groups]

@@ -1,4 +1,4 @@
-"""The compressor: a model and a recipe in, a smaller model and a table of what happened out."""
+"""Compression: a model and a recipe in, a smaller model and a report out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tenfold.compress.blockwise import compress_blocks
-from tenfold.compress.budget import total_of
-from tenfold.compress.calibration import Calibration, check_text, nats_per_token
-from tenfold.compress.progress import Progress, untold
+from tenfold.compress.budget import budget_total
+from tenfold.compress.calibration import Calibration, check_text, mean_loss
+from tenfold.compress.progress import Progress, no_progress
 from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.truncate_ranks import squeeze
+from tenfold.compress.truncate_ranks import truncate_ranks
 from tenfold.compress.weight_source import Weights
 from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
 from tenfold.models.auto import read_config
@@ -27,43 +27,43 @@ from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import Site, find_sites
 from tenfold.models.surgery import SiteReport, finish, replace, unpack_experts, untie
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
-LOOKED_AT = 8  # batches of the calibration text, to see whether the model knows it
+CHECKED_BATCHES = 8  # of the calibration text, whose loss shows whether the model knows it
 
 
 def compress(
     model: Any,
     recipe: Recipe | str | dict = "recommended",
     source: str = "weights",
-    progress: Progress = untold,
+    progress: Progress = no_progress,
     text: Calibration | None = None,
     announce: Callable[[list[dict]], None] = lambda choices: None,
     weights: Weights | None = None,
-    journal: ResumeState | None = None,
+    state: ResumeState | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Compress ``model`` as ``recipe`` says, without data or guided by a calibration text.
+    """Compress ``model`` by ``recipe``, without data or guided by a calibration text.
 
     Args:
-        model: a model, compressed in place, or the folder or hub name of one.
+        model: a model, compressed in place, or its folder or hub name.
         recipe: a recipe, its name, its file or its mapping; :func:`recipe_for` makes one from a share to keep.
         source: ``weights`` or ``noise``.
-        progress: wraps the list of groups of sites, or of blocks, and is told the phase; see :mod:`tenfold.compress.progress`.
-        text: what :func:`tenfold.compress.calibration.calibration` makes of text files; with it the matrices of the blocks
-            are fitted to activations, whatever the recipe's ``start`` says, and budgets are shared out by sensitivity.
-        announce: is told what was chosen for every item of the blocks, before the work starts.
-        weights: where the weights of a block come from, if ``model`` does not hold them; see :mod:`tenfold.checkpoint_jobs`.
-        journal: what an earlier run has reached, and this one will.
+        progress: wraps the list of groups of sites, or of blocks; see :mod:`tenfold.compress.progress`.
+        text: result of :func:`tenfold.compress.calibration.load_calibration`; with it the matrices of the blocks are fitted to
+            activations, whatever the ``start`` of the recipe, and the budget is allocated by sensitivity.
+        announce: is called with what was chosen for every item of the blocks, before it is carried out.
+        weights: source of the weights of a block, if ``model`` does not hold them; see :mod:`tenfold.checkpoint_jobs`.
+        state: what an earlier run has reached, and this one will.
 
     Returns:
-        The compressed model, and a report: prices before and after, what every site became, seconds.
+        The compressed model, and a report: costs before and after, what every site became, seconds.
 
     Raises:
-        ValueError: another tool has quantised the model, the recipe needs activations and there is no ``text``, and whatever
-            planning and fitting raise.
+        ValueError: another tool has quantised the model, the recipe needs activations and there is no ``text``, or planning or
+            fitting fails.
 
     Warns:
         UserWarning: the calibration text has fewer tokens than twice the inputs of the widest matrix.
@@ -85,23 +85,29 @@ def compress(
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
     changes: list[SiteReport] = []
     if recipe.squeeze is not None:
-        changes = squeeze(model, recipe.squeeze, recipe.name)
+        changes = truncate_ranks(model, recipe.squeeze, recipe.name)
     elif text is None:
-        more = _whole_change(model, recipe, None) if recipe.first else {}
+        more = _transform_model(model, recipe, None) if recipe.first else {}
         if recipe.replace or not recipe.first:
             changes = replace(model, make_plan(model, recipe), source, progress)
         if absorb_index_maps(model):
             finish(model, recipe.name)
     else:
-        changes, more = _calibrated(model, recipe, text, progress, announce, weights, journal)
-    folded, errors = price(model), {change.path: change.error for change in changes}
+        changes, more = _compress_by_text(model, recipe, text, progress, announce, weights, state)
+    report = more | {"recipe": recipe.model_dump(exclude_defaults=True)}
+    report |= _describe_result(model, dense, {change.path: change.error for change in changes})
+    return model, report | {"seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _describe_result(model, dense: dict[str, Any], errors: dict[str, float | None]) -> dict[str, Any]:
+    """Return the costs before and after, and what every changed site became."""
+    after = price(model)
     before = {site["path"]: site for site in dense["sites"]}
-    before |= {site["path"]: site for site in folded["sites"] if site["path"] not in before}  # blocks that moved up
-    return model, more | {
-        "recipe": recipe.model_dump(exclude_defaults=True),
-        "parameters": folded["parameters"] | {"dense": dense["parameters"]["total"]},
+    before |= {site["path"]: site for site in after["sites"] if site["path"] not in before}  # blocks that moved up
+    return {
+        "parameters": after["parameters"] | {"dense": dense["parameters"]["total"]},
         "parameters_dense": dense["parameters"],
-        "flops_per_token": folded["flops_per_token"],
+        "flops_per_token": after["flops_per_token"],
         "flops_per_token_dense": dense["flops_per_token"],
         "sites": [
             {
@@ -111,18 +117,18 @@ def compress(
                 "after": site["parameters"],
                 "error": errors.get(site["path"]),
             }
-            for site in folded["sites"]
+            for site in after["sites"]
             if site["structure"]["kind"] != "dense" or site["shape"] != before[site["path"]]["shape"]
         ],
-        "seconds": round(time.perf_counter() - begun, 2),
     }
 
 
-def _calibrated(
-    model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, journal: ResumeState | None
+def _compress_by_text(
+    model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, state: ResumeState | None
 ) -> tuple[list[SiteReport], dict[str, Any]]:
-    """The blocks by activations, what is outside of them (embeddings, a head) without data."""
-    inside = [site for site in find_sites(model) if site.layer is not None]
+    """Compress the blocks by activations, and what is outside of them (embeddings, a head) without data."""
+    sites = find_sites(model)
+    inside = [site for site in sites if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
     about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
     if text.tokens < 2 * widest and is_main_process():
@@ -133,54 +139,44 @@ def _calibrated(
             "more samples",
             stacklevel=3,
         )
-    if mixed := [rule for rule in recipe.replace if not rule.narrow and len(_places(rule, model)) > 1]:
-        raise ValueError(
-            f"the rule for role {mixed[0].role or mixed[0].path} names matrices inside and outside of the blocks; with a "
-            "calibration text these are done in two ways, so write two rules"
-        )
-    before = _whole_change(model, recipe, text)
+    for rule in recipe.replace:
+        if not rule.narrow and len({site.layer is None for site in sites if rule.matches(site)}) > 1:
+            raise ValueError(
+                f"the rule for role {rule.role or rule.path} names matrices inside and outside of the blocks; with a "
+                "calibration text these are done in two ways, so write two rules"
+            )
+    report = _transform_model(model, recipe, text)
     if not recipe.replace:
-        return [], before | about
+        return [], report | about
     outer = [rule for rule in recipe.replace if not rule.narrow and not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
     changes, rest = [], recipe.model_copy(update={"replace": inner})
     if outer:
-        whole = total_of(model, recipe.budget) if recipe.budget else 0
-        changes = replace(model, _outer_plan(model, recipe, outer))
-        rest = rest.model_copy(update={"budget": _left(model, recipe, whole)})
+        total = budget_total(model, recipe.budget) if recipe.budget else 0
+        changes = replace(model, _plan_outside(model, recipe, outer))
+        rest = rest.model_copy(update={"budget": _remaining_budget(model, recipe, total)})
     if not inner:
-        return changes, before | about
-    return changes, before | compress_blocks(model, rest, text, progress, announce, weights, journal) | about
+        return changes, report | about
+    return changes, report | compress_blocks(model, rest, text, progress, announce, weights, state) | about
 
 
-def _whole_change(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
-    """Carry out ``first``, and give the head a matrix of its own where the recipe says so; return the report."""
+def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
+    """Apply the transform ``first`` and untie the head if the recipe says so; return the report."""
     untie(model, Plan({}, recipe.untie))
     if recipe.first is None:
         return {}
-    check_finite(model)
-    if text is not None and not recipe.replace and is_main_process():  # else the survey looks
-        nats = nats_per_token(model, text.batches[:LOOKED_AT])
-        if nats is not None:
-            check_text(text, nats)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(f"{name} holds NaN or Inf; mend it first")
+    if text is not None and not recipe.replace and is_main_process():  # otherwise the text is checked with the blocks
+        loss = mean_loss(model, text.batches[:CHECKED_BATCHES])
+        if loss is not None:
+            check_text(text, loss)
     return TRANSFORMS[recipe.first](model, recipe, text)
 
 
-@torch.no_grad()
-def check_finite(model) -> None:
-    """Raise ValueError for a parameter with NaN or Inf."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{name} holds NaN or Inf; mend it first")
-
-
-def _places(rule: Rule, model) -> set[bool]:
-    """Whether the sites that the rule matches are in blocks."""
-    return {site.layer is not None for site in find_sites(model) if rule.matches(site)}
-
-
-def _outer_plan(model, recipe: Recipe, rules: list[Rule]) -> Plan:
-    sites = find_sites(model)
+def _plan_outside(model, recipe: Recipe, rules: list[Rule]) -> Plan:
+    sites: list[Site] = find_sites(model)
     for rule in (rule for rule in rules if any(rule.matches(site) for site in sites)):
         if rule.keep is None and any(Structure.family(spec["kind"]).is_open(spec) for spec in rule.structures):
             raise ValueError(
@@ -190,11 +186,11 @@ def _outer_plan(model, recipe: Recipe, rules: list[Rule]) -> Plan:
     return make_plan(model, recipe.model_copy(update={"replace": rules, "budget": None}))
 
 
-def _left(model, recipe: Recipe, whole: float) -> Budget | None:
-    """The budget that leaves the same of what the model is now."""
+def _remaining_budget(model, recipe: Recipe, total: float) -> Budget | None:
+    """Return the budget that leaves the same of the model as it is now, which had the ``total`` before."""
     if recipe.budget is None or recipe.budget.of == "sites":
         return recipe.budget
-    keep = recipe.budget.keep * whole / total_of(model, recipe.budget)
+    keep = recipe.budget.keep * total / budget_total(model, recipe.budget)
     if keep >= 1:
         raise ValueError(
             f"keep {recipe.budget.keep} of the {recipe.budget.of} is reached outside of the blocks already; keep less, or take "
@@ -204,12 +200,12 @@ def _left(model, recipe: Recipe, whole: float) -> Budget | None:
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:
-    """One structure for every matrix of the blocks, at one share of parameters.
+    """Return the recipe of one structure for every matrix of the blocks, at one share of parameters.
 
     Args:
         structure: a kind, or a mapping with its fields.
         keep: the share that stays, ``of`` the whole ``model`` or of the replaced ``sites``.
-        roles: which matrices; those of the blocks unless given.
+        roles: of the matrices; those of the blocks unless given.
     """
     spec = {"kind": structure} if isinstance(structure, str) else structure
     rule = {"role": roles or BLOCK, "structure": spec}

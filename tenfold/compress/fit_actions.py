@@ -1,4 +1,4 @@
-"""Folding: one site in a structure, or several that share a factor."""
+"""Actions that factorise: one site in a structure, or several sites that share factors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenfold.compress.allocate import TradeoffCurve
-from tenfold.compress.block import Block, Target
+from tenfold.compress.allocation import TradeoffCurve
+from tenfold.compress.block import Action, Block, Target
 from tenfold.models.distributed import gather_results, num_processes, shard_items
 from tenfold.models.initializers import QUICK, check_fit_options, initialize
 from tenfold.models.plan import SitePlan, build_structure, parameter_name
@@ -22,7 +22,7 @@ from tenfold.structure import Factors, LowRank, Structure
 
 
 @dataclass
-class Fold:
+class FactorizeSite(Action):
     """One site in a structure, at any size that the rule leaves open."""
 
     site: Site
@@ -34,67 +34,72 @@ class Fold:
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), specs = self.site.shape, self.rule.structures
-        if len(specs) == 1 and not _open(specs[0]):
+        settled = {"settled": True, "whole": out * inner, "calls": self.site.calls}
+        if len(specs) == 1 and not _is_open(specs[0]):
             fixed = build_structure(self.site, specs[0])
-            size = {"settled": out * inner, "calls": self.site.calls, "indices": np.array([fixed.index_numel])}
-            return [TradeoffCurve(self.site.path, np.array([fixed.numel]), np.array([0.0]), [fixed], **size)]
-        blind = block.settings.allocate in ("uniform", "influence")
-        asked = len(specs) > 1 or (self.rule.keep is None and not blind)
-        curve = self._curve(block.target(self.site.path), specs, asked)
+            costs, indices = np.array([fixed.numel]), np.array([fixed.index_numel])
+            return [TradeoffCurve(self.site.path, costs, np.array([0.0]), [fixed], indices=indices, **settled)]
+        by_losses = block.settings.allocate not in ("uniform", "influence")
+        need_losses = len(specs) > 1 or (self.rule.keep is None and by_losses)
+        curve = self._curve(block.target(self.site.path), specs, need_losses)
         if self.rule.keep is None:
             return [curve]
-        k = curve.fitting(self.rule.keep * out * inner)
-        some = {name: getattr(curve, name)[k : k + 1] for name in ("costs", "losses", "options", "products", "indices")}
-        return [TradeoffCurve(curve.name, **some, settled=out * inner, calls=self.site.calls)]
+        k = curve.add_within(self.rule.keep * out * inner)
+        one = {name: getattr(curve, name)[k : k + 1] for name in ("costs", "losses", "options", "products", "indices")}
+        return [TradeoffCurve(curve.name, **one, **settled)]
 
-    def _curve(self, target: Target, specs: list[dict[str, Any]], asked: bool) -> TradeoffCurve:
-        """Of all sizes of all structures, and the matrix as it is; unless losses are ``asked`` for, some may be NaN."""
+    def _curve(self, target: Target, specs: list[dict[str, Any]], need_losses: bool) -> TradeoffCurve:
+        """Return the curve of all sizes of all structures, and the matrix as it is; losses may be NaN unless needed."""
         (out, inner), priced = self.site.shape, []
         for spec in specs:
-            family = Structure.family(spec["kind"])
-            if family.is_open(spec):
+            if _is_open(spec):
                 try:
-                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs, asked)
+                    family = Structure.family(spec["kind"])
+                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs, need_losses)
                 except ValueError as reason:
                     raise ValueError(f"{self.site.path} ({out}x{inner}): {reason}") from None
             else:
                 fixed = build_structure(self.site, spec)
-                priced.append((fixed, 2 * target.loss(fixed.dense(self._fitted(fixed, target, sweeps=3)))))
+                priced.append((fixed, 2 * target.loss(fixed.dense(self._fit(fixed, target, sweeps=3)))))
         priced.sort(key=lambda pair: pair[0].numel)
         options = [structure for structure, _ in priced]
-        costs, losses = [s.numel for s in options] + [out * inner], [loss / 2 for _, loss in priced] + [0.0]
-        maps = np.array([s.index_numel for s in options] + [0])
-        alone = specs[0] if len(specs) == 1 else None
-        rest = {"within": alone and (out, inner, alone), "indices": maps, "calls": self.site.calls}
-        return TradeoffCurve(self.site.path, np.array(costs), np.array(losses), [*options, None], **rest)
+        return TradeoffCurve(
+            self.site.path,
+            np.array([option.numel for option in options] + [out * inner]),
+            np.array([loss / 2 for _, loss in priced] + [0.0]),
+            [*options, None],
+            within=(out, inner, specs[0]) if len(specs) == 1 else None,
+            indices=np.array([option.index_numel for option in options] + [0]),
+            calls=self.site.calls,
+        )
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, structure = self.site.path, chosen[self.site.path]
         if structure is None:
             weight = block.target(path).weight
-            return block.put(path, weight, block.new_bias(path, weight))
-        factors = block.fitted.pop(path, None) or self.factors(block, structure)
-        bias = block.new_bias(path, structure.dense(factors)) if self.rule.bias == "keep" else None
-        return block.fold(path, structure, factors, bias)
+            return block.set_dense(path, weight, block.corrected_bias(path, weight))
+        factors = block.factors.pop(path, None) or self.fit(block, structure)
+        bias = block.corrected_bias(path, structure.dense(factors)) if self.rule.bias == "keep" else None
+        return block.install(path, structure, factors, bias)
 
-    def factors(self, block: Block, structure: Structure) -> Factors:
-        """Fitted in the metrics; where there are none, from the start that the rule names."""
+    def fit(self, block: Block, structure: Structure) -> Factors:
+        """Return the factors fitted in the metrics; where there are none, from the start that the rule names."""
         start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
         if settings.inputs == "none" and settings.outputs == "none":
             return initialize(structure, target.weight, start.fit, start.norm, start.options)
         log = block.fits[self.site.path] = {}
-        return self._fitted(structure, target, settings.outputs != "none", log=log)
+        return self._fit(structure, target, settings.outputs != "none", log=log)
 
-    def _fitted(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
+    def _fit(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
         metric = target.outputs if outputs else None
         return structure.fit(target.weight, target.inputs, metric, **check_fit_options(self.rule.start.options) | more)
 
 
 @dataclass
-class FoldTogether:
-    """Several sites that read the same in low rank with one right factor: the joint rank-k approximation.
+class FactorizeStack(Action):
+    """Several sites that read the same input, in low rank with a common right factor: the joint rank-k approximation.
 
-    ``minimise sum_s ||G_s^(1/2) (W_s - left_s right) L||^2`` is the truncated SVD of the matrices one below the other.
+    ``minimise sum_s ||G_s^(1/2) (W_s - left_s right) L||^2`` is the truncated SVD of the stacked matrices.
     """
 
     sites: list[Site]
@@ -111,18 +116,19 @@ class FoldTogether:
         self.heights = [site.shape[0] for site in self.sites]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
-        target, inner = self._stacked(block), self.sites[0].shape[1]
-        most = min(*self.heights, inner)
-        sizes = LowRank.sizes(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)[:most]
-        costs = [structure.numel for structure, _ in sizes] + [sum(self.heights) * inner]
+        target, inner, height = self._stacked_target(block), self.sites[0].shape[1], sum(self.heights)
+        sizes = LowRank.sizes(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)
+        sizes = sizes[: min(*self.heights, inner)]
+        costs = [structure.numel for structure, _ in sizes] + [height * inner]
         losses = [loss / 2 for _, loss in sizes] + [0.0]
-        each = sum(self.heights) + len(self.sites) * inner  # every site multiplies by the shared factor itself
-        products = np.array([each * rank for rank in range(1, len(sizes) + 1)] + [sum(self.heights) * inner])
-        options, calls = [*range(1, len(sizes) + 1), None], self.sites[0].calls
+        ranks = range(1, len(sizes) + 1)
+        per_rank = height + len(self.sites) * inner  # every site multiplies by the shared factor itself
+        products = np.array([per_rank * rank for rank in ranks] + [height * inner])
+        options, calls = [*ranks, None], self.sites[0].calls
         return [TradeoffCurve(self.name, np.array(costs), np.array(losses), options, products=products, calls=calls)]
 
-    def _stacked(self, block: Block) -> Target:
-        if len({block.stage(site.path) for site in self.sites}) > 1:
+    def _stacked_target(self, block: Block) -> Target:
+        if len({block.input_group(site.path) for site in self.sites}) > 1:
             paths = ", ".join(site.path for site in self.sites)
             raise ValueError(
                 f"{paths} do not read the same, so that they can't share a factor; share among those that do"
@@ -132,28 +138,27 @@ class FoldTogether:
         return Target(torch.cat([target.weight for target in targets]), targets[0].inputs, outputs)
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
-        target, rank = self._stacked(block), chosen[self.name]
-        parts = target.weight.split(self.heights)
+        target, rank = self._stacked_target(block), chosen[self.name]
         if rank is None:
-            for site, part in zip(self.sites, parts, strict=True):
-                block.put(site.path, part, block.new_bias(site.path, part))
+            for site, part in zip(self.sites, target.weight.split(self.heights), strict=True):
+                block.set_dense(site.path, part, block.corrected_bias(site.path, part))
             return
         whole = LowRank(out_features=len(target.weight), in_features=target.weight.shape[1], rank=rank)
         factors = whole.fit(target.weight, target.inputs, target.outputs)
-        lefts, changes = factors["left"].split(self.heights), []
-        for site, left in zip(self.sites, lefts, strict=True):
+        changes = []
+        for site, left in zip(self.sites, factors["left"].split(self.heights), strict=True):
             structure = LowRank(out_features=site.shape[0], in_features=site.shape[1], rank=rank)
-            made: Factors = {"left": left, "right": factors["right"]}
+            own: Factors = {"left": left, "right": factors["right"]}
             entry = SitePlan(site, structure, site.bias, shared={"right": f"{parameter_name(self.name)}_right"})
-            changes.append((entry, made, block.new_bias(site.path, structure.dense(made))))
-        block.fold_together(changes)
+            changes.append((entry, own, block.corrected_bias(site.path, structure.dense(own))))
+        block.install_shared(changes)
 
 
 @dataclass
-class FoldExperts:
+class FactorizeExperts(Action):
     """One role of all experts of a block, which share factors: ``minimise sum_e ||G_e^(1/2) (W_e - What_e) C_e^(1/2)||^2``.
 
-    The size is what the rule says; shared factors count for the first expert.
+    The rule decides the size; shared factors count for the first expert.
     """
 
     sites: list[Site]
@@ -166,30 +171,33 @@ class FoldExperts:
                 f"{different[0].path} is {different[0].shape[0]}x{different[0].shape[1]} and {site.path} {site.shape[0]}x"
                 f"{site.shape[1]}: experts of different widths can't share a factor"
             )
-        if _open(spec) and self.rule.keep is None:
+        if _is_open(spec) and self.rule.keep is None:
             raise ValueError(
                 f"how much experts that share factors keep is not seen from activations: give the rule for role {self.rule.role} "
                 "a keep or a size of its own"
             )
         size = site.shape[0] * site.shape[1]
         self.structure = (
-            Structure.within(*site.shape, spec, self.rule.keep * size) if _open(spec) else build_structure(site, spec)
+            Structure.within(*site.shape, spec, self.rule.keep * size)
+            if _is_open(spec)
+            else build_structure(site, spec)
         )
-        self.names = share.factors if share else []
+        self.shared = share.factors if share else []
         shapes = self.structure.factor_shapes()
-        if unknown := [name for name in self.names if name not in shapes]:
+        if unknown := [name for name in self.shared if name not in shapes]:
             raise ValueError(f"{site.path}: there is no factor {unknown[0]!r} to share; it has {', '.join(shapes)}")
-        self.common = sum(math.prod(shapes[name]) for name in self.names)
+        self.shared_numel = sum(math.prod(shapes[name]) for name in self.shared)
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         out, inner = self.sites[0].shape
         return [
             TradeoffCurve(
                 site.path,
-                np.array([self.structure.numel - (self.common if number else 0)]),
+                np.array([self.structure.numel - (self.shared_numel if number else 0)]),
                 np.array([0.0]),
                 [self.structure],
-                settled=out * inner,
+                settled=True,
+                whole=out * inner,
                 calls=site.calls,
                 indices=np.array([self.structure.index_numel]),
             )
@@ -201,41 +209,41 @@ class FoldExperts:
         rows = None if block.settings.outputs == "none" else [target.outputs for target in targets]
         weights, metrics = [target.weight for target in targets], [target.inputs for target in targets]
         options = QUICK | check_fit_options(self.rule.start.options)
-        joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.names), **options), []
+        joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.shared), **options), []
+        keys = {name: f"{parameter_name(self.sites[0].path)}_{name}" for name in self.shared}
         for k, site in enumerate(self.sites):
-            made = {name: value if name in self.names else value[k] for name, value in joint.items()}
-            shared = {name: f"{parameter_name(self.sites[0].path)}_{name}" for name in self.names}
-            bias = block.new_bias(site.path, self.structure.dense(made))
-            changes.append((SitePlan(site, self.structure, site.bias, shared=shared), made, bias))
-        block.fold_together(changes)
+            own = {name: value if name in self.shared else value[k] for name, value in joint.items()}
+            bias = block.corrected_bias(site.path, self.structure.dense(own))
+            changes.append((SitePlan(site, self.structure, site.bias, shared=keys), own, bias))
+        block.install_shared(changes)
 
 
-def independent(actions: Sequence[Any], block: Block) -> list[list[Any]]:
-    """``actions`` in their order, folds side by side together where none of them changes what another one reads."""
+def split_independent(actions: Sequence[Action], block: Block) -> list[list[Action]]:
+    """Return ``actions`` in their order, neighbours that factorise and do not change each other's inputs in one list."""
 
-    def place(action: Any) -> Any:
-        if not isinstance(action, Fold):
+    def key(action: Action) -> Any:
+        if not isinstance(action, FactorizeSite):
             return id(action)
-        return action.site.role if action.site.expert is not None else block.stage(action.site.path)
+        return action.site.role if action.site.expert is not None else block.input_group(action.site.path)
 
-    return [list(some) for _, some in groupby(actions, key=place)]
+    return [list(some) for _, some in groupby(actions, key=key)]
 
 
-def fit_apart(folds: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
-    """Each of several processes fits its share of independent ``folds``; ``block`` then has the factors of all."""
-    if num_processes() == 1 or len(folds) == 1:
+def fit_in_parallel(actions: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
+    """Fit independent actions, each process its part; ``block`` then has the factors of all."""
+    if num_processes() == 1 or len(actions) == 1:
         return
-    for fold in folds:
-        block.moments(fold.site.path)  # all processes add these up together
-    open_ones = [fold for fold in folds if chosen[fold.site.path] is not None]
-    made = {}
+    for action in actions:
+        block.moments(action.site.path)  # all num_processes add these up gather_results
+    open_ones = [action for action in actions if chosen[action.site.path] is not None]
+    fitted = {}
     for k in shard_items(list(range(len(open_ones)))):
         path = open_ones[k].site.path
-        made[k] = (path, open_ones[k].factors(block, chosen[path]), block.fits.get(path, {}))
-    for path, factors, log in gather_results(made).values():
-        block.fitted[path], block.fits[path] = factors, log
+        fitted[k] = (path, open_ones[k].fit(block, chosen[path]), block.fits.get(path, {}))
+    for path, factors, log in gather_results(fitted).values():
+        block.factors[path], block.fits[path] = factors, log
 
 
-def _open(spec: dict[str, Any]) -> bool:
-    """Whether a budget can set something in ``spec``."""
+def _is_open(spec: dict[str, Any]) -> bool:
+    """Return whether a budget can set the size of the structure ``spec``."""
     return Structure.family(spec["kind"]).is_open(spec)

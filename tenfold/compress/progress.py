@@ -1,6 +1,6 @@
-"""How a caller is told what is being done: ``progress(items, phase)`` wraps the list that is worked through.
+"""Progress of a run: ``progress(items, phase)`` wraps the list that is worked through.
 
-tqdm and rich's ``track`` are such functions: they take the phase for their description.
+tqdm and rich's ``track`` are such functions: they show the phase as their description.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ Progress = Callable[..., Iterable]
 
 
 class Phase(str):
-    """The name of a phase; ``share`` is what part of the whole run's time it is expected to take, None where unknown."""
+    """Name of a phase; ``share`` is the fraction of the run's time that it is expected to take, None if unknown."""
 
     share: float | None
 
@@ -21,22 +21,21 @@ class Phase(str):
         return phase
 
 
-def untold(items: Iterable, phase: str = "") -> Iterable:
-    """Tell nobody."""
+def no_progress(items: Iterable, phase: str = "") -> Iterable:
+    """Return ``items`` and show nothing."""
     return items
 
 
-def phases_of(surveyed: int, tokens: int, gradients: bool, behind: float = 0.0) -> tuple[Phase, Phase, Phase]:
+def estimate_phases(surveyed: int, tokens: int, gradients: bool, behind: float = 0.0) -> tuple[Phase, Phase, Phase]:
     """Return the phases of a run over the blocks: forward, backward, fits.
 
     Args:
-        surveyed: tokens that the sizes are chosen by.
+        surveyed: tokens by which sizes are chosen.
         tokens: tokens that the fits read.
-        gradients: whether the survey goes backward for gradients too.
-        behind: tokens that go through the blocks behind a block, in the mean, to see how predictions move, times these blocks.
+        gradients: whether the backward phase computes gradients.
+        behind: tokens that measure divergences, times the mean number of blocks that they run through.
     """
-    # passes through a block for every token, and what is worked out of them: of two recipes on two models of 8 and 135 million
-    # parameters; only the time left depends on it
+    # block passes per token, fitted to two recipes on models of 8 and 135 million parameters; only the time left depends on it
     passes = {"forward": surveyed, "backward": (5 if gradients else 2) * surveyed + 1.3 * behind, "fits": 2.3 * tokens}
     whole = sum(passes.values())
     forward, backward, fits = (Phase(name, value / whole) for name, value in passes.items())

@@ -1,7 +1,7 @@
-"""Squeezing of tensor trains: one bond at a time, the one at which the least is lost.
+"""Truncation of the ranks of tensor trains: one bond at a time, the one at which the least is lost.
 
-Reference: MPOP, arXiv 2106.02205: every bond's error is estimated, the bond of the least one is cut, and the model is trained
-before the next cut.
+Reference: MPOP, arXiv 2106.02205: the error of every bond is estimated, the bond with the least error is cut, and the model is
+trained before the next cut.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from tenfold.structure import TensorTrain
 
 
 @torch.no_grad()
-def squeeze(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[SiteReport]:
+def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[SiteReport]:
     """Cut ``how.bonds`` bonds of the tensor trains of ``model``, in place, each time the one that loses least.
 
-    A bond ``r`` is cut to ``max(1, int(how.by * r))``. Its error is ``||W - What|| / ||W||``, exact for the weights as they are.
+    A bond of rank ``r`` is cut to ``max(1, int(how.by * r))``. Its error is ``||W - What|| / ||W||``, exact for these weights.
 
     Raises:
         ValueError: no tensor train of these roles has a bond to cut, or one shares its factors.
     """
     roles = [how.role] if isinstance(how.role, str) else how.role
     sites = {site.path: site for site in find_sites(model) if site.role in roles}
-    open_bonds = {path: _bonds(model, path, how.by) for path in sites}
-    changes: dict[str, SiteReport] = {}
+    open_bonds = {path: _list_bonds(model, path, how.by) for path in sites}
+    reports: dict[str, SiteReport] = {}
     for _ in range(how.bonds):
         found = [(*bond, path) for path, bonds in open_bonds.items() for bond in bonds]
-        if not found and changes:
-            break  # all bonds are one now
+        if not found and reports:
+            break  # every rank is 1
         if not found:
             raise ValueError(
                 f"no tensor train of role {how.role} has a bond that can be cut; fold these roles first, without split or adapter"
             )
         _, bond, rank, path = min(found)
-        changes[path] = _cut(model, sites[path], bond, rank, changes.get(path))
-        open_bonds[path] = _bonds(model, path, how.by)
+        reports[path] = _cut_bond(model, sites[path], bond, rank, reports.get(path))
+        open_bonds[path] = _list_bonds(model, path, how.by)
     finish(model, recipe)
-    return list(changes.values())
+    return list(reports.values())
 
 
-def _bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, int, int]]:
-    """``(error, bond, new rank)`` of every bond of one site that can be cut."""
+def _list_bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, int, int]]:
+    """Return ``(error, bond, new rank)`` of every bond of one site that can be cut."""
     layer = model.get_submodule(path)
     if not isinstance(layer, FACTORIZED) or not isinstance(layer.structure, TensorTrain):
         return []
@@ -62,7 +62,7 @@ def _bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, in
     return found
 
 
-def _cut(model: PreTrainedModel, site: Site, bond: int, rank: int, earlier: SiteReport | None) -> SiteReport:
+def _cut_bond(model: PreTrainedModel, site: Site, bond: int, rank: int, earlier: SiteReport | None) -> SiteReport:
     layer = model.get_submodule(site.path)
     before, size = layer.dense(), sum(p.numel() for p in layer.parameters())
     structure, factors = layer.structure.truncate_bond(layer.factors(), bond, rank)

@@ -1,10 +1,10 @@
-"""Narrowing: fewer hidden units in an MLP, fewer dimensions in the heads of an attention, and the neighbours follow.
+"""Selection of the hidden units of an MLP, and of the dimensions of the heads of an attention, that stay.
 
 Both work on products of two matrices with something between them. A **hidden unit** that goes takes a row of the matrix
-before it and a column of the one behind it along; what it contributed is made up for by the units that stay, as far as
-they can tell (least squares). Units are chosen one at a time: the one whose activation, given those chosen so far, lowers
-the weighed error at the output most. **Heads** are expressed in the basis in which few dimensions carry most of what
-matters, queries with keys and values with the output matrix, and the last dimensions go.
+before it and a column of the one behind it along; the units that stay compensate for it as far as they can (least squares). Units
+are chosen one at a time: the one whose activation, given those chosen so far, lowers the weighted error at the output most.
+**Heads** are expressed in the basis in which few dimensions carry most of what matters, queries with keys and values with the
+output matrix, and the last dimensions go.
 
 All errors are in nats a token: ``1/2 tr(G E C E^T)``, see :mod:`tenfold.compress.fisher`.
 
@@ -22,24 +22,26 @@ from torch import Tensor
 
 from tenfold.structure.linalg import roots
 
-STEPS = 192  # at most: of more units, several are chosen at once, among the best ones, which is nearly as good
+MAX_STEPS = 192  # of more units, several are chosen at once, among the best ones, which is nearly as good
 
 
-def choose_units(weight: Tensor, outputs: Tensor, second: Tensor) -> tuple[list[int], np.ndarray]:
-    """An order of the units, and the loss ``(units + 1,)`` that is left when its first ``k`` stay.
+def order_units_by_covariance(weight: Tensor, outputs: Tensor, second: Tensor) -> tuple[list[int], np.ndarray]:
+    """Return an order of the units, and the losses ``(units + 1,)`` when only its first ``k`` stay.
 
     Args:
         weight: ``W (out, units)`` that reads the units.
         outputs: ``G (out, out)``.
-        second: ``C (units, units)``, positive definite; it is overwritten, and its precision is that of the work.
+        second: ``C (units, units)``, positive definite; it is overwritten, and sets the precision.
     """
     rest, reader = second, (roots(outputs)[0] @ weight).to(second.dtype)
-    seen = reader @ second  # the covariances that the chosen units do not explain, here with the outputs
+    seen = (
+        reader @ second
+    )  # covariances with the outputs that the chosen units do not explain; ``rest``: among the units
     losses, order, units = [float((seen * reader).sum(dtype=torch.float64))], [], len(second)
     floor = (1e-12 if second.dtype == torch.float64 else 1e-6) * float(second.diagonal().mean())
     del reader
     while len(order) < units:
-        some = min(max(1, units // STEPS), units - len(order))
+        some = min(max(1, units // MAX_STEPS), units - len(order))
         gains = seen.square().sum(0) / rest.diagonal().clamp_min(floor)
         gains[order] = -1.0
         near = gains.topk(min(4 * some, units - len(order))).indices
@@ -59,7 +61,7 @@ def choose_units(weight: Tensor, outputs: Tensor, second: Tensor) -> tuple[list[
 
 
 def _pick(rest: Tensor, seen: Tensor, count: int, floor: float) -> tuple[list[int], list[float]]:
-    """``count`` units one at a time, and by how much each lowers the error."""
+    """Return ``count`` units, chosen one at a time, and by how much each lowers the error."""
     picked, drops = [], []
     for _ in range(count):
         variance = rest.diagonal().clamp_min(floor)
@@ -75,44 +77,44 @@ def _pick(rest: Tensor, seen: Tensor, count: int, floor: float) -> tuple[list[in
 
 @dataclass
 class Basis:
-    """A basis of one head: ``x -> there x`` and back; the first dimensions carry most.
+    """Basis of one head, whose first dimensions carry most.
 
     Args:
-        there: ``(size, size)``.
-        back: its inverse.
-        losses: ``(size + 1,)``: what it costs in nats when only the first ``k`` dimensions stay.
+        forward: ``(size, size)``, to the basis.
+        inverse: its inverse.
+        losses: ``(size + 1,)``: nats lost when only the first ``k`` dimensions stay.
     """
 
-    there: Tensor
-    back: Tensor
+    forward: Tensor
+    inverse: Tensor
     losses: np.ndarray
 
 
 def best_basis(outputs: Tensor, second: Tensor) -> Basis:
-    """The basis in which ``tr(G (1 - P) C (1 - P)^T)`` is least for every number of dimensions that stay.
+    """Return the basis in which ``tr(G (1 - P) C (1 - P)^T)`` is least for every number of dimensions that stay.
 
-    With ``R^2 = G``, ``L^2 = C`` and ``R L = U S V^T``: ``there = U^T R`` and ``back = R^-1 U``.
+    With ``R^2 = G``, ``L^2 = C`` and ``R L = U S V^T``: ``forward = U^T R`` and ``inverse = R^-1 U``.
     """
     (root, inverse), (other, _) = roots(outputs), roots(second)
     left, values, _ = torch.linalg.svd(root @ other)
-    return Basis(left.T @ root, inverse @ left, _tails(values.square()))
+    return Basis(left.T @ root, inverse @ left, sum_tails(values.square()) / 2)
 
 
-def best_units(outputs: Tensor, second: Tensor, units: list[list[int]]) -> tuple[list[int], np.ndarray]:
-    """Where no basis is free: the order of ``units`` (sets of dimensions), and the losses as in :class:`Basis`."""
-    shares = outputs.diagonal() * second.diagonal()
-    weights = torch.stack([shares[unit].sum() for unit in units])
+def order_units_by_variance(outputs: Tensor, second: Tensor, units: list[list[int]]) -> tuple[list[int], np.ndarray]:
+    """Return an order of ``units`` (sets of dimensions) for a fixed basis, and the losses as in :class:`Basis`."""
+    losses = outputs.diagonal() * second.diagonal()
+    weights = torch.stack([losses[unit].sum() for unit in units])
     order = weights.argsort(descending=True, stable=True)
-    return order.tolist(), _tails(weights[order])
+    return order.tolist(), sum_tails(weights[order]) / 2
 
 
-def least_units(products: Tensor) -> tuple[list[int], np.ndarray]:
+def order_units_by_products(products: Tensor) -> tuple[list[int], np.ndarray]:
     """Return an order of units, and the losses ``(units + 1,)`` when only the first ``k`` stay.
 
-    Units go one at a time: the one with which all that have gone cost least, ``1/2`` the sum of ``products`` over pairs of them.
+    Units go one at a time: the one whose removal makes ``1/2`` the sum of ``products`` over pairs of removed units least.
 
     Args:
-        products: ``(units, units)``: the second moment of what losing each does to the loss.
+        products: ``(units, units)``: the second moment of the changes of the loss when each is removed.
     """
     gone: list[int] = []
     losses, along = [0.0], torch.zeros(len(products)).to(products)
@@ -126,6 +128,6 @@ def least_units(products: Tensor) -> tuple[list[int], np.ndarray]:
     return gone[::-1], np.array(losses[::-1]) / 2
 
 
-def _tails(squares: Tensor) -> np.ndarray:
-    ahead = squares.flip(0).cumsum(0).flip(0)
-    return np.append(ahead.cpu().numpy(), 0.0) / 2
+def sum_tails(squares: Tensor) -> np.ndarray:
+    """Return ``(n + 1,)``: the sums of ``squares (n,)`` from each index on."""
+    return np.append(squares.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)

@@ -1,7 +1,7 @@
-"""Where the weights of a block come from and where they go: one block at a time is at work, in float32.
+"""Source and destination of the weights: one block at a time is loaded, in float32.
 
-Half precision is too coarse for statistics, and slow on a CPU. :class:`InMemoryWeights` has the whole model in memory;
-:class:`tenfold.models.lazy_checkpoint.LazyCheckpoint` behind :class:`StreamedWeights` has a checkpoint on disk.
+Half precision is too coarse for statistics, and slow on a CPU. :class:`InMemoryWeights` has the whole model in memory,
+:class:`StreamedWeights` reads a checkpoint on disk through :class:`tenfold.models.lazy_checkpoint.LazyCheckpoint`.
 """
 
 from __future__ import annotations
@@ -14,82 +14,49 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.tensor_store import hand_back
+from tenfold.compress.tensor_store import release_memory
 from tenfold.models.lazy_checkpoint import LazyCheckpoint
 from tenfold.models.sites import dtype_of
 
 
 class Weights(Protocol):
-    """What the compressor asks for."""
+    """Weights of a model, block by block."""
 
     def at(self, path: str) -> AbstractContextManager[None]:
-        """The weights of the block ``path`` are there in float32, and as they were afterwards."""
+        """Load the weights of the block ``path`` in float32; afterwards they are as they were."""
         ...
 
     def outside(self) -> AbstractContextManager[None]:
-        """The weights outside of the blocks are there in float32."""
+        """Load the weights outside of the blocks in float32."""
         ...
 
-    def keep(self, number: int, path: str) -> None:
-        """Block ``number``, which is ``path``, is finished."""
+    def finish_block(self, number: int, path: str) -> None:
+        """Take the compressed weights of block ``number``, which is ``path``."""
         ...
 
 
 class InMemoryWeights:
-    """All weights are in memory, in the type of the checkpoint."""
+    """All weights in memory, in the dtype of the checkpoint."""
 
     def __init__(self, model: PreTrainedModel, blocks: list[str]):
-        self.model, self.blocks, self.usual = model, blocks, dtype_of(model)
+        self.model, self.dtype = model, dtype_of(model)
         self.inside = {id(p) for path in blocks for p in model.get_submodule(path).parameters()}
 
-    @contextmanager
-    def at(self, path: str) -> Iterator[None]:
-        block = self.model.get_submodule(path)
-        with in_float32(block, self.usual):
-            yield
+    def at(self, path: str) -> AbstractContextManager[None]:
+        return cast_to_float32(self.model.get_submodule(path), self.dtype)
 
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        with in_float32(self.model, self.usual, lambda p: id(p) not in self.inside):
-            yield
+    def outside(self) -> AbstractContextManager[None]:
+        return cast_to_float32(self.model, self.dtype, lambda p: id(p) not in self.inside)
 
-    def keep(self, number: int, path: str) -> None:
-        round_to(self.model.get_submodule(path), self.usual)
-
-
-@contextmanager
-def in_float32(
-    module: nn.Module, usual: torch.dtype, which: Callable[[nn.Parameter], bool] = lambda p: True
-) -> Iterator[None]:
-    """The parameters ``which`` of ``module`` in float32; afterwards in their own type again, new ones in the ``usual``."""
-    types = {}
-    for parameter in module.parameters():
-        if parameter.is_floating_point() and which(parameter):
-            types[id(parameter)] = parameter.dtype
-            parameter.data = parameter.data.float()
-    before = {id(p) for p in module.parameters()}
-    try:
-        yield
-    finally:
-        for parameter in module.parameters():
-            if id(parameter) in types:
-                parameter.data = parameter.data.to(types[id(parameter)])
-            elif id(parameter) not in before and parameter.is_floating_point():
-                parameter.data = parameter.data.to(usual)
-
-
-def round_to(module: nn.Module, dtype: torch.dtype) -> None:
-    """What is saved in ``dtype`` shall count as it will be read, for the blocks behind it."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    def finish_block(self, number: int, path: str) -> None:
+        round_parameters(self.model.get_submodule(path), self.dtype)
 
 
 class StreamedWeights:
-    """A checkpoint on disk: a block is read when it is needed, and what ``finished`` takes has been dealt with."""
+    """Checkpoint on disk: blocks are read when they are needed, and ``save_block`` writes the finished ones."""
 
-    def __init__(self, lazy: LazyCheckpoint, blocks: list[str], finished: Callable[[int, str], None]):
-        self.lazy, self.blocks, self.finished = lazy, blocks, finished
+    def __init__(self, lazy: LazyCheckpoint, save_block: Callable[[int, str], None]):
+        self.lazy, self.save_block = lazy, save_block
 
     @contextmanager
     def at(self, path: str) -> Iterator[None]:
@@ -98,13 +65,38 @@ class StreamedWeights:
             yield
         finally:
             self.lazy.drop(path)
-            hand_back()
+            release_memory()
 
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        with in_float32(self.lazy.model, self.lazy.dtype, lambda p: not p.is_meta):
-            yield
+    def outside(self) -> AbstractContextManager[None]:
+        return cast_to_float32(self.lazy.model, self.lazy.dtype, lambda p: not p.is_meta)
 
-    def keep(self, number: int, path: str) -> None:
-        round_to(self.lazy.model.get_submodule(path), self.lazy.dtype)
-        self.finished(number, path)
+    def finish_block(self, number: int, path: str) -> None:
+        round_parameters(self.lazy.model.get_submodule(path), self.lazy.dtype)
+        self.save_block(number, path)
+
+
+@contextmanager
+def cast_to_float32(
+    module: nn.Module, dtype: torch.dtype, which: Callable[[nn.Parameter], bool] = lambda p: True
+) -> Iterator[None]:
+    """Cast the parameters ``which`` of ``module`` to float32; afterwards back, and new ones to ``dtype``."""
+    types, before = {}, {id(p) for p in module.parameters()}
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and which(parameter):
+            types[id(parameter)] = parameter.dtype
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in module.parameters():
+            if id(parameter) in types:
+                parameter.data = parameter.data.to(types[id(parameter)])
+            elif id(parameter) not in before and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
+def round_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round to ``dtype``, in which they are saved, so that the blocks behind are fitted to what will be read."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)

@@ -1,7 +1,7 @@
-"""Register transforms of the whole model that run before the rules of a recipe, by the name that the recipe gives in ``first``.
+"""Registry of the transforms of a whole model that run before the rules of a recipe, by the name that ``first`` gives.
 
-Add one with a function ``(model, recipe, text) -> report`` and a line in ``TRANSFORMS``; one that reads no text, and may get
-None, has its name in ``WEIGHTS_ONLY``, too. :mod:`tenfold.baselines` registers all that ship.
+To add one, write a function ``(model, recipe, text) -> report`` and put it into ``TRANSFORMS``; add its name to
+``WEIGHTS_ONLY`` if it accepts None for the text. :mod:`tenfold.baselines` registers all that ship.
 """
 
 from __future__ import annotations

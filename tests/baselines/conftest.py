@@ -1,4 +1,4 @@
-"""The toys are those of the tests of models."""
+"""Import the toys of the tests of models."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The knapsack against every combination of options, and what is asked of it in words."""
+"""The knapsack against every combination of options."""
 
 from itertools import product
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from tenfold.baselines import knapsack as module
-from tenfold.baselines.knapsack import knapsack
-from tenfold.compress.allocate import TradeoffCurve, allocate
+from tenfold.baselines.knapsack import solve_knapsack
+from tenfold.compress.allocation import TradeoffCurve, allocate_by_loss
 
 seeds = pytest.mark.parametrize("seed", range(20))
 
 
 def drawn(seed: int) -> list[TradeoffCurve]:
-    """Curves of any shape; losses fall with the cost."""
+    """Return curves of any shape whose losses fall with the cost."""
     draw = np.random.default_rng(seed)
     curves = []
     for number in range(draw.integers(1, 6)):
@@ -25,7 +25,7 @@ def drawn(seed: int) -> list[TradeoffCurve]:
 
 
 def every(curves: list[TradeoffCurve]) -> list[tuple[int, float]]:
-    """Cost and loss of every combination."""
+    """Return cost and loss of every combination."""
     ways = product(*(zip(curve.costs, curve.losses, strict=True) for curve in curves))
     return [(sum(cost for cost, _ in way), sum(loss for _, loss in way)) for way in ways]
 
@@ -42,7 +42,7 @@ def test_no_combination_within_the_budget_loses_less(seed):
     ways = every(curves)
     low, high = min(cost for cost, _ in ways), max(cost for cost, _ in ways)
     for budget in np.random.default_rng(seed).uniform(low, high + 1, 5):
-        cost, loss = spent(curves, knapsack(curves, budget))
+        cost, loss = spent(curves, solve_knapsack(curves, budget))
         assert cost <= budget
         assert loss == pytest.approx(min(loss for cost, loss in ways if cost <= budget), abs=1e-9)
 
@@ -50,7 +50,7 @@ def test_no_combination_within_the_budget_loses_less(seed):
 def test_it_beats_a_price_that_is_filled_up():
     """Greedily the small gain of "a" comes first, after which "b", which gains more, has no room."""
     curves = [TradeoffCurve("a", [0, 4], [5.0, 0.0], [0, 4]), TradeoffCurve("b", [0, 6], [7.0, 0.0], [0, 6])]
-    assert allocate(curves, 9) == {"a": 4, "b": 0} and knapsack(curves, 9) == {"a": 0, "b": 6}
+    assert allocate_by_loss(curves, 9) == {"a": 4, "b": 0} and solve_knapsack(curves, 9) == {"a": 0, "b": 6}
 
 
 @seeds
@@ -59,7 +59,7 @@ def test_a_coarse_grid_keeps_the_budget_and_spends_it(seed, monkeypatch):
     curves = drawn(seed)
     ways = every(curves)
     for budget in np.random.default_rng(seed).uniform(*np.quantile([cost for cost, _ in ways], [0, 1]), 5):
-        cost, _ = spent(curves, chosen := knapsack(curves, budget))
+        cost, _ = spent(curves, chosen := solve_knapsack(curves, budget))
         assert cost <= budget
         for curve in curves:
             k = curve.options.index(chosen[curve.name])
@@ -69,4 +69,4 @@ def test_a_coarse_grid_keeps_the_budget_and_spends_it(seed, monkeypatch):
 def test_too_small_a_budget_is_refused():
     curves = [TradeoffCurve("a", [5, 9], [1.0, 0.0], [0, 1])]
     with pytest.raises(ValueError, match="can't be made smaller than 5, but 4 is to be kept"):
-        knapsack(curves, 4)
+        solve_knapsack(curves, 4)

@@ -10,10 +10,10 @@ import torch
 from toys import build
 
 from tenfold.api import compress
-from tenfold.baselines.lems import GAMMA, LEAST, REFERENCE, allocate, propagation
-from tenfold.compress.allocate import TradeoffCurve
+from tenfold.baselines.lems import GAMMA, LEAST, REFERENCE, allocate_by_error_model, propagation
+from tenfold.compress.allocation import TradeoffCurve
 from tenfold.compress.calibration import Calibration
-from tenfold.compress.fisher import clipped
+from tenfold.compress.fisher import clip_norms
 from tenfold.compress.resume_state import ResumeState
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import Budget, load_recipe
@@ -60,7 +60,7 @@ def shrunk(matrix: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def truncated(model, path: str, g: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What KFAC-SVD makes of a matrix, shrinking both moments, and its singular values."""
+    """Return the truncation of a matrix by KFAC-SVD, shrinking both moments, and its singular values."""
     w = weight_of(model.get_submodule(path)).detach().double()
     a, b = shrunk(moments(model, path), 0.1), shrunk(g, 0.3)
     u, s, v = torch.linalg.svd(root(b, 0.5) @ w @ root(a, 0.5), full_matrices=False)
@@ -69,7 +69,7 @@ def truncated(model, path: str, g: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def divergence(model, path: str, near: torch.Tensor) -> float:
-    """KL in nats a token when one matrix is replaced."""
+    """Return the divergence in nats a token when one matrix is replaced."""
     other = copy.deepcopy(model)
     weight = other.get_submodule(path).weight
     weight.copy_(near if weight.shape == near.shape and "c_" not in path else near.T)
@@ -83,11 +83,11 @@ def divergence(model, path: str, near: torch.Tensor) -> float:
 
 @toys
 def test_losses_are_scaled_to_the_measured_divergence(toy):
-    before, journal = build(toy), ResumeState()
+    before, state = build(toy), ResumeState()
     norm = before.get_submodule({"gpt2": "transformer.ln_f", "llama": "model.norm"}[toy])
     norm.weight.data.mul_(20)  # sure of itself, so that the divergence is not the same the other way round
-    _, report = compress(copy.deepcopy(before), recipe(), text=text(), journal=journal)
-    matters = {path: g for k in range(2) for path, g in journal.matters(k).items()}
+    _, report = compress(copy.deepcopy(before), recipe(), text=text(), state=state)
+    matters = {path: g for k in range(2) for path, g in state.fisher(k).items()}
     seen = 0
     for choice in report["choices"]:
         if choice["chosen"] is None:
@@ -105,9 +105,9 @@ def test_losses_are_scaled_to_the_measured_divergence(toy):
 
 @toys
 def test_the_fit_is_optimal_in_the_shrunk_metrics(toy):
-    before, journal = build(toy), ResumeState()
-    after, report = compress(copy.deepcopy(before), recipe(), text=text(), journal=journal)
-    matters = {path: g for k in range(2) for path, g in journal.matters(k).items()}
+    before, state = build(toy), ResumeState()
+    after, report = compress(copy.deepcopy(before), recipe(), text=text(), state=state)
+    matters = {path: g for k in range(2) for path, g in state.fisher(k).items()}
     folded = [choice for choice in report["choices"] if choice["chosen"] is not None]
     for choice in folded:
         path = choice["item"]
@@ -140,7 +140,7 @@ def test_ranks_have_the_least_modelled_error(seed, keep):
             ways.append((error, cost))
     if not ways:
         return
-    chosen = allocate(Calibrate(), curves, budget, {})
+    chosen = allocate_by_error_model(Calibrate(), curves, budget, {})
     at = [c.options.index(chosen[c.name]) for c in curves]
     error = sum((1 + 5 * (2 - n) / 2) * c.losses[k] for n, (c, k) in enumerate(zip(curves, at, strict=True)))
     assert error == pytest.approx(min(error for error, _ in ways))
@@ -148,7 +148,7 @@ def test_ranks_have_the_least_modelled_error(seed, keep):
 
 def test_where_the_least_share_is_too_much_less_is_kept():
     curves = [TradeoffCurve(f"h.{k}.x", [1, 30, 100], [2.0, 1.0, 0.0], ["least", "more", "whole"]) for k in range(2)]
-    assert set(allocate(Calibrate(), curves, 12, {}).values()) == {"least"}
+    assert set(allocate_by_error_model(Calibrate(), curves, 12, {}).values()) == {"least"}
 
 
 def test_gradients_are_clipped_token_by_token():
@@ -156,19 +156,19 @@ def test_gradients_are_clipped_token_by_token():
     rows[7] = 0
     norms = [float(row.norm()) for row in rows]
     mean = sum(norms) / 49
-    for row, new, norm in zip(rows, clipped(rows), norms, strict=True):
+    for row, new, norm in zip(rows, clip_norms(rows), norms, strict=True):
         wanted = min(max(norm, 0.1 * mean), 10 * mean) if norm else 0.0
         assert float(new.norm()) == pytest.approx(wanted, rel=1e-4)
         torch.testing.assert_close(new * norm, row * wanted, rtol=1e-4, atol=1e-4 * wanted)
 
 
 def test_clipping_changes_the_metric_of_the_outputs():
-    """At least one token of a toy has a gradient far below the mean; none is lost."""
+    """At least one token of a toy has a gradient far below the mean."""
     metrics = []
     for weights in ("clipped", "none"):
-        journal = ResumeState()
-        compress(build("llama"), recipe(token_weights=weights), text=text(), journal=journal)
-        metrics.append(journal.matters(0))
+        state = ResumeState()
+        compress(build("llama"), recipe(token_weights=weights), text=text(), state=state)
+        metrics.append(state.fisher(0))
     path = "model.layers.0.self_attn.q_proj"
     assert metrics[0].keys() == metrics[1].keys() and not torch.equal(metrics[0][path], metrics[1][path])
 
@@ -183,7 +183,7 @@ def test_no_damping_of_outputs_of_their_own_is_that_of_inputs():
 
 
 def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
-    """Behind the last block that was measured; the choices are those of a run at one go."""
+    """The run resumes behind the last measured block, with the choices of an uninterrupted run."""
     whole = compress(build("llama"), recipe(), text=text())[1]["choices"]
     from tenfold.baselines import lems
 
@@ -198,10 +198,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(lems, "divergences", once)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        compress(build("llama"), recipe(), text=text(), journal=ResumeState(folder, 2))
+        compress(build("llama"), recipe(), text=text(), state=ResumeState(folder, 2))
     assert len([*folder.rglob("measured-*.json")]) == 1
     monkeypatch.setattr(lems, "divergences", lambda *given: calls.append(2) or real(*given))
-    again = compress(build("llama"), recipe(), text=text(), journal=ResumeState(folder, 2))[1]["choices"]
+    again = compress(build("llama"), recipe(), text=text(), state=ResumeState(folder, 2))[1]["choices"]
     assert calls.count(2) == 1 and json.dumps(again) == json.dumps(whole)
 
 

@@ -36,7 +36,7 @@ def text(padded: bool = False) -> Calibration:
 
 
 def pruned(model, name: str, keep: float, words=None, **changes):
-    """What the recipe makes of a copy, and the report."""
+    """Return the compressed copy and the report."""
     recipe = schema.load_recipe(name).model_dump(exclude_defaults=True) | {"budget": {"keep": keep, "of": "blocks"}}
     return api.compress(copy.deepcopy(model), recipe | changes, text=words)
 
@@ -48,13 +48,13 @@ def deep(name: str, layers: int = 5):
 
 
 def rows(model, path: str) -> np.ndarray:
-    """The weight as ``(out, in)``."""
+    """Return the weight as ``(out, in)``."""
     weight = model.get_submodule(path).weight.detach().numpy()
     return weight.T if path.rpartition(".")[2].startswith("c_") else weight
 
 
 def size(model) -> int:
-    """How many parameters are neither of embeddings nor of the head."""
+    """Return the number of parameters outside of embeddings and head."""
     outer = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is model.get_output_embeddings()]
     left_out = {id(p) for module in outer for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
@@ -62,7 +62,7 @@ def size(model) -> int:
 
 @torch.no_grad()
 def seen(model, words, path: str, behind: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What the module reads, or makes, on every sample ``(tokens, width)``, and which tokens count."""
+    """Return the inputs or outputs ``(tokens, width)`` of a module for every sample, and which tokens count."""
     found = []
     register = model.get_submodule(path).register_forward_hook
     handle = register(lambda module, given, made: found.extend(made if behind else given[0]))
@@ -74,7 +74,7 @@ def seen(model, words, path: str, behind: bool = False) -> list[tuple[np.ndarray
 
 
 def score(samples, size: int = 1) -> np.ndarray:
-    """L2 over samples of the mean over tokens of the norm of ``size`` neighbours."""
+    """Return the L2 norm over samples of the mean over tokens of the norm of ``size`` neighbours."""
     count = samples[0][0].shape[1] // size
     total = np.zeros(count)
     for x, mask in samples:
@@ -182,7 +182,7 @@ def test_idle_channels_go_first_and_only_what_norms_divide_by_changes(tmp_path):
 
 
 def test_of_a_gpt2_the_largest_activations_stay():
-    """Heads are as wide as the channels there, so that they go along."""
+    """The heads are as wide as the channels there, so that both go together."""
     before, words = toys.build("gpt2"), text(padded=True)
     after, report = pruned(before, "minitron", 0.6, words)
     assert report["widths"]["heads"] == [4, 3] and report["widths"]["hidden"] == [32, 24]
@@ -325,7 +325,7 @@ def blocks(model):
 
 @torch.no_grad()
 def loss_of(model, words, numbers) -> float:
-    """The mean cross entropy of the model that has these blocks only, token by token."""
+    """Return the mean cross entropy of the model with these blocks only, token by token."""
     small = copy.deepcopy(model)
     kept = torch.nn.ModuleList(block for k, block in enumerate(blocks(small)) if k in numbers)
     if hasattr(small, "transformer"):

@@ -14,12 +14,12 @@ from tenfold.baselines.rocket import (
     REFILL,
     RIDGE,
     SHARES,
-    bytes_of,
-    coefficients,
-    dictionary,
-    error_of,
-    sizes_of,
-    sparse,
+    count_bytes,
+    decompose,
+    fit_dictionary,
+    list_sizes,
+    relative_error,
+    select_coefficients,
 )
 from tenfold.compress.calibration import Calibration
 from tenfold.models.model_card import save_compressed
@@ -46,7 +46,7 @@ def problem(seed: int, out: int = 30, inner: int = 20) -> tuple[np.ndarray, np.n
 
 
 def by_hand(w: np.ndarray, second: np.ndarray, atoms: int, nonzeros: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As the paper says: Cholesky, eigenvectors, a threshold for every column, a few more, least squares, back."""
+    """Follow the paper: Cholesky, eigenvectors, a threshold for every column, a few more, least squares, back."""
     upper = np.linalg.cholesky(second).T
     white = upper @ w.T
     values, vectors = np.linalg.eigh(white @ white.T)
@@ -75,28 +75,28 @@ def by_hand(w: np.ndarray, second: np.ndarray, atoms: int, nonzeros: int) -> tup
 def test_product_is_the_papers(seed, atoms, each):
     w, second = problem(seed)
     left, right, _ = by_hand(w, second, atoms, each * 30)
-    found = coefficients(torch.tensor(w), torch.tensor(second))
-    kept = sparse(found, atoms, each * 30)
+    found = decompose(torch.tensor(w), torch.tensor(second))
+    kept = select_coefficients(found, atoms, each * 30)
     assert int((kept != 0).sum()) == each * 30
-    made = dictionary(torch.tensor(w), kept)
+    made = fit_dictionary(torch.tensor(w), kept)
     np.testing.assert_allclose((made @ kept).numpy(), left @ right, atol=1e-8)
     error = np.linalg.norm(w - (left @ right).T) / np.linalg.norm(w)
-    assert error_of(torch.tensor(w), kept) == pytest.approx(error, abs=1e-7)
+    assert relative_error(torch.tensor(w), kept) == pytest.approx(error, abs=1e-7)
 
 
 def test_some_coefficients_are_chosen_for_all_outputs():
     w, second = problem(5, out=200, inner=160)
     atoms, nonzeros = 150, 60 * 200
     _, _, mask = by_hand(w, second, atoms, nonzeros)
-    kept = sparse(coefficients(torch.tensor(w), torch.tensor(second)), atoms, nonzeros) != 0
+    kept = select_coefficients(decompose(torch.tensor(w), torch.tensor(second)), atoms, nonzeros) != 0
     assert (kept.numpy() == mask).all() and len(set(kept.sum(0).tolist())) > 1
 
 
 @seeds
 def test_no_dictionary_does_better_on_whitened_outputs(seed):
     w, second = problem(seed)
-    kept = sparse(coefficients(torch.tensor(w), torch.tensor(second)), 15, 8 * 30)
-    made, root = dictionary(torch.tensor(w), kept).numpy(), np.linalg.cholesky(second).T
+    kept = select_coefficients(decompose(torch.tensor(w), torch.tensor(second)), 15, 8 * 30)
+    made, root = fit_dictionary(torch.tensor(w), kept).numpy(), np.linalg.cholesky(second).T
 
     def lost(left):
         ridge = RIDGE * np.square(kept.numpy()).sum() / 15 * np.square(root @ left).sum()
@@ -111,20 +111,20 @@ def test_bytes_are_those_of_the_parts(inner, out, atoms, nonzeros):
     number, pointer, index = 2, 4, 2
     ways = [atoms * out * number, nonzeros * number + math.ceil(atoms * out / 8)]
     ways.append(nonzeros * (number + index) + (out + 1) * pointer)
-    assert bytes_of(inner, out, atoms, nonzeros) == inner * atoms * number + min(ways)
+    assert count_bytes(inner, out, atoms, nonzeros) == inner * atoms * number + min(ways)
 
 
 def test_every_layout_is_the_cheapest_somewhere():
-    assert bytes_of(1, 100, 10, 1000) - 20 == 2000  # dense
-    assert bytes_of(1, 100, 10, 500) - 20 == 1000 + 125  # a bit for every entry
-    assert bytes_of(1, 100, 1000, 100) - 2000 == 400 + 404  # indices
+    assert count_bytes(1, 100, 10, 1000) - 20 == 2000  # dense
+    assert count_bytes(1, 100, 10, 500) - 20 == 1000 + 125  # a bit for every entry
+    assert count_bytes(1, 100, 1000, 100) - 2000 == 400 + 404  # indices
 
 
 @pytest.mark.parametrize("inner, out", [(20, 30), (64, 16), (2, 3)])
 def test_sizes_fit_and_no_larger_one_does(inner, out):
     for share in SHARES:
-        for atoms, nonzeros in sizes_of(inner, out, share):
-            assert bytes_of(inner, out, atoms, nonzeros) <= share * 2 * inner * out and atoms <= min(inner, out)
+        for atoms, nonzeros in list_sizes(inner, out, share):
+            assert count_bytes(inner, out, atoms, nonzeros) <= share * 2 * inner * out and atoms <= min(inner, out)
             assert out <= nonzeros <= atoms * out and nonzeros % out == 0
 
 
@@ -137,7 +137,7 @@ def test_report_counts_bytes_and_the_budget_is_theirs(toy, keep):
     counted = 0
     for choice in report["choices"]:
         (out, inner), (atoms, nonzeros) = shapes[choice["item"]], choice["chosen"]
-        counted += bytes_of(inner, out, atoms, nonzeros)
+        counted += count_bytes(inner, out, atoms, nonzeros)
         near = weight_of(after.get_submodule(choice["item"])).detach().double()
         assert torch.linalg.matrix_rank(near, rtol=1e-5) <= atoms
     dense = sum(2 * out * inner for out, inner in shapes.values())

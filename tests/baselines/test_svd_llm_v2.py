@@ -8,8 +8,8 @@ import torch
 from toys import build
 
 from tenfold.api import compress
-from tenfold.baselines.svd_llm_v2 import TOKENS, allocate, removed_shares
-from tenfold.compress.allocate import TradeoffCurve
+from tenfold.baselines.svd_llm_v2 import TOKENS, allocate_by_type, removed_ratios
+from tenfold.compress.allocation import TradeoffCurve
 from tenfold.compress.calibration import Calibration
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import load_recipe
@@ -19,23 +19,23 @@ from tenfold.structure import LowRank
 
 def test_shares_within_a_type_go_with_the_inverse_logarithm():
     losses = np.array([1e3, 1e5, 1e7])
-    lost = removed_shares(losses, 0.4, np.full(3, 0.99))
+    lost = removed_ratios(losses, 0.4, np.full(3, 0.99))
     inverse = 1 / np.log(losses)
     np.testing.assert_allclose(lost, 3 * 0.4 * inverse / inverse.sum())
     assert lost.mean() == pytest.approx(0.4) and (np.diff(lost) < 0).all()
 
 
 def test_what_a_matrix_cant_lose_the_others_do():
-    lost = removed_shares(np.array([3.0, 1e9, 1e9]), 0.6, np.array([0.7, 0.9, 0.9]))
+    lost = removed_ratios(np.array([3.0, 1e9, 1e9]), 0.6, np.array([0.7, 0.9, 0.9]))
     np.testing.assert_allclose(lost, [0.7, 0.55, 0.55])
 
 
 def test_losses_too_small_for_a_logarithm_count_as_the_least():
-    np.testing.assert_allclose(removed_shares(np.array([0.0, 0.5, 1.0, 2.0]), 0.3, np.ones(4)), 0.3)
+    np.testing.assert_allclose(removed_ratios(np.array([0.0, 0.5, 1.0, 2.0]), 0.3, np.ones(4)), 0.3)
 
 
 def test_each_type_has_the_budget_to_itself():
-    """Two types in two layers; the loss that counts is that at the share that all would keep."""
+    """There are two types in two layers; the loss that counts is that at the uniform ratio."""
     costs = np.arange(1, 1001)
 
     def curve(name: str, norm: float) -> TradeoffCurve:
@@ -43,7 +43,7 @@ def test_each_type_has_the_budget_to_itself():
         return TradeoffCurve(name, costs, half * (1000 - costs) / 600, list(costs))
 
     norms = {"h.0.a": 1e2, "h.1.a": 1e4, "h.0.b": 1e3, "h.1.b": 1e6}
-    chosen = allocate(Calibrate(), [curve(*pair) for pair in norms.items()], 1600, {})
+    chosen = allocate_by_type(Calibrate(), [curve(*pair) for pair in norms.items()], 1600, {})
     for kind in "ab":
         inverse = np.array([1 / np.log(norms[f"h.{layer}.{kind}"]) for layer in (0, 1)])
         best = 1000 * (1 - 2 * 0.6 * inverse / inverse.sum())
@@ -53,7 +53,7 @@ def test_each_type_has_the_budget_to_itself():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_two_svds_truncate_to_the_same_matrix(seed):
-    """Where the inputs have few dimensions, too, on which a Cholesky decomposition fails."""
+    """Also for inputs of few dimensions, on which a Cholesky decomposition fails."""
     draw = np.random.default_rng(seed)
     x, w = draw.normal(size=(200, 5)) @ draw.normal(size=(5, 12)), draw.normal(size=(9, 12))
     second = x.T @ x / len(x)

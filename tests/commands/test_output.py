@@ -2,7 +2,7 @@
 
 import pytest
 
-from tenfold.compress.progress import Phase, phases_of
+from tenfold.compress.progress import Phase, estimate_phases
 from tenfold_cli import output
 
 
@@ -47,7 +47,7 @@ def test_a_log_has_a_line_every_half_minute(clock, capsys):
 
 def test_shares_of_phases_add_up_to_one():
     for gradients in (True, False):
-        phases = phases_of(32_768, 196_608, gradients)
+        phases = estimate_phases(32_768, 196_608, gradients)
         assert phases == ("forward", "backward", "fits") and sum(p.share for p in phases) == pytest.approx(1)
 
 

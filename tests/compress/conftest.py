@@ -1,4 +1,4 @@
-"""What the tests of compression have in common."""
+"""Fixtures of the tests of compression."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tenfold.compress import fisher
 
 @pytest.fixture
 def known_draws(monkeypatch):
-    """The least likely token where a model draws one, few tokens at once, and one direction where it draws a random one."""
-    monkeypatch.setattr(fisher, "AT_ONCE", 5)
+    """Draw the least likely token, few tokens at once, and a fixed direction where a random one is drawn."""
+    monkeypatch.setattr(fisher, "DRAWN_TOKENS", 5)
     monkeypatch.setattr(torch, "multinomial", lambda chances, *more, **given: chances.argmin(-1, keepdim=True))
     monkeypatch.setattr(torch, "randn", lambda shape, **given: torch.linspace(-1, 1, shape[-1]).expand(shape))

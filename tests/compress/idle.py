@@ -1,4 +1,4 @@
-"""Toys with weights that do nothing: hidden units, and directions of values and queries that lead nowhere."""
+"""Toys with idle weights: hidden units, and directions of values and queries that have no effect."""
 
 import torch
 from models import toys
@@ -21,7 +21,7 @@ UNITS = 10  # idle hidden units of every MLP
 
 
 def build(name: str):
-    """The toy ``name`` and how many parameters of it are idle."""
+    """Return the toy ``name`` and the number of its idle parameters."""
     model, idle = toys.build(name), 0
     for block in _blocks(model):
         with torch.no_grad():
@@ -35,7 +35,7 @@ def _blocks(model):
 
 
 def _named(block, *names: str):
-    """Weights ``(out, in)`` and biases of the linear layers of these names."""
+    """Return weights ``(out, in)`` and biases of the linear layers of these names."""
     found = []
     for path, module in block.named_modules():
         if path in names:

@@ -1,4 +1,4 @@
-"""Calibration text without a tokenizer, and what a model does with it, seen by plain hooks and told in NumPy."""
+"""Calibration text without a tokenizer, and the activations and gradients of a model on it, by plain hooks and in NumPy."""
 
 import copy
 
@@ -9,7 +9,7 @@ from tenfold.compress.calibration import Calibration
 
 
 def text(samples: int = 8, window: int = 16, seed: int = 0, padded: bool = False) -> Calibration:
-    """Random tokens in batches of two; ``padded``: the second of every batch ends early."""
+    """Return random tokens in batches of two; ``padded``: the second sample of every batch ends early."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for number in range(samples // 2):
@@ -22,13 +22,13 @@ def text(samples: int = 8, window: int = 16, seed: int = 0, padded: bool = False
 
 
 def seen(model, text: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs ``(tokens, in)`` and outputs ``(tokens, out)`` of a module, first of a tuple, padding left out."""
+    """Return inputs ``(tokens, in)`` and outputs ``(tokens, out)`` of a module, first of a tuple, without padding."""
     return watched(model, text, [path])[path]
 
 
 @torch.no_grad()
 def watched(model, text: Calibration, paths) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """``{path: seen(model, text, path)}`` in one run."""
+    """Return ``{path: seen(model, text, path)}`` from one run."""
     kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in text.batches])
     caught: dict[str, list] = {path: [] for path in paths}
 
@@ -51,7 +51,7 @@ def watched(model, text: Calibration, paths) -> dict[str, tuple[np.ndarray, np.n
 
 
 def gradients(model, words, path: str) -> np.ndarray:
-    """``(tokens, out)``: by the output of the module ``path``, of the loss of one sequence without its padding.
+    """Return the gradients ``(tokens, out)`` at the output of the module ``path``, one sequence without padding at a time.
 
     The labels are the least likely tokens; without logits the loss is the sum of the states along one direction.
     """

@@ -1,4 +1,4 @@
-"""What a budget is a share of."""
+"""Budgets as shares of the model, of its parts, of FLOPs and of bytes."""
 
 import copy
 
@@ -100,7 +100,7 @@ def choosing(structure, roles=("attn.q", "attn.out"), keep=0.2) -> dict:
 
 
 def test_every_site_gets_the_structure_that_suits_it():
-    """One matrix is of low rank, another a sum of few Kronecker products: both are found, and nothing is lost."""
+    """One matrix has low rank, another is a sum of few Kronecker products: both are found without loss."""
     model = toys.build("llama")
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_which_structure_suits_is_not_seen_without_data():
 
 @pytest.mark.parametrize("of", ["model", "without_head", "blocks", "bytes"])
 def test_a_budget_is_a_share_of_the_model_that_came_in(of):
-    """An embedding that is folded by a rule of its own counts as part of what goes."""
+    """An embedding with a rule of its own counts towards the budget."""
 
     def size(model) -> int:
         found = {
@@ -227,7 +227,7 @@ def test_a_head_gets_its_own_matrix_with_a_text_too():
 
 @pytest.mark.parametrize("kind", ["cp", "blast", "tensor_train"])
 def test_fits_that_nothing_asks_for_are_not_made(kind, monkeypatch):
-    """Equal shares look at no loss, so that a structure is fitted once, at its own size."""
+    """Uniform allocation needs no losses, so that a structure is fitted once, at its own size."""
     fitted, whole = [], Structure.fit
     monkeypatch.setattr(Structure, "fit", lambda self, *a, **k: fitted.append(self) or whole(self, *a, **k))
     counts = {}

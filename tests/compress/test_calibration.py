@@ -1,4 +1,4 @@
-"""What is read of a text: windows of one stream for a causal model, a document a sample for any other."""
+"""Calibration text: windows of one stream for a causal model, one document per sample for any other."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 from models import toys
 from transformers import BertConfig, BertForMaskedLM
 
-from tenfold.compress.calibration import Calibration, calibration
+from tenfold.compress.calibration import Calibration, load_calibration
 from tenfold.compress.compress import compress
 from tenfold.train.tokenizer import train_tokenizer
 
@@ -40,14 +40,14 @@ def encoder(tokenizer):
 
 @pytest.fixture
 def files(tmp_path):
-    """A plain file and one of JSON lines."""
+    """Return a plain text file and a file of JSON lines."""
     (tmp_path / "a.txt").write_text("\n".join(LINES[:5]) + "\n\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES[5:]))
     return [tmp_path / "a.txt", tmp_path / "b.jsonl"]
 
 
 def rows(batches) -> list[list[int]]:
-    """Every sample without its padding."""
+    """Return every sample without padding."""
     pairs = ((ids, mask) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True))
     return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
@@ -58,7 +58,7 @@ def test_windows_are_cut_from_one_stream_and_spread_over_it(causal, tokenizer, f
     texts = ["\n".join(LINES[:5]) + "\n\n", *LINES[5:]]
     stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     windows = [stream[k : k + window] for k in range(0, len(stream) - window + 1, window)]
-    found = calibration(causal, tokenizer, files, samples, window, batch=3)
+    found = load_calibration(causal, tokenizer, files, samples, window, batch=3)
     read = rows(found.batches)
     assert all(len(batch["input_ids"]) <= 3 for batch in found.batches)
     assert found.tokens == sum(map(len, read)) == window * min(samples, len(windows))
@@ -71,13 +71,13 @@ def test_windows_are_cut_from_one_stream_and_spread_over_it(causal, tokenizer, f
 
 def test_a_window_is_no_longer_than_the_context(causal, encoder, tokenizer, files):
     for given in (None, 1000):
-        assert {len(row) for row in rows(calibration(causal, tokenizer, files, 2, given).batches)} == {32}
-        assert max(map(len, rows(calibration(encoder, tokenizer, files, 99, given).batches))) == 20
+        assert {len(row) for row in rows(load_calibration(causal, tokenizer, files, 2, given).batches)} == {32}
+        assert max(map(len, rows(load_calibration(encoder, tokenizer, files, 99, given).batches))) == 20
 
 
 @pytest.mark.parametrize("samples", [1, 4, 9, 1000])
 def test_an_encoder_reads_a_document_a_sample(encoder, tokenizer, files, samples):
-    found = calibration(encoder, tokenizer, files, samples, window=16, batch=2)
+    found = load_calibration(encoder, tokenizer, files, samples, window=16, batch=2)
     whole = [tokenizer(line)["input_ids"][:16] for line in LINES]
     read = rows(found.batches)
     assert len(read) == min(samples, len(LINES)) and found.tokens == sum(map(len, read))
@@ -91,7 +91,7 @@ def test_an_encoder_reads_a_document_a_sample(encoder, tokenizer, files, samples
 
 
 def test_the_source_names_files_only(causal, tokenizer, files):
-    source = calibration(causal, tokenizer, files, 2, 8).source
+    source = load_calibration(causal, tokenizer, files, 2, 8).source
     assert source == {
         "files": ["a.txt", "b.jsonl"],
         "samples": 2,
@@ -106,25 +106,25 @@ def test_the_source_names_files_only(causal, tokenizer, files):
 def test_too_little_text_for_one_window(causal, tokenizer, tmp_path, text, says):
     (tmp_path / "short.txt").write_text(text)
     with pytest.raises(ValueError, match=says):
-        calibration(causal, tokenizer, [tmp_path / "short.txt"])
+        load_calibration(causal, tokenizer, [tmp_path / "short.txt"])
 
 
 def test_empty_documents(encoder, tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n")
     with pytest.raises(ValueError, match="is empty"):
-        calibration(encoder, tokenizer, [tmp_path / "empty.txt"])
+        load_calibration(encoder, tokenizer, [tmp_path / "empty.txt"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_token_that_the_model_does_not_know(tokenizer, files, name):
     with pytest.raises(ValueError, match=r"has token \d+ but the model knows 97"):
-        calibration(toys.build(name), tokenizer, files, window=8)
+        load_calibration(toys.build(name), tokenizer, files, window=8)
 
 
 @pytest.mark.parametrize("numbers", [{"samples": 0}, {"samples": -3}, {"batch": 0}])
 def test_nothing_to_draw(causal, tokenizer, files, numbers):
     with pytest.raises(ValueError, match="one or more"):
-        calibration(causal, tokenizer, files, **numbers)
+        load_calibration(causal, tokenizer, files, **numbers)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi", "gemma3_text", "gemma3", "bert", "roberta"])
@@ -132,7 +132,7 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     model = toys.build(name)
     model.resize_token_embeddings(len(tokenizer))
     (tmp_path / "long.txt").write_text(small.text(400))
-    batch = calibration(model, tokenizer, [tmp_path / "long.txt"], samples=1).batches[0]
+    batch = load_calibration(model, tokenizer, [tmp_path / "long.txt"], samples=1).batches[0]
     longest = 63 if name == "roberta" else 64  # whose positions start behind that of padding
     assert batch["input_ids"].shape[1] == longest and torch.isfinite(model(**batch)[0]).all()
 
@@ -146,7 +146,7 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     ids=["blocks", "first"],
 )
 def test_a_text_that_the_model_does_not_know_is_warned_of(recipe):
-    """The loss is that of one pass of the whole model over the first samples; of bits per byte, 2 and more are strange."""
+    """The loss is that of the whole model over the first samples; 2 bits per byte and more cause a warning."""
     model, words = toys.build("llama"), plain.text(4, padded=True)
     losses = []
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_text_that_the_model_does_not_know_is_warned_of(recipe):
 def test_bytes_per_token_are_those_of_the_text(encoder, tokenizer, tmp_path):
     lines = [line for line in LINES if len(tokenizer(line)["input_ids"]) <= 20] + ["αβγ"]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    found = calibration(encoder, tokenizer, [tmp_path / "text.txt"], 100, batch=100)
+    found = load_calibration(encoder, tokenizer, [tmp_path / "text.txt"], 100, batch=100)
     assert found.source["bytes_per_token"] == pytest.approx(
         sum(len(line.encode()) for line in lines) / found.tokens, rel=1e-4
     )

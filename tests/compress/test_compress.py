@@ -1,4 +1,4 @@
-"""Models compressed by activations, from one end to the other."""
+"""Compression by activations, end to end."""
 
 import copy
 from itertools import cycle
@@ -11,7 +11,7 @@ from plain import text, watched
 from transformers import AutoModelForCausalLM
 
 import tenfold
-from tenfold.compress.activations import blocks_of
+from tenfold.compress.activations import group_by_block
 from tenfold.compress.compress import compress
 from tenfold.models.sites import find_sites
 from tenfold.nn import FactorizedLinear
@@ -27,18 +27,18 @@ def size(model) -> int:
 
 
 def matrices(model) -> int:
-    """Parameters of all matrices in the blocks."""
+    """Return the number of parameters of all matrices in the blocks."""
     return sum(site.shape[0] * site.shape[1] for site in find_sites(model) if site.layer is not None)
 
 
 def compressed(model, rules=NARROW, keep: float | None = 0.7, of: str = "sites", words=WORDS, **settings):
-    """A compressed copy of ``model``."""
+    """Return a compressed copy of ``model``."""
     recipe = {"replace": rules, "calibrate": settings} | ({"budget": {"keep": keep, "of": of}} if keep else {})
     return compress(copy.deepcopy(model), recipe, text=words)[0]
 
 
 def low_rank(model, rank: int | None = None, roles=None) -> list[dict]:
-    """A rule for every role in the blocks, of full rank unless given."""
+    """Return a rule for every role in the blocks, of full rank unless given."""
     shapes = {site.role: site.shape for site in find_sites(model) if site.layer is not None}
     return [
         {"role": role, "structure": {"kind": "low_rank", "rank": rank or min(shape)}}
@@ -60,7 +60,7 @@ def test_at_full_rank_nothing_changes(name):
 
 @each
 def test_what_is_idle_goes_first_and_is_not_missed(name):
-    """Whatever basis it hides in."""
+    """In whatever basis the idle dimensions are."""
     model, gone = idle.build(name)
     after = compressed(model, NARROW, 1 - (gone - 0.5) / size(model), "model")
     assert size(after) == size(model) - gone
@@ -167,11 +167,11 @@ def test_every_setting_is_sound_and_repeats(name, settings):
 
 @each
 def test_activations_make_low_rank_better(name):
-    """Nearer to what the blocks said before, on the text that was read, than the nearest matrices are."""
+    """On the calibration text the outputs of the blocks are nearer to the original ones than with the nearest matrices."""
     model = toys.build(name)
     rules, recipe = low_rank(model, 6), {"replace": low_rank(model, 6)}
     by_text, by_weights = compressed(model, rules, None, outputs="none"), compress(copy.deepcopy(model), recipe)[0]
-    blocks = blocks_of(find_sites(model))
+    blocks = group_by_block(find_sites(model))
     wanted, *others = (watched(other, WORDS, blocks) for other in (model, by_text, by_weights))
     for path in blocks:
         ours, theirs = (((other[path][1] - wanted[path][1]) ** 2).mean() for other in others)
@@ -218,7 +218,7 @@ def test_a_rule_with_a_keep_of_its_own_is_not_in_the_budget():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_what_reads_the_values_of_a_head_has_columns_of_one_length(name):
-    """So that a quantiser, which gives several columns one scale, loses little."""
+    """A quantiser gives several columns one scale."""
     model = toys.build(name)
     for site in find_sites(model):
         if site.role == "attn.out":
@@ -236,7 +236,7 @@ def test_what_reads_the_values_of_a_head_has_columns_of_one_length(name):
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_what_is_written_and_what_reads_it_weigh_the_same(name):
-    """Head by head: an optimizer behind it takes equally large steps in both."""
+    """Head by head, so that an optimizer takes equally large steps in both."""
     model, heads = toys.build(name), idle.HEADS[name]
     roles = {"attn.v": 1e-3, "attn.out": 1e3} | ({"attn.q": 1e-2, "attn.k": 1e2} if name == "opt" else {})
     with torch.no_grad():

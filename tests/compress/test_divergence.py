@@ -1,4 +1,4 @@
-"""Divergences that scale what is foreseen, against copies of the whole model whose matrices are wrong."""
+"""Measured divergences, against copies of the whole model with wrong matrices."""
 
 import copy
 
@@ -9,7 +9,7 @@ from models import toys
 from plain import text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import blockwise
+from tenfold.compress import collect
 from tenfold.compress.compress import compress
 
 WORDS = text(8, padded=True)
@@ -25,7 +25,7 @@ def log_probabilities(model) -> torch.Tensor:
 
 
 def wrong(model, correction: dict):
-    """A copy of the model with ``correction`` added to its matrices."""
+    """Return a copy of the model with ``correction`` added to its matrices."""
     model = copy.deepcopy(model)
     for path, (matrix, bias) in correction.items():
         module = model.get_submodule(path)
@@ -37,8 +37,8 @@ def wrong(model, correction: dict):
 
 
 def tried(model, monkeypatch, **calibrate) -> list:
-    """``(trials of a block, its curves before and after)`` of every block."""
-    found, real = [], blockwise.scale_by_trials
+    """Return ``(trials of a block, its curves before and after)`` of every block."""
+    found, real = [], collect.scale_by_trials
 
     def scale(curves, trials, *given):
         before = copy.deepcopy(curves)
@@ -46,7 +46,7 @@ def tried(model, monkeypatch, **calibrate) -> list:
         found.append((trials, before, curves))
         return done
 
-    monkeypatch.setattr(blockwise, "scale_by_trials", scale)
+    monkeypatch.setattr(collect, "scale_by_trials", scale)
     recipe = {"replace": RULES, "budget": {"keep": 0.6, "of": "sites"}}
     compress(copy.deepcopy(model), recipe | {"calibrate": {"divergence": 10_000} | calibrate}, text=WORDS)
     return found
@@ -59,7 +59,7 @@ def test_curves_lose_what_was_measured(name, monkeypatch):
     assert len(found) == model.config.num_hidden_layers
     for trials, before, after in found:
         for trial in trials:
-            other = log_probabilities(wrong(model, trial.wrong))
+            other = log_probabilities(wrong(model, trial.corrections))
             divergence = float((original.exp() * (original - other)).sum(-1).mean())
             at = {item: min(range(len(after[item].options)), key=lambda k: abs(after[item].options[k] - size))
                   for item, size in trial.sizes.items()}  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_trial_of_an_mlp_is_what_narrowing_makes_of_it(monkeypatch):
     )
     assert [choice["chosen"] for choice in told] == [size]
     torch.testing.assert_close(
-        log_probabilities(narrow), log_probabilities(wrong(model, trial.wrong)), rtol=1e-3, atol=1e-4
+        log_probabilities(narrow), log_probabilities(wrong(model, trial.corrections)), rtol=1e-3, atol=1e-4
     )
 
 
@@ -92,12 +92,12 @@ def test_nothing_is_measured_unless_it_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_trial_of_heads_leaves_as_many_dimensions_as_it_says(name, monkeypatch):
-    """The rank of what each head still makes, its bias included, and of what still reads it."""
+    """Compare the rank of the output of each head, bias included, and of the matrix that reads it."""
     model, (queries, groups, size, _) = toys.build(name).eval(), HEADS[name]
     trials = [trial for some, *_ in tried(model, monkeypatch) for trial in some if " " in next(iter(trial.sizes))]
     assert trials
     for trial in trials:
-        ((path, (error, shift)),) = trial.wrong.items()
+        ((path, (error, shift)),) = trial.corrections.items()
         module, values = model.get_submodule(path), " v" in next(iter(trial.sizes))
         weight = module.weight.detach().double()
         weight = (weight.T if isinstance(module, Conv1D) else weight) + error

@@ -1,4 +1,4 @@
-"""What an error costs by gradients token by token, against loops over them and against the model itself."""
+"""Loss of an error by gradients token by token, against loops over tokens and against the model itself."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch
 from models import toys
 from plain import gradients, seen, text
 
-from tenfold.compress import blockwise
+from tenfold.compress import collect
 from tenfold.compress.compress import compress
-from tenfold.compress.evidence import expected_loss, fisher_loss, fisher_losses, folds_of, unit_products
+from tenfold.compress.evidence import expected_loss, fisher_losses, split_halves, unit_products
 
 
 def drawn(sequences: int = 6, tokens: int = 5, inner: int = 4, out: int = 3):
@@ -28,23 +28,23 @@ def test_the_cost_is_half_the_mean_square_of_what_a_token_loses():
     for inputs, outputs in pairs:
         for z, g in zip(inputs.numpy(), outputs.numpy(), strict=True):
             squares.append(float(g @ (error.numpy() @ z + shift.numpy())) ** 2)
-    assert fisher_loss(pairs, error, shift, 30) == pytest.approx(sum(squares) / 30 / 2, rel=1e-5)
+    assert fisher_losses(pairs, error, shift, 30)[0] == pytest.approx(sum(squares) / 30 / 2, rel=1e-5)
 
 
 def test_either_half_is_judged_by_what_the_other_one_knows():
     pairs, _, _ = drawn()
-    folds = folds_of(pairs, 4, 30)
-    for first, fold in enumerate(folds):
+    splits = split_halves(pairs, 4, 30)
+    for first, split in enumerate(splits):
         known = np.concatenate([inputs.numpy() for inputs, _ in pairs[first::2]])
-        np.testing.assert_allclose(fold.second, known.T @ known / len(known), rtol=1e-5)
-        np.testing.assert_allclose(fold.mean, known.mean(0), atol=1e-6)
-        assert fold.tokens == 15 and len(fold.judged) == 3
-        assert all(one is other for one, other in zip(fold.judged, pairs[1 - first :: 2], strict=True))
-    assert len(folds) == 2 and folds_of(pairs[:1], 4, 5) == []
+        np.testing.assert_allclose(split.second, known.T @ known / len(known), rtol=1e-5)
+        np.testing.assert_allclose(split.mean, known.mean(0), atol=1e-6)
+        assert split.tokens == 15 and len(split.judging) == 3
+        assert all(one is other for one, other in zip(split.judging, pairs[1 - first :: 2], strict=True))
+    assert len(splits) == 2 and split_halves(pairs[:1], 4, 5) == []
 
 
 def test_the_expected_cost_is_that_of_least_squares_on_many_tokens():
-    """Least squares of 4 values over 80 tokens, and over 40 judged by others: between them lies the error without end."""
+    """Least squares of 4 values over 80 tokens, and over 40 judged by others: the expected loss is in between."""
     draw, inside, outside = np.random.default_rng(0), [], []
     for _ in range(400):
         x, noise = draw.normal(size=(120, 4)), draw.normal(size=120)
@@ -60,7 +60,7 @@ def test_the_expected_cost_is_that_of_least_squares_on_many_tokens():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_small_error_costs_what_the_model_then_loses(name):
-    """The cost by gradients for labels that the model draws, many times, against the divergence of the changed model."""
+    """Compare the loss by gradients for many drawn labels with the divergence of the changed model."""
     model, words = toys.build(name), text(4)
     path = "transformer.h.1.mlp.c_proj" if name == "gpt2" else "model.layers.1.mlp.down_proj"
     module = model.get_submodule(path)
@@ -80,12 +80,12 @@ def test_a_small_error_costs_what_the_model_then_loses(name):
         for ids in batch["input_ids"]:
             for draw in range(60):
                 costs.append(_drawn_pair(model, module, ids, draw))
-    found = fisher_loss(costs, error, None, 60 * tokens)
+    found = fisher_losses(costs, error, None, 60 * tokens)[0]
     assert found == pytest.approx(divergence / tokens, rel=0.25)
 
 
 def _drawn_pair(model, module, ids, seed):
-    """Inputs of a module, and gradients at its output of the loss of tokens drawn from the model."""
+    """Return the inputs of a module, and the gradients at its output of the loss of drawn tokens."""
     caught = []
     hook = module.register_forward_hook(lambda m, given, out: caught.append((given[0], out)))
     logits = model(input_ids=ids[None]).logits[0]
@@ -97,14 +97,14 @@ def _drawn_pair(model, module, ids, seed):
 
 
 def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
-    """Of every batch, next to its inputs."""
-    found, real = {}, blockwise.Block
+    """The evidence has the gradients of every batch beside its inputs."""
+    found, real = {}, collect.Block
 
     def block(*given):
-        found.update(given[9] if len(given) > 9 else {})
+        found.update(given[7] if len(given) > 7 else {})
         return real(*given)
 
-    monkeypatch.setattr(blockwise, "Block", block)
+    monkeypatch.setattr(collect, "Block", block)
     model, words = toys.build("llama"), text(8)
     compress(copy.deepcopy(model), {"replace": [{"narrow": "mlp"}], "budget": {"keep": 0.6}}, text=words)
     path = "model.layers.1.mlp.down_proj"
@@ -114,7 +114,7 @@ def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
 
 
 def test_what_tokens_cost_together_and_units_too():
-    """One sequence at a time, one token at a time, in plain sums."""
+    """Compare with plain sums over sequences and tokens."""
     generator = np.random.default_rng(1)
     batches = [(generator.normal(size=(n, 5)), generator.normal(size=(n, 3))) for n in (4, 7)]
     pairs = [(torch.tensor(z).float(), torch.tensor(g).float()) for z, g in batches]

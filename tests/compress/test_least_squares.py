@@ -1,4 +1,4 @@
-"""What is put in is the best there is: every site against least squares on the activations of plain runs."""
+"""Every fitted site against least squares on the activations of plain runs."""
 
 import copy
 
@@ -17,7 +17,7 @@ INTO = ["attn.q", "attn.k", "attn.v", "attn.qkv", "mlp.in", "mlp.gate"]
 
 
 def compressed(name: str, rules: list[dict], keep: float | None = None, **settings):
-    """A toy, what it becomes with next to no damping, and its text."""
+    """Return a toy, its compressed copy with little damping, and its text."""
     model, words = toys.build(name), PADDED if name == "bert" else WORDS
     recipe = {"replace": rules, "calibrate": {"damping": 1e-6, **settings}}
     recipe |= {} if keep is None else {"budget": {"keep": keep}}
@@ -25,7 +25,7 @@ def compressed(name: str, rules: list[dict], keep: float | None = None, **settin
 
 
 def both(before, after, words, sites, share: float = 1.0):
-    """Of every site: what it is to make, what it gets now and what it makes now.
+    """Return for every site: its target outputs, its inputs now and its outputs now.
 
     It is to make what it made, a ``share`` of it, and what its own matrix would make of what it gets now.
     """
@@ -38,7 +38,7 @@ def both(before, after, words, sites, share: float = 1.0):
 
 
 def own(model, site, inputs: np.ndarray) -> np.ndarray:
-    """What the matrix and the bias of a site of ``model`` make of ``inputs (n, in)``."""
+    """Return the outputs of the matrix and the bias of a site of ``model`` for ``inputs (n, in)``."""
     module = model.get_submodule(site.path)
     weight = module.weight.detach().double().numpy()
     bias = 0 if module.bias is None else module.bias.detach().double().numpy()
@@ -50,12 +50,12 @@ def sites_of(model, *roles: str):
 
 
 def errors(wanted: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Mean square of every column."""
+    """Return the mean square of every column."""
     return ((wanted - made) ** 2).mean(0)
 
 
 def regression(x: np.ndarray, y: np.ndarray, rank: int, center: bool) -> np.ndarray:
-    """The best ``(n, out)`` that a matrix of this rank makes of ``x``, and a bias if ``center``."""
+    """Return the best outputs ``(n, out)`` of a matrix of this rank for ``x``, with a bias if ``center``."""
     middle = y.mean(0) if center else 0
     x = x - x.mean(0) if center else x
     fitted = x @ np.linalg.lstsq(x, y - middle, rcond=1e-5)[0]
@@ -97,7 +97,7 @@ def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_reads_narrowed_units_makes_up_for_the_others(name):
-    """Units and heads that stay are read so that the original output is met best; nothing else could be made of them."""
+    """No other matrix that reads the remaining units and heads is nearer to the original output."""
     before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6, original_share=1)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.out", "attn.out")):
         best = regression(inputs, wanted, site.shape[0], site.bias)
@@ -106,7 +106,7 @@ def test_what_reads_narrowed_units_makes_up_for_the_others(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_that_lost_dimensions_answer_to_what_they_made_of_the_same_states(name):
-    """In the first block both streams get the same, so that what the original makes is what is to be made."""
+    """In the first block original and compressed inputs are equal, so that the original outputs are the target."""
     before, after, words = compressed(name, [{"narrow": "attention", "layers": [0]}], 0.6)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, "attn.out")[:1]):
         best = regression(inputs, wanted, site.shape[0], site.bias)
@@ -117,7 +117,7 @@ def test_heads_that_lost_dimensions_answer_to_what_they_made_of_the_same_states(
     ("name", "narrow"), [(name, "mlp") for name in MODELS] + [("qwen3", "attention"), ("gemma3_text", "attention")]
 )
 def test_without_refit_what_stays_makes_up_for_the_others_in_whichever_basis(name, narrow):
-    """Where queries and keys stay, values in another basis are all that changes: the output matrix has to follow it."""
+    """Where queries and keys stay, only the basis of the values changes, and the output matrix follows it."""
     before, after, words = compressed(name, [{"narrow": narrow, "layers": [0]}], 0.6, refit=False)
     role = "mlp.out" if narrow == "mlp" else "attn.out"
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, role)[:1]):
@@ -137,7 +137,7 @@ def test_units_that_stay_are_those_of_the_original(name):
 
 
 def test_every_metric_of_the_outputs_is_served_best_by_its_own_fit(known_draws):
-    """An error counts as ``||R (y - made)||^2`` with ``R`` from the gradients of the loss; none, row by row, or in full."""
+    """The error is ``||R (y - made)||^2`` with ``R`` from the gradients of the loss: none, by row, or in full."""
     folded = {kind: compressed("gpt2", [low_rank("attn.qkv") | {"layers": [0]}], outputs=kind) for kind in METRICS}
     before, _, words = folded["none"]
     path = "transformer.h.0.attn.c_attn"

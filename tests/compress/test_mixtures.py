@@ -1,4 +1,4 @@
-"""Mixtures of experts compressed by activations: every expert by the tokens that are sent to it."""
+"""Mixtures of experts compressed by activations, every expert by the tokens that are routed to it."""
 
 import copy
 
@@ -10,8 +10,7 @@ from plain import moment, text
 from test_compress import NARROW, compressed, size
 from transformers import AutoModelForCausalLM
 
-from tenfold.compress.activations import Streams, blocks_of
-from tenfold.compress.block import stages_of
+from tenfold.compress.activations import Activations, group_by_block
 from tenfold.compress.compress import compress
 from tenfold.compress.fisher import FisherPass
 from tenfold.models.experts import unpack
@@ -49,12 +48,12 @@ def test_moments_are_those_of_the_tokens_an_expert_gets():
     model = toys.build("mixtral")
     unpack(model)
     words = text(8, padded=True)
-    sites = blocks_of(find_sites(model))
+    sites = group_by_block(find_sites(model))
     path = "model.layers.0"
-    streams = Streams(model, list(sites), words.batches)
-    look, stages = FisherPass(streams), stages_of(path, sites[path], streams, 0)
+    activations = Activations(model, list(sites), words.batches)
+    look, stages = FisherPass(activations), activations.find_input_groups(0, sites[path])
     look.forward(0, stages)
-    seen = look.backward(0, path, stages, None).moments
+    seen = look.backward(0, stages, None).moments
     kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in words.batches])
     experts, states, indices = model.model.layers[0].mlp.experts, [], []
 
@@ -81,7 +80,7 @@ def test_moments_are_those_of_the_tokens_an_expert_gets():
 
 
 def test_an_expert_that_no_token_reaches_counts_like_the_others():
-    """It keeps about as much as they do, instead of being taken for useless."""
+    """It keeps about as much as they do."""
     model = toys.build("mixtral")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -122,7 +121,7 @@ def shared(roles=("mlp.in", "mlp.gate"), **rule) -> list[dict]:
 
 @each
 def test_experts_share_a_factor_that_is_fitted_to_all_their_tokens(name, tmp_path):
-    """Less is lost than without regard to the tokens, at the same size."""
+    """The error is lower than without activations, at the same size."""
     model = toys.build(name)
     metric = compressed(model, shared(keep=0.5), None)
     nearest = compress(copy.deepcopy(model), {"replace": shared(keep=0.5)})[0]
@@ -195,11 +194,11 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
             layer.input_layernorm.weight.mul_(30)
     unpack(model)
     one, path = torch.ones(1, 1, dtype=torch.long), "model.layers.0"  # a single token, for two of four experts
-    sites = blocks_of(find_sites(model))
-    streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = FisherPass(streams), stages_of(path, sites[path], streams, 0)
+    sites = group_by_block(find_sites(model))
+    activations = Activations(model, list(sites), [{"input_ids": one, "attention_mask": one}])
+    look, stages = FisherPass(activations), activations.find_input_groups(0, sites[path])
     look.forward(0, stages)
-    seen = look.backward(0, path, stages, None).moments
+    seen = look.backward(0, stages, None).moments
     traces = [float(seen[k].second.trace()) for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     tokens = [seen[k].tokens for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     assert min(tokens) == 0 < max(tokens)
@@ -210,16 +209,16 @@ def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
     model = toys.build("mixtral")
     unpack(model)
     one = torch.ones(1, 1, dtype=torch.long)  # a single token, for two of four experts
-    sites = blocks_of(find_sites(model))
-    streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = FisherPass(streams), {}
+    sites = group_by_block(find_sites(model))
+    activations = Activations(model, list(sites), [{"input_ids": one, "attention_mask": one}])
+    look, stages = FisherPass(activations), {}
     for number, path in enumerate(sites):
-        stages[number] = stages_of(path, sites[path], streams, number)
+        stages[number] = activations.find_input_groups(number, sites[path])
         look.forward(number, stages[number])
-    look.turn()
+    look.start_backward()
     last = len(sites) - 1
     ups = [site.path for site in sites[list(sites)[last]] if site.path.endswith(".up")]
-    matters = look.backward(last, list(sites)[last], stages[last], set(ups)).matters
+    matters = look.backward(last, stages[last], set(ups)).fisher
     traces = np.array([float(matters[path].trace()) for path in ups])
     far = np.abs(traces[:, None] - traces).argsort(1)[:, 1]
     unseen = [k for k in range(4) if torch.equal(matters[ups[k]], matters[ups[int(far[k])]])]
@@ -230,7 +229,7 @@ def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
 
 @each
 def test_narrow_experts_are_put_together_again(name):
-    """Their units stand where the fused weights have those of the gate and those of the other matrix."""
+    """Their units are at the positions of the fused weights of both matrices."""
     after = compressed(toys.build(name), [{"narrow": "mlp"}], 0.7)
     before = toys.logits(after)
     torch.testing.assert_close(toys.logits(densify(after)), before, atol=1e-5, rtol=0)
@@ -253,9 +252,11 @@ def test_experts_that_share_all_their_factors_are_put_together_again():
 
 
 def test_all_experts_are_read_by_one_pass_each(monkeypatch):
-    """Not one pass per expert: what each reads, then what each makes."""
-    calls, moments = [], Streams.expert_moments
-    monkeypatch.setattr(Streams, "expert_moments", lambda self, *rest: calls.append(rest) or moments(self, *rest))
+    """There are two passes in all, not one per expert."""
+    calls, moments = [], Activations.collect_expert_moments
+    monkeypatch.setattr(
+        Activations, "collect_expert_moments", lambda self, *rest: calls.append(rest) or moments(self, *rest)
+    )
     rule = {"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {"kind": "low_rank", "rank": 8}}
     compressed(toys.build("mixtral"), [rule], None)
     assert len(calls) == 2 * 2  # in two blocks
@@ -264,11 +265,11 @@ def test_all_experts_are_read_by_one_pass_each(monkeypatch):
 def test_the_order_of_experts_does_not_depend_on_where_tokens_are_sent():
     model = toys.build("mixtral")
     unpack(model)
-    sites, found = blocks_of(find_sites(model)), []
+    sites, found = group_by_block(find_sites(model)), []
     path = next(iter(sites))
     for token in range(6):
         one = torch.full((1, 1), 3 + token)  # for two of four experts
-        streams = Streams(model, list(sites), [{"input_ids": one, "attention_mask": torch.ones_like(one)}])
-        found.append(stages_of(path, sites[path], streams, 0))
+        activations = Activations(model, list(sites), [{"input_ids": one, "attention_mask": torch.ones_like(one)}])
+        found.append(activations.find_input_groups(0, sites[path]))
     assert all(stages == found[0] for stages in found)
     assert sorted(p for stage in found[0] for p in stage) == sorted(site.path for site in sites[path])

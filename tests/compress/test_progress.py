@@ -1,4 +1,4 @@
-"""What tells a user how far a compression is."""
+"""Progress bars around a compression."""
 
 import plain
 import pytest

@@ -1,4 +1,4 @@
-"""What goes wrong is one sentence that says what to do, and leaves the model as it was."""
+"""Every error is one sentence that says what to do, and leaves the model as it was."""
 
 import copy
 import lzma
@@ -25,7 +25,7 @@ HALF = {"budget": {"keep": 0.5}}
 
 
 def refused(model, recipe: dict, words=WORDS) -> str:
-    """The sentence; the model is in training and stays as it was."""
+    """Return the error message, and check that the model, in training mode, stays as it was."""
     before = copy.deepcopy(model.train()).state_dict()
     with pytest.raises(ValueError) as caught:
         compress(model, recipe, text=words)
@@ -91,7 +91,7 @@ def test_a_budget_that_cant_be_met_names_the_smallest_one_that_can(name, of):
     least = int(re.search(r"([\d,]+) parameters", said)[1].replace(",", ""))
 
     def kept(keep: float) -> tuple[int, int]:
-        """How many parameters stay, and of how many."""
+        """Return how many parameters stay, and of how many."""
         choices: list[dict] = []
         after = copy.deepcopy(model)
         compress(after, {"replace": NARROW, "budget": {"keep": keep, "of": of}}, text=WORDS, announce=choices.extend)
@@ -172,7 +172,7 @@ def test_it_is_told_how_fits_ended():
 @pytest.mark.parametrize("allocate", ["sensitivity", "uniform", "influence"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_shares_keep_the_budget(name, allocate):
-    """Also where some items can't be made smaller: queries and keys with norms."""
+    """Also where some items have a fixed size: queries and keys with norms."""
     model = toys.build(name)
     before = sum(p.numel() for p in model.parameters())
     recipe = {"replace": NARROW, "budget": {"keep": 0.8, "of": "model"}, "calibrate": {"allocate": allocate}}
@@ -210,7 +210,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run ``tenfold compress`` on a model; its exit status, standard output and standard error."""
+    """Run ``tenfold compress``; return its exit status, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tenfold", "compress", *map(str, arguments)])

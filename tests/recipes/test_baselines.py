@@ -1,4 +1,4 @@
-"""Every baseline on an invariant of its own, measured without the package where that is possible."""
+"""Every baseline on an invariant of its own, measured without the package where possible."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from toys import build, inputs, logits
 from transformers import AutoModelForCausalLM
 
 from tenfold.api import compress
-from tenfold.baselines.drop_layers import influences
-from tenfold.baselines.modegpt import influence_shares, leverage
+from tenfold.baselines.drop_layers import measure_influence
+from tenfold.baselines.modegpt import influence_ratios, leverage_scores
 from tenfold.baselines.rotation import rotate_stream
-from tenfold.baselines.slicegpt import slice_stream, slice_to, stream_moment
+from tenfold.baselines.slicegpt import slice_coordinates, slice_stream, stream_moment
 from tenfold.baselines.unit_order import order_units
-from tenfold.compress.allocate import TradeoffCurve
-from tenfold.compress.block_plan import plan_work
+from tenfold.compress.allocation import TradeoffCurve
+from tenfold.compress.block_plan import plan_blocks
 from tenfold.compress.calibration import Calibration
 from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.structured_pruning import NarrowMlp
+from tenfold.compress.structured_pruning import PruneMlp
 from tenfold.models.invariances.hidden_units import mlp_sites
 from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
@@ -62,10 +62,10 @@ def at(name: str, keep: float = 0.6, of: str = "blocks"):
 
 
 @cache
-def compressed(toy: str, name: str, journal: ResumeState | None = None):
-    """The original and what the recipe makes of it, which nobody changes."""
+def compressed(toy: str, name: str, state: ResumeState | None = None):
+    """Return the original and the compressed model, both read only."""
     model = build(toy)
-    return model, compress(copy.deepcopy(model), at(name), text=text(), journal=journal)[0]
+    return model, compress(copy.deepcopy(model), at(name), text=text(), state=state)[0]
 
 
 def matrices(model) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def matrices(model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def seen(model, path: str) -> torch.Tensor:
-    """The inputs ``(tokens, in)`` of a site on the calibration text."""
+    """Return the inputs ``(tokens, in)`` of a site on the calibration text."""
     rows = []
     hook = model.get_submodule(path).register_forward_pre_hook(lambda m, a: rows.append(a[0].flatten(0, -2).double()))
     for batch in text().batches:
@@ -85,7 +85,7 @@ def seen(model, path: str) -> torch.Tensor:
 
 
 def truncated(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
-    """The nearest matrix of this rank, and the sum of the squares of what is dropped."""
+    """Return the nearest matrix of this rank, and the sum of the dropped squares."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :rank] * s[:rank] @ v[:rank], float(s[rank:].square().sum())
 
@@ -95,7 +95,7 @@ def rank_of(model, path: str) -> int | None:
 
 
 def ranked(before, after):
-    """``(path, W, What, rank)`` of every site that was folded."""
+    """Return ``(path, W, What, rank)`` of every factorised site."""
     near = matrices(after)
     return [(path, w, near[path], rank_of(after, path)) for path, w in matrices(before).items() if rank_of(after, path)]
 
@@ -106,7 +106,7 @@ def ranked(before, after):
 @pytest.mark.parametrize("name", [*SHARED_OUT, "slicegpt", "procrustesgpt", "procrustesgpt-kronecker"])
 @toys
 def test_all_get_the_same_budget(toy, name):
-    """At most the share of the blocks, and less by no more than one step of one item."""
+    """The size is within the budget, by no more than one step of one item."""
     before, after = compressed(toy, name)
     kept = count_parameters(after, "blocks") / count_parameters(before, "blocks")
     assert 0.6 - STEPS.get(name, 0.02) < kept <= 0.6
@@ -146,7 +146,7 @@ def test_svd_is_the_nearest_matrix(toy):
 
 @toys
 def test_svd_llm_drops_what_is_measured(toy):
-    """The squared singular values that go are the mean squared error at the output of the original model."""
+    """The dropped squared singular values are the mean squared error at the output of the original model."""
     before, after = compressed(toy, "svd-llm")
     found = ranked(before, after)
     assert len(found) >= 8
@@ -167,9 +167,9 @@ def test_asvd_scales_every_input(toy):
 
 @toys
 def test_fwsvd_weighs_every_row(toy):
-    journal = ResumeState()
-    before, after = compressed(toy, "fwsvd", journal)
-    weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in journal.matters(k).items()}
+    state = ResumeState()
+    before, after = compressed(toy, "fwsvd", state)
+    weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in state.fisher(k).items()}
     for path, w, near, rank in ranked(before, after):
         weight = weights[path].clamp_min(1e-3 * float(weights[path].square().mean().sqrt()))[:, None]
         torch.testing.assert_close(weight * near, truncated(weight * w, rank)[0], atol=1e-5, rtol=1e-3)
@@ -178,7 +178,7 @@ def test_fwsvd_weighs_every_row(toy):
 
 @toys
 def test_svd_llm_update_reads_what_sites_get_now(toy):
-    """At the last site: nearer to the original output, from the inputs that it gets, than any matrix fitted without them."""
+    """The last site is nearer to the original output, for the inputs that it gets, than any matrix fitted without them."""
     before, plain = compressed(toy, "svd-llm")
     _, updated = compressed(toy, "svd-llm-update")
     path = list(matrices(before))[-1]
@@ -264,31 +264,31 @@ def test_permutations_only_help():
 
 
 def narrowed(toy: str, units=None, values=None, queries=None):
-    """With as many units, dimensions of values and units of queries in every block; all of them unless given."""
+    """Prune every block to so many units, dimensions of values and units of queries; all of them unless given."""
     before, after = build(toy), build(toy)
     chosen = {}
-    for work in plan_work(before, load_recipe("modegpt")):
+    for work in plan_blocks(before, load_recipe("modegpt")):
         for action in work.actions:
-            if isinstance(action, NarrowMlp):
+            if isinstance(action, PruneMlp):
                 chosen[action.name] = units or action.out.shape[1]
                 continue
             for group in range(action.heads.groups):
                 free = action.heads.freedom != "none"
                 chosen[f"{action.out.path} v{group}"] = values or action.heads.size
                 chosen[f"{action.out.path} q{group}"] = (queries or len(action.units)) if free else None
-    compress(after, at("modegpt"), text=text(), journal=Settled(chosen))
+    compress(after, at("modegpt"), text=text(), state=Settled(chosen))
     return before, after
 
 
 class Settled(ResumeState):
-    """A run in which it is known what is chosen, whatever the budget."""
+    """State of a run with fixed choices, whatever the budget."""
 
     def __init__(self, wanted: dict):
         super().__init__()
         self.wanted = wanted
 
-    def choose(self, chosen, choices):
-        super().choose(self.wanted, [])
+    def save_choices(self, chosen, choices):
+        super().save_choices(self.wanted, [])
 
 
 @pytest.mark.parametrize("toy", ["gpt2", "llama", "qwen3", "gpt_neox", "opt"])
@@ -313,7 +313,7 @@ def test_nystroem_is_least_squares_on_the_units_of_highest_leverage(toy):
     second = h.T @ h / len(h)
     ridge = float(second.diagonal().mean()) * torch.eye(len(second), dtype=torch.float64)
     scores = (second @ torch.linalg.inv(second + ridge)).diagonal()
-    torch.testing.assert_close(leverage(second), scores, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(leverage_scores(second), scores, atol=1e-10, rtol=1e-8)
     kept = scores.argsort(descending=True)[:20].sort().values
     best = torch.linalg.lstsq(h[:, kept], h @ w.T).solution.T
     torch.testing.assert_close(matrices(after)[path], best, atol=1e-3, rtol=1e-2)
@@ -321,7 +321,7 @@ def test_nystroem_is_least_squares_on_the_units_of_highest_leverage(toy):
 
 @toys
 def test_values_lose_the_dropped_singular_values(toy):
-    """``||X (Wv Wo - Wv' Wo')||^2`` of every head; where heads share values, of their output matrices one below the other."""
+    """Compare ``||X (Wv Wo - Wv' Wo')||^2`` of every head; where heads share values, of their stacked output matrices."""
     before, after = narrowed(toy, values=3)
     prefix = block_path(before)
     if toy == "gpt2":
@@ -369,12 +369,12 @@ def test_shares_by_influence():
         TradeoffCurve(f"h.{k}.x", np.array([1, 50, 100]), np.array([2.0, 1.0, 0.0]), [1, 50, 100]) for k in range(4)
     ]
     influence = {"h.0": 0.9, "h.1": 0.1, "h.2": 0.1, "h.3": 0.5}
-    shares = influence_shares(curves, influence, 240, 0.5)
+    shares = influence_ratios(curves, influence, 240, 0.5)
     assert 100 * sum(shares.values()) == pytest.approx(240, abs=1e-6)
     lost = {name: 1 - share for name, share in shares.items()}
     assert lost["h.1.x"] == pytest.approx(lost["h.2.x"]) and lost["h.0.x"] < lost["h.3.x"] < lost["h.1.x"]
     assert lost["h.1.x"] / lost["h.0.x"] == pytest.approx(np.exp(0.8 / 0.5))
-    tight = influence_shares(curves, influence, 120, 0.05)
+    tight = influence_ratios(curves, influence, 120, 0.05)
     assert 100 * sum(tight.values()) == pytest.approx(120, abs=1e-6) and min(tight.values()) >= 0.01 - 1e-9
 
 
@@ -391,7 +391,7 @@ def test_slicing_nothing_is_exact(toy):
 
 @pytest.mark.parametrize("toy, needed", [("llama", 6), ("gpt2", 7)])
 def test_slicing_a_stream_of_few_dimensions_is_exact(toy, needed):
-    """All that is written lies in a space of six dimensions; LayerNorm needs one coordinate more."""
+    """All writers of the stream span six dimensions; LayerNorm needs one more coordinate."""
     model = build(toy).double()
     space = torch.linalg.qr(torch.randn(32, 6).double())[0]
     with torch.no_grad():
@@ -402,7 +402,7 @@ def test_slicing_a_stream_of_few_dimensions_is_exact(toy, needed):
                 p.copy_(space @ space.T @ p)
     before, recipe = logits(model), at("slicegpt", 1.0)
     slice_stream(model, recipe, text())
-    slice_to(model, needed)
+    slice_coordinates(model, needed)
     torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-3)
 
 
@@ -444,7 +444,7 @@ def test_a_block_that_does_nothing_is_dropped_and_nothing_changes(toy, tmp_path)
 def test_influence_is_what_hidden_states_say():
     model = build("llama")
     batches = text()
-    found = influences(model, ["model.layers.0", "model.layers.1"], batches)
+    found = measure_influence(model, ["model.layers.0", "model.layers.1"], batches)
     pairs = []
     with torch.no_grad():
         for batch in batches.batches:
@@ -456,7 +456,7 @@ def test_influence_is_what_hidden_states_say():
 
 @toys
 def test_hidden_units_are_ordered_for_the_structure_and_nothing_changes(toy):
-    """Units that were shuffled: the fit gets better, and the order alone leaves the function as it is."""
+    """For shuffled units the fit gets better, and the permutation alone leaves the function as it is."""
     model, spec = build(toy), {"kind": "kronecker", "inner": [4, 4], "terms": 1}
     recipe, mlps = load_recipe({"replace": [{"role": ["mlp.in", "mlp.gate"], "structure": spec}], "first": "order"}), {}
     for path, sites in mlp_sites(model).items():

@@ -1,4 +1,4 @@
-"""Compression by two processes is that of one: statistics, choices and fits are shared out, and all know all of them."""
+"""Compression by two processes equals that by one: statistics, choices and fits are distributed."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import psutil
 import pytest
 import small
 import torch
-from compress import ranks
+from compress import processes as in_memory
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold import checkpoint_jobs
-from tenfold.compress import blockwise
+from tenfold.compress import calibration
 
 RECIPE = {"name": "narrow", "replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8}}
 
@@ -33,18 +33,18 @@ def two(*command: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    started = two(ranks.__file__, str(folder))
+    folder = tmp_path_factory.mktemp("processes")
+    started = two(in_memory.__file__, str(folder))
     _, said = started.communicate(timeout=300)
     assert started.returncode == 0, said[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.parametrize("case", in_memory.CASES)
 def test_two_processes_compress_as_one(by_two, case):
-    """But for refinement, where every step sees a batch of each process instead of one."""
+    """Except block finetuning, where every step reads a batch of each process instead of one."""
     first, second = (torch.load(by_two / f"{case}-{which}.pt") for which in ("first", "second"))
-    one = ranks.compressed(case)
+    one = in_memory.compressed(case)
     assert first.keys() == second.keys() == one.keys()
     for name, value in one.items():
         assert torch.equal(first[name], second[name]) and first[name].shape == value.shape, name
@@ -81,12 +81,12 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
 
 @pytest.mark.parametrize("processes", [4, 7, 13])
 def test_every_process_has_something_to_read(monkeypatch, processes):
-    monkeypatch.setattr(blockwise, "num_processes", lambda: processes)
+    monkeypatch.setattr(calibration, "processes", lambda: processes)
     batches = [{"input_ids": torch.full((2, 16), k), "attention_mask": torch.ones(2, 16)} for k in range(6)]
     if processes == 13:
         with pytest.raises(ValueError, match="13 processes can't share 12 samples of calibration text"):
-            blockwise.enough(batches)
+            calibration.split_for_processes(batches)
     else:
-        found = blockwise.enough(batches)
+        found = calibration.split_for_processes(batches)
         assert len(found) == (6 if processes == 4 else 12)
         assert torch.equal(*(torch.cat([b["input_ids"] for b in some]) for some in (found, batches)))

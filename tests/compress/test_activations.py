@@ -1,4 +1,4 @@
-"""Both streams against plain runs of the whole model, seen by hooks."""
+"""Original and compressed activations against plain runs of the whole model with hooks."""
 
 import copy
 from itertools import cycle
@@ -10,7 +10,7 @@ import torch
 from models import toys
 from plain import seen, text, watched
 
-from tenfold.compress.activations import Streams, blocks_of, twin
+from tenfold.compress.activations import Activations, freeze_copy, group_by_block
 from tenfold.compress.compress import compress
 from tenfold.compress.moments import MomentAccumulator
 from tenfold.models.sites import find_sites
@@ -24,18 +24,18 @@ DEEP["gemma3_text"] |= {"layer_types": ["sliding_attention", "full_attention", "
 
 
 def deep(name: str):
-    """The toy with three blocks."""
+    """Return the toy with three blocks."""
     kind, architecture, settings = toys.TOYS[name]
     with patch.dict(toys.TOYS, {name: (kind, architecture, settings | DEEP[name])}):
         return toys.build(name)
 
 
 def given(name: str):
-    """A model, its text, both streams, and ``{path of a block: its sites}``; an encoder reads padded text."""
+    """Return a model, its text, its activations, and ``{path of a block: its sites}``; an encoder reads padded text."""
     model = deep(name)
     words = text(6, 24, padded=name in ("bert", "roberta"))
-    blocks = blocks_of(find_sites(model))
-    return model, words, Streams(model, list(blocks), words.batches), blocks
+    blocks = group_by_block(find_sites(model))
+    return model, words, Activations(model, list(blocks), words.batches), blocks
 
 
 def change(model, site) -> None:
@@ -53,11 +53,11 @@ def same(found: torch.Tensor, wanted: np.ndarray) -> None:
 
 @each
 def test_moments_are_those_of_a_plain_run(name):
-    """Of the changed model, and across it, the original one and the original block on its states, in any mixture."""
-    model, words, streams, blocks = given(name)
+    """Compare moments of the changed model, and cross moments with the original model and the original block, in any mixture."""
+    model, words, activations, blocks = given(name)
     before = copy.deepcopy(model)
     for number, (path, sites) in enumerate(blocks.items()):
-        block, original = model.get_submodule(path), twin(model.get_submodule(path))
+        block, original = model.get_submodule(path), freeze_copy(model.get_submodule(path))
         change(model, sites[number])
         mixed = copy.deepcopy(model)
         mixed.set_submodule(path, copy.deepcopy(original))
@@ -65,47 +65,49 @@ def test_moments_are_those_of_a_plain_run(name):
         for site, share, local in zip(sites, cycle([0.0, 0.3, 1.0]), cycle([None, original]), strict=False):
             x, y, z = (run[site.path][0] for run in runs)
             x = share * x + (1 - share) * (z if local is None else y)
-            found = streams.moments(number, block, site.path.removeprefix(f"{path}."), local, original, share)
+            found = activations.collect_moments(
+                number, block, site.path.removeprefix(f"{path}."), local, original, share
+            )
             same(found.second, mean(z, z))
             same(found.cross, mean(x, z))
             same(found.mean, z.mean(0))
             same(found.mean_original, x.mean(0))
             assert found.tokens == len(x) == words.tokens
-        streams.advance(number, original)
+        activations.advance(number, original)
     assert len(blocks) == 3
 
 
 @each
 def test_without_an_original_block_there_is_one_stream(name):
-    model, words, streams, blocks = given(name)
+    model, words, activations, blocks = given(name)
     for number, (path, sites) in enumerate(blocks.items()):
         x, _ = seen(model, words, sites[-1].path)
-        found = streams.moments(number, model.get_submodule(path), sites[-1].path.removeprefix(f"{path}."))
+        found = activations.collect_moments(number, model.get_submodule(path), sites[-1].path.removeprefix(f"{path}."))
         same(found.second, mean(x, x))
         same(found.cross, mean(x, x))
-        streams.advance(number)
+        activations.advance(number)
 
 
 def test_the_other_stream_may_go_through_the_original_blocks(name="llama"):
-    model, words, streams, blocks = given(name)
+    model, words, activations, blocks = given(name)
     before = copy.deepcopy(model)
     for number, (path, sites) in enumerate(blocks.items()):
-        original = twin(model.get_submodule(path))
+        original = freeze_copy(model.get_submodule(path))
         change(model, sites[0])
         x, _ = seen(before, words, sites[0].path)
-        found = streams.moments(number, original, sites[0].path.removeprefix(f"{path}."))
+        found = activations.collect_moments(number, original, sites[0].path.removeprefix(f"{path}."))
         same(found.second, mean(x, x))
-        streams.advance(number, now=original)
+        activations.advance(number, compressed=original)
 
 
 def test_bfloat16_is_near(name="llama"):
     model, words, _, blocks = given(name)
     path, sites = next(iter(blocks.items()))
     inner = sites[-1].path.removeprefix(f"{path}.")
-    found = [
-        Streams(model, list(blocks), words.batches, precision=kind).moments(0, model.get_submodule(path), inner).second
-        for kind in ("float32", "bfloat16")
-    ]
+    found = []
+    for kind in ("float32", "bfloat16"):
+        activations = Activations(model, list(blocks), words.batches, precision=kind)
+        found.append(activations.collect_moments(0, model.get_submodule(path), inner).second)
     apart = float((found[0] - found[1]).norm() / found[0].norm())
     assert 0 < apart < 0.02
 
@@ -122,17 +124,18 @@ def test_sums_are_in_float32_while_blocks_run_in_bfloat16():
 FUSED = [["attn.qkv"], ["attn.out"], ["mlp.in"], ["mlp.out"]]
 SPLIT = [["attn.q", "attn.k", "attn.v"], ["attn.out"], ["mlp.in"], ["mlp.out"]]
 GATED = [*SPLIT[:2], ["mlp.gate", "mlp.in"], ["mlp.out"]]
-STAGES = {"gpt2": FUSED, "gpt_neox": FUSED, "bert": SPLIT, "opt": SPLIT, "llama": GATED, "qwen3": GATED}
-STAGES |= {"phi": [["attn.q", "attn.k", "attn.v", "mlp.in"], ["attn.out"], ["mlp.out"]]}  # side by side
+INPUT_GROUPS = {"gpt2": FUSED, "gpt_neox": FUSED, "bert": SPLIT, "opt": SPLIT, "llama": GATED, "qwen3": GATED}
+INPUT_GROUPS |= {"phi": [["attn.q", "attn.k", "attn.v", "mlp.in"], ["attn.out"], ["mlp.out"]]}  # side by side
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_stages_are_what_reads_the_same_input_in_the_order_of_the_run(name):
-    _, _, streams, blocks = given(name)
-    for number, (path, sites) in enumerate(blocks.items()):
-        roles = {site.path.removeprefix(f"{path}."): site.role for site in sites}
-        assert [[roles[p] for p in stage] for stage in streams.stages(number, list(roles))] == STAGES[name]
-        streams.advance(number)
+@pytest.mark.parametrize("name", INPUT_GROUPS)
+def test_input_groups_are_what_reads_the_same_input_in_the_order_of_the_run(name):
+    _, _, activations, blocks = given(name)
+    for number, sites in enumerate(blocks.values()):
+        roles = {site.path: site.role for site in sites}
+        groups = activations.find_input_groups(number, sites)
+        assert [[roles[path] for path in group] for group in groups] == INPUT_GROUPS[name]
+        activations.advance(number)
 
 
 def refused(model) -> str:

@@ -1,4 +1,4 @@
-"""Refinement of a block: never worse on the calibration text, better where the block can be, in the metric that it is given."""
+"""Finetuning of a block: never worse on the calibration text, and better where possible, in the given metric."""
 
 import copy
 
@@ -7,34 +7,38 @@ import torch
 from models import toys
 from plain import text
 
-from tenfold.compress.activations import Streams, blocks_of
-from tenfold.compress.block_finetune import refine
+from tenfold.compress.activations import Activations, group_by_block
+from tenfold.compress.block_finetune import finetune_block
 from tenfold.compress.compress import compress
 from tenfold.models.sites import find_sites
 
 
 def given(name: str, noise: float):
-    """Streams in front of the last block, that block with noise on its output matrix, and as it was."""
+    """Return the activations in front of the last block, that block with noise, and as it was."""
     model = toys.build(name)
-    paths = list(blocks_of(find_sites(model)))
-    streams = Streams(model, paths, text(8, 16).batches)
+    paths = list(group_by_block(find_sites(model)))
+    activations = Activations(model, paths, text(8, 16).batches)
     for number in range(len(paths) - 1):
-        streams.advance(number)
+        activations.advance(number)
     block = model.get_submodule(paths[-1])
     original = copy.deepcopy(block)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
-    return streams, len(paths) - 1, block, original
+    return activations, len(paths) - 1, block, original
 
 
 @torch.no_grad()
-def error(streams, number, block, original, metric) -> float:
-    """Told token by token."""
+def error(activations, number, block, original, metric) -> float:
+    """Return the error, summed token by token."""
     total, tokens = 0.0, 0
-    for k in range(len(streams.batches)):
-        x, z = streams.states(k)
-        rows = (streams.run(number, block, z, k) - streams.run(number, original, x, k)).flatten(0, -2).double()
+    for k in range(len(activations.batches)):
+        x, z = activations.states(k)
+        rows = (
+            (activations.run_block(number, block, z, k) - activations.run_block(number, original, x, k))
+            .flatten(0, -2)
+            .double()
+        )
         total += sum(float(row @ metric @ row) / 2 for row in rows)
         tokens += len(rows)
     return total / tokens
@@ -42,20 +46,20 @@ def error(streams, number, block, original, metric) -> float:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_the_error_is_that_of_the_metric_and_falls(name):
-    streams, number, block, original = given(name, 0.02)
+    activations, number, block, original = given(name, 0.02)
     root = torch.randn(32, 32, dtype=torch.float64)
     metric = root @ root.T
-    first = error(streams, number, block, original, metric)
-    before, after = refine(streams, number, block, original, metric, 60, 3e-3)
+    first = error(activations, number, block, original, metric)
+    before, after = finetune_block(activations, number, block, original, metric, 60, 3e-3)
     assert before == pytest.approx(first, rel=1e-3)
-    assert after == pytest.approx(error(streams, number, block, original, metric), rel=1e-3)
+    assert after == pytest.approx(error(activations, number, block, original, metric), rel=1e-3)
     assert after < 0.8 * before
     assert all(p.requires_grad and p.grad is None for p in block.parameters())
 
 
 def test_what_is_no_better_is_not_kept():
-    streams, number, block, original = given("gpt2", 0.0)
-    before, after = refine(streams, number, block, original, None, 5, 0.1)
+    activations, number, block, original = given("gpt2", 0.0)
+    before, after = finetune_block(activations, number, block, original, None, 5, 0.1)
     assert before == after == 0.0
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), original.parameters(), strict=True))
 

@@ -1,4 +1,4 @@
-"""Compressions in memory, by one process or by several that share the work: what the tests of both compare."""
+"""Compressions in memory, by one process or by several, for the tests that compare both."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from models import toys
 
 import tenfold
-from tenfold.compress.activations import Streams
+from tenfold.compress.activations import Activations
 from tenfold.compress.calibration import Calibration
 from tenfold.models.distributed import is_main_process, num_processes
 
@@ -31,7 +31,7 @@ CASES = {
 
 
 def compressed(case: str) -> dict[str, torch.Tensor]:
-    """The tensors of the compressed model, float64 sums and float32 weights."""
+    """Return the tensors of the compressed model."""
     kind, recipe = CASES[case]
     torch.manual_seed(0)
     model = small.model() if kind == "gpt2" else toys.build(kind)
@@ -46,13 +46,13 @@ def compressed(case: str) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    read, init = [], Streams.__init__
+    read, init = [], Activations.__init__
 
     def noted(self, model, blocks, batches, *more):
         read.append(len(batches))
         init(self, model, blocks, batches, *more)
 
-    Streams.__init__ = noted
+    Activations.__init__ = noted
     for name in CASES:
         found = compressed(name)
         assert num_processes() == 2

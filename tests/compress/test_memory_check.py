@@ -1,4 +1,4 @@
-"""What is said where memory is short."""
+"""Warnings where memory is short."""
 
 import copy
 import re
@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import plain
 import psutil
-import pytest
 from models import toys
 
-from tenfold.compress import blockwise, memory_check
+from tenfold.compress import memory_check
 from tenfold.compress.compress import compress
 
 RECIPE = {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
@@ -36,20 +35,3 @@ def test_what_is_advised_fits(monkeypatch):
     survey = int(re.search(r"calibrate: {survey: (\d+)}", told)[1])
     assert 0 < survey < plain.text(40).tokens
     assert said(monkeypatch, model, 0.9 * needed, survey) == []
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_every_matrix_and_every_moment_is_counted(name, monkeypatch):
-    """Twice the weights, moments of what goes in and of gradients, and of the judged ones inputs and gradients."""
-    model, seen = toys.build(name), []
-    monkeypatch.setattr(memory_check, "STATES", 0)
-    monkeypatch.setattr(memory_check, "LOGITS", 0)
-    monkeypatch.setattr(blockwise, "check_room", lambda *given: seen.append(given))
-    compress(model, RECIPE, text=plain.text(4))
-    ((_, works, tokens, window, settings),) = seen
-    for fewer in (tokens, 2 * tokens):
-        shapes = [site.shape for site in works[0].sites]
-        judged = sum(sum(s.shape) for s in works[0].sites if s.role in ("attn.out", "attn.q", "attn.qkv", "mlp.out"))
-        expected = 8 * sum(a * b for a, b in shapes) + 8 * sum(a * a for a, _ in shapes)
-        expected += 16 * sum(b * b for b in {b for _, b in shapes}) + 2 * fewer * judged
-        assert memory_check.needed_bytes(model, works, fewer, window, settings) == expected

@@ -1,4 +1,4 @@
-"""Bonds of tensor trains that are cut one at a time."""
+"""Truncation of the ranks of tensor trains, one bond at a time."""
 
 import copy
 
@@ -25,7 +25,7 @@ def squeezed(model, **how):
 
 
 def unfolded(weight: np.ndarray, structure: TensorTrain, bond: int) -> np.ndarray:
-    """``W`` as a matrix between the cores up to ``bond`` and those behind it, by index arithmetic alone."""
+    """Return ``W`` as a matrix between the cores up to ``bond`` and those behind it, by index arithmetic."""
     d = len(structure.outs)
     tensor = weight.reshape(*structure.outs, *structure.ins)
     pairs = [axis for k in range(d) for axis in (k, d + k)]
@@ -65,7 +65,7 @@ def test_a_cut_is_the_nearest_and_changes_two_cores(train):
 
 
 def test_bonds_that_are_not_full_may_be_cut():
-    """Cores whose bonds are wider than their sides: nothing is divided by zero."""
+    """Cores with bonds wider than their sides do not divide by zero."""
     structure = TensorTrain(outs=(2, 2), ins=(1, 2), ranks=(7,))
     factors = structure.init(1.0, torch.Generator().manual_seed(0), torch.float64)
     shorter, cut = structure.truncate_bond(factors, 0, 2)

@@ -5,13 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tenfold.compress.allocate import TradeoffCurve, allocate, uniform
+from tenfold.compress.allocation import TradeoffCurve, allocate_by_loss
 
 seeds = pytest.mark.parametrize("seed", range(15))
 
 
 def steps_down(draw, convex: bool) -> np.ndarray:
-    """What every further option gains per parameter: less and less where convex."""
+    """Return the gain per parameter of every further option, decreasing where convex."""
     slopes = draw.exponential(size=draw.integers(1, 5))
     return np.sort(slopes)[::-1] if convex else slopes
 
@@ -31,13 +31,13 @@ def bounds(curves) -> tuple[int, int]:
 
 
 def budgets(curves, seed: int = 0) -> list[float]:
-    """The least and the most that all items can cost, and some numbers between."""
+    """Return the least and the most that all items can cost, and some budgets between."""
     least, whole = bounds(curves)
     return [least, *np.random.default_rng(seed).uniform(least, whole, size=4), whole]
 
 
 def spent(curves, chosen) -> tuple[float, float]:
-    """Cost and loss."""
+    """Return the total cost and the total loss."""
     at = [curve.options.index(chosen[curve.name]) for curve in curves]
     pairs = list(zip(curves, at, strict=True))
     return sum(curve.costs[k] for curve, k in pairs), sum(curve.losses[k] for curve, k in pairs)
@@ -57,7 +57,7 @@ def largest_step(curves) -> float:
 def test_the_budget_is_kept_and_used_up(seed, convex):
     curves = curves_of(seed, convex)
     for budget in budgets(curves, seed):
-        chosen = allocate(curves, budget)
+        chosen = allocate_by_loss(curves, budget)
         cost, _ = spent(curves, chosen)
         assert cost <= budget
         for curve in curves:
@@ -69,64 +69,30 @@ def test_the_budget_is_kept_and_used_up(seed, convex):
 def test_at_most_one_step_is_lost_on_convex_curves(seed):
     curves = curves_of(seed)
     for budget in budgets(curves, seed):
-        _, loss = spent(curves, allocate(curves, budget))
+        _, loss = spent(curves, allocate_by_loss(curves, budget))
         assert loss <= least_loss(curves, budget) + largest_step(curves) + 1e-12
 
 
 @seeds
 @pytest.mark.parametrize("convex", [True, False])
 def test_nothing_is_lost_at_the_budgets_that_a_price_asks_for(seed, convex):
-    """Whoever pays ``price`` a parameter takes the option with the least ``loss + price * cost`` of every item."""
+    """At ``price`` per parameter every item takes the option with the least ``loss + price * cost``."""
     curves = curves_of(seed, convex)
     for price in np.random.default_rng(seed).exponential(size=6):
         budget = sum(curve.costs[np.argmin(curve.losses + price * curve.costs)] for curve in curves)
-        cost, loss = spent(curves, allocate(curves, budget))
+        cost, loss = spent(curves, allocate_by_loss(curves, budget))
         assert cost == budget and loss == pytest.approx(least_loss(curves, budget), abs=1e-9)
 
 
 def test_what_is_left_goes_where_it_gains_most_a_parameter():
     steps = {"does not fit": (10, 10.0), "gains most": (5, 4.0), "gains less": (6, 3.0)}
     curves = [TradeoffCurve(name, [1, 1 + cost], [gain, 0.0], [False, True]) for name, (cost, gain) in steps.items()]
-    chosen = allocate(curves, 4 + 6)
+    chosen = allocate_by_loss(curves, 4 + 6)
     assert [name for name, taken in chosen.items() if taken] == ["gains most"]
 
 
 @seeds
 @pytest.mark.parametrize("convex", [True, False])
-def test_uniform_shares_are_better_by_one_step_at_most(seed, convex):
-    curves = curves_of(seed, convex)
-    whole = sum(curve.whole for curve in curves)
-    for budget in budgets(curves, seed):
-        _, loss = spent(curves, allocate(curves, budget))
-        cost, other = spent(curves, uniform(curves, budget / whole))
-        assert cost > budget or loss <= other + largest_step(curves) + 1e-12
-
-
-@seeds
-@pytest.mark.parametrize("unit", [1e-9, 1e3, 1e9])
-def test_the_unit_of_the_losses_does_not_matter(seed, unit):
-    curves = curves_of(seed)
-    budget = budgets(curves, seed)[2]
-    scaled = [TradeoffCurve(c.name, c.costs, c.losses * unit, c.options) for c in curves]
-    assert allocate(scaled, budget) == allocate(curves, budget) == allocate(curves, budget)
-
-
-def test_too_small_a_budget_is_refused():
-    curves = curves_of(0)
-    least, _ = bounds(curves)
-    with pytest.raises(ValueError, match=f"smaller than {least} parameters, but {least - 1} are"):
-        allocate(curves, least - 0.5)
-
-
-def test_uniform_shares():
-    curves = curves_of(3)
-    for keep in (0.01, 0.3, 0.6, 0.999):
-        chosen = uniform(curves, keep)
-        for curve in curves:
-            fitting = [k for k, cost in zip(curve.options, curve.costs, strict=True) if cost <= keep * curve.whole]
-            assert chosen[curve.name] == (fitting[-1] if fitting else curve.options[0])
-
-
 @seeds
 def test_a_curve_keeps_what_no_other_option_beats(seed):
     draw = np.random.default_rng(seed)
@@ -141,4 +107,4 @@ def test_a_curve_keeps_what_no_other_option_beats(seed):
 
 def test_items_with_one_option_leave_nothing_to_choose():
     curves = [TradeoffCurve(name, np.array([cost]), np.array([0.0]), [cost]) for name, cost in (("a", 3), ("b", 4))]
-    assert allocate(curves, 7) == {"a": 3, "b": 4}
+    assert allocate_by_loss(curves, 7) == {"a": 3, "b": 4}

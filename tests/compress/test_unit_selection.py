@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenfold.compress import unit_selection
-from tenfold.compress.unit_selection import best_basis, best_units, choose_units
+from tenfold.compress.unit_selection import best_basis, order_units_by_covariance, order_units_by_variance
 
 OUT, UNITS, SAMPLES = 5, 7, 40
 seeds = pytest.mark.parametrize("seed", range(4))
@@ -18,18 +18,18 @@ def moment(samples: np.ndarray) -> torch.Tensor:
 
 
 def problem(seed: int):
-    """A reader ``(out, units)``, directions ``(n, out)`` that matter, and correlated units ``(n, units)``."""
+    """Return a reader ``(out, units)``, gradients ``(n, out)``, and correlated units ``(n, units)``."""
     draw = np.random.default_rng(seed)
     units = draw.normal(size=(SAMPLES, UNITS)) @ draw.normal(size=(UNITS, UNITS)) + draw.normal(size=UNITS)
     return draw.normal(size=(OUT, UNITS)), draw.normal(size=(2 * OUT, OUT)), units
 
 
 def chosen_by(reader, directions, units):
-    return choose_units(torch.from_numpy(reader), moment(directions), moment(units))
+    return order_units_by_covariance(torch.from_numpy(reader), moment(directions), moment(units))
 
 
 def nats_left(reader, directions, units, kept) -> float:
-    """What no matrix on the units ``kept`` can make up for: half the mean square along the directions."""
+    """Return the least loss over all matrices on the units ``kept``: half the mean square along the gradients."""
     wanted = units @ reader.T @ directions.T
     made = units[:, kept] @ np.linalg.lstsq(units[:, kept], wanted, rcond=None)[0] if kept else 0
     return float(((wanted - made) ** 2).sum()) / len(units) / len(directions) / 2
@@ -40,10 +40,10 @@ def nats_left(reader, directions, units, kept) -> float:
 
 @seeds
 def test_single_precision_chooses_as_well(seed):
-    """What is used where there are many units."""
+    """Single precision is used where there are many units."""
     reader, directions, units = problem(seed)
     exact, nearly = (
-        choose_units(torch.from_numpy(reader), moment(directions), moment(units).to(kind))
+        order_units_by_covariance(torch.from_numpy(reader), moment(directions), moment(units).to(kind))
         for kind in (torch.float64, torch.float32)
     )
     assert exact[0] == nearly[0]
@@ -83,9 +83,9 @@ def test_a_copy_and_a_unit_that_is_not_read_come_last(seed):
 @seeds
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_several_at_once_are_chosen_nearly_as_well(seed, steps, monkeypatch):
-    """The losses are still those of least squares, and there are no more of them in all than of units at random."""
+    """The losses are still those of least squares, and their sum is below that of random orders."""
     given = reader, directions, units = problem(seed)
-    monkeypatch.setattr(unit_selection, "STEPS", steps)
+    monkeypatch.setattr(unit_selection, "MAX_STEPS", steps)
     order, losses = chosen_by(*given)
     slow = [nats_left(*given, order[:k]) for k in range(UNITS + 1)]
     np.testing.assert_allclose(losses, slow, rtol=1e-6, atol=1e-10 * slow[0])
@@ -107,7 +107,7 @@ def test_units_that_matter_for_nothing_have_an_order_too():
 
 
 def nats_lost(outputs: torch.Tensor, second: torch.Tensor, near: torch.Tensor) -> float:
-    """``1/2 tr(G (1 - P) C (1 - P)^T)``, entry by entry."""
+    """Return ``1/2 tr(G (1 - P) C (1 - P)^T)``, entry by entry."""
     rest = np.eye(len(near)) - near.numpy()
     return float(np.einsum("ab,bc,cd,ad->", outputs.numpy(), rest, second.numpy(), rest)) / 2
 
@@ -122,14 +122,14 @@ def test_a_basis_goes_there_and_back_and_loses_what_it_says(seed):
     outputs, second = moment(directions @ np.random.default_rng(9).normal(size=(OUT, UNITS))), moment(units)
     outputs += 0.1 * torch.eye(UNITS)
     basis = best_basis(outputs, second)
-    torch.testing.assert_close(basis.there @ basis.back, torch.eye(UNITS, dtype=torch.float64))
-    slow = [nats_lost(outputs, second, first(basis.there, basis.back, k)) for k in range(UNITS + 1)]
+    torch.testing.assert_close(basis.forward @ basis.inverse, torch.eye(UNITS, dtype=torch.float64))
+    slow = [nats_lost(outputs, second, first(basis.forward, basis.inverse, k)) for k in range(UNITS + 1)]
     np.testing.assert_allclose(basis.losses, slow, rtol=1e-8, atol=1e-10 * slow[0])
 
 
 @seeds
 def test_no_other_basis_is_better(seed):
-    """Least is the sum of the dropped singular values of what any two roots make (Eckart-Young)."""
+    """The least loss is the sum of the dropped singular values of the product of any two roots (Eckart-Young)."""
     _, directions, units = problem(seed)
     outputs, second = moment(directions)[:4, :4] + 0.1 * torch.eye(4), moment(units[:, :4])
     losses = best_basis(outputs, second).losses
@@ -147,7 +147,7 @@ def test_units_that_go_together_are_ranked_by_what_they_lose(seed):
     _, directions, samples = problem(seed)
     outputs = moment(directions @ np.random.default_rng(9).normal(size=(OUT, UNITS)))
     second = moment(samples).diagonal().diag()
-    order, losses = best_units(outputs, second, units)
+    order, losses = order_units_by_variance(outputs, second, units)
     assert sorted(order) == [0, 1, 2, 3]
 
     def lost(kept) -> float:

@@ -1,4 +1,4 @@
-"""What narrowing is foreseen to lose: from gradients and activations of plain runs, in float64."""
+"""Estimated losses of pruning, from gradients and activations of plain runs in float64."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,9 @@ from models import toys
 from plain import gradients, moment, seen, text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import block, head_pruning, structured_pruning
+from tenfold.compress import block, head_pruning, pruning_criteria, structured_pruning
 from tenfold.compress.compress import compress
-from tenfold.compress.evidence import corrected
+from tenfold.compress.evidence import scale_losses
 from tenfold.models.sites import find_sites
 
 WORDS = text(16)
@@ -18,11 +18,11 @@ WORDS = text(16)
 
 @pytest.fixture
 def by_moments(monkeypatch):
-    """The curves as moments tell them, not scaled by gradients token by token."""
+    """Leave the curves as moments give them, not scaled by gradients token by token."""
     for module in (structured_pruning, head_pruning):
-        monkeypatch.setattr(module, "corrected", lambda losses, measured: losses)
+        monkeypatch.setattr(module, "scale_losses", lambda losses, measured: losses)
     monkeypatch.setattr(block, "fisher_losses", lambda *given: (0.0, 0.0))
-    monkeypatch.setattr(structured_pruning, "folds_of", lambda *given: [])
+    monkeypatch.setattr(structured_pruning, "split_halves", lambda *given: [])
 
 
 PAIRS = {  # dimensions of queries and keys that go together
@@ -33,7 +33,7 @@ PAIRS = {  # dimensions of queries and keys that go together
 
 
 def foreseen(model, kind: str) -> dict[str, tuple[int, float]]:
-    """``{item: (how many stay, nats)}`` in the last block."""
+    """Return ``{item: (how many stay, nats)}`` in the last block."""
     told: list[dict] = []
     recipe = {"replace": [{"narrow": kind, "layers": [1]}], "budget": {"keep": 0.6}, "calibrate": {"damping": 1e-8}}
     compress(model, recipe, text=WORDS, announce=told.extend)
@@ -51,18 +51,18 @@ def matrix(model, path: str) -> np.ndarray:
 
 
 def centred(x: np.ndarray, free: bool) -> np.ndarray:
-    """Where a bias takes up the mean of an error, what varies counts only."""
+    """Subtract the mean where a bias absorbs it."""
     return x - x.mean(0) if free else x
 
 
 def dropped(outputs: np.ndarray, inputs: np.ndarray, kept: int) -> float:
-    """The least of ``tr(G (1 - P) C (1 - P)^T) / 2`` over all ``P`` of this rank (Eckart-Young)."""
+    """Return the least ``tr(G (1 - P) C (1 - P)^T) / 2`` over all ``P`` of this rank (Eckart-Young)."""
     left, right = (np.linalg.cholesky(m + 1e-12 * np.trace(m) * np.eye(len(m))) for m in (outputs, inputs))
     return float((np.linalg.svd(left.T @ right, compute_uv=False)[kept:] ** 2).sum()) / 2
 
 
 def greedy(lost: np.ndarray, count: int) -> float:
-    """Half the mean square of the sum of ``count`` columns of ``lost (tokens, units)``, taken one at a time."""
+    """Return half the mean square of the sum of ``count`` columns of ``lost (tokens, units)``, chosen one at a time."""
     gone: list[int] = []
     for _ in range(count):
         costs = {k: (lost[:, [*gone, k]].sum(1) ** 2).mean() for k in range(lost.shape[1]) if k not in gone}
@@ -149,7 +149,7 @@ def test_what_tokens_cost_together_raises_all_curves_alike(known_draws, monkeypa
 
 @pytest.mark.parametrize("worse", ["by moments", "by gradients"])
 def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
-    """One by moments, one by gradients token by token; here one of them gives the best units away first."""
+    """One order is by moments, one by gradients; here one of them drops the best units first."""
     taken = []
 
     def watched(order: str, choose):
@@ -161,8 +161,11 @@ def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
 
         return chosen
 
-    monkeypatch.setattr(structured_pruning, "choose_units", watched("by moments", structured_pruning.choose_units))
-    monkeypatch.setattr(structured_pruning, "least_units", watched("by gradients", structured_pruning.least_units))
+    for module, order, choose in (
+        (pruning_criteria, "by moments", "order_units_by_covariance"),
+        (structured_pruning, "by gradients", "order_units_by_products"),
+    ):
+        monkeypatch.setattr(module, choose, watched(order, getattr(module, choose)))
     model, after = toys.build("gpt2"), toys.build("gpt2")
     with torch.no_grad():  # some units that matter, and many that do not
         for one in (model, after):
@@ -177,7 +180,7 @@ def test_the_better_of_two_orders_of_units_is_taken(worse, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "phi", "gpt_neox"])
 def test_dropped_rows_say_nothing(name):
-    """Not even their biases, which rotary positions would let through."""
+    """Their biases are zero, too, which rotary positions would pass on."""
     model = toys.build(name)
     foreseen(model, "attention")
     for site in find_sites(model):
@@ -187,13 +190,13 @@ def test_dropped_rows_say_nothing(name):
 
 
 def test_a_curve_is_scaled_by_what_gradients_say(known_draws, monkeypatch):
-    """Of values: the loss of three sizes by gradients token by token, over that by moments, in the mean of logarithms."""
+    """The scale is the ratio of the losses at three sizes, by gradients and by moments, in the mean of logarithms."""
     seen_before: list[tuple[np.ndarray, dict]] = []
-    monkeypatch.setattr(head_pruning, "corrected", lambda losses, told: seen_before.append((losses, told)) or losses)
+    monkeypatch.setattr(head_pruning, "scale_losses", lambda losses, told: seen_before.append((losses, told)) or losses)
     foreseen(toys.build("llama"), "attention")
     assert sorted({len(told) for _, told in seen_before}) == [0, 3]  # pairs go by gradients in the first place
     for losses, told in (pair for pair in seen_before if pair[1]):
-        found = corrected(losses, told)
+        found = scale_losses(losses, told)
         apart = [np.log(loss / found[k]) for k, loss in told.items()]
         scale = found[losses > 0] / losses[losses > 0]
         assert abs(np.mean(apart)) < 1e-9 and np.allclose(scale, scale[0])

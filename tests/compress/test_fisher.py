@@ -1,4 +1,4 @@
-"""What is foreseen to be lost at a site: from gradients of the loss, in float64, one sequence at a time.
+"""Estimated losses of a site, from gradients of the loss in float64, one sequence at a time.
 
 The labels that a model draws are replaced by its least likely tokens, as the slow reference has them.
 """
@@ -31,7 +31,7 @@ def words():
 
 
 def foreseen(model, words, roles, **settings) -> dict[str, tuple[int, float]]:
-    """``{site: (rank, nats)}``"""
+    """Return ``{site: (rank, nats)}``."""
     told: list[dict] = []
     recipe = {
         "replace": [{"role": roles, "structure": {"kind": "low_rank"}}],
@@ -43,7 +43,7 @@ def foreseen(model, words, roles, **settings) -> dict[str, tuple[int, float]]:
 
 
 def least_loss(outputs: np.ndarray, weight: np.ndarray, inputs: np.ndarray, rank: int) -> float:
-    """Of ``tr(G E C E^T) / 2`` over all ``W - E`` of this rank: the dropped squares of ``R^T W L`` (Eckart-Young)."""
+    """Return the least ``tr(G E C E^T) / 2`` over all ``W - E`` of this rank (Eckart-Young)."""
     sides = [np.linalg.cholesky(m + 1e-9 * np.trace(m) / len(m) * np.eye(len(m))) for m in (outputs, inputs)]
     return float((np.linalg.svd(sides[0].T @ weight @ sides[1], compute_uv=False)[rank:] ** 2).sum()) / 2
 
@@ -68,7 +68,7 @@ def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_d
 
 @pytest.mark.parametrize("model", ["gpt2", "headless bert"], indirect=True)
 def test_gradients_pass_through_blocks_that_stay(model, words, known_draws):
-    """A rule for the first block alone foresees what one for all blocks does."""
+    """A rule for the first block alone estimates the same loss as one for all blocks."""
     recipe = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}}
     whole = {path: nats for path, (_, nats) in foreseen(model, words, ["mlp.in"]).items()}
     told: list[dict] = []
@@ -97,7 +97,7 @@ def test_what_is_drawn_for_a_sequence_does_not_depend_on_what_runs_beside_it(mod
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
 def test_labels_are_drawn_from_what_the_model_says(model, words, monkeypatch):
-    """Wherever a padding is not."""
+    """At every position without padding."""
     chances: list[torch.Tensor] = []
     draw = torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, *more, **given: chances.append(p) or draw(p, *more, **given))
