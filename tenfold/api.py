@@ -126,11 +126,11 @@ def with_teacher(recipe, teacher: str | None) -> Recipe:
 
 
 def heal_settings(losses: Sequence[str] = (), recipe: str | dict | None = None, **settings: Any) -> Heal:
-    """Return settings for :func:`tenfold.heal`: those given, else the recipe's ``heal`` section, else the defaults.
+    """Return settings for ``tenfold.heal``: those given, else the recipe's ``heal`` section, else the defaults.
 
     Args:
         losses: ``NAME=WEIGHT``, for instance ``kl=1.0``.
-        settings: fields of :class:`Heal`; None counts as not given.
+        settings: fields of ``Heal``; None counts as not given.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     base: dict[str, Any] = {}

@@ -57,7 +57,7 @@ def check_job(name: str | Path, output: str | Path, overwrite: bool) -> Path:
 
 @dataclass(frozen=True)
 class CompressJob:
-    """Arguments of :func:`compress_checkpoint`, which all ways to compress share."""
+    """Arguments of ``compress_checkpoint``, which all ways to compress share."""
 
     name: str | Path
     output: Path
@@ -190,22 +190,22 @@ def compress_checkpoint(
         files: calibration text; none for recipes without activations.
         num_samples: windows, or documents, of the calibration text; default: as in the recipe.
         heal_files: text to heal on, after the compression or in the stages that heal.
-        source: ``weights`` or ``noise``, as for :func:`tenfold.compress`.
-        device, dtype: as for :func:`tenfold.api.load`.
+        source: ``weights`` or ``noise``, as for ``tenfold.compress``.
+        device, dtype: as for ``tenfold.api.load``.
         overwrite: replace ``output``, and what another job has left in ``output.partial``.
         command: the command line, for the model card.
         max_shard_size: size of the files of a model small enough to be assembled in memory.
-        progress, announce: as for :func:`tenfold.compress`.
+        progress, announce: as for ``tenfold.compress``.
         advance: called as ``advance(step, steps, tokens_per_second)`` while healing.
 
     Returns:
-        The report of :func:`tenfold.compress`. With stages: that of the last one, the dense model's counts, and ``stages``, the
+        The report of ``tenfold.compress``. With stages: that of the last one, the dense model's counts, and ``stages``, the
         reports of all.
 
     Raises:
         FileExistsError: ``output`` is not empty, or ``output.partial`` belongs to another job.
         OSError: the disk is full; what is finished stays, and the same call resumes.
-        ValueError: a stage needs text that is missing, or :func:`tenfold.compress` refuses the job.
+        ValueError: a stage needs text that is missing, or ``tenfold.compress`` refuses the job.
     """
     output = check_job(name, output, overwrite)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -238,12 +238,12 @@ def heal_checkpoint(
     command: str = "",
     **options: Any,
 ) -> dict[str, Any]:
-    """Heal the checkpoint ``name``, write it to the folder ``output`` and return the report of :func:`tenfold.heal`.
+    """Heal the checkpoint ``name``, write it to the folder ``output`` and return the report of ``tenfold.heal``.
 
     Checkpoints are in ``output.partial``; the same call resumes from the last one.
 
     Args:
-        options: further arguments of :func:`tenfold.heal`.
+        options: further arguments of ``tenfold.heal``.
     """
     output = check_job(name, output, overwrite)
     model, tokenizer = api.load(name, device, "float32")

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FunctionType
 
@@ -86,6 +87,30 @@ def test_structure_is_mathematics_only(path):
 @each([path for path in FILES if part_of(path) not in ("models", *TOP)])
 def test_only_models_knows_architectures(path):
     assert not [name for name in imported(path) if name.startswith(("transformers.models", "transformers.quantizers"))]
+
+
+def runtime_imports(path: Path) -> set[str]:
+    """Modules of the package that ``path`` imports when it runs, in functions too; not for type checkers alone."""
+    tree, names = ast.parse(path.read_text()), set()
+    checking = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    skipped = {id(node) for block in checking for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_files_do_not_import_each_other_in_circles():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    packages = {
+        name for name, path in modules.items() if path.name == "__init__.py"
+    }  # a package names its files' names
+    graph = {name: (runtime_imports(path) & modules.keys()) - packages for name, path in modules.items()}
+    sorter = TopologicalSorter({name: found for name, found in graph.items() if name not in packages})
+    assert list(sorter.static_order())  # raises CycleError with the circle
 
 
 @each(FILES)

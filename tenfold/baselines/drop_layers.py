@@ -31,7 +31,7 @@ def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
         ``influence`` of every block of the original model, and which were ``dropped``.
 
     Raises:
-        ValueError: see :func:`list_blocks`, :func:`count_excess` and :func:`drop_one_by_one`.
+        ValueError: see ``list_blocks``, ``count_excess`` and ``drop_one_by_one``.
     """
     paths = list_blocks(model)
     excess = count_excess(model, recipe, paths)

@@ -1,7 +1,7 @@
 """Multiple-choice knapsack: one option for every item, the least sum of losses within a budget.
 
 ``minimise sum_i loss_i(k_i)  subject to  sum_i cost_i(k_i) <= budget``, by dynamic programming over the cost. Unlike the Lagrange
-multiplier of :func:`tenfold.compress.allocation.allocate_by_loss` it reaches options inside the convex hull of a curve, too.
+multiplier of ``tenfold.compress.allocation.allocate_by_loss`` it reaches options inside the convex hull of a curve, too.
 
 Reference: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11.
 """

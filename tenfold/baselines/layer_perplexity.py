@@ -34,7 +34,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
         round.
 
     Raises:
-        ValueError: the model is no causal language model, a loss is not finite, or see :func:`count_excess`.
+        ValueError: the model is no causal language model, a loss is not finite, or see ``count_excess``.
     """
     if not is_causal_lm(model) or model.get_output_embeddings() is None:
         raise ValueError(

@@ -46,7 +46,7 @@ def allocate_by_error_model(
     """Return ``{name: option}`` with the least sum of modelled errors; every item keeps at least the ratio ``LEAST``.
 
     Args:
-        curves: with losses as :func:`measure_curves` leaves them.
+        curves: with losses as ``measure_curves`` leaves them.
         budget: parameters of all items together.
     """
     least = LEAST[0] if budget >= 0.5 * sum(curve.whole for curve in curves) else LEAST[1]

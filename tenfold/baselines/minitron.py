@@ -32,7 +32,7 @@ from tenfold.models.sites import base_model
 
 
 def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
-    """Prune the widths of ``model`` with the smallest activations, in place; see :func:`tenfold.baselines.widths.prune_widths`.
+    """Prune the widths of ``model`` with the smallest activations, in place; see ``tenfold.baselines.widths.prune_widths``.
 
     By default hidden units of the MLPs and channels lose the same fraction, and heads stay.
     """

@@ -25,10 +25,10 @@ def prune_by_peak_to_peak(model: PreTrainedModel, recipe: Recipe, text: Any = No
         text: is not read.
 
     Returns:
-        ``widths``, see :func:`tenfold.baselines.widths.prune_widths`.
+        ``widths``, see ``tenfold.baselines.widths.prune_widths``.
 
     Raises:
-        ValueError: heads or channels should shrink, too, or see :func:`tenfold.baselines.widths.prune_widths`.
+        ValueError: heads or channels should shrink, too, or see ``tenfold.baselines.widths.prune_widths``.
     """
     shrink = recipe.shrink or Shrink(mlp=1)
     if shrink.heads or shrink.hidden:

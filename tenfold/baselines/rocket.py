@@ -10,7 +10,7 @@ largest first):
 4. ``What = (D S)^T``.
 
 The sizes of all matrices minimise the sum of ``||W - What|| / ||W||`` within the budget
-(:mod:`tenfold.baselines.knapsack`). ``What`` is stored dense, so that it runs everywhere, and counts as :func:`count_bytes`.
+(``tenfold.baselines.knapsack``). ``What`` is stored dense, so that it runs everywhere, and counts as ``count_bytes``.
 
 Reference: arXiv 2602.11008 and its code.
 """

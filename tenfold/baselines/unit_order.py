@@ -1,7 +1,7 @@
 """Permutation of the hidden units of every MLP after which its matrices are nearest to their structures.
 
 It is absorbed by the matrices on both sides, so that it costs nothing; the rules of the recipe then compress the model.
-It is sought in the Frobenius norm (:func:`tenfold.models.invariances.hidden_units.order_hidden`).
+It is sought in the Frobenius norm (``tenfold.models.invariances.hidden_units.order_hidden``).
 """
 
 from __future__ import annotations

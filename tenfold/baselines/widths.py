@@ -8,7 +8,7 @@
 
 A criterion scores them, the highest stay. The result is an ordinary checkpoint whose configuration has the smaller sizes: a new
 model is made from that configuration and receives the rows and columns that stay. To add a criterion, write a transform of the
-whole model (:mod:`tenfold.compress.whole_model`) that calls :func:`prune_widths`.
+whole model (``tenfold.compress.whole_model``) that calls ``prune_widths``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Choice of the actions that carry out the rules of a recipe.
 
-To add an action, write a subclass of :class:`tenfold.compress.block.Action` and a line in :func:`make_actions`.
-``CRITERIA`` holds the criteria of pruning, ``FITS`` the approximations of single matrices; :mod:`tenfold.baselines` adds to both.
+To add an action, write a subclass of ``tenfold.compress.block.Action`` and a line in ``make_actions``.
+``CRITERIA`` holds the criteria of pruning, ``FITS`` the approximations of single matrices; ``tenfold.baselines`` adds to both.
 """
 
 from __future__ import annotations

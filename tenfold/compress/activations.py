@@ -44,7 +44,7 @@ class Activations:
         batches: of calibration tokens.
         store: of the hidden states.
         skip: positions at the beginning of every window that do not count.
-        precision: of the blocks: ``auto``, ``bfloat16`` or ``float32``; see :class:`tenfold.models.config.Calibrate`.
+        precision: of the blocks: ``auto``, ``bfloat16`` or ``float32``; see ``tenfold.models.config.Calibrate``.
 
     Raises:
         ValueError: the blocks do not run one after another, each once per batch, on the output of the one before.

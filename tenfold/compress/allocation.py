@@ -1,6 +1,6 @@
 """Allocation of one budget to all items, so that their losses add up to the least.
 
-``ALLOCATORS`` holds the allocations that a recipe may name; :mod:`tenfold.baselines` adds its own.
+``ALLOCATORS`` holds the allocations that a recipe may name; ``tenfold.baselines`` adds its own.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TradeoffCurve:
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> TradeoffCurve:
-        """Return the curve that :meth:`to_json` wrote."""
+        """Return the curve that ``to_json`` wrote."""
         options = [Structure.from_json(option) if isinstance(option, dict) else option for option in plain["options"]]
         return TradeoffCurve(**plain | {name: np.array(plain[name]) for name in ARRAYS} | {"options": options})
 
@@ -80,7 +80,7 @@ class TradeoffCurve:
         return max(0, int(np.searchsorted(self.costs, cost, side="right")) - 1)
 
     def add_within(self, cost: float) -> int:
-        """Return :meth:`index_within` among all sizes of the structure, adding the option if it is not listed yet.
+        """Return ``index_within`` among all sizes of the structure, adding the option if it is not listed yet.
 
         The loss of a new option is interpolated.
         """

@@ -147,7 +147,7 @@ class Block:
         return self._targets[path]
 
     def pop_target(self, path: str) -> Target:
-        """Return :meth:`target`, which the caller may overwrite."""
+        """Return ``target``, which the caller may overwrite."""
         target = self.target(path)
         del self._targets[path]
         return target
@@ -207,7 +207,7 @@ class Block:
         return with_ridge(known, damping * float(known.diagonal().mean().clamp_min(1e-12)))
 
     def evidence_loss(self, path: str, error: Tensor, columns: Tensor | None = None) -> float:
-        """Return the loss of an error of a site in nats a token by its evidence; see :mod:`tenfold.compress.evidence`.
+        """Return the loss of an error of a site in nats a token by its evidence; see ``tenfold.compress.evidence``.
 
         A bias that absorbs means absorbs that of the error.
 

@@ -2,12 +2,12 @@
 
 1. **Collect**: the original model runs forward over a part of the calibration text, and backward, block by block. The moments of
    the inputs of every site and the Fisher information at its outputs give the loss of every item at every size
-   (:mod:`tenfold.compress.collect`).
-2. **Allocate** the budget so that the sum of the losses is least (:mod:`tenfold.compress.allocation`).
+   (``tenfold.compress.collect``).
+2. **Allocate** the budget so that the sum of the losses is least (``tenfold.compress.allocation``).
 3. **Carry out**: block by block, on the outputs of the blocks compressed so far, the sites are fitted and replaced.
 
-Only one block's weights are needed at a time (:mod:`tenfold.compress.weight_source`), and an interrupted run is resumed
-(:mod:`tenfold.compress.resume_state`).
+Only one block's weights are needed at a time (``tenfold.compress.weight_source``), and an interrupted run is resumed
+(``tenfold.compress.resume_state``).
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _compress_block(run: CompressionRun, number: int, plan: BlockPlan, activatio
 
 
 def _count_bytes(plans: list[BlockPlan], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return the total of :meth:`tenfold.compress.block.Action.count_bytes`, where any action counts bytes."""
+    """Return the total of ``tenfold.compress.block.Action.count_bytes``, where any action counts bytes."""
     counts = [count for plan in plans for action in plan.actions if (count := action.count_bytes(chosen))]
     if not counts:
         return {}

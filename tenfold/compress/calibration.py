@@ -50,10 +50,10 @@ def select_batches(batches: list[Batch], tokens: int) -> list[Batch]:
 
 
 def split_for_processes(batches: list[Batch]) -> list[Batch]:
-    """Return ``batches``, cut into single samples where there are fewer batches than num_processes.
+    """Return ``batches``, cut into single samples where there are fewer batches than processes.
 
     Raises:
-        ValueError: there are fewer samples than num_processes, too.
+        ValueError: there are fewer samples than processes, too.
     """
     if len(batches) >= num_processes():
         return batches
@@ -62,7 +62,7 @@ def split_for_processes(batches: list[Batch]) -> list[Batch]:
     ]
     if len(single) < num_processes():
         raise ValueError(
-            f"{num_processes()} num_processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
+            f"{num_processes()} processes can't share {len(single)} samples of calibration text; start fewer, or give more text"
         )
     return single
 

@@ -1,6 +1,6 @@
 """Collection of the statistics of the original model, and from them the tradeoff curve of every item.
 
-Forward through all blocks, then backward through one block after another. Statistics that the fits need go to the process_state of the
+Forward through all blocks, then backward through one block after another. Statistics that the fits need go to the state of the
 run; each step is a task that an interrupted run does not repeat.
 """
 
@@ -94,7 +94,7 @@ def _backward(
     """Run backward through one block and save its statistics.
 
     Returns:
-        Its curves, the ratios of :func:`tenfold.compress.evidence.fisher_losses`, and the names of
+        Its curves, the ratios of ``tenfold.compress.evidence.fisher_losses``, and the names of
         the curves that are scaled by measured divergences.
     """
     plan, settings, activations = run.plans[number], run.settings, fisher_pass.activations
@@ -125,7 +125,7 @@ def _make_trials(plan: BlockPlan, block: Block, known: list[TradeoffCurve], rati
 
 
 def list_phases(batches: list[Batch], settings: Calibrate, blocks: int) -> tuple[Phase, Phase, Phase]:
-    """Return the phases forward, backward and fits; see :func:`tenfold.compress.progress.estimate_phases`."""
+    """Return the phases forward, backward and fits; see ``tenfold.compress.progress.estimate_phases``."""
     surveyed = count_tokens(select_batches(batches, settings.survey))
     behind = VARIANTS * settings.divergence * blocks / 2
     return estimate_phases(surveyed, count_tokens(batches), settings.outputs != "none", behind)

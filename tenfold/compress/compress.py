@@ -49,13 +49,13 @@ def compress(
 
     Args:
         model: a model, compressed in place, or its folder or hub name.
-        recipe: a recipe, its name, its file or its mapping; :func:`recipe_for` makes one from a share to keep.
+        recipe: a recipe, its name, its file or its mapping; ``recipe_for`` makes one from a share to keep.
         source: ``weights`` or ``noise``.
-        progress: wraps the list of groups of sites, or of blocks; see :mod:`tenfold.compress.progress`.
-        text: result of :func:`tenfold.compress.calibration.load_calibration`; with it the matrices of the blocks are fitted to
+        progress: wraps the list of groups of sites, or of blocks; see ``tenfold.compress.progress``.
+        text: result of ``tenfold.compress.calibration.load_calibration``; with it the matrices of the blocks are fitted to
             activations, whatever the ``start`` of the recipe, and the budget is allocated by sensitivity.
         announce: is called with what was chosen for every item of the blocks, before it is carried out.
-        weights: source of the weights of a block, if ``model`` does not hold them; see :mod:`tenfold.checkpoint_jobs`.
+        weights: source of the weights of a block, if ``model`` does not hold them; see ``tenfold.checkpoint_jobs``.
         state: what an earlier run has reached, and this one will.
 
     Returns:

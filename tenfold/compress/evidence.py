@@ -10,7 +10,7 @@ inputs often carry the second moment and matter little, or much. It sets the sca
 
 Errors of several tokens add up where later tokens attend to them: ``1/2 mean over texts of (sum over tokens of g_t^T E z_t)^2``
 per token is what they cost in all. One text is one draw of it, too noisy for a single curve; the mean of its ratio to the above
-over all items (:func:`fisher_losses`) raises all curves alike.
+over all items (``fisher_losses``) raises all curves alike.
 
 Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradients), arXiv 1905.12558.
 """
@@ -36,7 +36,7 @@ def fisher_losses(pairs: Pairs, error: Tensor, shift: Tensor | None, tokens: int
     The latter holds for batches of several texts, too, as products across unrelated texts are zero in the mean.
 
     Args:
-        pairs: of this process; all num_processes add up.
+        pairs: of this process; all processes add up.
         error: ``E (out, in)``.
         shift: ``(out,)``, the error of the bias.
         tokens: number of tokens in the batches of this process; an expert sees some of them.
@@ -99,7 +99,7 @@ def unit_products(pairs: Pairs, weight: Tensor) -> Tensor:
     """Return the sum over tokens of ``a a^T (units, units)``, ``a_u = (g^T w_u) z_u``: the joint loss of removing units.
 
     Args:
-        pairs: ``(inputs (n, units), gradients (n, out))`` of this process; all num_processes add up.
+        pairs: ``(inputs (n, units), gradients (n, out))`` of this process; all processes add up.
         weight: ``(out, units)`` that reads the units.
     """
     products = torch.zeros(weight.shape[1], weight.shape[1])

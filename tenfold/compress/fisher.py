@@ -53,7 +53,7 @@ class FisherPass:
     Reference: Martens and Grosse 2015 (K-FAC), arXiv 1503.05671.
 
     Args:
-        clip: see :func:`clip_norms`.
+        clip: see ``clip_norms``.
     """
 
     def __init__(self, activations: Activations, seed: int = 0, clip: bool = False):
@@ -140,7 +140,7 @@ class FisherPass:
         fisher_paths: set[str] | None,
         evidence_paths: Collection[str] = (),
     ) -> BlockStatistics:
-        """Run backward through block ``number``; :meth:`release` it afterwards.
+        """Run backward through block ``number``; ``release`` it afterwards.
 
         Args:
             input_groups: its sites.
@@ -178,7 +178,7 @@ class FisherPass:
             self.activations.store.drop(f"gradient-{number + 1}-{k}")
 
     def _reduce_fisher(self, fisher: dict[str, Tensor], block: str, sizes: dict[str, int]) -> dict[str, Tensor]:
-        """Return the means over the tokens of all num_processes; experts that saw no token get the mean of the others."""
+        """Return the means over the tokens of all processes; experts that saw no token get the mean of the others."""
         if num_processes() > 1:
             own = {block: len(fisher[block])} if block in fisher else {}  # every process has tokens
             for path, size in (sizes | own).items():

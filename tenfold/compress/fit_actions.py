@@ -234,7 +234,7 @@ def fit_in_parallel(actions: Sequence[Any], block: Block, chosen: dict[str, Any]
     if num_processes() == 1 or len(actions) == 1:
         return
     for action in actions:
-        block.moments(action.site.path)  # all num_processes add these up gather_results
+        block.moments(action.site.path)  # all processes add these up together
     open_ones = [action for action in actions if chosen[action.site.path] is not None]
     fitted = {}
     for k in shard_items(list(range(len(open_ones)))):

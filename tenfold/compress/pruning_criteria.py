@@ -1,4 +1,4 @@
-"""Criterion of pruning by the least loss in nats; :mod:`tenfold.baselines.modegpt` has that of a paper."""
+"""Criterion of pruning by the least loss in nats; ``tenfold.baselines.modegpt`` has that of a paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGE = 1024  # hidden units; more are chosen in single precision, which takes h
 
 
 class LossCriterion:
-    """Least loss in nats, see :mod:`tenfold.compress.unit_selection`."""
+    """Least loss in nats, see ``tenfold.compress.unit_selection``."""
 
     refit = True
 

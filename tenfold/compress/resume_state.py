@@ -71,7 +71,7 @@ class ResumeState:
         self.choices: list[dict[str, Any]] = []
         self._statistics: dict[int, dict[str, Tensor]] = {}  # where there is no folder
         self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
-        # by the number of num_processes, as each reads its part of the text
+        # by the number of processes, as each reads its part of the text
         self.tasks = CheckpointedTasks(self.unfinished and self.unfinished / f"survey-{num_processes()}")
         if self.unfinished is not None and (self.unfinished / "choices.json").is_file():
             found = json.loads((self.unfinished / "choices.json").read_text())

@@ -1,6 +1,6 @@
-"""Pruning of the hidden units of an MLP; :mod:`tenfold.compress.head_pruning` prunes the heads of an attention.
+"""Pruning of the hidden units of an MLP; ``tenfold.compress.head_pruning`` prunes the heads of an attention.
 
-A :class:`PruningCriterion` chooses what stays: see :mod:`tenfold.compress.pruning_criteria`.
+A ``PruningCriterion`` chooses what stays: see ``tenfold.compress.pruning_criteria``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class QueryOrder:
 
 
 class PruningCriterion(Protocol):
-    """Choice of the units and dimensions that stay; ``action`` is a :class:`tenfold.compress.head_pruning.PruneHeads`.
+    """Choice of the units and dimensions that stay; ``action`` is a ``tenfold.compress.head_pruning.PruneHeads``.
 
     ``refit``: whether the output matrix of an attention compensates for those that go even where nothing else is refitted.
     """

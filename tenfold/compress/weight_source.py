@@ -1,7 +1,7 @@
 """Source and destination of the weights: one block at a time is loaded, in float32.
 
-Half precision is too coarse for statistics, and slow on a CPU. :class:`InMemoryWeights` has the whole model in memory,
-:class:`StreamedWeights` reads a checkpoint on disk through :class:`tenfold.models.lazy_checkpoint.LazyCheckpoint`.
+Half precision is too coarse for statistics, and slow on a CPU. ``InMemoryWeights`` has the whole model in memory,
+``StreamedWeights`` reads a checkpoint on disk through ``tenfold.models.lazy_checkpoint.LazyCheckpoint``.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def bench(
     length: int | None = None,
     new_tokens: int | None = None,
     repeats: int = 5,
-    against=None,
+    against: Any = None,
     training: bool = False,
     compiled: bool = False,
     cache: bool = True,
@@ -47,14 +47,14 @@ def bench(
     If one of them is an encoder or a classifier, nothing is generated.
 
     Args:
-        batch: sequences in a batch.
+        batch_size: sequences in a batch.
         length: tokens of the prompt; the model's context less ``new_tokens``, 512 at most, unless given.
         new_tokens: tokens generated one at a time with a cache; 16 unless given.
         repeats: measured turns, after one that warms up.
         against: the other model; the dense twin unless given.
         training: also measure forward, backward and AdamW on the prompts, on copies.
         compiled: use torch.compile for both, with a static cache for generation; layers then cache no dense matrix.
-        cache: let layers cache their dense matrix (:func:`tenfold.nn.dense_cache.dense_cache`) for prompts and generation.
+        cache: let layers cache their dense matrix (``tenfold.nn.dense_cache.dense_cache``) for prompts and generation.
 
     Returns:
         For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``,

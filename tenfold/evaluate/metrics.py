@@ -1,6 +1,6 @@
 """The metrics of tasks, by scikit-learn, scipy and rouge-score: ``name -> function(predictions, targets)``.
 
-Add one by an entry in :data:`METRICS`. All are fractions: 1 is perfect.
+Add one by an entry in ``METRICS``. All are fractions: 1 is perfect.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Task(ABC):
         name: as on the command line.
         folder: inside of the data folder; files may be in the data folder itself, too.
         file: the name of a split's file, with ``{split}``; xz and gz are read, too.
-        metrics: names in :data:`tenfold.evaluate.metrics.METRICS`.
+        metrics: names in ``tenfold.evaluate.metrics.METRICS``.
         libraries: required by the metrics.
     """
 
@@ -236,7 +236,7 @@ def _has_pair_template(tokenizer) -> bool:
 class Summary(Task):
     """A summary by a decoder, in JSON lines with ``document`` and ``summary``, or several ``summaries``.
 
-    The model reads the document and :data:`PROMPT`; it is trained on the summary alone, and writes greedily up to the end-of-text
+    The model reads the document and ``PROMPT``; it is trained on the summary alone, and writes greedily up to the end-of-text
     token, ``new_tokens`` at most. Its text counts up to the first line break.
     """
 

@@ -1,6 +1,6 @@
 """The tasks, as data: where their files are, which columns and labels they have, and which metrics score them.
 
-Add a task by an entry in :data:`TASKS`. The score of a task is the mean of its metrics: one for most, two where GLUE gives two.
+Add a task by an entry in ``TASKS``. The score of a task is the mean of its metrics: one for most, two where GLUE gives two.
 
 Reference: arXiv 1804.07461 (GLUE); arXiv 1911.12237 (SAMSum); arXiv 2004.15011 (SciTLDR).
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from tenfold.evaluate.task_kinds import Sentences, Summary, Task
 from tenfold.models.suggestions import check_name
@@ -66,7 +68,7 @@ def set_padding(model, tokenizer) -> None:
 
 
 def example_length(model, length: int | None = None) -> int:
-    """Return the tokens of an example at most: ``length``, or the model's context, :data:`MAX_LENGTH` at most."""
+    """Return the tokens of an example at most: ``length``, or the model's context, ``MAX_LENGTH`` at most."""
     context = context_of(model)
     if length is not None and not 8 <= length <= context:
         raise ValueError(f"length {length} must be from 8 to the model's context of {context}")
@@ -74,8 +76,8 @@ def example_length(model, length: int | None = None) -> int:
 
 
 def evaluate_task(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: Any,
     task: str | Task,
     data: str | Path,
     split: str = "dev",

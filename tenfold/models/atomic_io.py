@@ -32,7 +32,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read what :func:`write_json` wrote.
+    """Read what ``write_json`` wrote.
 
     Raises:
         ValueError: the file is damaged.

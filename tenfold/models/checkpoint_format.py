@@ -50,7 +50,7 @@ def read_plan(model: PreTrainedModel, config: TenfoldConfig) -> Plan:
 
 
 def read_structures(config: TenfoldConfig) -> dict[str, Structure]:
-    """Return ``{path: structure}`` of a checkpoint; raises as :func:`read_plan`."""
+    """Return ``{path: structure}`` of a checkpoint; raises as ``read_plan``."""
     if config.format_version > VERSION:
         raise ValueError(
             f"the checkpoint has format version {config.format_version}, this tenfold reads up to {VERSION}; install a "

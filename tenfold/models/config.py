@@ -17,7 +17,7 @@ class StrictModel(BaseModel):
 
 
 class Calibrate(StrictModel):
-    """Calibration: how activations guide the fits; see :mod:`tenfold.compress.blockwise`.
+    """Calibration: how activations guide the fits; see ``tenfold.compress.blockwise``.
 
     Args:
         samples: the number of windows, or documents, of the calibration text.
@@ -40,7 +40,7 @@ class Calibrate(StrictModel):
         damping: what is added to the diagonal of a moment, relative to its mean.
         output_damping: the same for the metric of the outputs; ``damping`` unless given.
         allocate: ``sensitivity`` minimises the total loss, ``uniform`` gives equal shares, ``influence`` larger shares to blocks
-            that change their input more (MoDeGPT); of :mod:`tenfold.baselines`: ``svd-llm-v2``, ``lems``, and ``knapsack``, the
+            that change their input more (MoDeGPT); of ``tenfold.baselines``: ``svd-llm-v2``, ``lems``, and ``knapsack``, the
             least sum of losses exactly.
         temperature: of ``influence``; the higher, the more equal the shares.
         refine: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
@@ -95,13 +95,13 @@ class Train(StrictModel):
             the result.
         batch: windows at once, of all processes together; ``accumulate`` batches make a step.
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
-        rates: ``one`` learning rate, or by the ``fans`` of every factor; see :func:`tenfold.train.optimizer.optimizer_for`.
+        rates: ``one`` learning rate, or by the ``fans`` of every factor; see ``tenfold.train.optimizer.optimizer_for``.
         guide: over this part of the steps a dense matrix beside every structured one is annealed away; 0: without.
         fold: the part of the steps in which the model is dense; then it is compressed by the recipe's rules, ``budget`` and
             ``calibrate`` (on tokens that it was trained on), and training continues. 0: structured from the beginning.
         teacher: the folder or the name of a trained model with the same tokenizer, to distil from.
         losses: the weights of ``cross_entropy`` on the text, and of divergences from the teacher's distributions (``kl``,
-            ``reverse_kl``, ``jensen_shannon``), see :mod:`tenfold.train.losses`; by default half and half with ``kl``.
+            ``reverse_kl``, ``jensen_shannon``), see ``tenfold.train.losses``; by default half and half with ``kl``.
         temperature: of these distributions.
         precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
             elsewhere; trained weights are in float32.

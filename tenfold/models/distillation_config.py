@@ -14,13 +14,13 @@ DIVERGENCES = {"kl", "reverse_kl", "jensen_shannon"}
 
 
 class Heal(StrictModel):
-    """Distillation after compression; see :mod:`tenfold.train.heal`.
+    """Distillation after compression; see ``tenfold.train.heal``.
 
     Args:
         tokens_per_step: of all processes together.
         batch: windows at once; by default all of a step, on a CPU 1,024 tokens.
         save_steps: the number of steps between checkpoints, where there are some.
-        losses: the weight of each; see :mod:`tenfold.train.losses`.
+        losses: the weight of each; see ``tenfold.train.losses``.
         temperature: of the distributions that divergences compare.
         layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; by default those of equal
             relative depth.

@@ -1,7 +1,7 @@
 """Mixtures of experts: every matrix of an expert as a site of its own.
 
 transformers fuses all experts of a layer in ``gate_up_proj (experts, 2 units, width)`` and ``down_proj (experts, width, units)``.
-Unpacking makes ``each.E.gate``, ``each.E.up`` and ``each.E.down`` of them; :func:`pack` fuses them again once they are dense.
+Unpacking makes ``each.E.gate``, ``each.E.up`` and ``each.E.down`` of them; ``pack`` fuses them again once they are dense.
 """
 
 from __future__ import annotations

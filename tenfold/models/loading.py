@@ -1,11 +1,11 @@
-"""Reading checkpoints: what the quantizer does (:mod:`tenfold.models.hf_quantizer`), and the stricter :func:`from_pretrained`.
+"""Reading checkpoints: what the quantizer does (``tenfold.models.hf_quantizer``), and the stricter ``from_pretrained``.
 
 ``config.json`` keeps its ``model_type`` and says in ``quantization_config`` which sites have which structures
-(:mod:`tenfold.models.checkpoint_format`). Nothing is ever unpickled.
+(``tenfold.models.checkpoint_format``). Nothing is ever unpickled.
 
 The quantizer refuses factors that are missing or have another shape, unknown structures and newer formats. It can't see a
 missing file, or missing tensors of the ordinary layers, which transformers only warns of and initialises at random:
-:func:`from_pretrained` refuses them.
+``from_pretrained`` refuses them.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def save_compressed(
     """Write ``model`` to ``folder`` as an ordinary Hugging Face checkpoint, with a model card and ``tenfold.json``.
 
     Args:
-        report: of :func:`tenfold.compress`; complete in ``tenfold.json``, in short on the card.
+        report: of ``tenfold.compress``; complete in ``tenfold.json``, in short on the card.
         command: the exact command that made the model.
 
     Raises:

@@ -167,7 +167,7 @@ def _describe_unknown(model: PreTrainedModel) -> str:
 
 
 def count_parameters(model: PreTrainedModel, of: str) -> int:
-    """Count the parameters of a part of ``model``, each tensor once; see :func:`part_of`."""
+    """Count the parameters of a part of ``model``, each tensor once; see ``part_of``."""
     return sum(parameter.numel() for parameter in part_of(model, of).values())
 
 

@@ -59,7 +59,7 @@ def replace(
 
     Args:
         source: ``weights`` fits the factors to the model's matrices as the plan says, ``noise`` draws them as
-            the start says (:data:`tenfold.models.initializers.DRAWS`), with the standard deviation of the present matrix, or of
+            the start says (``tenfold.models.initializers.DRAWS``), with the standard deviation of the present matrix, or of
             the configuration's initialiser where there is none.
         progress: wraps the list of groups of sites that is worked through.
 
@@ -102,7 +102,7 @@ def install(
     bias: Tensor | None,
     container: SharedFactors | None = None,
 ) -> None:
-    """Factorise one site with known factors and, if given, a new bias; call :func:`finish` after the last one."""
+    """Factorise one site with known factors and, if given, a new bias; call ``finish`` after the last one."""
     old, new = _install_layer(model, entry, container)
     _set_factors(new, factors)
     if bias is not None and isinstance(new, FactorizedLinear):
@@ -112,7 +112,7 @@ def install(
 
 
 def install_together(model: PreTrainedModel, changes: list[tuple[SitePlan, Factors, Tensor | None]]) -> None:
-    """Factorise several sites that share factors, ``(entry, factors, bias)`` each, as :func:`install` does one."""
+    """Factorise several sites that share factors, ``(entry, factors, bias)`` each, as ``install`` does one."""
     container = _create_container(model, Plan({entry.site.path: entry for entry, _, _ in changes}))
     for change in changes:
         install(model, *change, container)

@@ -10,13 +10,13 @@ from tenfold.structure import Dense, Factors, LowRank, Structure, Sum
 
 
 class Adapter(FactorizedLinear):
-    """``y = x @ (W + left @ right).T + bias``: a :class:`Sum` of the matrix of ``layer`` and a low-rank part.
+    """``y = x @ (W + left @ right).T + bias``: a ``Sum`` of the matrix of ``layer`` and a low-rank part.
 
     The adapter's ``left`` starts at zero, so the function is initially that of ``layer``, whose factors and bias are copied and
     frozen. ``layer`` itself does not change.
 
     Args:
-        layer: an ``nn.Linear`` or a :class:`FactorizedLinear`; its shared factors stay shared, and are frozen for all users.
+        layer: an ``nn.Linear`` or a ``FactorizedLinear``; its shared factors stay shared, and are frozen for all users.
         rank: the rank of the adapter.
         generator: draws ``right``.
 

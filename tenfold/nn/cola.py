@@ -1,4 +1,4 @@
-"""CoLA: two factors with a non-linearity between them, so the layer has no matrix and is no :class:`Structure`."""
+"""CoLA: two factors with a non-linearity between them, so the layer has no matrix and is no ``Structure``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Cola(FactorSpec, kind="cola"):
 
     @classmethod
     def from_json(cls, data: dict) -> Cola:
-        """Return the layer that :meth:`to_json` wrote."""
+        """Return the layer that ``to_json`` wrote."""
         return cls.from_fields({key: value for key, value in data.items() if key != "kind"})
 
     @classmethod
@@ -116,7 +116,7 @@ class Cola(FactorSpec, kind="cola"):
 
 
 class ColaLinear(FactorizedLinear):
-    """``y = up @ activation(down @ x) + bias``: a :class:`FactorizedLinear` with a :class:`Cola` as its structure.
+    """``y = up @ activation(down @ x) + bias``: a ``FactorizedLinear`` with a ``Cola`` as its structure.
 
     Reference: CoLA, arXiv 2502.10940.
     """

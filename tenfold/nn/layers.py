@@ -140,8 +140,8 @@ class FactorizedLinear(_Factorized):
     Args:
         structure: the structure of ``W``.
         bias: whether there is a bias ``(out,)``.
-        shared: ``{factor name: key}`` of the factors in a :class:`SharedFactors`; requires a call of :meth:`attach`.
-        frozen: names of factors that are not trained, and ``bias``; takes effect with :meth:`freeze`.
+        shared: ``{factor name: key}`` of the factors in a ``SharedFactors``; requires a call of ``attach``.
+        frozen: names of factors that are not trained, and ``bias``; takes effect with ``freeze``.
     """
 
     def __init__(self, structure: Structure, bias: bool = True, shared=None, frozen=(), device=None, dtype=None):
@@ -199,7 +199,7 @@ class FactorizedEmbedding(_Factorized):
         structure: the structure of ``W``.
         padding_idx: kept for tools that read it; the row of padding is trained like any other.
         scale: by which the model multiplies its embeddings (Gemma); not applied in the tied head.
-        shared, frozen: as in :class:`FactorizedLinear`.
+        shared, frozen: as in ``FactorizedLinear``.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The kinds of layers that a recipe may name: structures, and layers without a matrix.
 
-To add such a layer, write its description and the layer, see :mod:`tenfold.nn.cola`, and add a line to ``LAYERS``.
+To add such a layer, write its description and the layer, see ``tenfold.nn.cola``, and add a line to ``LAYERS``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Sizes are the capital letters of their labels; ``R`` is a rank or a number of te
 | ``Transposed`` | ``base[i, o]`` | as the base | by plan | as the base |
 | ``CustomEinsum`` | any einsum, from a recipe | prod of sizes per factor | by plan | alternating |
 
-The plan with the lowest price for the number of rows is chosen (:mod:`tenfold.structure.matmul`), including to make ``W`` first,
+The plan with the lowest price for the number of rows is chosen (``tenfold.structure.matmul``), including to make ``W`` first,
 so no structure costs much more than a dense matrix at many rows.
 
 Example: 1 x 2 blocks of a 2 x 4 matrix as one Kronecker term, ``outer (2 x 2)`` and ``inner (1 x 2)``::

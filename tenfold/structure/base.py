@@ -1,4 +1,4 @@
-"""The abstraction :class:`Structure`: a frozen dataclass of integers; tensors are passed to its methods."""
+"""The abstraction ``Structure``: a frozen dataclass of integers; tensors are passed to its methods."""
 
 from __future__ import annotations
 
@@ -197,17 +197,17 @@ class Structure(FactorSpec):
         return {next(name for name in e.spec.names if name not in e.spec.ones) for e in self._einsums}
 
     def flops(self, rows: int = 1) -> int:
-        """Return the FLOPs of :meth:`apply` on ``rows`` vectors: 2 per multiply-add; includes making ``W`` if it is made."""
+        """Return the FLOPs of ``apply`` on ``rows`` vectors: 2 per multiply-add; includes making ``W`` if it is made."""
         return rows * self._additions + sum(matmul.flops(einsum.spec, rows) for einsum in self._einsums)
 
     def price(self, rows: int, costs: HardwareCosts) -> float:
-        """Return the expected time of :meth:`apply` on ``rows`` vectors, in equivalent FLOPs."""
+        """Return the expected time of ``apply`` on ``rows`` vectors, in equivalent FLOPs."""
         adds, more = rows * self._additions, len(self._einsums) - 1
         parts = [matmul.counts_of(einsum.spec, rows, costs)[0] for einsum in self._einsums]
         return sum(parts, OpCounts(adds, 3 * adds, 0, more)).price(costs)
 
     def lookup_flops(self, rows: int = 1) -> int:
-        """Return the FLOPs of :meth:`rows` for ``rows`` indices."""
+        """Return the FLOPs of ``rows`` for ``rows`` indices."""
         return sum(matmul.lookup_flops(einsum.spec, rows) for einsum in self._einsums)
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
@@ -247,7 +247,7 @@ class Structure(FactorSpec):
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).reshape(*x.shape[:-1], out)
 
     def _apply_matrices(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As :meth:`_apply`, by plain matrix products only; requires :attr:`matrices`."""
+        """As ``_apply``, by plain matrix products only; requires ``matrices``."""
         return self._einsums[0].apply_matrices(factors, x, bias)
 
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
@@ -270,12 +270,12 @@ class Structure(FactorSpec):
         shared: Sequence[str] = (),
         **settings,
     ) -> Factors:
-        """Return the factors nearest to ``weights``; see :func:`tenfold.structure.als.fit`."""
+        """Return the factors nearest to ``weights``; see ``tenfold.structure.als.fit``."""
         return als.fit(self, weights, metrics, row_metrics, shared, **settings)
 
     @classmethod
     def from_json(cls, data: dict) -> Structure:
-        """Return the structure that :meth:`to_json` wrote."""
+        """Return the structure that ``to_json`` wrote."""
         return cls.family(data.get("kind")).from_fields({key: value for key, value in data.items() if key != "kind"})
 
     @classmethod
@@ -335,7 +335,7 @@ class Structure(FactorSpec):
 
     @classmethod
     def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
-        """Return what :meth:`within` returns, for one family."""
+        """Return what ``within`` returns, for one family."""
 
         def make(number: int) -> Structure:
             return cls.for_shape(out, inner, spec | {cls.grows: number})

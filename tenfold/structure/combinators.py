@@ -90,7 +90,7 @@ class Sum(_Parts, kind="sum"):
         return self._fit_greedily(weight, lambda part, rest: part.closed_form(rest))
 
     def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
-        """Return the greedy fit, as :meth:`closed_form`."""
+        """Return the greedy fit, as ``closed_form``."""
         return self._fit_greedily(
             weight, lambda part, rest: part.metric_form(rest, inputs, outputs) or part.closed_form(rest)
         )
@@ -231,7 +231,7 @@ class Scattered(Structure, kind="placed"):
         return factors
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """Return :meth:`fit_at` the first rows and columns; :mod:`tenfold.structure.permutation_search` finds better ones."""
+        """Return ``fit_at`` the first rows and columns; ``tenfold.structure.permutation_search`` finds better ones."""
         (out, inner), device = self.base.shape, weight.device
         identity = torch.arange(max(self.shape), dtype=torch.int32, device=device)
         return self.fit_at(weight, identity[:out], identity[:inner])

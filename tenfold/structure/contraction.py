@@ -169,7 +169,7 @@ class Plan:
 
     @property
     def backward_counts(self) -> OpCounts:
-        """Operation counts of :func:`gradients`: two products per step, and all steps but the last recomputed."""
+        """Operation counts of ``gradients``: two products per step, and all steps but the last recomputed."""
         each = [product.counts for product in self.products]
         return sum(each[:-1], sum(each, sum(each, OpCounts())))
 

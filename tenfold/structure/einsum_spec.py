@@ -94,7 +94,7 @@ class EinsumSpec:
         return {name: found[name] for name in self.names if name not in self.ones}
 
     def fans(self) -> dict[str, tuple[int, int]]:
-        """Return ``{factor: (fan in, fan out)}``, the sizes of its in and out :meth:`axes`."""
+        """Return ``{factor: (fan in, fan out)}``, the sizes of its in and out ``axes``."""
         labels = dict(self.factors)
         return {
             name: (self.size(labels[name][k] for k in inner), self.size(labels[name][k] for k in out))

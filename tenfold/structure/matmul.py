@@ -222,7 +222,7 @@ def _plan_of(inputs, output, sizes) -> Plan:
 
 
 def lookup_flops(spec: EinsumSpec, rows: int) -> int:
-    """Return the FLOPs of :func:`look_up_rows` for ``rows`` indices."""
+    """Return the FLOPs of ``look_up_rows`` for ``rows`` indices."""
     inputs = []
     for _, labels in spec.factors:
         inner = tuple(label for label in labels if label not in spec.outs)

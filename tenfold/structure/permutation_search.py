@@ -11,8 +11,8 @@ the error:
    Columns likewise.
 
 The plain exchange keeps ``What`` fixed: at place ``s`` row ``i`` costs the distance ``||w_i - What_s||^2``. It stalls early,
-because ``What`` was fitted to the current order, and serves bases without a better one (:class:`Trial`). For sums of Kronecker
-products the largest factor is eliminated (:class:`KroneckerTrial`): ``W`` is cut into blocks ``x[a, c] (b d)``, the other
+because ``What`` was fitted to the current order, and serves bases without a better one (``Trial``). For sums of Kronecker
+products the largest factor is eliminated (``KroneckerTrial``): ``W`` is cut into blocks ``x[a, c] (b d)``, the other
 factors span a space of blocks with projection ``P``, and the optimal largest factor leaves
 
     sum over a, c of  x[a, c]^T (1 - P) x[a, c].

@@ -25,7 +25,7 @@ def fit_shared_core(
     Args:
         tensors: ``X_s (l, m, r)``.
         x, y: the bonds of ``C (x, m, y)``, at most ``l`` and ``r``.
-        sweeps, tolerance: as for :func:`tenfold.structure.als.fit`.
+        sweeps, tolerance: as for ``tenfold.structure.als.fit``.
     """
     total = sum((tensor / (s + 1) for s, tensor in enumerate(tensors)), torch.zeros_like(tensors[0]))  # none cancel
     left = svd(total.flatten(1), x)[0]

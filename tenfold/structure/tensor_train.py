@@ -24,7 +24,7 @@ class TensorTrain(Structure, kind="tensor_train"):
     """``W[a_1..a_d, c_1..c_d] = sum_r core_1[r_0, a_1, c_1, r_1] core_2[r_1, a_2, c_2, r_2] ... core_d[.., r_d]``.
 
     ``r_0 = r_d = 1``; ``ranks`` are the bonds in between, ``r_1 .. r_{d-1}``. They may exceed the rank of an unfolding, as
-    those of the published TTM layers, which :func:`clip_ranks` from the left only; TT-SVD then pads with zeros.
+    those of the published TTM layers, which ``clip_ranks`` from the left only; TT-SVD then pads with zeros.
 
     Reference: Oseledets 2010 (TTM); arXiv 2306.02697 (the published shapes); arXiv 2106.02205 (MPO, full bonds).
     """
@@ -79,7 +79,7 @@ class TensorTrain(Structure, kind="tensor_train"):
     def shared_form(
         self, weights: Sequence[Tensor], shared: tuple[str, ...], sweeps: int, tolerance: float
     ) -> Factors | None:
-        """Return a joint fit if one inner core is shared and no bond outside of it is cut, see :func:`fit_shared_core`."""
+        """Return a joint fit if one inner core is shared and no bond outside of it is cut, see ``fit_shared_core``."""
         count, bonds = len(self.outs), self._bonds
         sides = [a * c for a, c in zip(self.outs, self.ins, strict=True)]
         at = next((k for k in range(1, count - 1) if shared == (f"core_{k}",)), None)

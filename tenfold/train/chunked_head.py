@@ -19,7 +19,7 @@ class ChunkedHead:
     """A model in two parts: the hidden states in front of its output head, and the logits of some of them.
 
     The head is the model's own ``forward`` in which the base model returns the given states, so that soft caps, scales,
-    transforms and biases apply. :meth:`verify` compares with the logits of the whole model; where they differ, ``whole`` is set
+    transforms and biases apply. ``verify`` compares with the logits of the whole model; where they differ, ``whole`` is set
     and the logits themselves take the place of the states.
     """
 

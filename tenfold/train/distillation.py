@@ -15,7 +15,7 @@ from tenfold.train.teacher import pair_layers
 
 
 class Distillation:
-    """``sum_k weight_k loss_k``, each loss a mean over positions; see :mod:`tenfold.train.losses`.
+    """``sum_k weight_k loss_k``, each loss a mean over positions; see ``tenfold.train.losses``.
 
     Logits of student and teacher are computed ``settings.chunk`` positions at a time, so that the memory that they take does not
     depend on the batch.

@@ -35,7 +35,7 @@ class Settings:
     """Settings of a fine-tuning.
 
     Args:
-        train: the method: ``full``, ``auxiliary`` or ``lora``; see :mod:`tenfold.train.methods`.
+        train: the method: ``full``, ``auxiliary`` or ``lora``; see ``tenfold.train.methods``.
         epochs: passes over the training examples; after each the dev examples are scored and a checkpoint is written.
         learning_rate: the peak of a linear schedule; the method's default unless given.
         batch: examples a step.
@@ -80,7 +80,7 @@ def finetune(
     dtype: torch.dtype | None = None,
     advance: Advance | None = None,
     overwrite: bool = False,
-    **settings,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Fine-tune ``model`` on ``task`` once for every seed, and write the best model to ``output``.
 
@@ -91,14 +91,14 @@ def finetune(
 
     Args:
         model: a folder or a name on a hub, dense or compressed.
-        task: a name in :data:`tenfold.evaluate.tasks.TASKS`.
+        task: a name in ``tenfold.evaluate.tasks.TASKS``.
         data: the folder with the files of the task.
         seeds: each one decides the new head and the order of the examples.
         device: ``cpu`` disables accelerators.
         dtype: of the saved model, float32 unless given; training is in float32, on an accelerator in bfloat16 autocast.
         advance: called as ``advance(step, steps, tokens_per_second)``, over all seeds that are left.
         overwrite: overwrite ``output``, whatever is there.
-        settings: those of :class:`Settings`.
+        settings: those of ``Settings``.
 
     Returns:
         The contents of ``finetune.json``: ``score`` (``mean`` and sample standard deviation ``std`` of the dev scores over the
@@ -176,7 +176,7 @@ def _process_batch(given: Settings) -> int:
         multiple = -(-given.batch // parts) * parts
         split = f" in {given.accumulate} parts" if given.accumulate > 1 else ""
         raise ValueError(
-            f"{processes} processes can't share {given.batch} examples a step{split} evenly; give --batch {multiple}"
+            f"{processes} processes can't share {given.batch} examples a step{split} evenly; give --batch-size {multiple}"
         )
     return given.batch // parts
 

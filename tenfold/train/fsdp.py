@@ -41,7 +41,7 @@ def keep_output_dtype(plugin) -> None:
 class UnshardedShell:
     """Copy of ``model`` without parameter values, made before it is sharded, which changes modules and classes in place.
 
-    :meth:`fill` turns ``model`` back into what it was, with its current parameters: in every process, on the CPU.
+    ``fill`` turns ``model`` back into what it was, with its current parameters: in every process, on the CPU.
     """
 
     def __init__(self, model: nn.Module):

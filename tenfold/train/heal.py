@@ -59,7 +59,7 @@ def heal(
     progress: Callable[[Iterable], Iterable] = iter,
     checkpoints: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train ``model``, in place, to predict what ``teacher`` predicts on ``files``; see :mod:`tenfold.train.losses`.
+    """Train ``model``, in place, to predict what ``teacher`` predicts on ``files``; see ``tenfold.train.losses``.
 
     A causal model reads windows of the concatenated text. A masked language model reads lines, truncated and padded, with a new
     mask each time; cross entropy is of the masked tokens, divergences as ``settings.positions`` says.

@@ -1,6 +1,6 @@
 """The methods of fine-tuning by name, each of which decides which parameters of a model are trained.
 
-Add one by an entry in :data:`METHODS`.
+Add one by an entry in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _structured_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> None:
-    """Add a low-rank part to every matrix of the blocks: peft's to a dense one, an :class:`Adapter` to a structured one.
+    """Add a low-rank part to every matrix of the blocks: peft's to a dense one, an ``Adapter`` to a structured one.
 
     Raises:
         ImportError: peft is not installed.
@@ -118,7 +118,7 @@ def _adapters(model: PreTrainedModel) -> list[Adapter]:
 
 
 def merge_lora(model: PreTrainedModel) -> None:
-    """Add peft's parts to their matrices; an :class:`Adapter` stays, as part of its layer's structure."""
+    """Add peft's parts to their matrices; an ``Adapter`` stays, as part of its layer's structure."""
     tuner = import_library("peft.tuners.lora").LoraLayer
     for path, module in list(model.named_modules()):
         if isinstance(module, tuner):

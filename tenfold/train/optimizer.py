@@ -78,7 +78,7 @@ def _to_matrices(tensor: Tensor, view: Axes) -> Tensor:
 
 
 def _from_matrices(matrices: Tensor, view: Axes, shape: torch.Size) -> Tensor:
-    """Invert :func:`_to_matrices`."""
+    """Invert ``_to_matrices``."""
     axes = [k for some in view for k in some]
     inverse = sorted(range(len(axes)), key=lambda k: axes[k])
     return matrices.reshape([shape[k] for k in axes]).permute(inverse)

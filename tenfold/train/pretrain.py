@@ -54,7 +54,7 @@ def pretrain(
 
     The recipe has ``model`` (a ``model_type`` and arguments of its configuration, or ``from``, the folder or name of a trained
     model), ``tokenizer`` (``vocab_size`` of a byte-level BPE trained on the first ``documents``, or the name of one), ``train``
-    (see :class:`tenfold.models.recipe.Train`), and may have ``replace``: then the model is structured from the start.
+    (see ``tenfold.models.recipe.Train``), and may have ``replace``: then the model is structured from the start.
 
     The folder has ``run.json`` (recipe, text and versions), ``tokens`` (the tokenized text, which other runs may use as data),
     ``log.jsonl`` (a line every few steps) and ``checkpoints``, each a Hugging Face folder, the last one and the best one.

@@ -25,7 +25,7 @@ TOKENIZATION = (
 
 
 class Tokens:
-    """The tokens in a folder that :func:`write_tokens` made, as one sequence; a slice reads only what it needs."""
+    """The tokens in a folder that ``write_tokens`` made, as one sequence; a slice reads only what it needs."""
 
     def __init__(self, folder: Path, limit: int | None = None):
         self.folder, self.manifest = folder, read_json(folder / "tokens.json")
@@ -80,7 +80,7 @@ def _open_shard(shard: Path) -> np.ndarray:
 
 
 def is_tokens(path: str | Path) -> bool:
-    """Return whether ``path`` is a folder that :func:`write_tokens` finished."""
+    """Return whether ``path`` is a folder that ``write_tokens`` finished."""
     return (Path(path) / "tokens.json").is_file()
 
 

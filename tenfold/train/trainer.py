@@ -30,7 +30,7 @@ class PackedDataset(torch.utils.data.Dataset):
     """Non-overlapping windows of ``length`` tokens; a shorter one at the end is left out.
 
     Args:
-        tokens: an array, or :class:`tenfold.train.tokens.Tokens`.
+        tokens: an array, or ``tenfold.train.tokens.Tokens``.
         seed: shuffles the windows; None keeps the order of the text.
         masked: a tokenizer, and the probability with which tokens are masked: then only masked tokens have labels. The mask of a
             window depends on ``seed`` and its position only.
@@ -65,7 +65,7 @@ class DivergenceGuardTrainer(Trainer):
     """Trainer that stops with an error if loss or weights are not finite or the loss diverges, before that is saved.
 
     Args:
-        log: the file for :class:`RunLog`.
+        log: the file for ``RunLog``.
         advance: called as ``advance(step, steps, tokens_per_second)`` after every step.
         tokens_per_step: of all processes.
     """

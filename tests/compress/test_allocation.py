@@ -92,8 +92,6 @@ def test_what_is_left_goes_where_it_gains_most_a_parameter():
 
 
 @seeds
-@pytest.mark.parametrize("convex", [True, False])
-@seeds
 def test_a_curve_keeps_what_no_other_option_beats(seed):
     draw = np.random.default_rng(seed)
     costs, losses = draw.integers(1, 12, size=8), draw.integers(0, 6, size=8) / 2

@@ -149,7 +149,7 @@ def test_layers_on_a_cached_matrix_are_counted_where_it_is_used(monkeypatch):
     rule = {"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}
     model, _ = compress(small.model(), {"replace": [rule]})
     rows = iter([frozenset({bucket(1), bucket(30)}), frozenset({bucket(1)})] * 2)
-    monkeypatch.setattr(dense_cache, "gain", lambda layer: (1.0, next(rows)))
+    monkeypatch.setattr(dense_cache, "estimate_gain", lambda layer: (1.0, next(rows)))
     assert bucket(1) != bucket(30)
     found = bench(model, new_tokens=2, repeats=1)
     assert found["cached"] == 1 and found["cached_at"] == {"prefill": 1, "decode": 1}, "a second one is over the limit"

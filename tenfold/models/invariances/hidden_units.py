@@ -35,7 +35,7 @@ def mlp_sites(model: PreTrainedModel) -> dict[str, list[Site]]:
 def hidden_weights(
     model: PreTrainedModel, path: str, chosen: Callable[[Site], bool] = lambda site: True
 ) -> list[Tensor]:
-    """Return the ``chosen`` matrices of the MLP ``path`` of :func:`mlp_sites`, hidden units as rows ``(units, width)``.
+    """Return the ``chosen`` matrices of the MLP ``path`` of ``mlp_sites``, hidden units as rows ``(units, width)``.
 
     In, gate, and out transposed, in float64.
     """
@@ -102,12 +102,12 @@ def order_hidden(
     """Search an order ``(units,)`` of hidden units in which all matrices of an MLP fit ``structure`` well.
 
     ``minimise sum_i ||W_i[order] - What_i||^2``; the result is never worse than the order they have. The search of
-    :mod:`tenfold.structure.permutation_search` works on the matrices side by side, as one with more columns. For block trains
+    ``tenfold.structure.permutation_search`` works on the matrices side by side, as one with more columns. For block trains
     that is the same problem, because blocks share nothing; a sum of Kronecker products shares its inner factors then, which is
     stricter.
 
     Args:
-        weights: ``(units, width)`` each, as :func:`hidden_weights` returns them. Scale them to weigh.
+        weights: ``(units, width)`` each, as ``hidden_weights`` returns them. Scale them to weigh.
         structure: of one of them, with ``outs`` and ``ins``: Kronecker, BlockTrain, TensorTrain.
 
     Raises:

@@ -76,7 +76,7 @@ def absorb_index_maps(model: PreTrainedModel, inside: str = "") -> list[str]:
     """Permute the hidden units of every MLP so that one of its index maps disappears; the function stays the same.
 
     An MLP stays as it is if one of its matrices is factorised and has no map of all its units. Call
-    :func:`tenfold.models.surgery.finish` after it.
+    ``tenfold.models.surgery.finish`` after it.
 
     Args:
         inside: only what is below this path.

@@ -63,7 +63,7 @@ def fuse_norms(model: PreTrainedModel, untie: bool = False) -> PreTrainedModel:
 def rotate_residual(model: PreTrainedModel, rotation: Tensor, untie: bool = False) -> PreTrainedModel:
     """Rotate the residual stream by ``Q``: ``W Q`` for all that reads it, ``Q^T W`` and ``Q^T b`` for all that writes.
 
-    The norms are fused first (:func:`fuse_norms`); their shifts become ``Q^T b'``. Best done in float32 or better.
+    The norms are fused first (``fuse_norms``); their shifts become ``Q^T b'``. Best done in float32 or better.
 
     Args:
         rotation: ``Q (width, width)``, orthogonal; for LayerNorm models with ``Q 1 = 1``.
@@ -281,7 +281,7 @@ class StreamMatrix:
 
 
 def stream_matrices(model: PreTrainedModel, structures: Mapping[str, Structure]) -> list[StreamMatrix]:
-    """Return the matrices ``{path: structure}`` of a model whose norms are fused (:func:`fuse_norms`).
+    """Return the matrices ``{path: structure}`` of a model whose norms are fused (``fuse_norms``).
 
     Raises:
         ValueError: a path is no matrix that reads or writes the stream.
@@ -315,7 +315,7 @@ def best_rotation(
         layer_norm: keep ``Q 1 = 1``.
         rounds: at most so many fits of all matrices.
         tolerance: stop when a round gains less than this ratio of the first error.
-        settings: of :meth:`tenfold.structure.Structure.fit`, such as ``sweeps``.
+        settings: of ``tenfold.structure.Structure.fit``, such as ``sweeps``.
 
     Returns:
         ``Q (width, width)`` in float64, and the error after every round.

@@ -214,13 +214,13 @@ _NOT_FREE = "only the stream of a pre-norm model can be rotated, but {}; take an
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a norm, by the name of its class; :func:`describe_norm` finds its kind."""
+    """Tell whether ``module`` is a norm, by the name of its class; ``describe_norm`` finds its kind."""
     return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
 @torch.no_grad()
 def describe_norm(path: str, module: nn.Module, width: int) -> tuple[float | None, bool]:
-    """Return ``unit`` and ``mean`` of :class:`PreNorm`, from the output of a copy of the norm on random vectors."""
+    """Return ``unit`` and ``mean`` of ``PreNorm``, from the output of a copy of the norm on random vectors."""
     twin = copy.deepcopy(module).to(device="cpu", dtype=torch.float64)
     x = 1 + torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kinds = {False: x / x.square().mean(-1, keepdim=True).sqrt(), True: nn.functional.layer_norm(x, (width,))}

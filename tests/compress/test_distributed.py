@@ -81,7 +81,7 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
 
 @pytest.mark.parametrize("processes", [4, 7, 13])
 def test_every_process_has_something_to_read(monkeypatch, processes):
-    monkeypatch.setattr(calibration, "processes", lambda: processes)
+    monkeypatch.setattr(calibration, "num_processes", lambda: processes)
     batches = [{"input_ids": torch.full((2, 16), k), "attention_mask": torch.ones(2, 16)} for k in range(6)]
     if processes == 13:
         with pytest.raises(ValueError, match="13 processes can't share 12 samples of calibration text"):
