@@ -5,9 +5,7 @@ Importing the package teaches transformers to load compressed checkpoints: after
 imported on first use.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import tenfold.models.hf_quantizer as _hf_quantizer  # noqa: F401 - registers itself with transformers
@@ -51,21 +49,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-class _Package(ModuleType):
-    """Module in which the functions ``compress`` and ``evaluate`` take precedence over the packages of the same names."""
-
-    def __setattr__(self, name: str, value) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str):
-        if name not in __all__:
-            raise AttributeError(f"module 'tenfold' has no attribute {name!r}; it has {', '.join(__all__)}")
-        setattr(self, name, getattr(import_module(_MODULES.get(name, "tenfold.api")), name))
-        return vars(self)[name]
-
-    def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *__all__})
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'tenfold' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return globals().setdefault(name, getattr(import_module(_MODULES.get(name, "tenfold.api")), name))
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 import tenfold.baselines  # noqa: F401 - registers them
-from tenfold.compress.calibration import Calibration, load_calibration
-from tenfold.compress.compress import compress as compress
-from tenfold.compress.compress import recipe_for as recipe_for
-from tenfold.evaluate.bench_layers import bench_layers as bench_layers
-from tenfold.evaluate.bench_model import bench as bench
-from tenfold.evaluate.perplexity import comparable as comparable
-from tenfold.evaluate.perplexity import perplexity as evaluate
-from tenfold.evaluate.tasks import evaluate_task as evaluate_task
-from tenfold.evaluate.text_files import HUB
+from tenfold.compression.calibration import Calibration, load_calibration
+from tenfold.compression.compress import compress as compress
+from tenfold.compression.compress import recipe_for as recipe_for
+from tenfold.evaluation.bench_layers import bench_layers as bench_layers
+from tenfold.evaluation.bench_model import bench as bench
+from tenfold.evaluation.perplexity import comparable as comparable
+from tenfold.evaluation.perplexity import perplexity as evaluate
+from tenfold.evaluation.tasks import evaluate_task as evaluate_task
+from tenfold.evaluation.text_files import HUB
 from tenfold.models.auto import load_model, load_tokenizer
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import inspect as inspect

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tenfold import api
-from tenfold.compress.activations import group_by_block
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.compress import compress
-from tenfold.compress.progress import Progress, no_progress
-from tenfold.compress.resume_state import ResumeState, write_tensors
-from tenfold.compress.weight_source import StreamedWeights
+from tenfold.compression.activations import group_by_block
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.compress import compress
+from tenfold.compression.progress import Progress, no_progress
+from tenfold.compression.resume_state import ResumeState, write_tensors
+from tenfold.compression.weight_source import StreamedWeights
 from tenfold.models.atomic_io import file_stamps, is_model_file, open_safetensors, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.checkpoint_format import check_plain

@@ -122,8 +122,8 @@ def bench(
 ) -> None:
     """Measure tokens per second and memory against the dense twin or another model, alternating in one run."""
     from tenfold import api
-    from tenfold.evaluate.bench_model import sizes
-    from tenfold.evaluate.timing import check_counts
+    from tenfold.evaluation.bench_model import sizes
+    from tenfold.evaluation.timing import check_counts
 
     options = [one for one in context.command.params if one.name in MODEL_ONLY]
     stated = [one.opts[0] for one in options if context.get_parameter_source(one.name).name == "COMMANDLINE"]
@@ -155,5 +155,5 @@ def bench(
 COMMANDS = {
     evaluate: None,
     generate: shows_defaults("api.py:generate"),
-    bench: shows_defaults("evaluate/bench_model.py:bench", dense_cache="cache"),
+    bench: shows_defaults("evaluation/bench_model.py:bench", dense_cache="cache"),
 }

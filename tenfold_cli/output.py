@@ -164,7 +164,7 @@ class Display:
 
 
 class PhaseProgress:
-    """Progress of a run in phases: a ``progress`` function as ``tenfold.compress.progress`` describes.
+    """Progress of a run in phases: a ``progress`` function as ``tenfold.compression.progress`` describes.
 
     It shows the phase, how far it is, and the time left for the whole run, unless the length of the phase is unknown.
     """

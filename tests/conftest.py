@@ -25,6 +25,6 @@ def seeded():
 def calibration_in_float32():
     """Laws are held to more digits than bfloat16 has; a test that is about it says so."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("tenfold.compress.activations", "tenfold.baselines.minitron"):
+        for name in ("tenfold.compression.activations", "tenfold.baselines.minitron"):
             patch.setattr(import_module(name), "in_bfloat16", lambda precision, device: precision == "bfloat16")
         yield

@@ -20,10 +20,10 @@ MAY_IMPORT = {
     "structure": set(),
     "nn": {"structure"},
     "models": {"structure", "nn"},
-    "evaluate": {"structure", "nn", "models"},
-    "compress": {"structure", "nn", "models", "evaluate"},
-    "baselines": {"structure", "nn", "models", "evaluate", "compress"},
-    "train": {"structure", "nn", "models", "evaluate", "compress"},
+    "evaluation": {"structure", "nn", "models"},
+    "compression": {"structure", "nn", "models", "evaluation"},
+    "baselines": {"structure", "nn", "models", "evaluation", "compression"},
+    "train": {"structure", "nn", "models", "evaluation", "compression"},
     "report": set(),
     "recipes": set(),
     "demo": set(),
@@ -62,7 +62,7 @@ def each(files):
 
 def test_every_part_is_known():
     assert {part_of(path) for path in FILES} <= MAY_IMPORT.keys() | TOP
-    assert {"structure", "nn", "models", "evaluate", "compress", "train"} <= {part_of(path) for path in FILES}
+    assert {"structure", "nn", "models", "evaluation", "compression", "train"} <= {part_of(path) for path in FILES}
 
 
 @each([path for path in FILES if part_of(path) not in TOP])

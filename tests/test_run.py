@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
 from tenfold import api, checkpoint_jobs
-from tenfold.compress.resume_state import CheckpointedTasks, ResumeState
-from tenfold.compress.tensor_store import TensorStore
+from tenfold.compression.resume_state import CheckpointedTasks, ResumeState
+from tenfold.compression.tensor_store import TensorStore
 from tenfold.models import lazy_checkpoint
 from tenfold.models.distillation_config import Heal
 from tenfold.models.recipe import load_recipe
@@ -250,7 +250,7 @@ def test_another_run_does_not_take_over(dense, tmp_path):
 
 
 def test_a_full_disk_keeps_finished_blocks(dense, tmp_path, monkeypatch):
-    from tenfold.compress import resume_state
+    from tenfold.compression import resume_state
 
     def full(*arguments, **keywords):
         raise resume_state.SafetensorError("No space left on device")

@@ -50,7 +50,7 @@ import tenfold, torch
 from tenfold.checkpoint_jobs import compress_checkpoint
 from tenfold.models.recipe import load_recipe
 from tenfold.models.config import Calibrate
-from tenfold.compress import blockwise
+from tenfold.compression import blockwise
 source, target, files, samples, calibrate, only = json.loads(sys.argv[1])
 def peak_kb():  # of this process alone: ru_maxrss begins with that of the process it was forked from
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -16,7 +16,7 @@ import numpy as np
 
 import tenfold
 from tenfold import api
-from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.evaluation.text_files import documents, token_stream
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", type=Path)

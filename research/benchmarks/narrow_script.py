@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold import api
-from tenfold.compress.calibration import load_calibration
+from tenfold.compression.calibration import load_calibration
 from tenfold.models.auto import read_config
 from tenfold.models.precision import multiplies_bfloat16
 

@@ -29,7 +29,7 @@ from quality_table import write_table
 from transformers import AutoModel, AutoTokenizer
 
 from tenfold import api
-from tenfold.compress.calibration import load_calibration
+from tenfold.compression.calibration import load_calibration
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import count_parameters, find_sites
 from tenfold.models.text_mode import is_causal_lm

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tenfold import api
-from tenfold.evaluate.perplexity import check_tokens
-from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.evaluation.perplexity import check_tokens
+from tenfold.evaluation.text_files import documents, token_stream
 from tenfold.models.lazy_checkpoint import weight_files
 from tenfold.models.precision import multiplies_bfloat16
 from tenfold_cli.memory import reuse_freed_memory

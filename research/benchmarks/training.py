@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from tenfold import api
-from tenfold.evaluate.text_files import documents
+from tenfold.evaluation.text_files import documents
 from tenfold.models.sites import count_parameters
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import is_tokens, write_tokens

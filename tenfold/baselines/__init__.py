@@ -15,9 +15,9 @@ from tenfold.baselines.rocket import SparseSite
 from tenfold.baselines.rotation import rotate_stream
 from tenfold.baselines.slicegpt import slice_stream
 from tenfold.baselines.unit_order import order_units
-from tenfold.compress.actions import CRITERIA, FITS
-from tenfold.compress.allocation import ALLOCATORS, LOSS_MODELS, allocate_by_ratios
-from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
+from tenfold.compression.actions import CRITERIA, FITS
+from tenfold.compression.allocation import ALLOCATORS, LOSS_MODELS, allocate_by_ratios
+from tenfold.compression.whole_model import TRANSFORMS, WEIGHTS_ONLY
 
 TRANSFORMS["drop-layers"] = drop_layers
 TRANSFORMS["drop-layers-perplexity"] = drop_layers_by_perplexity

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.activations import Activations, group_by_block
-from tenfold.compress.block_influence import cosine_distance
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.block_influence import cosine_distance
+from tenfold.compression.calibration import Calibration
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import count_parameters, find_sites
 

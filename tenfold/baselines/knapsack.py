@@ -1,7 +1,7 @@
 """Multiple-choice knapsack: one option for every item, the least sum of losses within a budget.
 
 ``minimise sum_i loss_i(k_i)  subject to  sum_i cost_i(k_i) <= budget``, by dynamic programming over the cost. Unlike the Lagrange
-multiplier of ``tenfold.compress.allocation.allocate_by_loss`` it reaches options inside the convex hull of a curve, too.
+multiplier of ``tenfold.compression.allocation.allocate_by_loss`` it reaches options inside the convex hull of a curve, too.
 
 Reference: Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.compress.allocation import TradeoffCurve, spend_rest
+from tenfold.compression.allocation import TradeoffCurve, spend_rest
 
 GRID = 50_000  # steps of the cost
 OPTIONS = 128  # of one item; of more, so many evenly spaced ones are tried

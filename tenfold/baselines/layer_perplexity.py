@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tenfold.baselines.drop_layers import count_excess, drop_one_by_one, list_blocks
-from tenfold.compress.activations import Activations
-from tenfold.compress.calibration import Calibration, select_batches, split_for_processes, sum_losses
+from tenfold.compression.activations import Activations
+from tenfold.compression.calibration import Calibration, select_batches, split_for_processes, sum_losses
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import all_reduce_number, shard_items
 from tenfold.models.recipe import Recipe

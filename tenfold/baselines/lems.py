@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from tenfold.baselines.knapsack import solve_knapsack
-from tenfold.compress.activations import Activations
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Block
-from tenfold.compress.block_plan import BlockPlan, CompressionRun
-from tenfold.compress.calibration import select_batches
-from tenfold.compress.divergence import Correction, batches_with_tokens, divergences, run_variants
-from tenfold.compress.fit_actions import FactorizeSite
-from tenfold.compress.progress import Phase
-from tenfold.compress.tensor_store import TensorStore
+from tenfold.compression.activations import Activations
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Block
+from tenfold.compression.block_plan import BlockPlan, CompressionRun
+from tenfold.compression.calibration import select_batches
+from tenfold.compression.divergence import Correction, batches_with_tokens, divergences, run_variants
+from tenfold.compression.fit_actions import FactorizeSite
+from tenfold.compression.progress import Phase
+from tenfold.compression.tensor_store import TensorStore
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import shard_items
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenfold.baselines.widths import Scores, Widths, prune_widths
-from tenfold.compress.activations import cache_options, token_mask
-from tenfold.compress.calibration import Calibration, split_for_processes
+from tenfold.compression.activations import cache_options, token_mask
+from tenfold.compression.calibration import Calibration, split_for_processes
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import all_reduce, shard_items
 from tenfold.models.precision import in_bfloat16

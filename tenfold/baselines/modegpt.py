@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Block, Target
-from tenfold.compress.head_pruning import PruneHeads
-from tenfold.compress.structured_pruning import QueryOrder
-from tenfold.compress.unit_selection import Basis, best_basis, sum_tails
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Block, Target
+from tenfold.compression.head_pruning import PruneHeads
+from tenfold.compression.structured_pruning import QueryOrder
+from tenfold.compression.unit_selection import Basis, best_basis, sum_tails
 
 
 class MoDeGPTCriterion:

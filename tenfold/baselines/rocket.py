@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Action, Block
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Action, Block
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site
 from tenfold.structure.linalg import roots, solve_symmetric

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.calibration import Calibration
 from tenfold.models.invariances.residual_rotation import (
     best_rotation,
     check_rotatable,

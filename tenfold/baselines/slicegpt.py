@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.calibration import Calibration
 from tenfold.models.invariances.residual_rotation import (
     center_residual,
     check_rotatable,

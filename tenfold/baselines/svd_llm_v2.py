@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tenfold.compress.allocation import TradeoffCurve, allocate_by_ratios
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_ratios
 from tenfold.models.config import Calibrate
 
 TOKENS = 256 * 2048  # of the paper's calibration text, over which its losses are sums; the logarithm depends on it

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.baselines.rotation import find_rule, structure_for
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.calibration import Calibration
 from tenfold.models.invariances.hidden_units import hidden_weights, mlp_sites, order_hidden, permute_hidden
 from tenfold.models.recipe import Recipe
 

@@ -8,7 +8,7 @@
 
 A criterion scores them, the highest stay. The result is an ordinary checkpoint whose configuration has the smaller sizes: a new
 model is made from that configuration and receives the rows and columns that stay. To add a criterion, write a transform of the
-whole model (``tenfold.compress.whole_model``) that calls ``prune_widths``.
+whole model (``tenfold.compression.whole_model``) that calls ``prune_widths``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress.activations import group_by_block
-from tenfold.compress.structured_pruning import ALIGNED
+from tenfold.compression.activations import group_by_block
+from tenfold.compression.structured_pruning import ALIGNED
 from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.sites import FACTORIZED, find_sites, part_of, shape_of

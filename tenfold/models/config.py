@@ -17,7 +17,7 @@ class StrictModel(BaseModel):
 
 
 class Calibrate(StrictModel):
-    """Calibration: how activations guide the fits; see ``tenfold.compress.blockwise``.
+    """Calibration: how activations guide the fits; see ``tenfold.compression.blockwise``.
 
     Args:
         samples: the number of windows, or documents, of the calibration text.

@@ -63,7 +63,7 @@ class Rule(StrictModel):
     """Sites and their structure; of several rules the first that matches a site applies.
 
     ``narrow`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
-    ``attention``, by ``method``: by the ``loss`` (``tenfold.compress.unit_selection``) or as in ``modegpt``
+    ``attention``, by ``method``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
     (``tenfold.baselines.modegpt``). Of several structures every site gets the one with the least loss at its size, which
     needs activations. ``method: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
     sparse coefficients (``tenfold.baselines.rocket``).
@@ -152,7 +152,7 @@ class Budget(StrictModel):
 
 
 class Squeeze(StrictModel):
-    """Bonds of tensor trains to truncate, those with the least loss first; see ``tenfold.compress.truncate_ranks``.
+    """Bonds of tensor trains to truncate, those with the least loss first; see ``tenfold.compression.truncate_ranks``.
 
     Args:
         role: of the matrices, which are tensor trains already.
@@ -212,7 +212,7 @@ class Stage(StrictModel):
 class Recipe(StrictModel):
     """Recipe of a published system or a recommended setting.
 
-    ``first`` names a transform of the whole model before the rules apply; see ``tenfold.compress.whole_model``.
+    ``first`` names a transform of the whole model before the rules apply; see ``tenfold.compression.whole_model``.
     """
 
     name: str = "unnamed"

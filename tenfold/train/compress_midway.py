@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.compress import compress
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.compress import compress
 from tenfold.models.atomic_io import disk_full_errors, write_json
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from tenfold.evaluate.task_kinds import Task
-from tenfold.evaluate.tasks import example_length, find_task, set_padding
+from tenfold.evaluation.task_kinds import Task
+from tenfold.evaluation.tasks import example_length, find_task, set_padding
 from tenfold.models.atomic_io import atomic_directory, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.distributed import barrier, is_main_process
@@ -91,7 +91,7 @@ def finetune(
 
     Args:
         model: a folder or a name on a hub, dense or compressed.
-        task: a name in ``tenfold.evaluate.tasks.TASKS``.
+        task: a name in ``tenfold.evaluation.tasks.TASKS``.
         data: the folder with the files of the task.
         seeds: each one decides the new head and the order of the examples.
         device: ``cpu`` disables accelerators.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
 
-from tenfold.evaluate.perplexity import check_tokens
-from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.evaluation.perplexity import check_tokens
+from tenfold.evaluation.text_files import documents, token_stream
 from tenfold.models.distillation_config import Heal
 from tenfold.models.precision import in_bfloat16
 from tenfold.models.text_mode import context_of, is_causal_lm

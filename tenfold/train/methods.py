@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.evaluate.metrics import import_library
+from tenfold.evaluation.metrics import import_library
 from tenfold.models.checkpoint_format import describe
 from tenfold.models.sites import FACTORIZED, base_model, find_sites, module_at
 from tenfold.nn import Adapter, FactorizedLinear

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tenfold.evaluate.text_files import documents
+from tenfold.evaluation.text_files import documents
 from tenfold.models.auto import load_tokenizer
 from tenfold.models.recipe import Recipe
 from tenfold.train.model_factory import vocabulary_size, window_length

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tenfold.evaluate.text_files import documents, token_parts
+from tenfold.evaluation.text_files import documents, token_parts
 from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.auto import load_tokenizer
 from tenfold.train.run_manifest import check_same

@@ -7,7 +7,7 @@ import pytest
 
 from tenfold.baselines import knapsack as module
 from tenfold.baselines.knapsack import solve_knapsack
-from tenfold.compress.allocation import TradeoffCurve, allocate_by_loss
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 
 seeds = pytest.mark.parametrize("seed", range(20))
 

@@ -11,10 +11,10 @@ from toys import build
 
 from tenfold.api import compress
 from tenfold.baselines.lems import GAMMA, LEAST, REFERENCE, allocate_by_error_model, propagation
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.fisher import clip_norms
-from tenfold.compress.resume_state import ResumeState
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.fisher import clip_norms
+from tenfold.compression.resume_state import ResumeState
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, weight_of

@@ -13,8 +13,8 @@ import toys
 from transformers import AutoModelForCausalLM
 
 from tenfold import api
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.whole_model import TRANSFORMS
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.whole_model import TRANSFORMS
 from tenfold.models import recipe as schema
 
 both = pytest.mark.parametrize("toy", ["gpt2", "llama"])

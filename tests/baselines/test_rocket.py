@@ -21,7 +21,7 @@ from tenfold.baselines.rocket import (
     relative_error,
     select_coefficients,
 )
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.calibration import Calibration
 from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import count_parameters, find_sites, weight_of

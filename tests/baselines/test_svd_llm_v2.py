@@ -9,8 +9,8 @@ from toys import build
 
 from tenfold.api import compress
 from tenfold.baselines.svd_llm_v2 import TOKENS, allocate_by_type, removed_ratios
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.calibration import Calibration
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import load_recipe
 from tenfold.models.sites import find_sites, weight_of

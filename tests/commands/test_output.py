@@ -2,7 +2,7 @@
 
 import pytest
 
-from tenfold.compress.progress import Phase, estimate_phases
+from tenfold.compression.progress import Phase, estimate_phases
 from tenfold_cli import output
 
 

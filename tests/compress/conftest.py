@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tenfold.compress import fisher
+from tenfold.compression import fisher
 
 
 @pytest.fixture

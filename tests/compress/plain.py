@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import torch
 
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.calibration import Calibration
 
 
 def text(samples: int = 8, window: int = 16, seed: int = 0, padded: bool = False) -> Calibration:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from models import toys
 
 import tenfold
-from tenfold.compress.activations import Activations
-from tenfold.compress.calibration import Calibration
+from tenfold.compression.activations import Activations
+from tenfold.compression.calibration import Calibration
 from tenfold.models.distributed import is_main_process, num_processes
 
 MLP = ["mlp.in", "mlp.gate", "mlp.out"]

@@ -10,9 +10,9 @@ import torch
 from models import toys
 from plain import seen, text, watched
 
-from tenfold.compress.activations import Activations, freeze_copy, group_by_block
-from tenfold.compress.compress import compress
-from tenfold.compress.moments import MomentAccumulator
+from tenfold.compression.activations import Activations, freeze_copy, group_by_block
+from tenfold.compression.compress import compress
+from tenfold.compression.moments import MomentAccumulator
 from tenfold.models.sites import find_sites
 
 CHAINS = ["gpt2", "llama", "qwen3", "gemma3_text", "phi", "gpt_neox", "opt", "opt-projected", "bert", "roberta"]

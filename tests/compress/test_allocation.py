@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tenfold.compress.allocation import TradeoffCurve, allocate_by_loss
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 
 seeds = pytest.mark.parametrize("seed", range(15))
 

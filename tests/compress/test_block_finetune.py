@@ -7,9 +7,9 @@ import torch
 from models import toys
 from plain import text
 
-from tenfold.compress.activations import Activations, group_by_block
-from tenfold.compress.block_finetune import finetune_block
-from tenfold.compress.compress import compress
+from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.block_finetune import finetune_block
+from tenfold.compression.compress import compress
 from tenfold.models.sites import find_sites
 
 

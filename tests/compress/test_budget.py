@@ -8,7 +8,7 @@ from models import toys
 from plain import text
 from safetensors import safe_open
 
-from tenfold.compress.compress import compress
+from tenfold.compression.compress import compress
 from tenfold.models.cost import price
 from tenfold.structure import Structure
 

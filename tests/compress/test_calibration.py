@@ -13,8 +13,8 @@ import torch
 from models import toys
 from transformers import BertConfig, BertForMaskedLM
 
-from tenfold.compress.calibration import Calibration, load_calibration
-from tenfold.compress.compress import compress
+from tenfold.compression.calibration import Calibration, load_calibration
+from tenfold.compression.compress import compress
 from tenfold.train.tokenizer import train_tokenizer
 
 LINES = [small.text(words, seed=words).strip() for words in (3, 40, 1, 12, 7, 25, 2, 5, 60)]

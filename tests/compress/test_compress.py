@@ -11,8 +11,8 @@ from plain import text, watched
 from transformers import AutoModelForCausalLM
 
 import tenfold
-from tenfold.compress.activations import group_by_block
-from tenfold.compress.compress import compress
+from tenfold.compression.activations import group_by_block
+from tenfold.compression.compress import compress
 from tenfold.models.sites import find_sites
 from tenfold.nn import FactorizedLinear
 

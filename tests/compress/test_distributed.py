@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tenfold import checkpoint_jobs
-from tenfold.compress import calibration
+from tenfold.compression import calibration
 
 RECIPE = {"name": "narrow", "replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8}}
 

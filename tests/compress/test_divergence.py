@@ -9,8 +9,8 @@ from models import toys
 from plain import text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import collect
-from tenfold.compress.compress import compress
+from tenfold.compression import collect
+from tenfold.compression.compress import compress
 
 WORDS = text(8, padded=True)
 RULES = [{"narrow": "mlp"}, {"narrow": "attention"}]

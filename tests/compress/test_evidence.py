@@ -8,9 +8,9 @@ import torch
 from models import toys
 from plain import gradients, seen, text
 
-from tenfold.compress import collect
-from tenfold.compress.compress import compress
-from tenfold.compress.evidence import expected_loss, fisher_losses, split_halves, unit_products
+from tenfold.compression import collect
+from tenfold.compression.compress import compress
+from tenfold.compression.evidence import expected_loss, fisher_losses, split_halves, unit_products
 
 
 def drawn(sequences: int = 6, tokens: int = 5, inner: int = 4, out: int = 3):

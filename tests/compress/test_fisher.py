@@ -12,8 +12,8 @@ import torch
 from models import toys
 from plain import gradients, moment, seen, text
 
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.compress import compress
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.compress import compress
 
 DAMPING = 1e-9
 MODELS = ["gpt2", "llama", "gemma3_text", "phi", "bert", "headless gpt2", "headless bert"]

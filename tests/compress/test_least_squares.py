@@ -7,7 +7,7 @@ import pytest
 from models import toys
 from plain import gradients, moment, seen, text, watched
 
-from tenfold.compress.compress import compress
+from tenfold.compression.compress import compress
 from tenfold.models.sites import find_sites
 
 WORDS, PADDED = text(16), text(24, padded=True)

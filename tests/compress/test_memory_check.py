@@ -9,8 +9,8 @@ import plain
 import psutil
 from models import toys
 
-from tenfold.compress import memory_check
-from tenfold.compress.compress import compress
+from tenfold.compression import memory_check
+from tenfold.compression.compress import compress
 
 RECIPE = {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
 

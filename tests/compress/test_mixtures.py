@@ -10,9 +10,9 @@ from plain import moment, text
 from test_compress import NARROW, compressed, size
 from transformers import AutoModelForCausalLM
 
-from tenfold.compress.activations import Activations, group_by_block
-from tenfold.compress.compress import compress
-from tenfold.compress.fisher import FisherPass
+from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.compress import compress
+from tenfold.compression.fisher import FisherPass
 from tenfold.models.experts import unpack
 from tenfold.models.sites import find_sites
 from tenfold.models.surgery import densify

@@ -6,7 +6,7 @@ from models import toys
 from rich.progress import track
 from tqdm import tqdm
 
-from tenfold.compress.compress import compress
+from tenfold.compression.compress import compress
 from tenfold_cli import output
 
 

@@ -8,9 +8,9 @@ from models import toys
 from plain import gradients, moment, seen, text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress import block, head_pruning, pruning_criteria, structured_pruning
-from tenfold.compress.compress import compress
-from tenfold.compress.evidence import scale_losses
+from tenfold.compression import block, head_pruning, pruning_criteria, structured_pruning
+from tenfold.compression.compress import compress
+from tenfold.compression.evidence import scale_losses
 from tenfold.models.sites import find_sites
 
 WORDS = text(16)

@@ -14,7 +14,7 @@ from plain import text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
-from tenfold.compress.compress import compress
+from tenfold.compression.compress import compress
 from tenfold.models.recipe import load_recipe
 from tenfold.train.tokens import write_tokens
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import toys
 
-from tenfold.compress.compress import compress
+from tenfold.compression.compress import compress
 from tenfold.models.recipe import Squeeze
 from tenfold.structure import TensorTrain
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.compress import unit_selection
-from tenfold.compress.unit_selection import best_basis, order_units_by_covariance, order_units_by_variance
+from tenfold.compression import unit_selection
+from tenfold.compression.unit_selection import best_basis, order_units_by_covariance, order_units_by_variance
 
 OUT, UNITS, SAMPLES = 5, 7, 40
 seeds = pytest.mark.parametrize("seed", range(4))

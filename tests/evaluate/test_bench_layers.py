@@ -9,8 +9,8 @@ import small
 import torch
 
 from tenfold.api import compress
-from tenfold.evaluate import bench_layers, timing
-from tenfold.evaluate.bench_layers import bench_layers as measured
+from tenfold.evaluation import bench_layers, timing
+from tenfold.evaluation.bench_layers import bench_layers as measured
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import LowRank
 

@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 
-from tenfold.evaluate.perplexity import EvalProtocol, comparable, perplexity
+from tenfold.evaluation.perplexity import EvalProtocol, comparable, perplexity
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from tenfold.api import bench, compress
-from tenfold.evaluate import bench_model
-from tenfold.evaluate.timing import peak_memory
+from tenfold.evaluation import bench_model
+from tenfold.evaluation.timing import peak_memory
 from tenfold.models.sites import find_sites
 from tenfold.nn import dense_cache
 from tenfold.structure.matmul import bucket

@@ -10,10 +10,10 @@ import torch
 import toy_tasks
 from transformers import BertForSequenceClassification
 
-from tenfold.evaluate import metrics
-from tenfold.evaluate.metrics import METRICS, import_library
-from tenfold.evaluate.task_kinds import Example
-from tenfold.evaluate.tasks import TASKS, evaluate_task, example_length, find_task, set_padding
+from tenfold.evaluation import metrics
+from tenfold.evaluation.metrics import METRICS, import_library
+from tenfold.evaluation.task_kinds import Example
+from tenfold.evaluation.tasks import TASKS, evaluate_task, example_length, find_task, set_padding
 
 WANTED = [1, 0, 1, 1, 0, 0, 1, 0, 1, 1]
 GUESSED = [1, 0, 0, 1, 1, 0, 1, 0, 0, 1]

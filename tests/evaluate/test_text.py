@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tenfold.evaluate.text_files import documents
+from tenfold.evaluation.text_files import documents
 
 DOCS = ["one\ntwo", "drei Äpfel"]
 LINES = "".join(json.dumps({"text": doc}) + "\n" for doc in DOCS)

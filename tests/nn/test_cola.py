@@ -130,7 +130,7 @@ def planned(**changes):
 
 
 def calibrated():
-    from tenfold.compress.calibration import Calibration
+    from tenfold.compression.calibration import Calibration
 
     compressed(RULE, text=Calibration([{"input_ids": torch.arange(16)[None]}], {}, 16))
 

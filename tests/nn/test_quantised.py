@@ -7,7 +7,7 @@ pytest.importorskip("torchao")
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from tenfold.evaluate.timing import stored_bytes
+from tenfold.evaluation.timing import stored_bytes
 from tenfold.models.model_card import save_compressed
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear
 from tenfold.nn import layers as nn_layers

@@ -18,11 +18,11 @@ from tenfold.baselines.modegpt import influence_ratios, leverage_scores
 from tenfold.baselines.rotation import rotate_stream
 from tenfold.baselines.slicegpt import slice_coordinates, slice_stream, stream_moment
 from tenfold.baselines.unit_order import order_units
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block_plan import plan_blocks
-from tenfold.compress.calibration import Calibration
-from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.structured_pruning import PruneMlp
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block_plan import plan_blocks
+from tenfold.compression.calibration import Calibration
+from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.structured_pruning import PruneMlp
 from tenfold.models.invariances.hidden_units import mlp_sites
 from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tenfold
 from tenfold.api import evaluate_task, load
-from tenfold.evaluate.task_kinds import Example
-from tenfold.evaluate.tasks import TASKS
+from tenfold.evaluation.task_kinds import Example
+from tenfold.evaluation.tasks import TASKS
 from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
 from tenfold.nn.cola import Cola, ColaLinear

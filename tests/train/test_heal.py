@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tenfold import api
 from tenfold.api import compress, evaluate, heal_settings
 from tenfold.checkpoint_jobs import heal_checkpoint
-from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.evaluation.text_files import documents, token_stream
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tenfold.evaluate.text_files import HUB, documents, token_stream
+from tenfold.evaluation.text_files import HUB, documents, token_stream
 from tenfold.models.distributed import num_processes
 from tenfold.models.text_mode import context_of, is_causal_lm
 

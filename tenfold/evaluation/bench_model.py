@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from tenfold.evaluate.timing import (
+from tenfold.evaluation.timing import (
     bytes_per_second,
     check_counts,
     flops_per_second,

@@ -2,12 +2,12 @@
 
 1. **Collect**: the original model runs forward over a part of the calibration text, and backward, block by block. The moments of
    the inputs of every site and the Fisher information at its outputs give the loss of every item at every size
-   (``tenfold.compress.collect``).
-2. **Allocate** the budget so that the sum of the losses is least (``tenfold.compress.allocation``).
+   (``tenfold.compression.collect``).
+2. **Allocate** the budget so that the sum of the losses is least (``tenfold.compression.allocation``).
 3. **Carry out**: block by block, on the outputs of the blocks compressed so far, the sites are fitted and replaced.
 
-Only one block's weights are needed at a time (``tenfold.compress.weight_source``), and an interrupted run is resumed
-(``tenfold.compress.resume_state``).
+Only one block's weights are needed at a time (``tenfold.compression.weight_source``), and an interrupted run is resumed
+(``tenfold.compression.resume_state``).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.compress.activations import Activations, freeze_copy
-from tenfold.compress.allocation import LOSS_MODELS, TradeoffCurve
-from tenfold.compress.block import Block
-from tenfold.compress.block_finetune import finetune_block
-from tenfold.compress.block_plan import BlockPlan, CompressionRun, plan_blocks
-from tenfold.compress.budget import budget_total, choose_options
-from tenfold.compress.calibration import Calibration, check_text, count_tokens, select_batches, split_for_processes
-from tenfold.compress.collect import collect_curves, list_phases
-from tenfold.compress.fit_actions import fit_in_parallel, split_independent
-from tenfold.compress.memory_check import check_memory
-from tenfold.compress.progress import Progress, no_progress
-from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.tensor_store import TensorStore
-from tenfold.compress.weight_source import InMemoryWeights, Weights
+from tenfold.compression.activations import Activations, freeze_copy
+from tenfold.compression.allocation import LOSS_MODELS, TradeoffCurve
+from tenfold.compression.block import Block
+from tenfold.compression.block_finetune import finetune_block
+from tenfold.compression.block_plan import BlockPlan, CompressionRun, plan_blocks
+from tenfold.compression.budget import budget_total, choose_options
+from tenfold.compression.calibration import Calibration, check_text, count_tokens, select_batches, split_for_processes
+from tenfold.compression.collect import collect_curves, list_phases
+from tenfold.compression.fit_actions import fit_in_parallel, split_independent
+from tenfold.compression.memory_check import check_memory
+from tenfold.compression.progress import Progress, no_progress
+from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.tensor_store import TensorStore
+from tenfold.compression.weight_source import InMemoryWeights, Weights
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process, shard_items
 from tenfold.models.invariances.maps import absorb_index_maps
@@ -200,7 +200,7 @@ def _compress_block(run: CompressionRun, number: int, plan: BlockPlan, activatio
 
 
 def _count_bytes(plans: list[BlockPlan], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return the total of ``tenfold.compress.block.Action.count_bytes``, where any action counts bytes."""
+    """Return the total of ``tenfold.compression.block.Action.count_bytes``, where any action counts bytes."""
     counts = [count for plan in plans for action in plan.actions if (count := action.count_bytes(chosen))]
     if not counts:
         return {}

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Action, Block
-from tenfold.compress.divergence import Trial
-from tenfold.compress.evidence import fisher_losses, scale_losses
-from tenfold.compress.structured_pruning import PruningCriterion, measured_sizes, solve_restricted
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Action, Block
+from tenfold.compression.divergence import Trial
+from tenfold.compression.evidence import fisher_losses, scale_losses
+from tenfold.compression.structured_pruning import PruningCriterion, measured_sizes, solve_restricted
 from tenfold.models.attention_layout import Heads
 from tenfold.models.distributed import all_reduce, all_reduce_number
 from tenfold.models.sites import Site

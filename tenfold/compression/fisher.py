@@ -14,11 +14,11 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.activations import Activations, accumulate_inputs, expert_mask, select_rows
-from tenfold.compress.block_influence import cosine_distance
-from tenfold.compress.calibration import sum_losses
-from tenfold.compress.evidence import Evidence
-from tenfold.compress.moments import MomentAccumulator, Moments, check_moments, fill_unseen_experts
+from tenfold.compression.activations import Activations, accumulate_inputs, expert_mask, select_rows
+from tenfold.compression.block_influence import cosine_distance
+from tenfold.compression.calibration import sum_losses
+from tenfold.compression.evidence import Evidence
+from tenfold.compression.moments import MomentAccumulator, Moments, check_moments, fill_unseen_experts
 from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.models.experts import expert_of
 from tenfold.models.sites import shape_of

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.evaluate.text_files import documents, token_stream
+from tenfold.evaluation.text_files import documents, token_stream
 from tenfold.models.text_mode import context_of, is_masked_lm
 
 

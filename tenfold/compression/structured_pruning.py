@@ -1,6 +1,6 @@
-"""Pruning of the hidden units of an MLP; ``tenfold.compress.head_pruning`` prunes the heads of an attention.
+"""Pruning of the hidden units of an MLP; ``tenfold.compression.head_pruning`` prunes the heads of an attention.
 
-A ``PruningCriterion`` chooses what stays: see ``tenfold.compress.pruning_criteria``.
+A ``PruningCriterion`` chooses what stays: see ``tenfold.compression.pruning_criteria``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Action, Block, Target, with_ridge
-from tenfold.compress.divergence import Trial
-from tenfold.compress.evidence import Split, expected_loss, fisher_losses, scale_losses, split_halves, unit_products
-from tenfold.compress.unit_selection import Basis, order_units_by_products
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Action, Block, Target, with_ridge
+from tenfold.compression.divergence import Trial
+from tenfold.compression.evidence import Split, expected_loss, fisher_losses, scale_losses, split_halves, unit_products
+from tenfold.compression.unit_selection import Basis, order_units_by_products
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.sites import Site, weight_of
 from tenfold.structure import Dense
@@ -42,7 +42,7 @@ class QueryOrder:
 
 
 class PruningCriterion(Protocol):
-    """Choice of the units and dimensions that stay; ``action`` is a ``tenfold.compress.head_pruning.PruneHeads``.
+    """Choice of the units and dimensions that stay; ``action`` is a ``tenfold.compression.head_pruning.PruneHeads``.
 
     ``refit``: whether the output matrix of an attention compensates for those that go even where nothing else is refitted.
     """

@@ -1,6 +1,6 @@
 """Choice of the actions that carry out the rules of a recipe.
 
-To add an action, write a subclass of ``tenfold.compress.block.Action`` and a line in ``make_actions``.
+To add an action, write a subclass of ``tenfold.compression.block.Action`` and a line in ``make_actions``.
 ``CRITERIA`` holds the criteria of pruning, ``FITS`` the approximations of single matrices; ``tenfold.baselines`` adds to both.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from tenfold.compress.block import Action
-from tenfold.compress.fit_actions import FactorizeExperts, FactorizeSite, FactorizeStack
-from tenfold.compress.head_pruning import PruneHeads
-from tenfold.compress.pruning_criteria import LossCriterion
-from tenfold.compress.structured_pruning import PruneMlp, PruningCriterion
+from tenfold.compression.block import Action
+from tenfold.compression.fit_actions import FactorizeExperts, FactorizeSite, FactorizeStack
+from tenfold.compression.head_pruning import PruneHeads
+from tenfold.compression.pruning_criteria import LossCriterion
+from tenfold.compression.structured_pruning import PruneMlp, PruningCriterion
 from tenfold.models.attention_layout import heads_of
 from tenfold.models.recipe import Rule
 from tenfold.models.sites import Site

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from tenfold.compress.blockwise import compress_blocks
-from tenfold.compress.budget import budget_total
-from tenfold.compress.calibration import Calibration, check_text, mean_loss
-from tenfold.compress.progress import Progress, no_progress
-from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.truncate_ranks import truncate_ranks
-from tenfold.compress.weight_source import Weights
-from tenfold.compress.whole_model import TRANSFORMS, WEIGHTS_ONLY
+from tenfold.compression.blockwise import compress_blocks
+from tenfold.compression.budget import budget_total
+from tenfold.compression.calibration import Calibration, check_text, mean_loss
+from tenfold.compression.progress import Progress, no_progress
+from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.truncate_ranks import truncate_ranks
+from tenfold.compression.weight_source import Weights
+from tenfold.compression.whole_model import TRANSFORMS, WEIGHTS_ONLY
 from tenfold.models.auto import read_config
 from tenfold.models.checkpoint_format import check_plain
 from tenfold.models.config import Calibrate
@@ -51,8 +51,8 @@ def compress(
         model: a model, compressed in place, or its folder or hub name.
         recipe: a recipe, its name, its file or its mapping; ``recipe_for`` makes one from a share to keep.
         source: ``weights`` or ``noise``.
-        progress: wraps the list of groups of sites, or of blocks; see ``tenfold.compress.progress``.
-        text: result of ``tenfold.compress.calibration.load_calibration``; with it the matrices of the blocks are fitted to
+        progress: wraps the list of groups of sites, or of blocks; see ``tenfold.compression.progress``.
+        text: result of ``tenfold.compression.calibration.load_calibration``; with it the matrices of the blocks are fitted to
             activations, whatever the ``start`` of the recipe, and the budget is allocated by sensitivity.
         announce: is called with what was chosen for every item of the blocks, before it is carried out.
         weights: source of the weights of a block, if ``model`` does not hold them; see ``tenfold.checkpoint_jobs``.

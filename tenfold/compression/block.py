@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.activations import Activations
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.divergence import Trial
-from tenfold.compress.evidence import Evidence, fisher_losses
-from tenfold.compress.moments import Moments
+from tenfold.compression.activations import Activations
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.divergence import Trial
+from tenfold.compression.evidence import Evidence, fisher_losses
+from tenfold.compression.moments import Moments
 from tenfold.models.config import Calibrate
 from tenfold.models.experts import expert_of
 from tenfold.models.plan import SitePlan
@@ -207,7 +207,7 @@ class Block:
         return with_ridge(known, damping * float(known.diagonal().mean().clamp_min(1e-12)))
 
     def evidence_loss(self, path: str, error: Tensor, columns: Tensor | None = None) -> float:
-        """Return the loss of an error of a site in nats a token by its evidence; see ``tenfold.compress.evidence``.
+        """Return the loss of an error of a site in nats a token by its evidence; see ``tenfold.compression.evidence``.
 
         A bias that absorbs means absorbs that of the error.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tenfold.compress.allocation import ALLOCATORS, TradeoffCurve
+from tenfold.compression.allocation import ALLOCATORS, TradeoffCurve
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import price, site_flops
 from tenfold.models.recipe import Budget, Recipe

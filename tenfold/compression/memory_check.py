@@ -7,7 +7,7 @@ import warnings
 import psutil
 from transformers import PreTrainedModel
 
-from tenfold.compress.block_plan import BlockPlan
+from tenfold.compression.block_plan import BlockPlan
 from tenfold.models.config import Calibrate
 
 STATES = 2**28  # bytes of hidden states that are held in memory at most

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.activations import Activations
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.calibration import Batch
-from tenfold.compress.weight_source import Weights
+from tenfold.compression.activations import Activations
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.calibration import Batch
+from tenfold.compression.weight_source import Weights
 from tenfold.models.distributed import all_reduce_number, num_processes
 
 Correction = tuple[Tensor, Tensor | None]  # What - W (out, in), and the change of the bias

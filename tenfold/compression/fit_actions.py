@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenfold.compress.allocation import TradeoffCurve
-from tenfold.compress.block import Action, Block, Target
+from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.block import Action, Block, Target
 from tenfold.models.distributed import gather_results, num_processes, shard_items
 from tenfold.models.initializers import QUICK, check_fit_options, initialize
 from tenfold.models.plan import SitePlan, build_structure, parameter_name

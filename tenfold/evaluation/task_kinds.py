@@ -20,8 +20,8 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from tenfold.evaluate.metrics import METRICS, import_library
-from tenfold.evaluate.text_files import OPENERS
+from tenfold.evaluation.metrics import METRICS, import_library
+from tenfold.evaluation.text_files import OPENERS
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 IGNORED = -100  # the label of a token that does not count in the loss
@@ -44,7 +44,7 @@ class Task(ABC):
         name: as on the command line.
         folder: inside of the data folder; files may be in the data folder itself, too.
         file: the name of a split's file, with ``{split}``; xz and gz are read, too.
-        metrics: names in ``tenfold.evaluate.metrics.METRICS``.
+        metrics: names in ``tenfold.evaluation.metrics.METRICS``.
         libraries: required by the metrics.
     """
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from tenfold.compress.actions import make_actions
-from tenfold.compress.activations import Activations, group_by_block
-from tenfold.compress.block import Action
-from tenfold.compress.calibration import Batch
-from tenfold.compress.progress import Progress, no_progress
-from tenfold.compress.resume_state import ResumeState
-from tenfold.compress.tensor_store import TensorStore
-from tenfold.compress.weight_source import Weights
+from tenfold.compression.actions import make_actions
+from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.block import Action
+from tenfold.compression.calibration import Batch
+from tenfold.compression.progress import Progress, no_progress
+from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.tensor_store import TensorStore
+from tenfold.compression.weight_source import Weights
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import Site, find_sites

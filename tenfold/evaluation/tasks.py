@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tenfold.evaluate.task_kinds import Sentences, Summary, Task
+from tenfold.evaluation.task_kinds import Sentences, Summary, Task
 from tenfold.models.suggestions import check_name
 from tenfold.models.text_mode import context_of
 

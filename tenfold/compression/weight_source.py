@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenfold.compress.tensor_store import release_memory
+from tenfold.compression.tensor_store import release_memory
 from tenfold.models.lazy_checkpoint import LazyCheckpoint
 from tenfold.models.sites import dtype_of
 

@@ -6,7 +6,7 @@ are chosen one at a time: the one whose activation, given those chosen so far, l
 **Heads** are expressed in the basis in which few dimensions carry most of what matters, queries with keys and values with the
 output matrix, and the last dimensions go.
 
-All errors are in nats a token: ``1/2 tr(G E C E^T)``, see ``tenfold.compress.fisher``.
+All errors are in nats a token: ``1/2 tr(G E C E^T)``, see ``tenfold.compression.fisher``.
 
 Reference: the three modules of MoDeGPT (arXiv 2408.09632) choose units by ridge leverage scores, dimensions of queries
 and keys by norms, and values by an SVD, all without regard to the loss behind them.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from tenfold.compress.block import Block, Target
-from tenfold.compress.head_pruning import PruneHeads
-from tenfold.compress.structured_pruning import QueryOrder
-from tenfold.compress.unit_selection import (
+from tenfold.compression.block import Block, Target
+from tenfold.compression.head_pruning import PruneHeads
+from tenfold.compression.structured_pruning import QueryOrder
+from tenfold.compression.unit_selection import (
     Basis,
     best_basis,
     order_units_by_covariance,
@@ -20,7 +20,7 @@ LARGE = 1024  # hidden units; more are chosen in single precision, which takes h
 
 
 class LossCriterion:
-    """Least loss in nats, see ``tenfold.compress.unit_selection``."""
+    """Least loss in nats, see ``tenfold.compression.unit_selection``."""
 
     refit = True
 

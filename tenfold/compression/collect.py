@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from tenfold.compress.allocation import TradeoffCurve, allocate_by_loss
-from tenfold.compress.block import Block
-from tenfold.compress.block_plan import BlockPlan, CompressionRun
-from tenfold.compress.calibration import Batch, count_tokens, select_batches
-from tenfold.compress.divergence import Trial, scale_by_trials
-from tenfold.compress.fisher import FisherPass
-from tenfold.compress.progress import Phase, estimate_phases
-from tenfold.compress.tensor_store import TensorStore
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
+from tenfold.compression.block import Block
+from tenfold.compression.block_plan import BlockPlan, CompressionRun
+from tenfold.compression.calibration import Batch, count_tokens, select_batches
+from tenfold.compression.divergence import Trial, scale_by_trials
+from tenfold.compression.fisher import FisherPass
+from tenfold.compression.progress import Phase, estimate_phases
+from tenfold.compression.tensor_store import TensorStore
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import is_main_process, process_state, shard_items
 
@@ -94,7 +94,7 @@ def _backward(
     """Run backward through one block and save its statistics.
 
     Returns:
-        Its curves, the ratios of ``tenfold.compress.evidence.fisher_losses``, and the names of
+        Its curves, the ratios of ``tenfold.compression.evidence.fisher_losses``, and the names of
         the curves that are scaled by measured divergences.
     """
     plan, settings, activations = run.plans[number], run.settings, fisher_pass.activations
@@ -125,7 +125,7 @@ def _make_trials(plan: BlockPlan, block: Block, known: list[TradeoffCurve], rati
 
 
 def list_phases(batches: list[Batch], settings: Calibrate, blocks: int) -> tuple[Phase, Phase, Phase]:
-    """Return the phases forward, backward and fits; see ``tenfold.compress.progress.estimate_phases``."""
+    """Return the phases forward, backward and fits; see ``tenfold.compression.progress.estimate_phases``."""
     surveyed = count_tokens(select_batches(batches, settings.survey))
     behind = VARIANTS * settings.divergence * blocks / 2
     return estimate_phases(surveyed, count_tokens(batches), settings.outputs != "none", behind)

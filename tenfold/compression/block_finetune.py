@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.activations import Activations
+from tenfold.compression.activations import Activations
 from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.structure.linalg import roots
 

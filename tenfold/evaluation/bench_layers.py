@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.evaluate.timing import (
+from tenfold.evaluation.timing import (
     bytes_per_second,
     check_counts,
     flops_per_second,

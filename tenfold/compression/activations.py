@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.calibration import Batch
-from tenfold.compress.moments import MomentAccumulator, Moments, fill_unseen_experts
-from tenfold.compress.tensor_store import TensorStore
+from tenfold.compression.calibration import Batch
+from tenfold.compression.moments import MomentAccumulator, Moments, fill_unseen_experts
+from tenfold.compression.tensor_store import TensorStore
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.experts import expert_of
 from tenfold.models.precision import in_bfloat16
