@@ -162,7 +162,7 @@ def read_calibration(
         if not str(file).startswith(HUB) and is_tokens(Path(file)):
             raise ValueError(f"{file} holds tokens for pre-training; give the text that they were made of")
     settings = (recipe and recipe.calibrate) or Calibrate()
-    samples = settings.samples if num_samples is None else num_samples
+    samples = settings.num_samples if num_samples is None else num_samples
     return load_calibration(model, tokenizer, files, samples, settings.window)
 
 

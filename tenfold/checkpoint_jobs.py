@@ -216,7 +216,7 @@ def compress_checkpoint(
     )
     if recipe.stages:
         return job.by_stage(heal_files, advance)
-    whole_model = recipe.first or recipe.squeeze or any(rule.share for rule in recipe.replace)
+    whole_model = recipe.transform or recipe.squeeze or any(rule.share for rule in recipe.replace)
     if files and not whole_model:
         dtype = api.resolve_dtype(dtype)
         checkpoint = open_lazy(name, api.resolve_device(device), None if isinstance(dtype, str) else dtype)

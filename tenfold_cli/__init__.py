@@ -52,8 +52,12 @@ def recipes(as_json: Json = False) -> None:
 
     rows = [(name, load_recipe(name)) for name in recipe_names()]
     if as_json:
-        return show_json([{"name": name, "on": recipe.on, "source": recipe.source} for name, recipe in rows])
-    return show_table(["recipe", "on", "source"], [[name, recipe.on or "", recipe.source] for name, recipe in rows])
+        return show_json(
+            [{"name": name, "base_model": recipe.base_model, "source": recipe.source} for name, recipe in rows]
+        )
+    return show_table(
+        ["recipe", "base model", "source"], [[name, recipe.base_model or "", recipe.source] for name, recipe in rows]
+    )
 
 
 @app.command()

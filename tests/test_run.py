@@ -27,7 +27,7 @@ from tenfold.models.sites import find_sites
 
 RECIPE = {
     "name": "narrow",
-    "replace": [{"narrow": "mlp"}, {"narrow": "attention"}],
+    "replace": [{"prune": "mlp"}, {"prune": "attention"}],
     "budget": {"keep": 0.8, "of": "model"},
 }
 LOW_RANK = {"name": "low", "replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}, "keep": 0.5}]}
@@ -439,7 +439,7 @@ def test_stages_end_with_the_counts_of_the_whole():
 
 def test_bonds_are_cut_and_healed_in_rounds(dense, tmp_path):
     train = {"role": "mlp.in", "structure": {"kind": "tensor_train", "parts": 3, "rank": "full"}, "freeze": ["core_1"]}
-    stages = [{"replace": [train]}, {"squeeze": {"role": "mlp.in", "by": 0.7}, "heal": HEAL, "rounds": 3}]
+    stages = [{"replace": [train]}, {"squeeze": {"role": "mlp.in", "rank_ratio": 0.7}, "heal": HEAL, "rounds": 3}]
     report = in_stages(dense, tmp_path / "out", {"name": "squeezed", "stages": stages})
     totals = [stage["parameters"]["total"] for stage in report["stages"]]
     assert len(totals) == 4 and totals == sorted(totals, reverse=True) and len(set(totals)) == 4

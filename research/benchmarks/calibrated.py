@@ -37,7 +37,7 @@ RUNS = {
     "gpt2": {
         "statistics": {
             "samples": 128,
-            "calibrate": {"outputs": "none", "refit": False, "survey": 131072},
+            "calibrate": {"output_metric": "none", "refit": False, "fisher_tokens": 131072},
             "only": "survey",
         },
         "compress": {"samples": 128, "calibrate": {}},
@@ -132,7 +132,7 @@ def main() -> None:
         make(given.shape, source, given.layers)
         result["checkpoint_mb"] = round(sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**20)
         for run in given.runs or RUNS[given.shape]:
-            result[run] = measured(source, Path(place) / run, **RUNS[given.shape][run]) | {"on": about}
+            result[run] = measured(source, Path(place) / run, **RUNS[given.shape][run]) | {"base_model": about}
             print(run, result[run], file=sys.stderr)
             shutil.rmtree(Path(place) / run, ignore_errors=True)
             target.write_text(json.dumps(result, indent=1) + "\n")

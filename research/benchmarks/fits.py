@@ -33,9 +33,27 @@ STRUCTURES = {
     "block train + low rank": {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]},
 }
 FITS = {
-    "Frobenius": {"inputs": "none", "outputs": "none", "refit": False, "center": False, "allocate": "uniform"},
-    "metric": {"inputs": "second", "outputs": "none", "refit": False, "center": True, "allocate": "uniform"},
-    "metric, refit": {"inputs": "second", "outputs": "none", "refit": True, "center": True, "allocate": "uniform"},
+    "Frobenius": {
+        "input_metric": "none",
+        "output_metric": "none",
+        "refit": False,
+        "bias_correction": False,
+        "allocate": "uniform",
+    },
+    "metric": {
+        "input_metric": "second",
+        "output_metric": "none",
+        "refit": False,
+        "bias_correction": True,
+        "allocate": "uniform",
+    },
+    "metric, refit": {
+        "input_metric": "second",
+        "output_metric": "none",
+        "refit": True,
+        "bias_correction": True,
+        "allocate": "uniform",
+    },
 }
 
 

@@ -107,7 +107,7 @@ def main() -> None:
         place, stored = api.resolve_device(given.device), read_config(given.model).dtype or torch.float32
         dtype = "bfloat16" if multiplies_bfloat16(place.type) else "float32"
         model, tokenizer = api.load(given.model, str(place), dtype)
-        batches = load_calibration(model, tokenizer, [given.text], given.num_samples, batch=1).batches
+        batches = load_calibration(model, tokenizer, [given.text], given.num_samples, batch_size=1).batches
         width = compress(model, [batch["input_ids"].to(place) for batch in batches], given.keep)
     except (OSError, ValueError) as reason:
         sys.exit(f"narrow_script: {reason}")

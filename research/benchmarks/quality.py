@@ -121,20 +121,20 @@ class Encoder:
         self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
         self.pairs, file = pairs(data, "dev"), folder / "sts-b-train.txt"
         file.write_text("\n".join(text for one, other, _ in pairs(data, "train") for text in (one, other)))
-        self.calibration = load_calibration(self.model, self.tokenizer, [file], samples=SENTENCES, batch=32)
+        self.calibration = load_calibration(self.model, self.tokenizer, [file], num_samples=SENTENCES, batch_size=32)
         self.original = self.embed(self.model)
 
     def recipe(self, method: str, keep: float):
         """The recipe for the feed-forward matrices only."""
         recipe = load_recipe(method)
-        if recipe.first is not None:
-            raise ValueError(f"{recipe.first} changes more than the feed-forward matrices")
+        if recipe.transform is not None:
+            raise ValueError(f"{recipe.transform} changes more than the feed-forward matrices")
         rules = []
         for rule in recipe.replace:
             roles = [role for role in rule.roles if role.startswith("mlp.")]
-            if rule.narrow == "mlp":
+            if rule.prune == "mlp":
                 rules.append(rule)
-            elif rule.narrow is None and roles:
+            elif rule.prune is None and roles:
                 rules.append(rule.model_copy(update={"role": roles}))
         recipe = recipe.model_copy(update={"replace": rules})
         return recipe if recipe.budget is None else recipe.model_copy(update={"budget": Budget(keep=keep, of="sites")})

@@ -116,14 +116,14 @@ def contenders(part: int) -> dict[str, dict]:
         "low rank": everywhere(kind="low_rank"),
         "block train": everywhere(kind="block_train", blocks=4),
         "block train, rates by fans": everywhere(kind="block_train", blocks=4)
-        | {"train": {"optimizer": "adamw", "rates": "fans"}},
+        | {"train": {"optimizer": "adamw", "lr_scaling": "fans"}},
         "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
-        "low rank, guided": everywhere(kind="low_rank") | {"train": {"guide": 0.5}},
+        "low rank, guided": everywhere(kind="low_rank") | {"train": {"self_guided_fraction": 0.5}},
         "folded midway": {
-            "replace": [{"narrow": "mlp"}, {"narrow": "attention"}],
-            "calibrate": {"samples": 192},
+            "replace": [{"prune": "mlp"}, {"prune": "attention"}],
+            "calibrate": {"num_samples": 192},
             "budget": KEEP,
-            "train": {"fold": 0.5},
+            "train": {"compress_at": 0.5},
         },
         "low rank in the MLPs": {
             "replace": [{"role": MLP, "structure": {"kind": "low_rank"}, "start": "noise"}],
@@ -170,8 +170,8 @@ def recipe_of(row: str, rate: float, given) -> dict:
     own = contenders(part)[row]
     train = {
         "tokens": given.tokens or tokens,
-        "batch": 8,
-        "accumulate": 2,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
         "learning_rate": rate,
         "schedule": "linear",
         "compile": given.compile,

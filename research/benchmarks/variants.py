@@ -26,7 +26,7 @@ VARIANTS = {
     "without the first 4 positions": {"skip_first": 4},
     "without the first 16 positions": {"skip_first": 16},
     "without refit": {"refit": False},
-    "without a metric of the outputs": {"outputs": "none"},
+    "without a metric of the outputs": {"output_metric": "none"},
 }
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 INSTEAD = {

@@ -44,7 +44,7 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
     excess = count_excess(model, recipe, paths)
     training, rounds = model.training, list[dict[str, float]]()
     settings = recipe.calibrate or Calibrate()
-    batches = shard_items(select_batches(split_for_processes(text.batches), settings.survey))
+    batches = shard_items(select_batches(split_for_processes(text.batches), settings.fisher_tokens))
     activations = Activations(model.eval(), paths, batches, skip=settings.skip_first, precision=settings.precision)
 
     def choose(left: list[str]) -> str:

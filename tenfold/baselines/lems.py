@@ -76,7 +76,7 @@ def measure_curves(run: CompressionRun, curves: list[TradeoffCurve]) -> None:
     Raises:
         ValueError: a rule does more than factorise matrices one by one, or the model returns no logits.
     """
-    batches = shard_items(select_batches(run.batches, run.settings.survey))
+    batches = shard_items(select_batches(run.batches, run.settings.fisher_tokens))
     activations = run.open_activations(batches, TensorStore(run.folder and run.folder / "measured"), "float32")
     free = {curve.name: curve for curve in curves if not curve.settled}
     for number, plan in enumerate(run.progress(run.plans, Phase("divergences"))):

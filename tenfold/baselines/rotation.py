@@ -63,7 +63,7 @@ def _structure_at_stream(model: PreTrainedModel, recipe: Recipe, site: Site) -> 
 def find_rule(recipe: Recipe, site: Site) -> Rule | None:
     """Return the rule that factorises ``site``, None where none does."""
     rule = next((rule for rule in recipe.replace if rule.matches(site)), None)
-    return None if rule is None or rule.narrow else rule
+    return None if rule is None or rule.prune else rule
 
 
 def structure_for(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:

@@ -29,7 +29,7 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
     Raises:
         ValueError: the rule prunes heads that are not known, or names a method for something else.
     """
-    if rule.narrow is None:
+    if rule.prune is None:
         _check_supported(rule)
         if rule.share is None:
             fit = _look_up(FITS, rule)
@@ -44,11 +44,11 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
         return [FactorizeStack(some, rule) if len(some) > 1 else FactorizeSite(some[0], rule) for some in experts]
     if taken := sorted({site.role for site in block if rule.matches(site) and site not in sites}):
         raise ValueError(
-            f"narrow: {rule.narrow} needs all its matrices, but another rule before it takes {', '.join(taken)} of layer "
+            f"prune: {rule.prune} needs all its matrices, but another rule before it takes {', '.join(taken)} of layer "
             f"{sites[0].layer}; take that rule out, or limit both to different layers"
         )
     criterion = _look_up(CRITERIA, rule)()
-    if rule.narrow == "mlp":
+    if rule.prune == "mlp":
         return [PruneMlp(some, criterion) for some in _group(sites, lambda site: site.expert)]
     inside = [site.path for site in sites if site.role != "attn.out"]
     heads = heads_of(model, model.get_submodule(inside[0].rpartition(".")[0]))
@@ -60,12 +60,12 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
 
 
 def _look_up(table: dict[str, Callable], rule: Rule) -> Callable:
-    if rule.method not in table:
+    if rule.criterion not in table:
         raise ValueError(
-            f"the rule for {rule.narrow or rule.role or rule.path} names method {rule.method}, which is not for this; there are "
-            f"{', '.join(table)}"
+            f"the rule for {rule.prune or rule.role or rule.path} names criterion {rule.criterion}, which is not for this; "
+            f"there are {', '.join(table)}"
         )
-    return table[rule.method]
+    return table[rule.criterion]
 
 
 def _group(sites: list[Site], key: Callable[[Site], int | str | None]) -> list[list[Site]]:
@@ -78,9 +78,9 @@ def _group(sites: list[Site], key: Callable[[Site], int | str | None]) -> list[l
 
 def _check_supported(rule: Rule) -> None:
     """Raise ValueError for fields of a rule that are not supported with activations."""
-    fields = {"split": rule.split > 1, "adapter": rule.adapter, "freeze": rule.freeze}
+    fields = {"split": rule.split > 1, "adapter": rule.adapter_rank, "freeze": rule.freeze}
     fields["share across layers"] = rule.share is not None and rule.share.across in ("layers", "all")
-    fields["a mask"] = rule.share is not None and rule.share.mask
+    fields["a mask"] = rule.share is not None and rule.share.grad_dropout
     if wrong := [name for name, value in fields.items() if value]:
         raise ValueError(
             f"the rule for role {rule.role} asks for {', '.join(wrong)}, which is not done with a calibration text; drop it, "

@@ -184,24 +184,24 @@ class Block:
 
     def centers(self, path: str) -> bool:
         """Return whether the bias of the site absorbs the mean of its inputs."""
-        return self.settings.center and self.sites[path].bias
+        return self.settings.bias_correction and self.sites[path].bias
 
     def damping(self, second: Tensor) -> float:
         """Return the ridge that is added to the diagonal of a second moment."""
         return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12))
 
     def _input_metric(self, damped: Tensor) -> Tensor:
-        if self.settings.inputs == "second":
+        if self.settings.input_metric == "second":
             return damped
-        diagonal = damped.diagonal() if self.settings.inputs == "diagonal" else torch.ones(len(damped)).to(damped)
+        diagonal = damped.diagonal() if self.settings.input_metric == "diagonal" else torch.ones(len(damped)).to(damped)
         return torch.diag(diagonal**self.settings.power)
 
     def output_metric(self, path: str) -> Tensor:
         """Return the metric of the outputs of a site."""
         known = self.fisher.get(path)
-        if known is None or self.settings.outputs == "none":
+        if known is None or self.settings.output_metric == "none":
             return torch.eye(self.sites[path].shape[0], dtype=torch.float64)
-        if self.settings.outputs == "row":
+        if self.settings.output_metric == "row":
             return torch.diag(known.diagonal().clamp_min(1e-6 * float(known.diagonal().mean())))
         damping = self.settings.output_damping or self.settings.damping
         return with_ridge(known, damping * float(known.diagonal().mean().clamp_min(1e-12)))

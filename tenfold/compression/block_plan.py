@@ -79,6 +79,6 @@ def plan_blocks(model: PreTrainedModel, recipe: Recipe) -> list[BlockPlan]:
     for k, rule in enumerate(recipe.replace):
         if k not in used:
             raise ValueError(
-                f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.narrow}"
+                f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.prune}"
             )
     return plans

@@ -76,7 +76,7 @@ def compress_blocks(
     batches = split_for_processes(text.batches)
     if is_main_process():
         longest = max(batch["input_ids"].shape[1] for batch in batches)
-        surveyed = count_tokens(shard_items(select_batches(batches, settings.survey)))
+        surveyed = count_tokens(shard_items(select_batches(batches, settings.fisher_tokens)))
         check_memory(model, plans, surveyed, longest, settings)
     weights = weights or InMemoryWeights(model, [plan.path for plan in plans])
     run = CompressionRun(model, plans, batches, settings, weights, state, progress=progress)
@@ -141,7 +141,7 @@ def _expected_ratio(run: CompressionRun, recipe: Recipe) -> float:
 
 def _loss_unit(run: CompressionRun) -> str:
     """Return the unit of losses: nats a token where the metric of the outputs is a Fisher information."""
-    fisher = run.settings.outputs == "full" and run.settings.inputs == "second"
+    fisher = run.settings.output_metric == "full" and run.settings.input_metric == "second"
     return "nats a token" if fisher and run.model.get_output_embeddings() is not None else "weighted squared error"
 
 
@@ -185,16 +185,16 @@ def _compress_block(run: CompressionRun, number: int, plan: BlockPlan, activatio
                 action.apply(block, state.chosen)
         state.fits |= block.fits
         del block
-        if settings.refine:
+        if settings.block_finetune_steps:
             module = run.model.get_submodule(plan.path)
-            how = (settings.refine, settings.refine_rate, settings.seed)
+            how = (settings.block_finetune_steps, settings.block_finetune_rate, settings.seed)
             finetune_block(activations, number, module, original, fisher.get(plan.path), *how)
         absorb_index_maps(run.model, plan.path)
         run.weights.finish_block(number, plan.path)
     if number + 1 == len(run.plans):
         return
     if settings.refit:
-        activations.advance(number, original if settings.original_share or settings.refine else None)
+        activations.advance(number, original if settings.original_share or settings.block_finetune_steps else None)
     else:
         activations.advance(number, compressed=original)
 

@@ -71,34 +71,34 @@ def load_calibration(
     model,
     tokenizer,
     files: Sequence[str | Path],
-    samples: int = 128,
+    num_samples: int = 128,
     window: int | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
 ) -> Calibration:
-    """Read ``samples`` samples of ``files``, evenly spread over the text.
+    """Read ``num_samples`` samples of ``files``, evenly spread over the text.
 
     A causal model reads windows of ``window`` tokens cut from the text as one stream. For any other model a sample is one
     document (one line of a plain text file), truncated to the window and padded.
 
     Args:
-        batch: samples per batch; as many as make ``BATCH_TOKENS`` tokens unless given.
+        batch_size: samples per batch; as many as make ``BATCH_TOKENS`` tokens unless given.
 
     Raises:
         ValueError: there is no text, or too little for one window, or the tokenizer belongs to another model.
     """
     longest = context_of(model)
     window = min(window or min(longest, 1024), longest)
-    if samples < 1 or (batch is not None and batch < 1):
-        raise ValueError(f"{samples} samples in batches of {batch} can't be read; ask for one or more")
+    if num_samples < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"{num_samples} samples in batches of {batch_size} can't be read; ask for one or more")
     cut = _cut_windows if is_causal_lm(model) else _cut_documents
-    batches = cut(tokenizer, files, samples, window, batch)
+    batches = cut(tokenizer, files, num_samples, window, batch_size)
     largest, known = max(int(b["input_ids"].max()) for b in batches), model.get_input_embeddings().weight.shape[0]
     if largest >= known:
         raise ValueError(
             f"the calibration text has token {largest} but the model knows {known}: use the tokenizer that the model was "
             "trained with"
         )
-    source = {"files": [Path(f).name for f in files], "samples": samples, "window": window}
+    source = {"files": [Path(f).name for f in files], "samples": num_samples, "window": window}
     return Calibration(batches, source | {"bytes_per_token": _bytes_per_token(tokenizer, batches[0])})
 
 

@@ -41,7 +41,7 @@ def collect_curves(
         if tasks.folder
         else run.folder and run.folder / "survey"
     )
-    batches = shard_items(select_batches(run.batches, settings.survey))
+    batches = shard_items(select_batches(run.batches, settings.fisher_tokens))
     fisher_pass = FisherPass(
         run.open_activations(batches, TensorStore(own)), settings.seed, settings.token_weights == "clipped"
     )
@@ -60,7 +60,7 @@ def collect_curves(
     loss = tasks.run_or_load("nats", partial(run_outside, fisher_pass.mean_loss))
     if loss is not None and is_main_process():
         on_loss(loss)
-    if settings.outputs != "none":
+    if settings.output_metric != "none":
         tasks.run_or_load("turn", partial(run_outside, fisher_pass.start_backward))
     curves, ratios, scaled = [], [], set[str]()
     for number, _ in zip(reversed(range(count)), run.progress(run.plans[::-1], back), strict=True):
@@ -98,7 +98,7 @@ def _backward(
         the curves that are scaled by measured divergences.
     """
     plan, settings, activations = run.plans[number], run.settings, fisher_pass.activations
-    gradients = settings.outputs != "none"
+    gradients = settings.output_metric != "none"
     fisher_paths = {path for action in plan.actions for path in action.fisher_paths}
     evidence_paths = {path for action in plan.actions for path in action.evidence_paths}
     with run.weights.at(plan.path):
@@ -126,6 +126,6 @@ def _make_trials(plan: BlockPlan, block: Block, known: list[TradeoffCurve], rati
 
 def list_phases(batches: list[Batch], settings: Calibrate, blocks: int) -> tuple[Phase, Phase, Phase]:
     """Return the phases forward, backward and fits; see ``tenfold.compression.progress.estimate_phases``."""
-    surveyed = count_tokens(select_batches(batches, settings.survey))
+    surveyed = count_tokens(select_batches(batches, settings.fisher_tokens))
     behind = VARIANTS * settings.divergence * blocks / 2
-    return estimate_phases(surveyed, count_tokens(batches), settings.outputs != "none", behind)
+    return estimate_phases(surveyed, count_tokens(batches), settings.output_metric != "none", behind)

@@ -77,7 +77,7 @@ def compress(
         raise ValueError(
             f"recipe {recipe.name} has stages; tenfold compress MODEL -o DIR --recipe .. runs them, from disk to disk"
         )
-    if text is None and (recipe.calibrate or recipe.first not in {None, *WEIGHTS_ONLY}):
+    if text is None and (recipe.calibrate or recipe.transform not in {None, *WEIGHTS_ONLY}):
         raise ValueError(f"recipe {recipe.name} goes by activations: give a calibration text (--calibrate FILE)")
     if source == "weights" or text is not None:
         check_rules(recipe)
@@ -87,8 +87,8 @@ def compress(
     if recipe.squeeze is not None:
         changes = truncate_ranks(model, recipe.squeeze, recipe.name)
     elif text is None:
-        more = _transform_model(model, recipe, None) if recipe.first else {}
-        if recipe.replace or not recipe.first:
+        more = _transform_model(model, recipe, None) if recipe.transform else {}
+        if recipe.replace or not recipe.transform:
             changes = replace(model, make_plan(model, recipe), source, progress)
         if absorb_index_maps(model):
             finish(model, recipe.name)
@@ -140,7 +140,7 @@ def _compress_by_text(
             stacklevel=3,
         )
     for rule in recipe.replace:
-        if not rule.narrow and len({site.layer is None for site in sites if rule.matches(site)}) > 1:
+        if not rule.prune and len({site.layer is None for site in sites if rule.matches(site)}) > 1:
             raise ValueError(
                 f"the rule for role {rule.role or rule.path} names matrices inside and outside of the blocks; with a "
                 "calibration text these are done in two ways, so write two rules"
@@ -148,7 +148,7 @@ def _compress_by_text(
     report = _transform_model(model, recipe, text)
     if not recipe.replace:
         return [], report | about
-    outer = [rule for rule in recipe.replace if not rule.narrow and not any(rule.matches(site) for site in inside)]
+    outer = [rule for rule in recipe.replace if not rule.prune and not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
     changes, rest = [], recipe.model_copy(update={"replace": inner})
     if outer:
@@ -163,7 +163,7 @@ def _compress_by_text(
 def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
     """Apply the transform ``first`` and untie the head if the recipe says so; return the report."""
     untie(model, Plan({}, recipe.untie))
-    if recipe.first is None:
+    if recipe.transform is None:
         return {}
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach()).all()):
@@ -172,7 +172,7 @@ def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[st
         loss = mean_loss(model, text.batches[:CHECKED_BATCHES])
         if loss is not None:
             check_text(text, loss)
-    return TRANSFORMS[recipe.first](model, recipe, text)
+    return TRANSFORMS[recipe.transform](model, recipe, text)
 
 
 def _plan_outside(model, recipe: Recipe, rules: list[Rule]) -> Plan:

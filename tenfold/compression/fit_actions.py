@@ -85,10 +85,10 @@ class FactorizeSite(Action):
     def fit(self, block: Block, structure: Structure) -> Factors:
         """Return the factors fitted in the metrics; where there are none, from the start that the rule names."""
         start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
-        if settings.inputs == "none" and settings.outputs == "none":
+        if settings.input_metric == "none" and settings.output_metric == "none":
             return initialize(structure, target.weight, start.fit, start.norm, start.options)
         log = block.fits[self.site.path] = {}
-        return self._fit(structure, target, settings.outputs != "none", log=log)
+        return self._fit(structure, target, settings.output_metric != "none", log=log)
 
     def _fit(self, structure: Structure, target: Target, outputs: bool = True, **more: Any) -> Factors:
         metric = target.outputs if outputs else None
@@ -206,7 +206,7 @@ class FactorizeExperts(Action):
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         targets = [block.target(site.path) for site in self.sites]
-        rows = None if block.settings.outputs == "none" else [target.outputs for target in targets]
+        rows = None if block.settings.output_metric == "none" else [target.outputs for target in targets]
         weights, metrics = [target.weight for target in targets], [target.inputs for target in targets]
         options = QUICK | check_fit_options(self.rule.start.options)
         joint, changes = self.structure.fit(weights, metrics, rows, tuple(self.shared), **options), []

@@ -52,4 +52,4 @@ def _block_bytes(plan: BlockPlan, tokens: int, settings: Calibrate) -> int:
     inputs = 2 * 8 * sum(inner**2 for inner in {inner for _, inner in shapes.values()})  # choosing units takes a copy
     outputs = 8 * sum(out**2 for out, _ in shapes.values())
     judged = 2 * tokens * sum(sum(shapes[path]) for path in evidence_paths)
-    return weights + inputs + (outputs + judged if settings.outputs != "none" else 0)
+    return weights + inputs + (outputs + judged if settings.output_metric != "none" else 0)

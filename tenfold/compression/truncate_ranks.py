@@ -22,14 +22,15 @@ from tenfold.structure import TensorTrain
 def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[SiteReport]:
     """Cut ``how.bonds`` bonds of the tensor trains of ``model``, in place, each time the one that loses least.
 
-    A bond of rank ``r`` is cut to ``max(1, int(how.by * r))``. Its error is ``||W - What|| / ||W||``, exact for these weights.
+    A bond of rank ``r`` is cut to ``max(1, int(how.rank_ratio * r))``. Its error is ``||W - What|| / ||W||``, exact for
+    these weights.
 
     Raises:
         ValueError: no tensor train of these roles has a bond to cut, or one shares its factors.
     """
     roles = [how.role] if isinstance(how.role, str) else how.role
     sites = {site.path: site for site in find_sites(model) if site.role in roles}
-    open_bonds = {path: _list_bonds(model, path, how.by) for path in sites}
+    open_bonds = {path: _list_bonds(model, path, how.rank_ratio) for path in sites}
     reports: dict[str, SiteReport] = {}
     for _ in range(how.bonds):
         found = [(*bond, path) for path, bonds in open_bonds.items() for bond in bonds]
@@ -41,7 +42,7 @@ def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> li
             )
         _, bond, rank, path = min(found)
         reports[path] = _cut_bond(model, sites[path], bond, rank, reports.get(path))
-        open_bonds[path] = _list_bonds(model, path, how.by)
+        open_bonds[path] = _list_bonds(model, path, how.rank_ratio)
     finish(model, recipe)
     return list(reports.values())
 

@@ -18,7 +18,7 @@ class Heal(StrictModel):
 
     Args:
         tokens_per_step: of all processes together.
-        batch: windows at once; by default all of a step, on a CPU 1,024 tokens.
+        batch_size: windows at once; by default all of a step, on a CPU 1,024 tokens.
         save_steps: the number of steps between checkpoints, where there are some.
         losses: the weight of each; see ``tenfold.train.losses``.
         temperature: of the distributions that divergences compare.
@@ -26,7 +26,7 @@ class Heal(StrictModel):
             relative depth.
         positions: of a masked language model, where divergences are computed: ``all``, or the ``masked`` ones.
         compile: torch.compile, of student and teacher without their heads.
-        checkpointing: recompute activations between the blocks in the backward pass.
+        gradient_checkpointing: recompute activations between the blocks in the backward pass.
         chunk: positions whose logits are in memory at once.
         precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
             elsewhere; trained weights are in float32.
@@ -35,7 +35,7 @@ class Heal(StrictModel):
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     tokens_per_step: int = Field(4096, ge=1)
-    batch: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     save_steps: int = Field(200, ge=1)
     learning_rate: float = Field(3.0e-4, gt=0)
     schedule: Schedule = "cosine"
@@ -46,7 +46,7 @@ class Heal(StrictModel):
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
     positions: Literal["all", "masked"] = "all"
     compile: bool = False
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     chunk: int = Field(1024, ge=1)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
 

@@ -59,7 +59,7 @@ def make_plan(model, recipe: Recipe) -> Plan:
     Raises:
         ValueError: a rule matches nothing, a structure doesn't fit a site, or a tied head is to be factorised.
     """
-    if narrowing := [rule.narrow for rule in recipe.replace if rule.narrow]:
+    if narrowing := [rule.prune for rule in recipe.replace if rule.prune]:
         raise ValueError(
             f"recipe {recipe.name} narrows {' and '.join(narrowing)}: activations decide which units stay, so give a "
             "calibration text (--calibrate FILE)"
@@ -119,7 +119,7 @@ def _solve_keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> floa
 
 def _plan_site(rule: Rule, number: int, site: Site, keep: float | None) -> SitePlan:
     structure = _build_by_rule(rule, site, keep if rule.keep is None else rule.keep)
-    prefix = "part_0_" if rule.adapter else ""
+    prefix = "part_0_" if rule.adapter_rank else ""
     shared_names = rule.share.factors if rule.share else []
     names = structure.factor_shapes()
     for name in [prefix + name for name in (*shared_names, *rule.freeze)]:
@@ -132,8 +132,8 @@ def _plan_site(rule: Rule, number: int, site: Site, keep: float | None) -> SiteP
         rule.start,
         {prefix + name: _shared_key(rule.share, number, site, name) for name in shared_names},
         tuple(prefix + name for name in rule.freeze),
-        rule.adapter is not None,
-        rule.share.mask if rule.share else 0.0,
+        rule.adapter_rank is not None,
+        rule.share.grad_dropout if rule.share else 0.0,
     )
 
 
@@ -181,14 +181,17 @@ def _build(rule: Rule, site: Site, keep: float | None) -> Structure:
     else:
         part = Structure.for_shape(rows, inner, spec)
     whole = part if rule.split == 1 else Stacked(parts=(part,) * rule.split)
-    if rule.adapter is None:
+    if rule.adapter_rank is None:
         return whole
-    return Sum(parts=(whole, LowRank(out_features=out, in_features=inner, rank=rule.adapter)))
+    return Sum(parts=(whole, LowRank(out_features=out, in_features=inner, rank=rule.adapter_rank)))
 
 
 def _build_layer(rule: Rule, site: Site):
     """Build what describes a layer that is no matrix."""
-    kind, given = rule.spec["kind"], {"split": rule.split > 1, "adapter": rule.adapter is not None, "keep": rule.keep}
+    kind, given = (
+        rule.spec["kind"],
+        {"split": rule.split > 1, "adapter": rule.adapter_rank is not None, "keep": rule.keep},
+    )
     if wrong := [name for name, value in given.items() if value]:
         raise ValueError(f"{kind} is no structure and takes no {', '.join(wrong)}; give it a rank")
     if site.role == "embed":

@@ -50,27 +50,27 @@ class Share(StrictModel):
         across: ``layers`` (one set per role), ``roles`` (one set per layer), ``experts`` (one set per role and layer), or ``all``
             sites of the rule (one set).
         group: the number of neighbouring layers that share, with ``layers`` or ``all``; by default all of them.
-        mask: the probability with which the gradient of a shared factor from one site is dropped in a step.
+        grad_dropout: the probability with which the gradient of a shared factor from one site is dropped in a step.
     """
 
     factors: list[str]
     across: Literal["layers", "roles", "experts", "all"] = "layers"
     group: int | None = Field(None, ge=1)
-    mask: float = Field(0.0, ge=0, lt=1)
+    grad_dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class Rule(StrictModel):
     """Sites and their structure; of several rules the first that matches a site applies.
 
-    ``narrow`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
-    ``attention``, by ``method``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
+    ``prune`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
+    ``attention``, by ``criterion``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
     (``tenfold.baselines.modegpt``). Of several structures every site gets the one with the least loss at its size, which
     needs activations. ``method: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
     sparse coefficients (``tenfold.baselines.rocket``).
     """
 
-    narrow: Literal["mlp", "attention"] | None = None
-    method: Literal["loss", "modegpt", "rocket"] = "loss"
+    prune: Literal["mlp", "attention"] | None = None
+    criterion: Literal["loss", "modegpt", "rocket"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
     layers: list[int] | None = None
@@ -79,7 +79,7 @@ class Rule(StrictModel):
     split: int = Field(1, ge=1)
     start: Start = Field(default_factory=Start)
     share: Share | None = None
-    adapter: int | None = Field(None, ge=1)
+    adapter_rank: int | None = Field(None, ge=1)
     bias: Literal["keep", "drop"] = "keep"
     freeze: list[str] = Field(default_factory=list)
 
@@ -92,13 +92,13 @@ class Rule(StrictModel):
     def _check_complete(self):
         for role in self.roles:
             check_name(role, ROLES, "role")
-        if self.narrow is not None:
+        if self.prune is not None:
             if self.role or self.path or self.structure:
-                raise ValueError("a rule that narrows names neither role, path nor structure")
-            given = self.model_dump(exclude_defaults=True).keys() - {"narrow", "method", "layers"}
+                raise ValueError("a rule that prunes names neither role, path nor structure")
+            given = self.model_dump(exclude_defaults=True).keys() - {"prune", "criterion", "layers"}
             if given:
                 raise ValueError(
-                    f"a rule that narrows takes no {', '.join(sorted(given))}; a budget says how much stays"
+                    f"a rule that prunes takes no {', '.join(sorted(given))}; a budget says how much stays"
                 )
             return self
         if self.role is None and self.path is None:
@@ -109,8 +109,8 @@ class Rule(StrictModel):
 
     @property
     def roles(self) -> list[str]:
-        if self.narrow is not None:
-            return [role for role in ROLES if role.startswith("mlp." if self.narrow == "mlp" else "attn.")]
+        if self.prune is not None:
+            return [role for role in ROLES if role.startswith("mlp." if self.prune == "mlp" else "attn.")]
         return [] if self.role is None else [self.role] if isinstance(self.role, str) else self.role
 
     @property
@@ -156,17 +156,17 @@ class Squeeze(StrictModel):
 
     Args:
         role: of the matrices, which are tensor trains already.
-        by: the ratio of a bond that stays.
+        rank_ratio: the ratio of a bond that stays.
         bonds: how many are truncated, one after another.
     """
 
     role: str | list[str]
-    by: float = Field(0.5, gt=0, lt=1)
+    rank_ratio: float = Field(0.5, gt=0, lt=1)
     bonds: int = Field(1, ge=1)
 
 
 class Shrink(StrictModel):
-    """Proportions in which the widths of a model shrink, where ``first`` prunes widths.
+    """Proportions in which the widths of a model shrink, where ``transform`` prunes widths.
 
     Every width loses the same fraction times its number here, until the budget is met: with ``mlp: 1`` and ``heads: 0.5`` heads
     lose half the fraction that hidden units of the MLPs lose.
@@ -198,7 +198,7 @@ class Stage(StrictModel):
         rounds: how often the stage is repeated.
     """
 
-    first: First | None = None
+    transform: First | None = None
     shrink: Shrink | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
@@ -212,14 +212,14 @@ class Stage(StrictModel):
 class Recipe(StrictModel):
     """Recipe of a published system or a recommended setting.
 
-    ``first`` names a transform of the whole model before the rules apply; see ``tenfold.compression.whole_model``.
+    ``transform`` names a transform of the whole model before the rules apply; see ``tenfold.compression.whole_model``.
     """
 
     name: str = "unnamed"
     source: str = ""
     note: str = ""
-    on: str | None = None
-    first: First | None = None
+    base_model: str | None = None
+    transform: First | None = None
     shrink: Shrink | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
@@ -249,19 +249,19 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _check_conflicts(self):
         if self.stages:
-            keys = ("replace", "first", "shrink", "squeeze", "budget", "untie", "calibrate", "heal")
+            keys = ("replace", "transform", "shrink", "squeeze", "budget", "untie", "calibrate", "heal")
             if given := sorted(self.model_dump(include=set(keys), exclude_defaults=True)):
                 raise ValueError(
                     f"a recipe of stages has its rules in them, and no {', '.join(given)} of its own; move it into a stage"
                 )
         if self.origin and self.tokenizer and self.tokenizer.vocab_size:
             raise ValueError("a model that is trained on has its tokenizer: leave vocab_size out")
-        if self.train and self.train.fold:
+        if self.train and self.train.compress_at:
             self._check_fold(self.train)
         for stage in (self, *self.stages):
-            if stage.shrink is not None and stage.first is None:
+            if stage.shrink is not None and stage.transform is None:
                 raise ValueError(
-                    "shrink sets how first prunes widths, and there is no first; write it, or leave shrink out"
+                    "shrink sets how transform prunes widths, and there is no transform; write it, or leave shrink out"
                 )
             if stage.squeeze is not None and stage.replace:
                 raise ValueError("squeeze and replace are two stages: replace in one, squeeze in the next")
@@ -269,19 +269,23 @@ class Recipe(StrictModel):
 
     def _check_fold(self, train: Train) -> None:
         stages = (self, *self.stages)
-        if not any(stage.replace or stage.first for stage in stages):
+        if not any(stage.replace or stage.transform for stage in stages):
             raise ValueError(
-                "train.fold compresses by the rules under replace, and there are none; write one, or leave it out"
+                "train.compress_at compresses by the rules under replace, and there are none; write one, or leave it out"
             )
         if any(stage.heal for stage in stages):
-            raise ValueError("training continues after train.fold, so that nothing is left to heal; leave heal out")
-        if any(stage.calibrate is None and (stage.first or find_activation_choices(stage)) for stage in stages):
             raise ValueError(
-                "a choice of structures, a budget of flops or bytes, rules that narrow, and first, need activations: write a "
+                "training continues after train.compress_at, so that nothing is left to heal; leave heal out"
+            )
+        if any(stage.calibrate is None and (stage.transform or find_activation_choices(stage)) for stage in stages):
+            raise ValueError(
+                "a choice of structures, a budget of flops or bytes, rules that prune, and transform, need activations: write a "
                 "calibrate section, {} for the default one"
             )
-        if train.guide:
-            raise ValueError("train.fold and train.guide are two ways to begin with dense matrices; leave one out")
+        if train.self_guided_fraction:
+            raise ValueError(
+                "train.compress_at and train.self_guided_fraction are two ways to begin with dense matrices; leave one out"
+            )
 
     @property
     def origin(self) -> str | None:
@@ -296,8 +300,8 @@ class Recipe(StrictModel):
 
 
 def find_activation_choices(stage: Recipe | Stage) -> list[str]:
-    """Return what activations decide in a stage, beside ``first``, in words."""
-    found = [f"narrow: {rule.narrow}" for rule in stage.replace if rule.narrow]
+    """Return what activations decide in a stage, beside ``transform``, in words."""
+    found = [f"prune: {rule.prune}" for rule in stage.replace if rule.prune]
     found += [f"a choice of {len(rule.structures)} structures" for rule in stage.replace if len(rule.structures) > 1]
     of = stage.budget and stage.budget.of
     return found + ([f"a budget of {of}"] if of in ("flops", "bytes") else [])

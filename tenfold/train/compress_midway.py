@@ -95,8 +95,8 @@ def _train_dense(trainer: DivergenceGuardTrainer, step: int):
 def _calibration(windows: PackedDataset, seen: int, recipe: Recipe) -> Calibration:
     """Return windows out of the ``seen`` first ones, as many and as long as the stage that reads most asks for."""
     settings = [stage.calibrate for stage in recipe.stage_recipes() if stage.calibrate]
-    largest = max(settings, key=lambda one: one.samples, default=Calibrate())
-    chosen = torch.linspace(0, seen - 1, min(largest.samples, seen)).round().long().tolist()
+    largest = max(settings, key=lambda one: one.num_samples, default=Calibrate())
+    chosen = torch.linspace(0, seen - 1, min(largest.num_samples, seen)).round().long().tolist()
     ids = torch.stack([windows.ids(k) for k in chosen])[:, : largest.window]
     parts = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
     batches: list[dict[str, Tensor]] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]

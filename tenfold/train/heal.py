@@ -173,7 +173,7 @@ def _check_settings(model: PreTrainedModel, teacher: Teacher | None, tokenizer, 
 def _arguments(folder: Path, settings: Heal, window: int, seed: int, save: bool, causal: bool) -> TrainingArguments:
     duration = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     windows = max(1, settings.tokens_per_step // window)
-    batch = min(settings.batch or _default_batch(windows, window), windows)
+    batch = min(settings.batch_size or _default_batch(windows, window), windows)
     batch, accumulate = _split_step(batch, max(1, round(windows / batch)), window, settings)
     return training_arguments(
         folder,
@@ -184,7 +184,7 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, save: bool,
         bf16=in_bfloat16(settings.precision),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
-        activation_checkpointing=settings.checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         adam_beta2=0.95,
         save_strategy="steps" if save else "no",
         save_steps=settings.save_steps,
@@ -210,7 +210,7 @@ def _split_step(batch: int, accumulate: int, window: int, settings: Heal) -> tup
     try:
         return split_step(batch, accumulate, processes)
     except ValueError:
-        multiple = processes * (settings.batch or 1)
+        multiple = processes * (settings.batch_size or 1)
         tokens = -(-batch * accumulate // multiple) * multiple * window
         raise ValueError(
             f"{processes} processes can't share a step of {batch * accumulate} windows of {window} tokens, {batch} at once; "

@@ -51,7 +51,7 @@ def window_length(recipe: Recipe) -> int:
     """
     with torch.device("meta"):
         model = _build(recipe, _configure(recipe))
-    length = recipe.train.window or positions_of(model)
+    length = recipe.train.sequence_length or positions_of(model)
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
     _check_positions(recipe, length, model)
@@ -117,9 +117,9 @@ def _configure(recipe: Recipe, **more):
     if recipe.origin:
         config = read_config(recipe.origin)
         check_plain(config, recipe.origin)
-        if recipe.train.fold and get_tenfold_config(config):
+        if recipe.train.compress_at and get_tenfold_config(config):
             raise ValueError(
-                f"{recipe.origin} is compressed already, so that train.fold has nothing to do; leave it out"
+                f"{recipe.origin} is compressed already, so that train.compress_at has nothing to do; leave it out"
             )
         return config
     kind = recipe.model["model_type"]

@@ -90,8 +90,8 @@ def pretrain(
         if process_state().is_main_process:
             tokens.check(len(tokenizer))
         check_sources(folder, tokens.manifest, {"teacher": settings.teacher, "model": recipe.origin})
-    masked = (tokenizer, settings.hide) if settings.objective == "masked" else None
-    train_tokens, eval_tokens = _split_tokens(tokens, length, settings.held_out)
+    masked = (tokenizer, settings.mlm_probability) if settings.objective == "masked" else None
+    train_tokens, eval_tokens = _split_tokens(tokens, length, settings.eval_tokens)
     held_out = PackedDataset(eval_tokens, length, masked=masked) if len(eval_tokens) else None
     windows = PackedDataset(train_tokens, length, settings.seed, masked)
     steps, teacher = _count_steps(windows, settings), load_recipe_teacher(recipe, tokenizer)
@@ -110,19 +110,21 @@ def pretrain(
             recipe=recipe,
             log=folder / "log.jsonl",
             advance=advance,
-            tokens_per_step=settings.batch * settings.accumulate * length,
+            tokens_per_step=settings.batch_size * settings.gradient_accumulation_steps * length,
         )
 
-    begun, compress_step = time.perf_counter(), round(settings.fold * steps)
-    if settings.fold and not compress_step:
-        raise ValueError(f"train.fold {settings.fold:g} of {steps} steps is none; give more of them, or a larger share")
+    begun, compress_step = time.perf_counter(), round(settings.compress_at * steps)
+    if settings.compress_at and not compress_step:
+        raise ValueError(
+            f"train.compress_at {settings.compress_at:g} of {steps} steps is none; give more of them, or a larger share"
+        )
     with silent():
         if compress_step:
             model = compress_midway(folder, compress_step, recipe, windows, tokenizer, make_trainer)
         else:
             model = new_model(recipe, tokenizer)
     size = sum(p.numel() for p in model.parameters())
-    guidance = SelfGuidance(model, settings.guide) if settings.guide else None
+    guidance = SelfGuidance(model, settings.self_guided_fraction) if settings.self_guided_fraction else None
     trainer = make_trainer(model, folder / "checkpoints")
     trainer.first_step = compress_step
     if guidance is not None:
@@ -130,7 +132,7 @@ def pretrain(
     trainer.train(last_checkpoint(folder / "checkpoints"))
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
-        "tokens": steps * settings.batch * settings.accumulate * length,
+        "tokens": steps * settings.batch_size * settings.gradient_accumulation_steps * length,
         "parameters": size,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "seconds_of_last_run": round(time.perf_counter() - begun, 1),
@@ -155,7 +157,7 @@ def _split_tokens(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]
 
 
 def _count_steps(windows: PackedDataset, settings: Train) -> int:
-    size = settings.batch * settings.accumulate
+    size = settings.batch_size * settings.gradient_accumulation_steps
     if len(windows) < size:
         raise ValueError(
             f"the text has {len(windows)} windows, fewer than the {size} of a step; give more text or a smaller batch"
@@ -164,7 +166,7 @@ def _count_steps(windows: PackedDataset, settings: Train) -> int:
 
 
 def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | None, evaluate: bool):
-    batch, accumulate = split_step(settings.batch, settings.accumulate)
+    batch, accumulate = split_step(settings.batch_size, settings.gradient_accumulation_steps)
     evaluation = {
         "eval_strategy": "steps",
         "eval_steps": settings.save_steps,
@@ -181,7 +183,7 @@ def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | Non
         warmup_steps=settings.warmup,
         bf16=in_bfloat16(settings.precision, device),
         torch_compile=settings.compile and settings.teacher is None,  # with a teacher, DistilledForward compiles
-        activation_checkpointing=settings.checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),
         save_steps=settings.save_steps,
@@ -226,7 +228,7 @@ class _Pretrainer(DivergenceGuardTrainer):
         if self.optimizer is None:
             train = self.recipe.train
             self.optimizer = optimizer_for(
-                model or self.model, train.optimizer, train.rates, train.learning_rate, train.weight_decay
+                model or self.model, train.optimizer, train.lr_scaling, train.learning_rate, train.weight_decay
             )
         return self.optimizer
 

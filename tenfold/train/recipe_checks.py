@@ -16,12 +16,15 @@ from tenfold.models.suggestions import check_name
 # key -> the way out, for a model with random weights
 UNUSED = {
     **dict.fromkeys(
-        ("first", "squeeze", "stages", "calibrate"),
-        "is for a trained model: train dense for a part of the steps, train: {fold: 0.5}, or leave it out",
+        ("transform", "squeeze", "stages", "calibrate"),
+        "is for a trained model: train dense for a part of the steps, train: {compress_at: 0.5}, or leave it out",
     ),
     "heal": "is for a compressed model, and pre-training trains anyway: leave it out",
 }
-TRAINED = "would compress a trained model: do that first, tenfold compress, and name that folder, or midway, train: {fold: 0.5}"
+TRAINED = (
+    "would compress a trained model: do that first, tenfold compress, and name that folder, or midway, "
+    "train: {compress_at: 0.5}"
+)
 WITHOUT_RULES = dict.fromkeys(
     ("budget", "untie"), "does nothing without rules under replace: write one, or leave it out"
 )
@@ -31,7 +34,7 @@ def check_recipe_keys(recipe: Recipe) -> None:
     """Raise ValueError if ``recipe`` has what pre-training would not carry out."""
     for rule in (rule for stage in recipe.stage_recipes() for rule in stage.replace):
         check_name(rule.start.fit, STARTS, "start")
-    if recipe.train.fold:
+    if recipe.train.compress_at:
         return
     unused = UNUSED if recipe.replace else UNUSED | WITHOUT_RULES
     if recipe.origin:
@@ -42,13 +45,13 @@ def check_recipe_keys(recipe: Recipe) -> None:
     if found := find_activation_choices(recipe):
         raise ValueError(
             f"recipe {recipe.name!r} has {found[0]}, which activations of a trained model decide: train dense for a part of the "
-            "steps, train: {fold: 0.5} with calibrate: {}, or leave it out"
+            "steps, train: {compress_at: 0.5} with calibrate: {}, or leave it out"
         )
     for start in (rule.start for rule in recipe.replace):
         if "fit" in start.model_fields_set and start.fit not in DRAWS:  # without a start factors are drawn
             raise ValueError(
                 f"the start {start.fit} of recipe {recipe.name!r} is a fit to a trained matrix, and here is none yet: draw by "
-                f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{fold: 0.5}}"
+                f"{', '.join(DRAWS)}, or train dense for a part of the steps, train: {{compress_at: 0.5}}"
             )
 
 

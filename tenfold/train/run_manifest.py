@@ -17,7 +17,13 @@ from tenfold.train.teacher import weights_digest
 FILE = "run.json"
 OUTPUTS = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the manifest goes last
 OUTPUT_FOLDERS = ("checkpoints", "dense", "tokens")
-TOKENIZATION = ("tokenizer", "model", "train.tokens", "train.objective", "train.window")  # keys that decide the tokens
+TOKENIZATION = (
+    "tokenizer",
+    "model",
+    "train.tokens",
+    "train.objective",
+    "train.sequence_length",
+)  # keys that decide the tokens
 LIBRARIES = ("tenfold", "torch", "transformers", "accelerate")
 
 

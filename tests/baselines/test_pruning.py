@@ -297,7 +297,7 @@ def test_widths_shrink_in_proportion(shrink):
         ),
         ("llama", "peak-to-peak", {"budget": None}, "nothing says how much recipe peak-to-peak shall prune"),
         ("llama", "peak-to-peak", {"shrink": {"mlp": 0}}, "a shrink of nothing"),
-        ("llama", "peak-to-peak", {"first": None}, "there is no first"),
+        ("llama", "peak-to-peak", {"transform": None}, "there is no transform"),
         ("llama", "minitron", {"calibrate": None}, "give a calibration text"),
         ("t5", "peak-to-peak", {}, "are not alike"),
         ("openai-gpt", "peak-to-peak", {}, "no configuration of this openai-gpt says mlp"),

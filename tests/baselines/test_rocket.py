@@ -178,12 +178,12 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_rules_that_ask_for_more_are_refused(case):
     changes, said = WRONG[case]
-    rule = {"role": "mlp.in", "structure": {"kind": "dense"}, "method": "rocket"} | changes
+    rule = {"role": "mlp.in", "structure": {"kind": "dense"}, "criterion": "rocket"} | changes
     with pytest.raises(ValueError, match=said):
         compress(build("gpt2"), {"replace": [rule], "budget": {"keep": 0.5}, "calibrate": {}}, text=text())
 
 
 def test_methods_are_for_what_they_are_for():
-    given = {"replace": [{"narrow": "mlp", "method": "rocket"}], "budget": {"keep": 0.5}, "calibrate": {}}
-    with pytest.raises(ValueError, match="names method rocket, which is not for this; there are loss, modegpt"):
+    given = {"replace": [{"prune": "mlp", "criterion": "rocket"}], "budget": {"keep": 0.5}, "calibrate": {}}
+    with pytest.raises(ValueError, match="names criterion rocket, which is not for this; there are loss, modegpt"):
         compress(build("gpt2"), given, text=text())

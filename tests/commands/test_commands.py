@@ -207,7 +207,7 @@ def test_pretrain(call, tmp_path):
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(
         "model: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 1, n_positions: 16}\n"
-        "tokenizer: {vocab_size: 300}\ntrain: {tokens: 640, batch: 4}\n"
+        "tokenizer: {vocab_size: 300}\ntrain: {tokens: 640, batch_size: 4}\n"
     )
     (tmp_path / "text.txt").write_text(small.text(1000))
     status, out, err = call("pretrain", recipe, "--data", tmp_path / "text.txt", "-o", tmp_path / "model")

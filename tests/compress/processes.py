@@ -18,12 +18,12 @@ MLP = ["mlp.in", "mlp.gate", "mlp.out"]
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", *MLP]
 LOW = {"kind": "low_rank"}
 CASES = {
-    "recommended": ("gpt2", {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.7},
+    "recommended": ("gpt2", {"replace": [{"prune": "mlp"}, {"prune": "attention"}], "budget": {"keep": 0.7},
                              "calibrate": {"divergence": 64}}),
     "folds": ("llama", {"replace": [{"role": ROLES, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
     "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "inner": [2, 2]}]}],
                         "budget": {"keep": 0.8, "of": "blocks"}}),
-    "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"refine": 5}}),
+    "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"block_finetune_steps": 5}}),
     "experts": ("mixtral", {"replace": [{"role": MLP, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
     "few": ("mixtral", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.7}]}),  # tokens, so that experts go without
     "blind": ("llama", {"replace": [{"role": ROLES, "structure": LOW, "keep": 0.5}]}),

@@ -74,5 +74,5 @@ def test_a_recipe_asks_for_it():
         }
         return compress(toys.build("gpt2"), recipe, text=text(8, 16))[0]
 
-    plain, refined = made(), made(refine=20, refine_rate=1e-3)
+    plain, refined = made(), made(block_finetune_steps=20, block_finetune_rate=1e-3)
     assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), refined.parameters(), strict=True))

@@ -13,27 +13,27 @@ from tenfold.models.cost import price
 from tenfold.structure import Structure
 
 RULES = {
-    "narrow": [{"narrow": "mlp"}, {"narrow": "attention"}],
+    "prune": [{"prune": "mlp"}, {"prune": "attention"}],
     "low rank": [{"role": ["mlp.in", "mlp.out", "attn.q", "attn.qkv", "attn.out"], "structure": {"kind": "low_rank"}}],
 }
 
 
 # any two values of two columns are beside each other in some row
 KEPT = [
-    ("gpt2", "narrow", "model", 0.9),
+    ("gpt2", "prune", "model", 0.9),
     ("gpt2", "low rank", "without_head", 0.7),
-    ("gpt2", "narrow", "flops", 0.7),
+    ("gpt2", "prune", "flops", 0.7),
     ("gpt2-untied", "low rank", "model", 0.7),
-    ("gpt2-untied", "narrow", "without_head", 0.9),
+    ("gpt2-untied", "prune", "without_head", 0.9),
     ("gpt2-untied", "low rank", "flops", 0.9),
     ("llama", "low rank", "model", 0.9),
-    ("llama", "narrow", "without_head", 0.7),
+    ("llama", "prune", "without_head", 0.7),
     ("llama", "low rank", "flops", 0.7),
 ]
 IN_FILES = [
-    ("gpt2", "narrow", torch.float32, 0.9),
+    ("gpt2", "prune", torch.float32, 0.9),
     ("gpt2", "low rank", torch.bfloat16, 0.8),
-    ("llama", "narrow", torch.bfloat16, 0.8),
+    ("llama", "prune", torch.bfloat16, 0.8),
     ("llama", "low rank", torch.float32, 0.8),
     ("llama", "low rank", torch.bfloat16, 0.9),
 ]
@@ -84,7 +84,7 @@ def test_bytes_need_activations():
 def test_a_budget_of_a_mixture_is_kept(of):
     model = toys.build("mixtral")
     sizes = {"model": lambda m: price(m)["parameters"]["total"], "flops": lambda m: price(m)["flops_per_token"]["1024"]}
-    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": of}}
+    recipe = {"replace": RULES["prune"], "budget": {"keep": 0.8, "of": of}}
     after = compress(copy.deepcopy(model), recipe, text=text())[0]
     assert 0.78 * sizes[of](model) < sizes[of](after) <= 0.8 * sizes[of](model)
 
@@ -148,7 +148,7 @@ def test_a_budget_is_a_share_of_the_model_that_came_in(of):
 
     model = toys.build("gpt2")
     embed = {"role": "embed", "structure": {"kind": "low_rank"}, "keep": 0.5}
-    recipe = {"replace": [embed, *RULES["narrow"]], "budget": {"keep": 0.8, "of": of}}
+    recipe = {"replace": [embed, *RULES["prune"]], "budget": {"keep": 0.8, "of": of}}
     after = compress(copy.deepcopy(model), recipe, text=text())[0]
     assert 0.78 * size(model) < size(after) <= 0.8 * size(model)
     assert after.transformer.wte.structure.kind == "low_rank"
@@ -157,12 +157,12 @@ def test_a_budget_is_a_share_of_the_model_that_came_in(of):
 def test_outside_of_the_blocks_a_rule_says_how_much_stays():
     model = toys.build("gpt2")
     embed = {"role": "embed", "structure": {"kind": "low_rank"}}
-    recipe = {"replace": [embed, *RULES["narrow"]], "budget": {"keep": 0.8, "of": "model"}}
+    recipe = {"replace": [embed, *RULES["prune"]], "budget": {"keep": 0.8, "of": "model"}}
     with pytest.raises(
         ValueError, match=r"role embed is outside of the blocks, .* give it a keep or a size of its own"
     ):
         compress(model, recipe, text=text())
-    recipe = {"replace": [embed | {"keep": 0.1}, *RULES["narrow"]], "budget": {"keep": 0.99, "of": "model"}}
+    recipe = {"replace": [embed | {"keep": 0.1}, *RULES["prune"]], "budget": {"keep": 0.99, "of": "model"}}
     with pytest.raises(ValueError, match=r"keep 0.99 of the model is reached outside of the blocks already"):
         compress(model, recipe, text=text())
 
@@ -205,7 +205,7 @@ def test_flops_of_a_shared_factor_are_those_of_every_site(name):
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_flops_are_used_up_a_second_time(name):
-    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": "flops"}}
+    recipe = {"replace": RULES["prune"], "budget": {"keep": 0.8, "of": "flops"}}
     once = compress(toys.build(name), recipe, text=text())[0]
     before = flops(once)
     assert 0.77 * before < flops(compress(once, recipe, text=text())[0]) <= 0.8 * before
@@ -219,7 +219,7 @@ def test_a_rule_is_for_matrices_inside_or_outside_of_the_blocks():
 
 def test_a_head_gets_its_own_matrix_with_a_text_too():
     model = toys.build("gpt2")
-    recipe = {"replace": RULES["narrow"], "budget": {"keep": 0.8, "of": "blocks"}}
+    recipe = {"replace": RULES["prune"], "budget": {"keep": 0.8, "of": "blocks"}}
     tied, own = (compress(copy.deepcopy(model), recipe | {"untie": untie}, text=text())[0] for untie in (False, True))
     assert own.lm_head.weight is not own.transformer.wte.weight
     assert parameters(own) == parameters(tied) + 97 * 32

@@ -58,7 +58,7 @@ def test_windows_are_cut_from_one_stream_and_spread_over_it(causal, tokenizer, f
     texts = ["\n".join(LINES[:5]) + "\n\n", *LINES[5:]]
     stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     windows = [stream[k : k + window] for k in range(0, len(stream) - window + 1, window)]
-    found = load_calibration(causal, tokenizer, files, samples, window, batch=3)
+    found = load_calibration(causal, tokenizer, files, samples, window, batch_size=3)
     read = rows(found.batches)
     assert all(len(batch["input_ids"]) <= 3 for batch in found.batches)
     assert found.tokens == sum(map(len, read)) == window * min(samples, len(windows))
@@ -77,7 +77,7 @@ def test_a_window_is_no_longer_than_the_context(causal, encoder, tokenizer, file
 
 @pytest.mark.parametrize("samples", [1, 4, 9, 1000])
 def test_an_encoder_reads_a_document_a_sample(encoder, tokenizer, files, samples):
-    found = load_calibration(encoder, tokenizer, files, samples, window=16, batch=2)
+    found = load_calibration(encoder, tokenizer, files, samples, window=16, batch_size=2)
     whole = [tokenizer(line)["input_ids"][:16] for line in LINES]
     read = rows(found.batches)
     assert len(read) == min(samples, len(LINES)) and found.tokens == sum(map(len, read))
@@ -121,7 +121,7 @@ def test_a_token_that_the_model_does_not_know(tokenizer, files, name):
         load_calibration(toys.build(name), tokenizer, files, window=8)
 
 
-@pytest.mark.parametrize("numbers", [{"samples": 0}, {"samples": -3}, {"batch": 0}])
+@pytest.mark.parametrize("numbers", [{"num_samples": 0}, {"num_samples": -3}, {"batch_size": 0}])
 def test_nothing_to_draw(causal, tokenizer, files, numbers):
     with pytest.raises(ValueError, match="one or more"):
         load_calibration(causal, tokenizer, files, **numbers)
@@ -132,7 +132,7 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     model = toys.build(name)
     model.resize_token_embeddings(len(tokenizer))
     (tmp_path / "long.txt").write_text(small.text(400))
-    batch = load_calibration(model, tokenizer, [tmp_path / "long.txt"], samples=1).batches[0]
+    batch = load_calibration(model, tokenizer, [tmp_path / "long.txt"], num_samples=1).batches[0]
     longest = 63 if name == "roberta" else 64  # whose positions start behind that of padding
     assert batch["input_ids"].shape[1] == longest and torch.isfinite(model(**batch)[0]).all()
 
@@ -141,7 +141,7 @@ def test_the_longest_window_is_one_that_the_model_takes(tokenizer, tmp_path, nam
     "recipe",
     [
         {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}], "budget": {"keep": 0.6}},
-        {"first": "slice", "budget": {"keep": 0.8, "of": "model"}},
+        {"transform": "slice", "budget": {"keep": 0.8, "of": "model"}},
     ],
     ids=["blocks", "first"],
 )
@@ -170,7 +170,7 @@ def test_a_text_that_the_model_does_not_know_is_warned_of(recipe):
 def test_bytes_per_token_are_those_of_the_text(encoder, tokenizer, tmp_path):
     lines = [line for line in LINES if len(tokenizer(line)["input_ids"]) <= 20] + ["αβγ"]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    found = load_calibration(encoder, tokenizer, [tmp_path / "text.txt"], 100, batch=100)
+    found = load_calibration(encoder, tokenizer, [tmp_path / "text.txt"], 100, batch_size=100)
     assert found.source["bytes_per_token"] == pytest.approx(
         sum(len(line.encode()) for line in lines) / found.tokens, rel=1e-4
     )

@@ -17,7 +17,7 @@ from tenfold.models.sites import find_sites
 from tenfold.nn import FactorizedLinear
 
 WORDS = text(8)
-NARROW = [{"narrow": "mlp"}, {"narrow": "attention"}]
+NARROW = [{"prune": "mlp"}, {"prune": "attention"}]
 MODELS = list(idle.HEADS)
 each = pytest.mark.parametrize("name", MODELS)
 
@@ -73,7 +73,7 @@ def test_types_and_what_is_outside_of_the_rules_stay(name, dtype, tmp_path):
     toys.build(name).to(dtype).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     model.get_input_embeddings().requires_grad_(False)
-    after = compressed(model, [{"narrow": "mlp"}])
+    after = compressed(model, [{"prune": "mlp"}])
     assert {p.dtype for p in after.parameters()} == {dtype}
     left, flags = after.state_dict(), {path: p.requires_grad for path, p in after.named_parameters()}
     for path, value in model.state_dict().items():
@@ -125,7 +125,7 @@ def test_a_budget_of_the_whole_model(name):
 def test_layers_and_rules_of_two_kinds():
     """The first rule that matches a matrix wins; the other block stays as it is."""
     model = toys.build("llama")
-    rules = [{"narrow": "mlp", "layers": [1]}, *low_rank(model, 4, ("attn.q", "mlp.in"))]
+    rules = [{"prune": "mlp", "layers": [1]}, *low_rank(model, 4, ("attn.q", "mlp.in"))]
     after = compressed(model, rules, 0.5)
     changed = {
         path.removeprefix("model.layers.") for path, m in after.named_modules() if isinstance(m, FactorizedLinear)
@@ -142,13 +142,13 @@ def test_the_decoder_of_a_model_that_sees_images():
 SETTINGS = [
     {},
     {"refit": False},
-    {"center": False},
-    {"outputs": "row"},
-    {"outputs": "none", "inputs": "none"},
-    {"inputs": "diagonal", "power": 0.5},
-    {"inputs": "diagonal", "outputs": "none", "refit": False, "center": False},
+    {"bias_correction": False},
+    {"output_metric": "row"},
+    {"output_metric": "none", "input_metric": "none"},
+    {"input_metric": "diagonal", "power": 0.5},
+    {"input_metric": "diagonal", "output_metric": "none", "refit": False, "bias_correction": False},
     {"allocate": "uniform"},
-    {"survey": 40},
+    {"fisher_tokens": 40},
 ]
 
 
@@ -156,7 +156,7 @@ SETTINGS = [
 def test_every_setting_is_sound_and_repeats(name, settings):
     model = toys.build(name)
     mixed = [
-        {"narrow": "attention"},
+        {"prune": "attention"},
         *low_rank(model, 8, ("mlp.in",)),
         {"role": "mlp.out", "structure": {"kind": "low_rank"}},
     ]
@@ -170,7 +170,10 @@ def test_activations_make_low_rank_better(name):
     """On the calibration text the outputs of the blocks are nearer to the original ones than with the nearest matrices."""
     model = toys.build(name)
     rules, recipe = low_rank(model, 6), {"replace": low_rank(model, 6)}
-    by_text, by_weights = compressed(model, rules, None, outputs="none"), compress(copy.deepcopy(model), recipe)[0]
+    by_text, by_weights = (
+        compressed(model, rules, None, output_metric="none"),
+        compress(copy.deepcopy(model), recipe)[0],
+    )
     blocks = group_by_block(find_sites(model))
     wanted, *others = (watched(other, WORDS, blocks) for other in (model, by_text, by_weights))
     for path in blocks:
@@ -190,7 +193,7 @@ RULES = {
 }
 NOT_WITH_TEXT = {
     "split": {"role": "attn.qkv", **FOUR, "split": 3},
-    "with an adapter": {"role": "mlp.in", **FOUR, "adapter": 2},
+    "with an adapter": {"role": "mlp.in", **FOUR, "adapter_rank": 2},
     "frozen": {"role": "mlp.in", **FOUR, "freeze": ["left"]},
     "shared by layers": {"role": "mlp.in", **FOUR, "share": {"factors": ["right"]}},
 }
@@ -225,7 +228,7 @@ def test_what_reads_the_values_of_a_head_has_columns_of_one_length(name):
             weight = model.get_submodule(site.path).weight
             with torch.no_grad():
                 (weight.T if name == "llama" else weight).mul_(torch.logspace(-1, 1, 32)[:, None])
-    after = compressed(model, [{"narrow": "attention"}], 0.5)
+    after = compressed(model, [{"prune": "attention"}], 0.5)
     modules = [after.get_submodule(site.path) for site in find_sites(after) if site.role == "attn.out"]
     narrowed = [module for module in modules if isinstance(module, FactorizedLinear)]  # others stay as they are
     for module in narrowed:
@@ -245,7 +248,7 @@ def test_what_is_written_and_what_reads_it_weigh_the_same(name):
             module.weight.mul_(roles.get(site.role, 1))
             if module.bias is not None and site.role != "attn.out":
                 module.bias.mul_(roles.get(site.role, 1))
-    after = compressed(model, [{"narrow": "attention"}], 0.7)
+    after = compressed(model, [{"prune": "attention"}], 0.7)
     found = {}
     for site in (site for site in find_sites(after) if site.layer is not None):
         module = after.get_submodule(site.path)

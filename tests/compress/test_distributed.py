@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tenfold import checkpoint_jobs
 from tenfold.compression import calibration
 
-RECIPE = {"name": "narrow", "replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8}}
+RECIPE = {"name": "narrow", "replace": [{"prune": "mlp"}, {"prune": "attention"}], "budget": {"keep": 0.8}}
 
 
 def two(*command: str) -> subprocess.Popen:
@@ -58,7 +58,9 @@ def test_from_disk_to_disk_also_after_one_was_killed(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(dense)
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     text.write_text(small.text(6000))
-    recipe.write_text(json.dumps(RECIPE | {"calibrate": {"samples": 160, "survey": 4096, "precision": "float32"}}))
+    recipe.write_text(
+        json.dumps(RECIPE | {"calibrate": {"num_samples": 160, "fisher_tokens": 4096, "precision": "float32"}})
+    )
     command = ["-m", "tenfold", "compress", str(dense), "-o", str(tmp_path / "out"), "--recipe", str(recipe)]
     first = two(*command, "--calibrate", str(text))
     reached = tmp_path / "out.partial" / "unfinished" / "block-00000.json"

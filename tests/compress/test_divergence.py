@@ -13,7 +13,7 @@ from tenfold.compression import collect
 from tenfold.compression.compress import compress
 
 WORDS = text(8, padded=True)
-RULES = [{"narrow": "mlp"}, {"narrow": "attention"}]
+RULES = [{"prune": "mlp"}, {"prune": "attention"}]
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_a_trial_of_an_mlp_is_what_narrowing_makes_of_it(monkeypatch):
     (size,) = trial.sizes.values()
     told: list[dict] = []
     units = model.config.intermediate_size
-    recipe = {"replace": [{"narrow": "mlp", "layers": [1]}], "budget": {"keep": size / units, "of": "sites"}}
+    recipe = {"replace": [{"prune": "mlp", "layers": [1]}], "budget": {"keep": size / units, "of": "sites"}}
     narrow, _ = compress(
         copy.deepcopy(model), recipe | {"calibrate": {"refit": False}}, text=WORDS, announce=told.extend
     )

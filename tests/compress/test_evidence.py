@@ -106,7 +106,7 @@ def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
 
     monkeypatch.setattr(collect, "Block", block)
     model, words = toys.build("llama"), text(8)
-    compress(copy.deepcopy(model), {"replace": [{"narrow": "mlp"}], "budget": {"keep": 0.6}}, text=words)
+    compress(copy.deepcopy(model), {"replace": [{"prune": "mlp"}], "budget": {"keep": 0.6}}, text=words)
     path = "model.layers.1.mlp.down_proj"
     inputs, outputs = (torch.cat(side).numpy() for side in zip(*found[path], strict=True))
     np.testing.assert_allclose(inputs, seen(model, words, path)[0], atol=1e-5)

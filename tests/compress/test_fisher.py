@@ -53,7 +53,7 @@ CASES = zip([*MODELS, *MODELS], [False] * len(MODELS) + [True] * len(MODELS), cy
 
 @pytest.mark.parametrize(("model", "center", "outputs"), CASES, indirect=["model"])
 def test_the_foreseen_loss_is_that_of_gradients_and_inputs(model, words, known_draws, center, outputs):
-    table = foreseen(model, words, ["attn.out", "mlp.in"], center=center, outputs=outputs)
+    table = foreseen(model, words, ["attn.out", "mlp.in"], bias_correction=center, output_metric=outputs)
     assert len(table) == 4
     for path, (rank, nats) in table.items():
         module, (inputs, _) = model.get_submodule(path), seen(model, words, path)

@@ -72,7 +72,7 @@ def low_rank(*roles: str) -> dict:
 @pytest.mark.parametrize(("name", "center"), [(name, True) for name in MODELS] + [("gpt2", False), ("phi", False)])
 def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, center, roles, share):
     present = {site.role for site in sites_of(toys.build(name), *roles)}
-    settings = {"outputs": "none", "center": center, "original_share": share}
+    settings = {"output_metric": "none", "bias_correction": center, "original_share": share}
     before, after, words = compressed(name, [low_rank(*present)], **settings)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, *present), share):
         bias = before.get_submodule(site.path).bias.detach().double().numpy() if site.bias else 0
@@ -84,7 +84,7 @@ def test_a_low_rank_site_makes_the_best_of_the_inputs_that_it_now_gets(name, cen
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
     roles = ["mlp.in", "attn.out"]
-    before, after, words = compressed(name, [low_rank(*roles)], outputs="none", refit=False)
+    before, after, words = compressed(name, [low_rank(*roles)], output_metric="none", refit=False)
     for site in sites_of(before, *roles):
         inputs, wanted = seen(before, words, site.path)
         layer = after.get_submodule(site.path)
@@ -98,7 +98,7 @@ def test_without_refit_a_site_makes_the_best_of_the_original_inputs(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_reads_narrowed_units_makes_up_for_the_others(name):
     """No other matrix that reads the remaining units and heads is nearer to the original output."""
-    before, after, words = compressed(name, [{"narrow": "mlp"}, {"narrow": "attention"}], 0.6, original_share=1)
+    before, after, words = compressed(name, [{"prune": "mlp"}, {"prune": "attention"}], 0.6, original_share=1)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, "mlp.out", "attn.out")):
         best = regression(inputs, wanted, site.shape[0], site.bias)
         assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
@@ -107,7 +107,7 @@ def test_what_reads_narrowed_units_makes_up_for_the_others(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_that_lost_dimensions_answer_to_what_they_made_of_the_same_states(name):
     """In the first block original and compressed inputs are equal, so that the original outputs are the target."""
-    before, after, words = compressed(name, [{"narrow": "attention", "layers": [0]}], 0.6)
+    before, after, words = compressed(name, [{"prune": "attention", "layers": [0]}], 0.6)
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, "attn.out")[:1]):
         best = regression(inputs, wanted, site.shape[0], site.bias)
         assert errors(wanted, made).sum() <= errors(wanted, best).sum() * 1.03 + 1e-9
@@ -118,7 +118,7 @@ def test_heads_that_lost_dimensions_answer_to_what_they_made_of_the_same_states(
 )
 def test_without_refit_what_stays_makes_up_for_the_others_in_whichever_basis(name, narrow):
     """Where queries and keys stay, only the basis of the values changes, and the output matrix follows it."""
-    before, after, words = compressed(name, [{"narrow": narrow, "layers": [0]}], 0.6, refit=False)
+    before, after, words = compressed(name, [{"prune": narrow, "layers": [0]}], 0.6, refit=False)
     role = "mlp.out" if narrow == "mlp" else "attn.out"
     for site, wanted, inputs, made in both(before, after, words, sites_of(before, role)[:1]):
         best = regression(inputs, wanted, site.shape[0], site.bias)
@@ -127,7 +127,7 @@ def test_without_refit_what_stays_makes_up_for_the_others_in_whichever_basis(nam
 
 @pytest.mark.parametrize("name", MODELS)
 def test_units_that_stay_are_those_of_the_original(name):
-    before, after, _words = compressed(name, [{"narrow": "mlp"}], 0.6)
+    before, after, _words = compressed(name, [{"prune": "mlp"}], 0.6)
     for site in sites_of(before, "mlp.in", "mlp.gate"):
         left = after.get_submodule(site.path).dense().detach().double()
         whole = own(before, site, np.eye(site.shape[1])) - own(before, site, np.zeros((1, site.shape[1])))
@@ -138,7 +138,9 @@ def test_units_that_stay_are_those_of_the_original(name):
 
 def test_every_metric_of_the_outputs_is_served_best_by_its_own_fit(known_draws):
     """The error is ``||R (y - made)||^2`` with ``R`` from the gradients of the loss: none, by row, or in full."""
-    folded = {kind: compressed("gpt2", [low_rank("attn.qkv") | {"layers": [0]}], outputs=kind) for kind in METRICS}
+    folded = {
+        kind: compressed("gpt2", [low_rank("attn.qkv") | {"layers": [0]}], output_metric=kind) for kind in METRICS
+    }
     before, _, words = folded["none"]
     path = "transformer.h.0.attn.c_attn"
     outputs = moment(gradients(before, words, path))

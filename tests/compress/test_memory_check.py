@@ -12,14 +12,14 @@ from models import toys
 from tenfold.compression import memory_check
 from tenfold.compression.compress import compress
 
-RECIPE = {"replace": [{"narrow": "mlp"}, {"narrow": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
+RECIPE = {"replace": [{"prune": "mlp"}, {"prune": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
 
 
 def said(monkeypatch, model, free: float, survey: int = 32768) -> list[str]:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        compress(copy.deepcopy(model), RECIPE | {"calibrate": {"survey": survey}}, text=plain.text(40))
+        compress(copy.deepcopy(model), RECIPE | {"calibrate": {"fisher_tokens": survey}}, text=plain.text(40))
     return [str(one.message) for one in found if "of memory are needed" in str(one.message)]
 
 

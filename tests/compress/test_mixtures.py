@@ -90,7 +90,7 @@ def test_an_expert_that_no_token_reaches_counts_like_the_others():
             layer.mlp.gate.register_forward_hook(
                 lambda module, given, out: (out[0], out[1], out[2].clamp(max=2)) if out[2].max() > 2 else None
             )
-    rules = [{"narrow": "mlp"}]
+    rules = [{"prune": "mlp"}]
     recipe = {"replace": rules, "calibrate": {}, "budget": {"keep": 0.6, "of": "sites"}}
     after, report = compress(copy.deepcopy(model), recipe, text=WORDS)
     kept = {choice["item"]: choice["parameters"] / choice["of"] for choice in report["choices"]}
@@ -154,7 +154,7 @@ def test_what_experts_can_not_share_is_said():
         compressed(model, shared(), 0.7)
     with pytest.raises(ValueError, match="there is no factor 'core_1' to share; it has left, right"):
         compressed(model, shared(keep=0.5, share={"factors": ["core_1"], "across": "experts"}), None)
-    narrowed = compressed(model, [{"narrow": "mlp"}], 0.6)
+    narrowed = compressed(model, [{"prune": "mlp"}], 0.6)
     with pytest.raises(ValueError, match="experts of different widths can't share a factor"):
         compressed(narrowed, shared(keep=0.5), None)
 
@@ -167,7 +167,7 @@ def reloaded(model, folder):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_layers_of_a_mixture_are_dropped(name, tmp_path):
     model = toys.build(name)
-    recipe = {"first": "drop-layers", "budget": {"keep": 0.7, "of": "model"}, "calibrate": {}}
+    recipe = {"transform": "drop-layers", "budget": {"keep": 0.7, "of": "model"}, "calibrate": {}}
     after, _ = compress(model, recipe, text=WORDS)
     torch.testing.assert_close(toys.logits(reloaded(after, tmp_path)), toys.logits(after), atol=1e-5, rtol=0)
 
@@ -181,7 +181,7 @@ def test_a_refused_recipe_leaves_a_model_that_is_saved_and_read(tmp_path):
 
 
 def test_experts_of_different_widths_that_no_token_reaches():
-    model = compressed(toys.build("mixtral"), [{"narrow": "mlp"}], 0.6)
+    model = compressed(toys.build("mixtral"), [{"prune": "mlp"}], 0.6)
     rule = {"role": ["mlp.in", "mlp.gate"], "structure": {"kind": "low_rank"}, "keep": 0.7}
     after = compressed(model, [rule], None, words=text(2, window=2, seed=4))
     assert torch.isfinite(toys.logits(after)).all()
@@ -230,17 +230,15 @@ def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
 @each
 def test_narrow_experts_are_put_together_again(name):
     """Their units are at the positions of the fused weights of both matrices."""
-    after = compressed(toys.build(name), [{"narrow": "mlp"}], 0.7)
+    after = compressed(toys.build(name), [{"prune": "mlp"}], 0.7)
     before = toys.logits(after)
     torch.testing.assert_close(toys.logits(densify(after)), before, atol=1e-5, rtol=0)
 
 
 def test_a_rule_for_a_part_of_an_expert_leaves_it_to_no_narrowing():
     rule = {"path": "experts.each.0.up", "structure": {"kind": "low_rank", "rank": 4}}
-    with pytest.raises(
-        ValueError, match=r"narrow: mlp needs all its matrices, but another rule before it takes mlp.in"
-    ):
-        compressed(toys.build("mixtral"), [rule, {"narrow": "mlp"}])
+    with pytest.raises(ValueError, match=r"prune: mlp needs all its matrices, but another rule before it takes mlp.in"):
+        compressed(toys.build("mixtral"), [rule, {"prune": "mlp"}])
 
 
 def test_experts_that_share_all_their_factors_are_put_together_again():

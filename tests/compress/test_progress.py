@@ -12,6 +12,6 @@ from tenfold_cli import output
 
 @pytest.mark.parametrize("progress", [tqdm, track, output.PhaseProgress("compressing")])
 def test_what_wraps_a_list_can_be_told_the_phase(progress):
-    recipe = {"replace": [{"narrow": "mlp"}], "budget": {"keep": 0.6, "of": "sites"}}
+    recipe = {"replace": [{"prune": "mlp"}], "budget": {"keep": 0.6, "of": "sites"}}
     _, report = compress(toys.build("llama"), recipe, text=plain.text(4), progress=progress)
     assert report["parameters"]["total"] < report["parameters"]["dense"]

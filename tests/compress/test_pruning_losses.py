@@ -35,7 +35,7 @@ PAIRS = {  # dimensions of queries and keys that go together
 def foreseen(model, kind: str) -> dict[str, tuple[int, float]]:
     """Return ``{item: (how many stay, nats)}`` in the last block."""
     told: list[dict] = []
-    recipe = {"replace": [{"narrow": kind, "layers": [1]}], "budget": {"keep": 0.6}, "calibrate": {"damping": 1e-8}}
+    recipe = {"replace": [{"prune": kind, "layers": [1]}], "budget": {"keep": 0.6}, "calibrate": {"damping": 1e-8}}
     compress(model, recipe, text=WORDS, announce=told.extend)
     return {choice["item"]: (choice["chosen"], choice["loss"]) for choice in told}
 

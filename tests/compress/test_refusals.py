@@ -19,7 +19,7 @@ from tenfold.models.recipe import load_recipe
 from tenfold.train.tokens import write_tokens
 
 WORDS = text(8)
-NARROW = [{"narrow": "mlp"}, {"narrow": "attention"}]
+NARROW = [{"prune": "mlp"}, {"prune": "attention"}]
 LOW_RANK, FOUR = {"structure": {"kind": "low_rank"}}, {"structure": {"kind": "low_rank", "rank": 4}}
 HALF = {"budget": {"keep": 0.5}}
 
@@ -46,7 +46,7 @@ WRONG = {
     "no such role": ({"replace": [{"role": "mlp.gate", **LOW_RANK}]}, WORDS, "gpt2 matches role mlp.gate"),
     "no budget": ({"replace": [{"role": "mlp.in", **LOW_RANK}]}, WORDS, "mlp.c_fc to keep; give the recipe a budget"),
     "no budget for units": ({"replace": NARROW}, WORDS, "to keep; give the recipe a budget"),
-    "no such layer": ({"replace": [{"narrow": "mlp", "layers": [9]}], **HALF}, WORDS, "matches"),
+    "no such layer": ({"replace": [{"prune": "mlp", "layers": [9]}], **HALF}, WORDS, "matches"),
     "half an MLP": ({"replace": [{"role": "mlp.out", **FOUR}, NARROW[0]], **HALF}, WORDS, "mlp.out"),
     "no such structure": (
         {
@@ -64,12 +64,12 @@ WRONG = {
         "every rule of recipe x has a size of its own, so that keep 0.5 changes nothing",
     ),
     "FLOPs of a whole change": (
-        {"first": "drop-layers", "budget": {"keep": 0.5, "of": "flops"}},
+        {"transform": "drop-layers", "budget": {"keep": 0.5, "of": "flops"}},
         WORDS,
         "take model, without_head or blocks",
     ),
     "too little to rotate towards": (
-        {"first": "rotate", "replace": [{"role": "mlp.in", **LOW_RANK}], "budget": {"keep": 0.1, "of": "model"}},
+        {"transform": "rotate", "replace": [{"role": "mlp.in", **LOW_RANK}], "budget": {"keep": 0.1, "of": "model"}},
         WORDS,
         "leaves nothing of the matrices that are folded; keep more than 0.",
     ),
@@ -110,7 +110,7 @@ def test_a_budget_that_cant_be_met_names_the_smallest_one_that_can(name, of):
 def test_activations_that_are_no_numbers_name_their_place(outputs, value):
     model = toys.build("gpt2")
     model.transformer.h[1].mlp.c_fc.bias.data[3] = value
-    said = refused(model, {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"outputs": outputs}})
+    said = refused(model, {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"output_metric": outputs}})
     assert "mlp.c_proj in block 1, batch 0 of the calibration text, hold NaN or Inf" in said
 
 
@@ -119,7 +119,7 @@ def test_a_batch_that_the_survey_does_not_read_is_named_too(refit):
     model, words = toys.build("llama"), copy.deepcopy(WORDS)
     words.batches[2]["input_ids"][0, 0] = 95
     model.model.embed_tokens.weight.data[95] = float("inf")
-    recipe = {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"survey": 32, "refit": refit}}
+    recipe = {"replace": NARROW, "budget": {"keep": 0.8}, "calibrate": {"fisher_tokens": 32, "refit": refit}}
     assert re.search(r"in block 0, batch 2 of the calibration text, hold NaN or Inf", refused(model, recipe, words))
 
 
@@ -154,14 +154,14 @@ def test_losses_have_a_unit_and_what_a_rule_settles_has_none():
     nats, squares = "nats a token", "weighted squared error"
     assert told(toys.build("gpt2"), SETTLED, open_rule) == {(nats, True), (nats, False)}
     assert told(toys.build("gpt2"), SETTLED) == {(nats, True)}
-    assert told(toys.build("gpt2"), open_rule, outputs="none") == {(squares, False)}
+    assert told(toys.build("gpt2"), open_rule, output_metric="none") == {(squares, False)}
     assert told(toys.build("gpt2").transformer, open_rule) == {(squares, False)}
 
 
 def test_it_is_told_how_fits_ended():
     rule = {"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [4, 4], "terms": 2}}
     for options, ended in (({"sweeps": 2, "tolerance": 0.0}, ("sweeps", 2)), ({"tolerance": 1.0}, ("tolerance", 1))):
-        recipe = {"replace": [rule | {"start": {"options": options}}], "calibrate": {"outputs": "none"}}
+        recipe = {"replace": [rule | {"start": {"options": options}}], "calibrate": {"output_metric": "none"}}
         _, report = compress(toys.build("gpt2"), recipe, text=WORDS)
         fits = report["fits"]
         assert len(fits) == 2 and all((fit["stopped_by"], fit["sweeps"]) == ended for fit in fits.values())

@@ -99,9 +99,9 @@ def trains(model):
 
 def test_many_cuts_are_as_many_calls():
     model = folded()
-    at_once = squeezed(model, bonds=4, by=0.7)[0]
+    at_once = squeezed(model, bonds=4, rank_ratio=0.7)[0]
     for _ in range(4):
-        model = squeezed(model, by=0.7)[0]
+        model = squeezed(model, rank_ratio=0.7)[0]
     assert [m.structure for _, m in trains(at_once)] == [m.structure for _, m in trains(model)]
     torch.testing.assert_close(toys.logits(at_once), toys.logits(model))
 
@@ -127,7 +127,7 @@ def test_what_can_not_be_squeezed_is_said():
     with pytest.raises(ValueError, match="shares core_1 with others"):
         compress(shared, {"squeeze": {"role": "mlp.in"}})
     with pytest.raises(ValueError):
-        Squeeze(role="mlp.in", by=1.0)
+        Squeeze(role="mlp.in", rank_ratio=1.0)
 
 
 def test_when_all_bonds_are_one_it_stops(tmp_path):

@@ -21,7 +21,7 @@ FULL = {"kind": "tensor_train", "parts": 3, "mirror": True, "rank": "full"}
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
 ROUGH = {"options": {"sweeps": 2}}  # no test here is about how near a shared centre is fitted
 ALLOCATORS = {
-    "replace": [{"role": BLOCK, "structure": FULL, "share": {"factors": ["core_1"]}, "adapter": 2, "start": ROUGH}]
+    "replace": [{"role": BLOCK, "structure": FULL, "share": {"factors": ["core_1"]}, "adapter_rank": 2, "start": ROUGH}]
 }
 OWN = {"replace": [{"role": BLOCK, "structure": FULL}]}
 several = pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "opt", "gpt_neox", "albert", "mixtral"])

@@ -31,7 +31,7 @@ def test_products_are_in_bfloat16_where_that_is_fast_or_asked_for(asked, fast, t
             seen.add(y.dtype)
 
     hook = register_module_forward_hook(see)
-    train = {"batch": 4, "tokens": 256, "precision": asked}
+    train = {"batch_size": 4, "tokens": 256, "precision": asked}
     try:
         report = pretrain(RECIPE | {"train": train}, [tmp_path / "text.txt"], tmp_path / "run", device="cpu")
     finally:

@@ -142,7 +142,7 @@ REFUSED = {
     "densify": (lambda: tenfold.densify(folded()), "can't be densified: cola has a non-linearity"),
     "deepen": (lambda: deepen(folded(), 4), "is a cola layer"),
     "its matrix": (lambda: layer().dense(), "no matrix stands for it"),
-    "adapter": (lambda: planned(adapter=2), "cola is no structure and takes no adapter"),
+    "adapter": (lambda: planned(adapter_rank=2), "cola is no structure and takes no adapter"),
     "split": (lambda: planned(split=2), "takes no split"),
     "keep": (lambda: planned(keep=0.5), "takes no keep"),
     "embedding": (lambda: planned(role="embed"), "takes the place of linear layers"),

@@ -20,7 +20,7 @@ mixtures = pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])
 
 
 def rules(mask=0.0):
-    share = {"factors": ["core_1"], "across": "experts"} | ({"mask": mask} if mask else {})
+    share = {"factors": ["core_1"], "across": "experts"} | ({"grad_dropout": mask} if mask else {})
     return [{"path": "experts.each.*", "structure": TRAIN, "share": share}]
 
 
@@ -202,7 +202,7 @@ def test_the_mask_is_compiled():
 
 @pytest.mark.parametrize("mask", [1.0, -0.1])
 def test_a_mask_is_a_probability(mask):
-    with pytest.raises(ValueError, match=r"replace.0.share.mask: Input should be"):
+    with pytest.raises(ValueError, match=r"replace.0.share.grad_dropout: Input should be"):
         parse_recipe({"name": "mine", "replace": rules(mask)}, "mine")
 
 

@@ -115,8 +115,8 @@ def sums_over_sites(model, name) -> int:
 
 @each
 def test_gradients_are_those_of_the_twin_that_shares_nothing(name):
-    model, twin = shared(name, adapter=2), toys.build(name).double()
-    rules = [{"role": role, "structure": TRAIN, "adapter": 2} for role in sorted(set(BLOCK) & roles(twin))]
+    model, twin = shared(name, adapter_rank=2), toys.build(name).double()
+    rules = [{"role": role, "structure": TRAIN, "adapter_rank": 2} for role in sorted(set(BLOCK) & roles(twin))]
     fold(twin, rules, "noise")
     for path, layer in layers(model):
         twin.get_submodule(path).set_factors(layer.factors())
@@ -186,7 +186,7 @@ def test_adapters_start_at_zero_and_can_learn(source):
     """Both factors zero, or nearly, would never leave that place."""
     model = toys.build("gpt2")
     full = {"kind": "tensor_train", "parts": 5, "rank": "full"}
-    fold(model, [{"role": "mlp.in", "structure": full, "share": {"factors": ["core_2"]}, "adapter": 4}], source)
+    fold(model, [{"role": "mlp.in", "structure": full, "share": {"factors": ["core_2"]}, "adapter_rank": 4}], source)
     loss(model).backward()
     for _, layer in layers(model):
         assert not layer.part_1_left.any() and layer.part_1_right.std() > 0.1 * 32**-0.5

@@ -458,7 +458,10 @@ def test_influence_is_what_hidden_states_say():
 def test_hidden_units_are_ordered_for_the_structure_and_nothing_changes(toy):
     """For shuffled units the fit gets better, and the permutation alone leaves the function as it is."""
     model, spec = build(toy), {"kind": "kronecker", "inner": [4, 4], "terms": 1}
-    recipe, mlps = load_recipe({"replace": [{"role": ["mlp.in", "mlp.gate"], "structure": spec}], "first": "order"}), {}
+    recipe, mlps = (
+        load_recipe({"replace": [{"role": ["mlp.in", "mlp.gate"], "structure": spec}], "transform": "order"}),
+        {},
+    )
     for path, sites in mlp_sites(model).items():
         mlps[path] = [
             (model.get_submodule(s.path), Structure.for_shape(*s.shape, spec)) for s in sites if s.role != "mlp.out"

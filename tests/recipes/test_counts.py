@@ -202,14 +202,14 @@ DENSE = {
 @cache
 def priced(name: str) -> dict:
     recipe = load_recipe(name)
-    assert recipe.on is not None
-    return inspect(recipe.on, recipe)
+    assert recipe.base_model is not None
+    return inspect(recipe.base_model, recipe)
 
 
 @cache
 def planned(name: str):
     recipe = load_recipe(name)
-    return make_plan(meta_model(recipe.on), recipe)
+    return make_plan(meta_model(recipe.base_model), recipe)
 
 
 @cache
@@ -311,7 +311,7 @@ def test_flops_of_a_kronecker_product():
 
 def test_published_systems_are_all_tested():
     recipes = {name: load_recipe(name) for name in recipe_names()}
-    published = {name for name, recipe in recipes.items() if recipe.source.startswith("arXiv") and recipe.on}
+    published = {name for name, recipe in recipes.items() if recipe.source.startswith("arXiv") and recipe.base_model}
     assert published == set(COUNTS) - {"low-rank"} | {"tqcompressor-staged", "mpop-staged"}  # in stages
 
 
@@ -319,7 +319,7 @@ def test_published_systems_are_all_tested():
 def test_recipe_loads_plans_and_prices(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    if recipe.on is None:  # a pre-training recipe brings its own model
+    if recipe.base_model is None:  # a pre-training recipe brings its own model
         return
     assert recipe.source and recipe.note and (recipe.replace or recipe.stages)
     if recipe.stages:
@@ -336,8 +336,8 @@ def test_recipe_loads_plans_and_prices(name):
 def test_recipes_that_pretrain_bring_a_model_that_they_suit(name):
     recipe, kept = load_recipe(name), {"btt": 0.234, "monarch": 0.6, "guided": 0.547, "cola": 0.395, "shared": 0.5}
     kept["taught"] = kept["shared"]
-    assert recipe.source and recipe.note and recipe.train.held_out and recipe.tokenizer
-    if recipe.train.fold:  # sizes are chosen by activations then
+    assert recipe.source and recipe.note and recipe.train.eval_tokens and recipe.tokenizer
+    if recipe.train.compress_at:  # sizes are chosen by activations then
         assert recipe.calibrate and (recipe.budget.keep, recipe.budget.of) == (0.6, "blocks")
         return
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from tenfold import api
 from tenfold.models.auto import meta_model
 from tenfold.models.cost import inspect
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, load_recipe
+from tenfold.models.recipe import load_recipe
 
 LOW_RANK = {"kind": "low_rank", "rank": 64}
 OPEN = {"kind": "low_rank"}
@@ -244,23 +244,16 @@ def test_file_that_is_no_recipe(tmp_path):
         load_recipe(path)
 
 
-def test_file_may_say_on(tmp_path):
-    """In YAML 1.1 a plain ``on`` is the boolean true."""
-    path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\non: gpt2\nuntie: true\nreplace: []\n")
-    assert load_recipe(path) == Recipe(name="mine", on="gpt2", untie=True)
-
-
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
         (
-            {"replace": [{"narrow": "mlp", "keep": 0.5}]},
-            "a rule that narrows takes no keep; a budget says how much stays",
+            {"replace": [{"prune": "mlp", "keep": 0.5}]},
+            "a rule that prunes takes no keep; a budget says how much stays",
         ),
         (
-            {"stages": [{"replace": []}], "first": "slice"},
-            "a recipe of stages has its rules in them, and no first",
+            {"stages": [{"replace": []}], "transform": "slice"},
+            "a recipe of stages has its rules in them, and no transform",
         ),
         (one() | {"squeeze": {"role": "mlp.in"}}, "squeeze and replace are two stages"),
     ],

@@ -486,7 +486,7 @@ def test_an_adapter_goes_beside_shared_factors_which_stay_shared(toys, tmp_path)
 
 def test_an_adapter_that_a_recipe_brings_stays(toys):
     model, _ = toy_tasks.bert()
-    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "adapter": 2}]})
+    tenfold.compress(model, {"replace": [{"role": "mlp.in", "structure": toy_tasks.TRAIN, "adapter_rank": 2}]})
     before = list(model.parameters())  # held: the number of an object that is gone is given to the next
     METHODS["lora"].prepare(model, 3)
     free = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -58,7 +58,7 @@ def test_pretraining_goes_on_once_there_is_room(tmp_path, monkeypatch):
     recipe = {
         "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 16},
         "tokenizer": {"vocab_size": 300},
-        "train": {"tokens": 640, "batch": 4, "save_steps": 5},
+        "train": {"tokens": 640, "batch_size": 4, "save_steps": 5},
     }
     (tmp_path / "text.txt").write_text(small.text(1000))
     with monkeypatch.context() as patch:

@@ -19,7 +19,7 @@ from tenfold.train.recipe_checks import check_recipe_keys
 from tenfold.train.tokenizer import train_tokenizer
 from tenfold.train.tokens import write_tokens
 
-TRAIN = {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6, "held_out": 320}
+TRAIN = {"batch_size": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6, "eval_tokens": 320}
 STILL = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 
 
@@ -215,8 +215,8 @@ def test_an_untrained_run_takes_another_model(place, tmp_path):
         ({"tokenizer": {"vocab_size": 300}}, "a model that is trained on has its tokenizer: leave vocab_size out"),
         ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: do that first"),
         ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would compress a trained model"),
-        ({"stages": [{"first": "order"}]}, "stages of recipe 'further' would compress a trained model"),
-        ({"train": TRAIN | {"window": 64}}, "window 64 of recipe 'further' is longer than the 32 positions of its model"),
+        ({"stages": [{"transform": "order"}]}, "stages of recipe 'further' would compress a trained model"),
+        ({"train": TRAIN | {"sequence_length": 64}}, "window 64 of recipe 'further' is longer than the 32 positions"),
         ({"train": TRAIN | {"objective": "masked"}}, "transformers has no AutoModelForMaskedLM of GPT2"),
     ],
 )  # fmt: skip
@@ -241,10 +241,10 @@ def test_a_model_that_is_not_there_is_named(place, tmp_path):
 
 def test_a_dense_one_is_folded_midway(place, tmp_path):
     rule = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "low_rank", "rank": 8}}
-    recipe = further(place / "dense", fold=0.5) | {"replace": [rule]}
+    recipe = further(place / "dense", compress_at=0.5) | {"replace": [rule]}
     api.pretrain(recipe, [place / "text.txt"], tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"folded is compressed already, so that train.fold has nothing to do; leave it out"
+        ValueError, match=r"folded is compressed already, so that train.compress_at has nothing to do; leave it out"
     ):
         api.pretrain(recipe | {"model": {"from": str(place / "folded")}}, [place / "text.txt"], tmp_path / "again")
     assert "quantization_config" in json.loads((tmp_path / "run" / "config.json").read_text())

@@ -365,7 +365,7 @@ def test_a_full_disk_is_told_and_the_same_call_goes_on(folder, tokenizer, tmp_pa
             "a step of 4 windows of 32 tokens, 4 at once; give --tokens-per-step 256, or another",
         ),
         (
-            {"tokens_per_step": 288, "batch": 3},
+            {"tokens_per_step": 288, "batch_size": 3},
             "a step of 9 windows of 32 tokens, 3 at once; give --tokens-per-step 768, or",
         ),
     ],
@@ -460,7 +460,7 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
     compress(student, LOW)
     student.save_pretrained(folded)
     AutoTokenizer.from_pretrained(dense).save_pretrained(folded)
-    settings = Heal(steps=9, learning_rate=5e-3, tokens_per_step=128, batch=2, save_steps=3)
+    settings = Heal(steps=9, learning_rate=5e-3, tokens_per_step=128, batch_size=2, save_steps=3)
 
     def call(name, **given):
         return heal_checkpoint(folded, dense, tmp_path / name, [dense / "text.txt"], settings, **given)
@@ -470,7 +470,7 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
         call("run", advance=killed_at(5))
     assert not (tmp_path / "run").exists()
     with pytest.raises(
-        FileExistsError, match=r"run.partial holds what another run \(other heal.batch, heal.learning_rate, heal"
+        FileExistsError, match=r"run.partial holds what another run \(other heal.batch_size, heal.learning_rate, heal"
     ):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
     weights = (folded / "model.safetensors").stat()
@@ -531,7 +531,10 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 
 def test_a_finished_healing_is_not_trained_on(tmp_path):
     folder = small.folder(tmp_path)
-    given = [folder / "text.txt"], Heal(epochs=1, tokens_per_step=128, batch=2, schedule="constant", learning_rate=5e-3)
+    given = (
+        [folder / "text.txt"],
+        Heal(epochs=1, tokens_per_step=128, batch_size=2, schedule="constant", learning_rate=5e-3),
+    )
     seen, states = [], []
     for _ in range(2):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -556,7 +559,7 @@ def test_activations_may_be_computed_again(tmp_path):
     folder, curves = small.folder(tmp_path), []
     for again in (False, True):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        settings = Heal(steps=3, tokens_per_step=64, losses={"cross_entropy": 1.0}, checkpointing=again)
+        settings = Heal(steps=3, tokens_per_step=64, losses={"cross_entropy": 1.0}, gradient_checkpointing=again)
         calls = []
         model.transformer.h[0].mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
         curves.append((heal(model.eval(), None, tokenizer, [folder / "text.txt"], settings)["curve"], len(calls)))
@@ -596,7 +599,7 @@ def test_batches_add_up_to_a_step(tmp_path):
     for batch in (None, 1):
         model = AutoModelForCausalLM.from_pretrained(folder)
         compress(model, LOW)
-        settings = Heal(steps=4, tokens_per_step=128, batch=batch, learning_rate=1e-3)
+        settings = Heal(steps=4, tokens_per_step=128, batch_size=batch, learning_rate=1e-3)
         report = heal(model, folder, AutoTokenizer.from_pretrained(folder), [folder / "text.txt"], settings)
         assert report["tokens"] == 4 * 128
         curves.append([loss for _, loss in report["curve"]])

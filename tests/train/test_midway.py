@@ -18,12 +18,12 @@ from tenfold.train.pretrain import pretrain
 from tenfold.train.tokens import Tokens
 from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset
 
-NARROW = {"replace": [{"narrow": "mlp"}], "calibrate": {"samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
+NARROW = {"replace": [{"prune": "mlp"}], "calibrate": {"num_samples": 20}, "budget": {"keep": 0.7, "of": "blocks"}}
 BLOCKS = {"replace": [FOLDED]}
 
 
 def halfway(rules: dict, **more) -> dict:
-    return RECIPE | {"model": STILL, "train": RECIPE["train"] | {"fold": 0.5} | more} | rules
+    return RECIPE | {"model": STILL, "train": RECIPE["train"] | {"compress_at": 0.5} | more} | rules
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def log(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("rules", [NARROW, BLOCKS], ids=["by activations", "without data"])
 def test_it_is_one_run_and_ends_folded(text, tmp_path, rules):
-    plain = pretrain(halfway({}, fold=0.0), [text], tmp_path / "plain")
+    plain = pretrain(halfway({}, compress_at=0.0), [text], tmp_path / "plain")
     report = pretrain(halfway(rules), [text], tmp_path / "run")
     assert [step for step, _ in report["curve"]] == [step for step, _ in plain["curve"]]
     assert report["curve"][:6] == plain["curve"][:6], "dense to step 12 of 25"
@@ -65,7 +65,7 @@ def test_it_is_one_run_and_ends_folded(text, tmp_path, rules):
     rates = [[row["learning_rate"] for row in log(tmp_path / name)] for name in ("run", "plain")]
     assert rates[0] == pytest.approx(rates[1], rel=1e-12)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    assert model.transformer.h[0].mlp.c_fc.structure.kind == {"narrow": "dense"}.get(
+    assert model.transformer.h[0].mlp.c_fc.structure.kind == {"prune": "dense"}.get(
         next(iter(rules["replace"][0])), "block_train"
     )
     assert report["parameters"] == model.num_parameters() < plain["parameters"]
@@ -108,9 +108,9 @@ def test_it_is_folded_by_what_it_was_trained_on(text, tmp_path, monkeypatch):
 
 
 def test_it_is_folded_in_stages(text, tmp_path):
-    half = {"first": "drop-layers", "calibrate": {"samples": 7}, "budget": {"keep": 0.6, "of": "blocks"}}
+    half = {"transform": "drop-layers", "calibrate": {"num_samples": 7}, "budget": {"keep": 0.6, "of": "blocks"}}
     two = {"model": STILL | {"n_layer": 2}}
-    plain = pretrain(halfway({}, fold=0.0) | two, [text], tmp_path / "plain")
+    plain = pretrain(halfway({}, compress_at=0.0) | two, [text], tmp_path / "plain")
     report = pretrain(halfway({"stages": [half, NARROW]}) | two, [text], tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert len(model.transformer.h) == 1 and model.transformer.h[0].mlp.c_fc.out_features < 128
@@ -124,8 +124,8 @@ def test_what_can_not_be_folded_is_told_before_anything_is_trained(text, tmp_pat
     with pytest.raises(ValueError, match=r"role mlp.in: cola has a non-linearity between its factors"):
         pretrain(halfway(cola), [text], tmp_path / "run")
     assert not (tmp_path / "run" / "dense").exists()
-    with pytest.raises(ValueError, match=r"train.fold 0.001 of 25 steps is none; give more of them"):
-        pretrain(halfway(NARROW, fold=0.001), [text], tmp_path / "other")
+    with pytest.raises(ValueError, match=r"train.compress_at 0.001 of 25 steps is none; give more of them"):
+        pretrain(halfway(NARROW, compress_at=0.001), [text], tmp_path / "other")
 
 
 @pytest.mark.parametrize("step", [9, 12, 13, 20])
@@ -166,18 +166,24 @@ def test_overwriting_begins_anew(text, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        (halfway({}), "train.fold compresses by the rules under replace, and there are none"),
+        (halfway({}), "train.compress_at compresses by the rules under replace, and there are none"),
         (halfway({"stages": [BLOCKS | {"heal": {}}]}), "so that nothing is left to heal; leave heal out"),
-        (halfway({"stages": [{"first": "drop-layers", "budget": {"keep": 0.5}}]}), "and first, need activations"),
+        (
+            halfway({"stages": [{"transform": "drop-layers", "budget": {"keep": 0.5}}]}),
+            "and transform, need activations",
+        ),
         (halfway({"replace": [CHOICE]}), "a choice of structures, .*: write a calibrate section"),
         (
             halfway(BLOCKS | {"budget": {"keep": 0.5, "of": "flops"}}),
             "a budget of flops or bytes, .*: write a calibrate",
         ),
-        (halfway(BLOCKS, guide=0.5), "train.fold and train.guide are two ways to begin with dense matrices"),
         (
-            halfway({"replace": [{"narrow": "mlp"}]}),
-            "rules that narrow, and first, need activations: write a calibrate",
+            halfway(BLOCKS, self_guided_fraction=0.5),
+            "train.compress_at and train.self_guided_fraction are two ways to begin",
+        ),
+        (
+            halfway({"replace": [{"prune": "mlp"}]}),
+            "rules that prune, and transform, need activations: write a calibrate",
         ),
         (halfway({"replace": [{"role": "mlp.in", "structure": {"kind": "kronecker", "inner": [5, 7]}}]}), "5"),
     ],

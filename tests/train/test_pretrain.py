@@ -37,7 +37,7 @@ RECIPE = {
     "name": "toy",
     "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32},
     "tokenizer": {"vocab_size": 300},
-    "train": {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6},
+    "train": {"batch_size": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6},
 }
 STILL = RECIPE["model"] | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # each process draws its own
 COLA = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "cola", "rank": 8}}
@@ -85,7 +85,7 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("rules", "train"),
-    [([], {}), ([FOLDED], {"optimizer": "adamw", "rates": "fans"}), ([COLA], {})],
+    [([], {}), ([FOLDED], {"optimizer": "adamw", "lr_scaling": "fans"}), ([COLA], {})],
     ids=["dense-muon", "folded-adamw by fans", "cola-muon"],
 )
 def test_it_learns_and_reloads(text, tmp_path, rules, train):
@@ -132,7 +132,7 @@ def test_a_model_loads_with_the_positions_that_it_was_trained_with(tmp_path, mor
     """RoBERTa counts positions from its padding token."""
     tokens = placed(tmp_path)
     model = BERT | {"model_type": "roberta", "max_position_embeddings": 40, "initializer_range": 0.2} | more
-    train = {"objective": "masked", "window": 32, "tokens": None, "held_out": 1280, "learning_rate": 2e-2}
+    train = {"objective": "masked", "sequence_length": 32, "tokens": None, "eval_tokens": 1280, "learning_rate": 2e-2}
     recipe = {"name": "placed", "model": model, "train": RECIPE["train"] | train | {"precision": "float32"}}
     told = pretrain(recipe, [tokens], tmp_path / "run", torch.float32)["held_out"][-1][1]
     assert held_out_again(tmp_path / "run", tokens, 40) == pytest.approx(told, rel=1e-4)
@@ -145,7 +145,7 @@ def test_masked_models_train_with_the_numbers_of_their_tokenizer(text, tmp_path,
     """Their own special tokens are outside of its vocabulary."""
     more = {"xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}}
     model = {"model_type": kind, **more.get(kind, BLOCKS | {"max_position_embeddings": 40})}
-    pretrain(with_train(objective="masked", window=32) | {"model": model}, [text], tmp_path / "run")
+    pretrain(with_train(objective="masked", sequence_length=32) | {"model": model}, [text], tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     numbers = {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
     assert numbers["pad_token_id"] == 0 and max(numbers.values()) < 300
@@ -160,7 +160,9 @@ def test_masked_models_train_with_the_numbers_of_their_tokenizer(text, tmp_path,
 def test_a_tokenizer_without_padding_makes_no_token_padding_that_is_none(text, tmp_path, model, pad):
     """An embedding of padding is not trained; the end-of-text token is padding where positions are counted from it."""
     pretrain(
-        with_train(window=32) | {"model": BLOCKS | {"max_position_embeddings": 32} | model}, [text], tmp_path / "run"
+        with_train(sequence_length=32) | {"model": BLOCKS | {"max_position_embeddings": 32} | model},
+        [text],
+        tmp_path / "run",
     )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert found.config.pad_token_id == pad and found.get_input_embeddings().padding_idx == pad
@@ -261,12 +263,12 @@ def test_checkpoints_are_models(text, tmp_path):
     assert evaluate(AutoModelForCausalLM.from_pretrained(place), tokenizer, [text], limit=640)["perplexity"] < 200
 
 
-@pytest.mark.parametrize("more", ["checkpointing", pytest.param("compile", marks=pytest.mark.traced)])
+@pytest.mark.parametrize("more", ["gradient_checkpointing", pytest.param("compile", marks=pytest.mark.traced)])
 def test_losses_are_the_same(text, tmp_path, more, monkeypatch):
     """Use activation checkpointing, or torch.compile (inductor takes a minute)."""
     calls, compiled, forward, compile = [], [], FactorizedLinear.forward, torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or compile(model, backend="eager"))
-    if more == "checkpointing":
+    if more == "gradient_checkpointing":
         monkeypatch.setattr(FactorizedLinear, "forward", lambda layer, x: calls.append(1) or forward(layer, x))
     recipe = with_train(tokens=640, precision="float32") | {"replace": [FOLDED], "model": STILL}
     expected = pretrain(recipe, [text], tmp_path / "plain")["curve"]
@@ -299,7 +301,7 @@ def test_index_maps_are_saved_as_they_are(text, tmp_path):
 
 
 def test_the_loss_on_held_out_text_is_told(text, tmp_path):
-    report = pretrain(with_train(held_out=320), [text], tmp_path / "run")
+    report = pretrain(with_train(eval_tokens=320), [text], tmp_path / "run")
     assert [step for step, _ in report["held_out"]] == [6, 12, 18, 22] and report["tokens"] == 22 * 128
 
 
@@ -311,7 +313,7 @@ def test_the_best_checkpoint_and_the_last_one_are_kept(text, tmp_path, monkeypat
         return metrics
 
     monkeypatch.setattr(DivergenceGuardTrainer, "evaluate", worse)
-    pretrain(with_train(held_out=320), [text], tmp_path / "run")
+    pretrain(with_train(eval_tokens=320), [text], tmp_path / "run")
     kept = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert {path.name for path in kept} == {"checkpoint-6", "checkpoint-22"}
 
@@ -349,7 +351,10 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
             "model: a model has vocab_size from its tokenizer; leave that out",
         ),
         ({"model": RECIPE["model"] | {"eos_token_id": 0}}, "model: a model has eos_token_id from its tokenizer"),
-        ({"train": {"hide": 0.5}}, "train.hide 0.5 is of objective masked, and nothing is hidden here; leave it out"),
+        (
+            {"train": {"mlm_probability": 0.5}},
+            "train.mlm_probability 0.5 is of objective masked, and nothing is hidden here; leave it out",
+        ),
         ({"train": {"temperature": 2.0}}, "recipe 'toy' learns from a teacher, .* name it"),
         (
             {"train": {"temperature": 2.0, "teacher": "x", "losses": {"cross_entropy": 1.0}}},
@@ -357,7 +362,7 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
         ),
         ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
         ({"train": {"seed": 2**70}}, "train.seed: Input should be less than 4294967296, not 1180591620717411303424"),
-        ({"train": {"window": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
+        ({"train": {"sequence_length": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
         (  # RoBERTa counts from behind its padding
             {
                 "model": {
@@ -368,7 +373,7 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
                     "num_hidden_layers": 1,
                     "intermediate_size": 16,
                 },
-                "train": {"objective": "masked", "window": 33},
+                "train": {"objective": "masked", "sequence_length": 33},
             },
             "window 33 of recipe 'toy' is longer than the 32 positions of its model",
         ),
@@ -388,15 +393,15 @@ BY_HALF = {"keep": 0.5, "of": "blocks"}
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ({"stages": [RULES]}, "stages of recipe 'toy' is for a trained model: train dense .*, train: {fold: 0.5}, or leave"),
-        ({"first": "drop-layers", "budget": BY_HALF}, "first of recipe 'toy' is for a trained model"),
+        ({"stages": [RULES]}, "stages of recipe 'toy' is for a trained model: train dense .*, train: {compress_at: 0.5}, or"),
+        ({"transform": "drop-layers", "budget": BY_HALF}, "transform of recipe 'toy' is for a trained model"),
         ({"squeeze": {"role": "mlp.in"}}, "squeeze of recipe 'toy' is for a trained model"),
         (RULES | {"calibrate": {}}, "calibrate of recipe 'toy' is for a trained model"),
         (RULES | {"heal": {"steps": 5}}, "heal of recipe 'toy' is for a compressed model, .*: leave it out"),
         ({"budget": BY_HALF}, "budget of recipe 'toy' does nothing without rules under replace: write one, or leave it out"),
         ({"untie": True}, "untie of recipe 'toy' does nothing without rules"),
-        ({"replace": [{"narrow": "mlp"}]}, "has narrow: mlp, which activations of a trained model decide: train dense"),
-        ({"replace": [CHOICE]}, "has a choice of 2 structures, which activations .*, train: {fold: 0.5} with calibrate"),
+        ({"replace": [{"prune": "mlp"}]}, "has prune: mlp, which activations of a trained model decide: train dense"),
+        ({"replace": [CHOICE]}, "has a choice of 2 structures, which activations .*, train: {compress_at: 0.5} with calibrate"),
         (RULES | {"budget": {"keep": 0.5, "of": "flops"}}, "has a budget of flops, which activations of a trained"),
     ],
 )  # fmt: skip
@@ -410,7 +415,7 @@ def test_what_no_step_would_do_is_refused(text, tmp_path, rules, sentence):
     ("train", "start", "sentence"),
     [
         ({}, "fanz", "there is no start 'fanz'; did you mean 'fans'"),
-        ({"fold": 0.5}, "nonsense", "there is no start .nonsense.; did you mean .noise"),
+        ({"compress_at": 0.5}, "nonsense", "there is no start .nonsense.; did you mean .noise"),
         (
             {},
             "mpo",
@@ -494,7 +499,7 @@ def test_a_loss_that_runs_away_is_stopped(text, tmp_path, monkeypatch):
 
 def test_a_loss_that_runs_away_at_once_has_no_good_checkpoint(text, tmp_path):
     """A short run that diverges does not finish, either; the loss of a guess is the logarithm of the vocabulary."""
-    wild = {"learning_rate": 3.0, "warmup": 0.0, "schedule": "constant", "batch": 1, "save_steps": 20}
+    wild = {"learning_rate": 3.0, "warmup": 0.0, "schedule": "constant", "batch_size": 1, "save_steps": 20}
     none = AWAY + "the loss was not good at any checkpoint, so start again; lower the learning rate"
     with pytest.raises(ValueError, match=none):
         pretrain(with_train(**wild), [text], tmp_path / "long")
@@ -547,7 +552,7 @@ def test_a_guide_leads_and_leaves(text, tmp_path):
 
 
 def test_guided_training_ends_structured_and_resumes(text, tmp_path):
-    recipe = with_train(guide=0.5) | {"replace": [FOLDED]}
+    recipe = with_train(self_guided_fraction=0.5) | {"replace": [FOLDED]}
     pretrain(recipe, [text], tmp_path / "whole")
     with pytest.raises(Killed):
         pretrain(recipe, [text], tmp_path / "run", advance=killed_at(9))
@@ -558,7 +563,7 @@ def test_guided_training_ends_structured_and_resumes(text, tmp_path):
 
 def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
     """A guided checkpoint is evaluated without its guides."""
-    recipe = with_train(guide=1.0, held_out=320, precision="float32") | {"replace": [FOLDED]}
+    recipe = with_train(self_guided_fraction=1.0, eval_tokens=320, precision="float32") | {"replace": [FOLDED]}
     report = pretrain(recipe, [text], tmp_path / "run")
     place = last_checkpoint(tmp_path / "run" / "checkpoints").with_name("checkpoint-18")
     model = AutoModelForCausalLM.from_pretrained(place)
@@ -570,9 +575,9 @@ def test_the_loss_on_held_out_text_is_that_of_the_checkpoint(text, tmp_path):
 
 def test_the_loss_on_held_out_text_is_the_mean_over_its_hidden_tokens(text, tmp_path):
     """It does not depend on the batches; 11 windows are not a multiple of 4."""
-    told, train = [], {"objective": "masked", "held_out": 352, "precision": "float32", "learning_rate": 1e-9}
+    told, train = [], {"objective": "masked", "eval_tokens": 352, "precision": "float32", "learning_rate": 1e-9}
     for batch in (1, 4):
-        train |= {"batch": batch, "accumulate": 4 // batch}
+        train |= {"batch_size": batch, "gradient_accumulation_steps": 4 // batch}
         told.append(pretrain(with_train(**train) | {"model": BERT}, [text], tmp_path / f"run-{batch}")["held_out"])
     np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
     again = held_out_again(last_checkpoint(tmp_path / "run-4" / "checkpoints"), tmp_path / "run-4" / "tokens", 11)
@@ -589,7 +594,7 @@ def test_the_loss_on_held_out_text_is_the_mean_over_its_hidden_tokens(text, tmp_
 )
 def test_what_can_not_be_guided(text, tmp_path, rules, sentence):
     with pytest.raises(ValueError, match=sentence):
-        pretrain(with_train(guide=0.5) | {"replace": rules}, [text], tmp_path / "run")
+        pretrain(with_train(self_guided_fraction=0.5) | {"replace": rules}, [text], tmp_path / "run")
 
 
 # tokens -----------------------------------------------------------------------------------------------------------
@@ -652,13 +657,15 @@ def test_too_short_a_text(tmp_path):
 
 def test_fewer_windows_than_a_step(text, tmp_path):
     with pytest.raises(ValueError, match=r"the text has 100 windows, fewer than the 400 of a step"):
-        pretrain(with_train(batch=100, accumulate=4), [text], tmp_path / "run")
-    assert pretrain(with_train(batch=50), [text], tmp_path / "run")["curve"], "what was refused stands in nobody's way"
+        pretrain(with_train(batch_size=100, gradient_accumulation_steps=4), [text], tmp_path / "run")
+    assert pretrain(with_train(batch_size=50), [text], tmp_path / "run")["curve"], (
+        "what was refused stands in nobody's way"
+    )
 
 
 def test_a_recipe_that_wants_other_tokens_has_others_where_nothing_was_trained(text, tmp_path):
     with pytest.raises(ValueError, match="fewer than"):
-        pretrain(with_train(batch=100, accumulate=4), [text], tmp_path / "run")
+        pretrain(with_train(batch_size=100, gradient_accumulation_steps=4), [text], tmp_path / "run")
     other = RECIPE | {"tokenizer": {"vocab_size": 280}}
     pretrain(other, [text], tmp_path / "run")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == 280
@@ -714,7 +721,7 @@ def test_keys_that_transformers_renames_moves_or_reads_by_default_are_known():
         {"model_type": "gemma3", "text_config": {"hidden_size": 32, "max_position_embeddings": 32}},
     ):
         objective = "masked" if model["model_type"] == "deberta-v2" else "causal"
-        window_length(load_recipe(RECIPE | {"model": model, "train": {"window": 16, "objective": objective}}))
+        window_length(load_recipe(RECIPE | {"model": model, "train": {"sequence_length": 16, "objective": objective}}))
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("pretrain-")])
@@ -741,7 +748,7 @@ def test_a_model_without_such_a_head_is_one_short_sentence(text, tmp_path):
         ValueError, match=r"^transformers has no AutoModelForCausalLM of T5; take a model that it has one of$"
     ):
         model = {"model_type": "t5", "d_model": 16, "num_layers": 1}
-        pretrain(with_train(window=16) | {"model": model, "replace": []}, [text], tmp_path / "run")
+        pretrain(with_train(sequence_length=16) | {"model": model, "replace": []}, [text], tmp_path / "run")
 
 
 def test_masks_need_a_tokenizer_that_has_one(finished, tmp_path):
@@ -767,7 +774,7 @@ def test_losses_are_those_of_whole_steps(text, tmp_path, accumulate, monkeypatch
     seen = []
     check = DivergenceGuardTrainer.check_losses
     monkeypatch.setattr(DivergenceGuardTrainer, "check_losses", lambda self: (check(self), seen.append(self.recent[0])))
-    report = pretrain(with_train(accumulate=accumulate, learning_rate=1e-9), [text], tmp_path / "run")
+    report = pretrain(with_train(gradient_accumulation_steps=accumulate, learning_rate=1e-9), [text], tmp_path / "run")
     assert seen[0] == pytest.approx(report["curve"][0][1], rel=0.02)
 
 
@@ -781,7 +788,9 @@ def test_losses_are_means_over_the_tokens_of_a_step(text, tmp_path, model, objec
     more = {"objective": objective, "learning_rate": 1e-9, "precision": "float32", "tokens": 512, "save_steps": 1}
     told = {}
     for accumulate in (1, 2):
-        recipe = with_train(**more, batch=4 // accumulate, accumulate=accumulate) | {"model": model}
+        recipe = with_train(**more, batch_size=4 // accumulate, gradient_accumulation_steps=accumulate) | {
+            "model": model
+        }
         told[accumulate] = pretrain(recipe, [text], tmp_path / f"run-{accumulate}")["curve"]
     place = tmp_path / "run-1"
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -878,10 +887,17 @@ def starting(processes: int, *command: str) -> subprocess.Popen:
 
 def test_two_processes_train_as_one(text, tmp_path):
     """So they do if one is killed after compression midway, and if a single process resumes their run."""
-    train = {"precision": "float32", "accumulate": 2, "tokens": 13152, "held_out": 352, "save_steps": 10, "fold": 0.2}
+    train = {
+        "precision": "float32",
+        "gradient_accumulation_steps": 2,
+        "tokens": 13152,
+        "eval_tokens": 352,
+        "save_steps": 10,
+        "compress_at": 0.2,
+    }
     recipe = with_train(**train) | {"model": STILL}
-    calibrate = {"samples": 20, "precision": "float32"}
-    recipe |= {"replace": [{"narrow": "mlp"}], "calibrate": calibrate, "budget": {"keep": 0.7, "of": "blocks"}}
+    calibrate = {"num_samples": 20, "precision": "float32"}
+    recipe |= {"replace": [{"prune": "mlp"}], "calibrate": calibrate, "budget": {"keep": 0.7, "of": "blocks"}}
     one = api.pretrain(recipe, [text], tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["pretrain", str(tmp_path / "recipe.yaml"), "--data", str(text), "-o", str(tmp_path / "two")]

@@ -22,7 +22,14 @@ from tenfold_cli import app
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 32, "num_hidden_layers": 2, "hidden_size": 32}
 LLAMA |= {"num_attention_heads": 2, "intermediate_size": 64}
-TRAIN = {"batch": 4, "learning_rate": 5e-3, "tokens": 3200, "save_steps": 6, "held_out": 640, "precision": "float32"}
+TRAIN = {
+    "batch_size": 4,
+    "learning_rate": 5e-3,
+    "tokens": 3200,
+    "save_steps": 6,
+    "eval_tokens": 640,
+    "precision": "float32",
+}
 DENSE = {
     "name": "toy",
     "model": LLAMA | {"tie_word_embeddings": True},
@@ -32,7 +39,7 @@ DENSE = {
 ALLOCATORS = DENSE | {"replace": [sharded.RULE | {"start": "noise"}]}
 TAUGHT = ALLOCATORS | {"train": TRAIN | {"losses": {"kl": 0.5, "cross_entropy": 0.5}}}
 LOW_RANK = {"role": ["mlp.in", "mlp.out"], "structure": {"kind": "low_rank", "rank": 4}}
-FOLDED = DENSE | {"model": LLAMA, "replace": [LOW_RANK], "train": TRAIN | {"fold": 0.5}}
+FOLDED = DENSE | {"model": LLAMA, "replace": [LOW_RANK], "train": TRAIN | {"compress_at": 0.5}}
 HEAL = {"steps": 6, "tokens_per_step": 256, "precision": "float32", "learning_rate": 1e-3, "chunk": 50, "save_steps": 2}
 HEAL |= {"losses": {"kl": 1.0, "cross_entropy": 0.1, "hidden": 0.1}}
 STAGED = {"name": "stages", "stages": [{"replace": [LOW_RANK | {"role": r}], "heal": HEAL} for r in LOW_RANK["role"]]}

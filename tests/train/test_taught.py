@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_the_text_and_of_the_teacher(dense, losses):
 
 def test_it_learns_what_the_teacher_knows(dense, tmp_path):
     text = [dense / "tokens"]
-    report = tenfold.pretrain(taught(dense, losses={"kl": 1.0}, held_out=320), text, tmp_path / "run", torch.float32)
+    report = tenfold.pretrain(taught(dense, losses={"kl": 1.0}, eval_tokens=320), text, tmp_path / "run", torch.float32)
     first, last = report["curve"][0][1], report["curve"][-1][1]
     assert last < 0.8 * first and report["held_out"][-1][1] > last, "what is held out is the loss of the text"
     model, _ = api.load(tmp_path / "run", dtype="float32")
@@ -77,7 +77,7 @@ def test_both_may_be_compiled(dense, tmp_path, monkeypatch):
     traced, compile, curves = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda model, **_: traced.append(model) or compile(model, backend="eager"))
     for wanted in (False, True):
-        recipe = taught(dense, compile=wanted, precision="float32", held_out=320)
+        recipe = taught(dense, compile=wanted, precision="float32", eval_tokens=320)
         report = tenfold.pretrain(recipe, [dense / "tokens"], tmp_path / str(wanted), torch.float32)
         curves.append([*report["curve"], *report["held_out"]])
         assert len(traced) == (2 if wanted else 0), "student and teacher, and not the model around them once more"
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(dense, tmp_path):
     ("train", "words"),
     [
         ({"objective": "masked"}, "objective masked"),
-        ({"fold": 0.5}, "fold"),
+        ({"compress_at": 0.5}, "compress_at"),
         ({"losses": {"hidden": 1.0}}, "hidden"),
     ],
 )

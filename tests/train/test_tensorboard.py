@@ -16,7 +16,7 @@ from tenfold.train.pretrain import pretrain
 RECIPE = {
     "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 16},
     "tokenizer": {"vocab_size": 300},
-    "train": {"tokens": 640, "batch": 4},
+    "train": {"tokens": 640, "batch_size": 4},
 }
 
 
