@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from tenfold.nn.quantized import dequantize, is_quantized
 from tenfold.structure import Factors, Structure
 from tenfold.structure.cost_model import hardware_costs
 from tenfold.structure.matmul import BUCKETS, bucket, counts_of, is_traced
+from tenfold.structure.one_row import linear
 
 FEW = 128  # rows of a call up to which the overhead of planning exceeds the cost of plain products
 

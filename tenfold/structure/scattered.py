@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tenfold.structure import matmul
 from tenfold.structure.einsum_spec import EinsumSpec
+from tenfold.structure.one_row import linear
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class ScatteredEinsum:
         first, *others = self.spec.names
         x = self._select_columns(factors, x)
         for name in reversed(others):
-            x = torch.nn.functional.linear(x, factors[name])
+            x = linear(x, factors[name])
         if not self.rows:
-            return torch.nn.functional.linear(x, factors[first], bias)
-        return self._scatter_rows(factors, torch.nn.functional.linear(x, factors[first]), bias)
+            return linear(x, factors[first], bias)
+        return self._scatter_rows(factors, linear(x, factors[first]), bias)
 
     def look_up(self, factors: dict[str, Tensor], index: Tensor) -> Tensor:
         """Return ``W[index] (n, in)``."""
