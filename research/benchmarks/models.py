@@ -35,7 +35,7 @@ STRUCTURES = {
 ABOUT = """Written by `python research/benchmarks/models.py --table` from `research/results/bench/*/models.json`. GPT-2 small,
 random weights, float32, prompts of 128 tokens; **of the most**: tokens a second over what FLOPs or bytes allow; **cached W**:
 layers that multiply by a cached `W` (≤: at some numbers of rows, perhaps not at these). They run as dense layers do, which is no
-gain of the structure.
+gain of the structure. All rows are of commit 682bcdb or before: the evaluator was rewritten since, and not measured again here.
 """
 
 

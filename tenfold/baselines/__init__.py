@@ -1,7 +1,7 @@
 """Published methods that the compressor is measured against; each file is one of them.
 
-Importing the package registers them in the tables of ``tenfold.compress``, by the names that recipes give in ``first``,
-``allocate`` and ``method``. ``tenfold.api`` imports it.
+Importing the package registers them in the tables of ``tenfold.compression``, by the names that recipes give in
+``transform``, ``allocate`` and ``criterion``. ``tenfold.api`` imports it.
 """
 
 from tenfold.baselines import lems, svd_llm_v2

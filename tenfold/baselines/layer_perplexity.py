@@ -27,7 +27,7 @@ from tenfold.models.text_mode import is_causal_lm
 def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
     """Remove the blocks from ``model``, in place, one at a time, without which the perplexity is least.
 
-    The perplexity is that of ``calibrate: {survey: ...}`` tokens of the calibration text.
+    The perplexity is that of ``calibrate: {fisher_tokens: ...}`` tokens of the calibration text.
 
     Returns:
         ``dropped``: the paths of the blocks in the order of removal; ``losses``: ``{path: nats a token without this block}`` per

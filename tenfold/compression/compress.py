@@ -161,7 +161,7 @@ def _compress_by_text(
 
 
 def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
-    """Apply the transform ``first`` and untie the head if the recipe says so; return the report."""
+    """Apply the transform of the recipe and untie the head if the recipe says so; return the report."""
     untie(model, Plan({}, recipe.untie))
     if recipe.transform is None:
         return {}

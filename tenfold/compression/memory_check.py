@@ -25,7 +25,7 @@ def check_memory(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, wi
     if needed <= free:
         return
     fitting = [n for n in range(window, tokens, window) if needed_bytes(model, plans, n, window, settings) <= free]
-    advice = f"write calibrate: {{survey: {fitting[-1]}}} into the recipe, or close" if fitting else "close"
+    advice = f"write calibrate: {{fisher_tokens: {fitting[-1]}}} into the recipe, or close" if fitting else "close"
     warnings.warn(
         f"about {needed / 1e9:.2g} GB of memory are needed and {free / 1e9:.2g} GB are free; {advice} other programs",
         stacklevel=3,

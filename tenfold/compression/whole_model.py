@@ -1,4 +1,4 @@
-"""Registry of the transforms of a whole model that run before the rules of a recipe, by the name that ``first`` gives.
+"""Registry of the transforms of a whole model that run before the rules of a recipe, by the name that ``transform`` gives.
 
 To add one, write a function ``(model, recipe, text) -> report`` and put it into ``TRANSFORMS``; add its name to
 ``WEIGHTS_ONLY`` if it accepts None for the text. ``tenfold.baselines`` registers all that ship.

@@ -59,9 +59,9 @@ def make_plan(model, recipe: Recipe) -> Plan:
     Raises:
         ValueError: a rule matches nothing, a structure doesn't fit a site, or a tied head is to be factorised.
     """
-    if narrowing := [rule.prune for rule in recipe.replace if rule.prune]:
+    if pruned := [rule.prune for rule in recipe.replace if rule.prune]:
         raise ValueError(
-            f"recipe {recipe.name} narrows {' and '.join(narrowing)}: activations decide which units stay, so give a "
+            f"recipe {recipe.name} prunes {' and '.join(pruned)}: activations decide which units stay, so give a "
             "calibration text (--calibrate FILE)"
         )
     sites = find_sites(model)

@@ -65,7 +65,7 @@ class Rule(StrictModel):
     ``prune`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
     ``attention``, by ``criterion``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
     (``tenfold.baselines.modegpt``). Of several structures every site gets the one with the least loss at its size, which
-    needs activations. ``method: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
+    needs activations. ``criterion: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
     sparse coefficients (``tenfold.baselines.rocket``).
     """
 
@@ -314,7 +314,7 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader with the booleans of YAML 1.2, true and false: in YAML 1.1 the key ``on`` is one, too."""
+    """Loader with the booleans of YAML 1.2, true and false, so that names such as ``on`` and ``no`` stay text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":bool")]

@@ -62,8 +62,8 @@ def _check_positions(recipe: Recipe, length: int, model) -> None:
     positions = positions_of(model)
     if positions is not None and length > positions:
         raise ValueError(
-            f"window {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give a shorter "
-            "one, or the model more positions"
+            f"sequence_length {length} of recipe {recipe.name!r} is longer than the {positions} positions of its model; give "
+            "a shorter one, or the model more positions"
         )
 
 

@@ -151,7 +151,7 @@ def _split_tokens(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]
     size = held_out // length * length
     if size >= len(tokens) - length or not size:
         raise ValueError(
-            f"held_out {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
+            f"eval_tokens {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
         )
     return Tokens(tokens.folder, len(tokens) - size), tokens[len(tokens) - size :]
 

@@ -40,12 +40,14 @@ class SelfGuidance(TrainerCallback):
     def __init__(self, model: nn.Module, fraction: float):
         self.fraction, self.layers = fraction, [m for m in model.modules() if isinstance(m, FactorizedLinear)]
         if not self.layers:
-            raise ValueError("there is nothing to guide: no layer of the model is structured; leave guide out")
+            raise ValueError(
+                "there is nothing to guide: no layer of the model is structured; leave self_guided_fraction out"
+            )
         for layer in self.layers:
             if layer.structure.kind in LAYERS:
                 raise ValueError(
-                    f"guide needs a matrix beside every structured layer, and none stands for {layer.structure.kind}; leave "
-                    "guide out, or choose a structure"
+                    f"self_guided_fraction needs a matrix beside every structured layer, and none stands for "
+                    f"{layer.structure.kind}; leave it out, or choose a structure"
                 )
             layer.guide = Guide(layer)
         self.hooks = [layer.register_forward_hook(_mix_guide) for layer in self.layers]

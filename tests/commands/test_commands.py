@@ -13,6 +13,7 @@ import torch
 import toy_tasks
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+import tenfold.api
 import tenfold_cli
 from tenfold.models.auto import load_tokenizer
 
@@ -109,7 +110,10 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
         "evaluate", folded, "--text", dense / "text.txt", "--limit", 300, "--window", 16, "--against", figures
     )
     assert status == 2 and "can't be compared" in err
+    cached, cache = [], tenfold.api.dense_cache
+    monkeypatch.setattr(tenfold.api, "dense_cache", lambda model: cached.append(model) or cache(model))
     status, out, _ = call("generate", folded, "the old house", "--max-new-tokens", "4")
+    assert len(cached) == 1
     assert status == 0 and out.startswith("the old house")
     status, out, _ = call("bench", folded, "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["decode"]["ratio"] > 0

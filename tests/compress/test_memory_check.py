@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import plain
 import psutil
+import yaml
 from models import toys
 
 from tenfold.compression import memory_check
@@ -15,11 +16,11 @@ from tenfold.compression.compress import compress
 RECIPE = {"replace": [{"prune": "mlp"}, {"prune": "attention"}], "budget": {"keep": 0.8, "of": "sites"}}
 
 
-def said(monkeypatch, model, free: float, survey: int = 32768) -> list[str]:
+def said(monkeypatch, model, free: float, calibrate: dict | None = None) -> list[str]:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        compress(copy.deepcopy(model), RECIPE | {"calibrate": {"fisher_tokens": survey}}, text=plain.text(40))
+        compress(copy.deepcopy(model), RECIPE | {"calibrate": calibrate or {}}, text=plain.text(40))
     return [str(one.message) for one in found if "of memory are needed" in str(one.message)]
 
 
@@ -32,6 +33,6 @@ def test_what_is_advised_fits(monkeypatch):
     assert told.endswith("and 1e-06 GB are free; close other programs")
     needed = float(re.search(r"about (\S+) GB", told)[1]) * 1e9
     (told,) = said(monkeypatch, model, 0.9 * needed)
-    survey = int(re.search(r"calibrate: {survey: (\d+)}", told)[1])
-    assert 0 < survey < plain.text(40).tokens
-    assert said(monkeypatch, model, 0.9 * needed, survey) == []
+    advised = yaml.safe_load(re.search(r"write (calibrate: {.*?}) into the recipe", told)[1])["calibrate"]
+    assert 0 < sum(advised.values()) < plain.text(40).tokens
+    assert said(monkeypatch, model, 0.9 * needed, advised) == []

@@ -216,7 +216,7 @@ def test_an_untrained_run_takes_another_model(place, tmp_path):
         ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: do that first"),
         ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would compress a trained model"),
         ({"stages": [{"transform": "order"}]}, "stages of recipe 'further' would compress a trained model"),
-        ({"train": TRAIN | {"sequence_length": 64}}, "window 64 of recipe 'further' is longer than the 32 positions"),
+        ({"train": TRAIN | {"sequence_length": 64}}, "sequence_length 64 of recipe 'further' is longer than the 32 positions"),
         ({"train": TRAIN | {"objective": "masked"}}, "transformers has no AutoModelForMaskedLM of GPT2"),
     ],
 )  # fmt: skip

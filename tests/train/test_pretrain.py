@@ -362,7 +362,10 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
         ),
         ({"model": {"n_positions": 32}}, "model: a model needs its model_type, for instance"),
         ({"train": {"seed": 2**70}}, "train.seed: Input should be less than 4294967296, not 1180591620717411303424"),
-        ({"train": {"sequence_length": 64}}, "window 64 of recipe 'toy' is longer than the 32 positions of its model"),
+        (
+            {"train": {"sequence_length": 64}},
+            "sequence_length 64 of recipe 'toy' is longer than the 32 positions of its model",
+        ),
         (  # RoBERTa counts from behind its padding
             {
                 "model": {
@@ -375,7 +378,7 @@ def test_a_run_goes_on_with_another_learning_rate(text, tmp_path, finished, begu
                 },
                 "train": {"objective": "masked", "sequence_length": 33},
             },
-            "window 33 of recipe 'toy' is longer than the 32 positions of its model",
+            "sequence_length 33 of recipe 'toy' is longer than the 32 positions of its model",
         ),
     ],
 )
@@ -588,7 +591,7 @@ def test_the_loss_on_held_out_text_is_the_mean_over_its_hidden_tokens(text, tmp_
     ("rules", "sentence"),
     [
         ([], "there is nothing to guide"),
-        ([COLA], "guide needs a matrix beside every structured layer, and none .* cola"),
+        ([COLA], "self_guided_fraction needs a matrix beside every structured layer, and none .* cola"),
     ],
     ids=["dense", "cola"],
 )

@@ -108,7 +108,7 @@ def order_hidden(
 
     Args:
         weights: ``(units, width)`` each, as ``hidden_weights`` returns them. Scale them to weigh.
-        structure: of one of them, with ``outs`` and ``ins``: Kronecker, BlockTrain, TensorTrain.
+        structure: of one of them, with ``outs`` and ``ins``: Kronecker, BlockTensorTrain, TensorTrain.
 
     Raises:
         ImportError: scipy is missing.
