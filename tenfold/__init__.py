@@ -27,16 +27,17 @@ if TYPE_CHECKING:
         save,
     )  # fmt: skip
     from tenfold.models.deepen import deepen
+    from tenfold.models.densify import densify
     from tenfold.models.loading import from_pretrained
     from tenfold.models.recipe import Recipe, load_recipe
-    from tenfold.models.surgery import densify, replace
+    from tenfold.models.surgery import replace
     from tenfold.nn.dense_cache import dense_cache
 
 _MODULES = {  # of public names that are not in tenfold.api
     "Recipe": "tenfold.models.recipe",
     "deepen": "tenfold.models.deepen",
     "dense_cache": "tenfold.nn.dense_cache",
-    "densify": "tenfold.models.surgery",
+    "densify": "tenfold.models.densify",
     "from_pretrained": "tenfold.models.loading",
     "load_recipe": "tenfold.models.recipe",
     "replace": "tenfold.models.surgery",

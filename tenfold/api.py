@@ -28,7 +28,7 @@ from tenfold.models.cost import price as price
 from tenfold.models.distillation_config import Heal
 from tenfold.models.model_card import save_compressed as save
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, Stage, check_keep, load_recipe, parse_recipe
+from tenfold.models.recipe import Recipe, Rules, Stage, check_keep, load_recipe, parse_recipe
 from tenfold.models.text_mode import positions_of
 from tenfold.nn.dense_cache import dense_cache
 from tenfold.train.tokens import is_tokens
@@ -110,7 +110,7 @@ def with_healing(recipe: Recipe, calibrated: bool) -> Recipe:
     """
     if recipe.stages:
         return recipe
-    stage = {key: getattr(recipe, key) for key in Stage.model_fields if key in Recipe.model_fields}
+    stage = {key: getattr(recipe, key) for key in Rules.model_fields}
     stage["heal"] = recipe.heal or Heal()
     stage["calibrate"] = recipe.calibrate or (Calibrate() if calibrated else None)
     return Recipe(name=recipe.name, source=recipe.source, note=recipe.note, stages=[Stage(**stage)])

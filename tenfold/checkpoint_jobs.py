@@ -34,8 +34,8 @@ from tenfold.models.cost import price
 from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.gguf import is_gguf
-from tenfold.models.lazy_checkpoint import INDEX, LazyCheckpoint, open_lazy, weight_files
-from tenfold.models.loading import check_output
+from tenfold.models.lazy_checkpoint import LazyCheckpoint, open_lazy
+from tenfold.models.loading import INDEX, check_output, weight_files
 from tenfold.models.model_card import save_card, save_compressed, save_config
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites

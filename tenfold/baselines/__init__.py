@@ -14,7 +14,6 @@ from tenfold.baselines.peak_to_peak import prune_by_peak_to_peak
 from tenfold.baselines.rocket import SparseSite
 from tenfold.baselines.rotation import rotate_stream
 from tenfold.baselines.slicegpt import slice_stream
-from tenfold.baselines.unit_order import order_units
 from tenfold.compression.actions import CRITERIA, FITS
 from tenfold.compression.allocation import ALLOCATORS, LOSS_MODELS, allocate_by_ratios
 from tenfold.compression.whole_model import TRANSFORMS, WEIGHTS_ONLY
@@ -22,7 +21,6 @@ from tenfold.compression.whole_model import TRANSFORMS, WEIGHTS_ONLY
 TRANSFORMS["drop-layers"] = drop_layers
 TRANSFORMS["drop-layers-perplexity"] = drop_layers_by_perplexity
 TRANSFORMS["minitron"] = prune_by_activations
-TRANSFORMS["order"] = order_units
 TRANSFORMS["peak-to-peak"] = prune_by_peak_to_peak
 TRANSFORMS["rotate"] = rotate_stream
 TRANSFORMS["slice"] = slice_stream

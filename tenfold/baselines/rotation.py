@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from tenfold.compression.calibration import Calibration
 from tenfold.models.invariances.residual_rotation import (
     best_rotation,
-    check_rotatable,
     fuse_norms,
     rotate_residual,
     stream_matrices,
 )
-from tenfold.models.invariances.stream import READS, WRITES
+from tenfold.models.invariances.stream import READS, WRITES, prenorms
 from tenfold.models.recipe import Recipe, Rule
 from tenfold.models.sites import Site, count_parameters, find_sites
 from tenfold.structure import Structure
@@ -38,17 +37,17 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     Raises:
         ValueError: the stream can't be rotated, or no rule has a structure at it.
     """
-    layer_norm = check_rotatable(model)
+    layer_norm = prenorms(model)[0].mean
     found = {
         site.path: _structure_at_stream(model, recipe, site) for site in find_sites(model) if site.layer is not None
     }
     structures = {path: structure for path, structure in found.items() if structure is not None}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
-    fuse_norms(model, untie=True)
+    fuse_norms(model)
     matrices = stream_matrices(model, structures)
     rotation, losses = best_rotation(matrices, layer_norm=layer_norm, rounds=ROUNDS, sweeps=3)
-    rotate_residual(model, rotation, untie=True)
+    rotate_residual(model, rotation)
     return {"errors": [loss / losses[0] for loss in losses]}
 
 

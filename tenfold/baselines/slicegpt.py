@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 from tenfold.compression.calibration import Calibration
 from tenfold.models.invariances.residual_rotation import (
     center_residual,
-    check_rotatable,
     fuse_norms,
     pca_rotation,
     rotate_residual,
 )
-from tenfold.models.invariances.stream import READS, WRITES, Stream
+from tenfold.models.invariances.stream import READS, WRITES, prenorms
 from tenfold.models.plan import SitePlan
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import base_model, count_parameters, find_sites, weight_of
@@ -46,11 +45,11 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
     """
     if recipe.budget is None:
         raise ValueError(f"nothing says how much recipe {recipe.name} shall slice; give it a budget, or --keep")
-    centred, before = check_rotatable(model), count_parameters(model, recipe.budget.of.replace("sites", "blocks"))
-    fuse_norms(model, untie=True)
+    centred, before = prenorms(model)[0].mean, count_parameters(model, recipe.budget.of.replace("sites", "blocks"))
+    fuse_norms(model)
     if centred:
-        center_residual(model, untie=True)
-    rotate_residual(model, pca_rotation(stream_moment(model, text), centred), untie=True)
+        center_residual(model)
+    rotate_residual(model, pca_rotation(stream_moment(model, text), centred))
     width = model.get_input_embeddings().weight.shape[1]
     left = slice_coordinates(model, sliced_width(model, recipe.budget.of, recipe.budget.keep * before))
     finish(model, recipe.name)
@@ -60,7 +59,7 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
 @torch.no_grad()
 def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
     """Return the mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` the output of a norm of the stream before its gains."""
-    feeds, total, masks = Stream(model).prenorms(), 0, {}
+    feeds, total, masks = prenorms(model), 0, {}
 
     def hook(feed):
         def add(module, arguments) -> None:
@@ -112,7 +111,7 @@ def slice_coordinates(model: PreTrainedModel, left: int) -> int:
         return left
     sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
     paths = {site.path for site in sites}
-    feeds = Stream(model).prenorms()
+    feeds = prenorms(model)
     shifts = {path: feed.shift[left:] for feed in feeds if feed.shift is not None for path in feed.readers}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path not in paths and module.weight.shape[1] == width:

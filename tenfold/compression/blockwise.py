@@ -41,7 +41,6 @@ from tenfold.compression.tensor_store import TensorStore
 from tenfold.compression.weight_source import InMemoryWeights, Weights
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process, shard_items
-from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.recipe import Recipe
 from tenfold.models.surgery import finish
 
@@ -189,7 +188,6 @@ def _compress_block(run: CompressionRun, number: int, plan: BlockPlan, activatio
             module = run.model.get_submodule(plan.path)
             how = (settings.block_finetune_steps, settings.block_finetune_rate, settings.seed)
             finetune_block(activations, number, module, original, fisher.get(plan.path), *how)
-        absorb_index_maps(run.model, plan.path)
         run.weights.finish_block(number, plan.path)
     if number + 1 == len(run.plans):
         return

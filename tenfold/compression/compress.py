@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from tenfold.models.checkpoint_format import check_plain
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import price
 from tenfold.models.distributed import is_main_process
-from tenfold.models.invariances.maps import absorb_index_maps
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
 from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
 from tenfold.models.sites import Site, find_sites
-from tenfold.models.surgery import SiteReport, finish, replace, unpack_experts, untie
+from tenfold.models.surgery import replace, unpack_experts, untie
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
@@ -83,23 +82,21 @@ def compress(
         check_rules(recipe)
     unpack_experts(model)
     begun, dense, more = time.perf_counter(), price(model), dict[str, Any]()
-    changes: list[SiteReport] = []
+    errors: Mapping[str, float | None] = {}
     if recipe.squeeze is not None:
-        changes = truncate_ranks(model, recipe.squeeze, recipe.name)
+        errors = truncate_ranks(model, recipe.squeeze, recipe.name)
     elif text is None:
         more = _transform_model(model, recipe, None) if recipe.transform else {}
         if recipe.replace or not recipe.transform:
-            changes = replace(model, make_plan(model, recipe), source, progress)
-        if absorb_index_maps(model):
-            finish(model, recipe.name)
+            errors = replace(model, make_plan(model, recipe), source, progress)
     else:
-        changes, more = _compress_by_text(model, recipe, text, progress, announce, weights, state)
+        errors, more = _compress_by_text(model, recipe, text, progress, announce, weights, state)
     report = more | {"recipe": recipe.model_dump(exclude_defaults=True)}
-    report |= _describe_result(model, dense, {change.path: change.error for change in changes})
+    report |= _describe_result(model, dense, errors)
     return model, report | {"seconds": round(time.perf_counter() - begun, 2)}
 
 
-def _describe_result(model, dense: dict[str, Any], errors: dict[str, float | None]) -> dict[str, Any]:
+def _describe_result(model, dense: dict[str, Any], errors: Mapping[str, float | None]) -> dict[str, Any]:
     """Return the costs before and after, and what every changed site became."""
     after = price(model)
     before = {site["path"]: site for site in dense["sites"]}
@@ -125,7 +122,7 @@ def _describe_result(model, dense: dict[str, Any], errors: dict[str, float | Non
 
 def _compress_by_text(
     model, recipe: Recipe, text: Calibration, progress, announce, weights: Weights | None, state: ResumeState | None
-) -> tuple[list[SiteReport], dict[str, Any]]:
+) -> tuple[Mapping[str, float | None], dict[str, Any]]:
     """Compress the blocks by activations, and what is outside of them (embeddings, a head) without data."""
     sites = find_sites(model)
     inside = [site for site in sites if site.layer is not None]
@@ -147,22 +144,24 @@ def _compress_by_text(
             )
     report = _transform_model(model, recipe, text)
     if not recipe.replace:
-        return [], report | about
+        return {}, report | about
     outer = [rule for rule in recipe.replace if not rule.prune and not any(rule.matches(site) for site in inside)]
     inner = [rule for rule in recipe.replace if rule not in outer]
-    changes, rest = [], recipe.model_copy(update={"replace": inner})
+    errors: Mapping[str, float | None] = {}
+    rest = recipe.model_copy(update={"replace": inner})
     if outer:
         total = budget_total(model, recipe.budget) if recipe.budget else 0
-        changes = replace(model, _plan_outside(model, recipe, outer))
+        errors = replace(model, _plan_outside(model, recipe, outer))
         rest = rest.model_copy(update={"budget": _remaining_budget(model, recipe, total)})
     if not inner:
-        return changes, report | about
-    return changes, report | compress_blocks(model, rest, text, progress, announce, weights, state) | about
+        return errors, report | about
+    return errors, report | compress_blocks(model, rest, text, progress, announce, weights, state) | about
 
 
 def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
     """Apply the transform of the recipe and untie the head if the recipe says so; return the report."""
-    untie(model, Plan({}, recipe.untie))
+    if recipe.untie:
+        untie(model)
     if recipe.transform is None:
         return {}
     for name, parameter in model.named_parameters():

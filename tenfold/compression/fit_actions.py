@@ -86,7 +86,7 @@ class FactorizeSite(Action):
         """Return the factors fitted in the metrics; where there are none, from the start that the rule names."""
         start, settings, target = self.rule.start, block.settings, block.target(self.site.path)
         if settings.input_metric == "none" and settings.output_metric == "none":
-            return initialize(structure, target.weight, start.fit, start.norm, start.options)
+            return initialize(structure, target.weight, start)
         log = block.fits[self.site.path] = {}
         return self._fit(structure, target, settings.output_metric != "none", log=log)
 

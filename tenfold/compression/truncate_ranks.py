@@ -14,16 +14,19 @@ from transformers import PreTrainedModel
 from tenfold.models.plan import SitePlan
 from tenfold.models.recipe import Squeeze
 from tenfold.models.sites import FACTORIZED, Site, find_sites
-from tenfold.models.surgery import SiteReport, finish, install
+from tenfold.models.surgery import finish, install
 from tenfold.structure import TensorTrain
 
 
 @torch.no_grad()
-def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> list[SiteReport]:
+def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> dict[str, float]:
     """Cut ``how.bonds`` bonds of the tensor trains of ``model``, in place, each time the one that loses least.
 
     A bond of rank ``r`` is cut to ``max(1, int(how.rank_ratio * r))``. Its error is ``||W - What|| / ||W||``, exact for
     these weights.
+
+    Returns:
+        The error of every site that was cut, by its path.
 
     Raises:
         ValueError: no tensor train of these roles has a bond to cut, or one shares its factors.
@@ -31,20 +34,21 @@ def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> li
     roles = [how.role] if isinstance(how.role, str) else how.role
     sites = {site.path: site for site in find_sites(model) if site.role in roles}
     open_bonds = {path: _list_bonds(model, path, how.rank_ratio) for path in sites}
-    reports: dict[str, SiteReport] = {}
+    errors: dict[str, float] = {}
     for _ in range(how.bonds):
         found = [(*bond, path) for path, bonds in open_bonds.items() for bond in bonds]
-        if not found and reports:
+        if not found and errors:
             break  # every rank is 1
         if not found:
             raise ValueError(
                 f"no tensor train of role {how.role} has a bond that can be cut; fold these roles first, without split or adapter"
             )
         _, bond, rank, path = min(found)
-        reports[path] = _cut_bond(model, sites[path], bond, rank, reports.get(path))
+        error = _cut_bond(model, sites[path], bond, rank)
+        errors[path] = (error**2 + errors[path] ** 2) ** 0.5 if path in errors else error
         open_bonds[path] = _list_bonds(model, path, how.rank_ratio)
     finish(model, recipe)
-    return list(reports.values())
+    return errors
 
 
 def _list_bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[float, int, int]]:
@@ -63,15 +67,12 @@ def _list_bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[floa
     return found
 
 
-def _cut_bond(model: PreTrainedModel, site: Site, bond: int, rank: int, earlier: SiteReport | None) -> SiteReport:
+def _cut_bond(model: PreTrainedModel, site: Site, bond: int, rank: int) -> float:
+    """Cut one bond of one site, and return its error."""
     layer = model.get_submodule(site.path)
-    before, size = layer.dense(), sum(p.numel() for p in layer.parameters())
+    before = layer.dense()
     structure, factors = layer.structure.truncate_bond(layer.factors(), bond, rank)
     bias = getattr(layer, "bias", None)
     entry = SitePlan(with_field(site, bias=bias is not None), structure, bias is not None, frozen=layer.frozen)
     install(model, entry, factors, bias)
-    new = model.get_submodule(site.path)
-    error = float((new.dense() - before).norm() / before.norm().clamp_min(1e-30))
-    after = sum(p.numel() for p in new.parameters())
-    whole = error if earlier is None or earlier.error is None else (error**2 + earlier.error**2) ** 0.5
-    return SiteReport(site.path, structure, size if earlier is None else earlier.before, after, whole)
+    return float((model.get_submodule(site.path).dense() - before).norm() / before.norm().clamp_min(1e-30))

@@ -22,8 +22,8 @@ from tenfold.evaluation.timing import (
     time_in_turns,
 )
 from tenfold.models.cost import site_flops
+from tenfold.models.densify import densify
 from tenfold.models.sites import find_sites, is_tied, module_at
-from tenfold.models.surgery import densify
 from tenfold.models.text_mode import context_of, positions_of
 from tenfold.nn.dense_cache import dense_cache
 from tenfold.structure.matmul import bucket

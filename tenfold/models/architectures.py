@@ -11,7 +11,7 @@ example.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out",
@@ -29,12 +29,15 @@ class Architecture:
         calls: config -> the number of calls of a block's module in one forward pass.
         interleaved: roles whose matrix holds several with alternating rows, so that ``split`` can't part them.
         stored: ``(pattern, replacement)`` from names in the model to names in published checkpoints.
+        norms: path of a norm -> the roles of the matrices of its block that read it, where LayerNorms, or RMSNorms with a weight
+            that is their gain, stand before all that reads the residual stream. Empty: the stream keeps its basis.
     """
 
     paths: dict[str, str | tuple[str, ...]]
     calls: Callable = lambda config: 1
     interleaved: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
+    norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _split_attention(block: str, attention: str, out: str = "o_proj") -> dict:
@@ -42,9 +45,15 @@ def _split_attention(block: str, attention: str, out: str = "o_proj") -> dict:
     return {role: f"{block}.{attention}.{name}" for role, name in names.items()}
 
 
+_QKV = ("attn.q", "attn.k", "attn.v")
 _LLAMA = Architecture(
     _split_attention("layers.*", "self_attn")
-    | {"mlp.gate": "layers.*.mlp.gate_proj", "mlp.in": "layers.*.mlp.up_proj", "mlp.out": "layers.*.mlp.down_proj"}
+    | {"mlp.gate": "layers.*.mlp.gate_proj", "mlp.in": "layers.*.mlp.up_proj", "mlp.out": "layers.*.mlp.down_proj"},
+    norms={
+        "layers.*.input_layernorm": _QKV,
+        "layers.*.post_attention_layernorm": ("mlp.gate", "mlp.in"),
+        "norm": ("head",),
+    },
 )
 
 
@@ -72,7 +81,8 @@ _GPT = Architecture(
         "attn.out": "h.*.attn.c_proj",
         "mlp.in": "h.*.mlp.c_fc",
         "mlp.out": "h.*.mlp.c_proj",
-    }
+    },
+    norms={"h.*.ln_1": ("attn.qkv",), "h.*.ln_2": ("mlp.in",), "ln_f": ("head",)},
 )
 _BERT = Architecture(
     {
@@ -95,7 +105,7 @@ _T5_MLP = ("encoder.block.*.layer.1.DenseReluDense", "decoder.block.*.layer.2.De
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": _GPT,
-    "openai-gpt": _GPT,
+    "openai-gpt": replace(_GPT, norms={}),
     "gpt_neox": Architecture(
         {
             "attn.qkv": "layers.*.attention.query_key_value",
@@ -104,17 +114,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mlp.out": "layers.*.mlp.dense_4h_to_h",
         },
         interleaved=("attn.qkv",),  # head by head: query, key and value of head 0, then those of head 1, ...
+        norms={
+            "layers.*.input_layernorm": ("attn.qkv",),
+            "layers.*.post_attention_layernorm": ("mlp.in",),
+            "final_layer_norm": ("head",),
+        },
     ),
     "opt": Architecture(
         _split_attention("decoder.layers.*", "self_attn", "out_proj")
         | {"mlp.in": "decoder.layers.*.fc1", "mlp.out": "decoder.layers.*.fc2"}
-        | {"embed.project": ("decoder.project_in", "decoder.project_out")}  # where embeddings are narrower
+        | {"embed.project": ("decoder.project_in", "decoder.project_out")},  # where embeddings are narrower
+        norms={
+            "decoder.layers.*.self_attn_layer_norm": _QKV,
+            "decoder.layers.*.final_layer_norm": ("mlp.in",),
+            "decoder.final_layer_norm": ("head",),
+        },
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma3_text": replace(_LLAMA, norms={}),
     "gemma3": Architecture({role: f"language_model.{path}" for role, path in _LLAMA.paths.items()}),
     "mixtral": _with_experts("layers.*.mlp", stored=_MIXTRAL),
     "olmoe": _with_experts("layers.*.mlp"),
@@ -122,7 +142,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": _with_experts("layers.*.mlp"),
     "phi": Architecture(
         _split_attention("layers.*", "self_attn", "dense")
-        | {"mlp.in": "layers.*.mlp.fc1", "mlp.out": "layers.*.mlp.fc2"}
+        | {"mlp.in": "layers.*.mlp.fc1", "mlp.out": "layers.*.mlp.fc2"},
+        norms={"layers.*.input_layernorm": (*_QKV, "mlp.in"), "final_layernorm": ("head",)},
     ),
     "bert": _BERT,
     "roberta": _BERT,

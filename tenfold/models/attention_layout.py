@@ -67,20 +67,13 @@ def heads_of(model: PreTrainedModel, attention: nn.Module) -> Heads | None:
     groups = getattr(config, "num_key_value_heads", None) or query
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // query
     freedom, rotary = "basis", 0
-    if getattr(config, "rope_parameters", None):
-        ratios = _rotary_ratios(config)
+    if given := getattr(config, "rope_parameters", None):
+        kinds = [value for value in given.values() if isinstance(value, dict)] or [given]  # one per kind of layer
+        whole = getattr(config, "partial_rotary_factor", None) or 1.0
+        ratios = [kind.get("partial_rotary_factor") or whole for kind in kinds]
         rotary = 2 * int(size * min(ratios) / 2)
         freedom = "pairs" if len(set(ratios)) == 1 else "none"
     if any(re.match(r"(q|k|query|key)\w*norm", name.lower()) for name, _ in attention.named_children()):
         freedom = "none"
     interleaved = "attn.qkv" in ARCHITECTURES[model.config.model_type].interleaved
     return Heads(query, groups, size, freedom, rotary, interleaved)
-
-
-def _rotary_ratios(config) -> list[float]:
-    """Return the ratio of rotated dimensions for every kind of layer."""
-    given = config.rope_parameters
-    kinds = [value for value in given.values() if isinstance(value, dict)] or [given]
-    return [
-        kind.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0 for kind in kinds
-    ]

@@ -17,14 +17,13 @@ from tenfold.structure import Structure
 
 def describe(model: PreTrainedModel, recipe: str = "") -> TenfoldConfig:
     """Return the configuration of a checkpoint of ``model``, as its layers are now."""
-    sites = {path: _describe_site(layer) for path, layer in model.named_modules() if isinstance(layer, FACTORIZED)}
+    sites = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, FACTORIZED):
+            more = {"shared": layer.shared, "frozen": list(layer.frozen), "mask": layer.mask}
+            sites[path] = {"structure": layer.structure.to_json(), "bias": getattr(layer, "bias", None) is not None}
+            sites[path] |= {key: value for key, value in more.items() if value}
     return TenfoldConfig(sites, model.get_output_embeddings() is not None and not is_tied(model), recipe)
-
-
-def _describe_site(layer) -> dict[str, Any]:
-    site = {"structure": layer.structure.to_json(), "bias": getattr(layer, "bias", None) is not None}
-    more = {"shared": layer.shared, "frozen": list(layer.frozen), "mask": layer.mask}
-    return site | {key: value for key, value in more.items() if value}
 
 
 def read_plan(model: PreTrainedModel, config: TenfoldConfig) -> Plan:
@@ -56,19 +55,18 @@ def read_structures(config: TenfoldConfig) -> dict[str, Structure]:
             f"the checkpoint has format version {config.format_version}, this tenfold reads up to {VERSION}; install a "
             "newer tenfold"
         )
-    return {path: _read_structure(path, spec) for path, spec in config.sites.items()}
-
-
-def _read_structure(path: str, spec: dict[str, Any]) -> Structure:
-    try:
-        return family(spec["structure"].get("kind")).from_json(spec["structure"])
-    except ValueError as reason:
-        raise ValueError(f"site {path} of the checkpoint: {reason}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"site {path} of the checkpoint: {spec.get('structure')} is no structure; restore the config.json that was "
-            "saved with these weights"
-        ) from None
+    structures = {}
+    for path, spec in config.sites.items():
+        try:
+            structures[path] = family(spec["structure"].get("kind")).from_json(spec["structure"])
+        except ValueError as reason:
+            raise ValueError(f"site {path} of the checkpoint: {reason}") from None
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"site {path} of the checkpoint: {spec.get('structure')} is no structure; restore the config.json that was "
+                "saved with these weights"
+            ) from None
+    return structures
 
 
 def check_plain(config: Any, name: str | Path) -> None:

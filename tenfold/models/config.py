@@ -85,7 +85,26 @@ class Tokenizer(StrictModel):
         return self
 
 
-class Train(StrictModel):
+class Optimization(StrictModel):
+    """What pre-training and distillation have in common.
+
+    Args:
+        temperature: of the distributions that divergences compare.
+        precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
+            elsewhere; trained weights are in float32.
+        compile: torch.compile, of student and teacher without their heads.
+        gradient_checkpointing: recompute activations between the blocks in the backward pass.
+        save_steps: the number of steps between checkpoints.
+    """
+
+    temperature: float = Field(1.0, gt=0)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(200, ge=1)
+
+
+class Train(Optimization):
     """Pre-training on the first ``tokens`` of the data once, ``batch_size * gradient_accumulation_steps`` windows a step.
 
     Args:
@@ -102,11 +121,6 @@ class Train(StrictModel):
         teacher: the folder or the name of a trained model with the same tokenizer, to distil from.
         losses: the weights of ``cross_entropy`` on the text, and of divergences from the teacher's distributions (``kl``,
             ``reverse_kl``, ``jensen_shannon``), see ``tenfold.train.losses``; by default half and half with ``kl``.
-        temperature: of these distributions.
-        precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
-            elsewhere; trained weights are in float32.
-        compile, checkpointing: torch.compile, and gradient checkpointing.
-        save_steps: the number of steps between checkpoints.
     """
 
     objective: Literal["causal", "masked"] = "causal"
@@ -124,15 +138,10 @@ class Train(StrictModel):
     losses: dict[Literal["cross_entropy", "kl", "reverse_kl", "jensen_shannon"], float] | None = Field(
         None, min_length=1
     )
-    temperature: float = Field(1.0, gt=0)
     learning_rate: float = Field(2.0e-3, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     schedule: Schedule = "linear"
     warmup: float = Field(0.03, ge=0)
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    save_steps: int = Field(200, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tenfold.models.architectures import ARCHITECTURES
@@ -22,7 +20,7 @@ from tenfold.models.plan import make_plan
 from tenfold.models.quantization_config import TenfoldConfig
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import FACTORIZED, base_path, find_sites, module_at
-from tenfold.models.surgery import finish, install_empty, replace
+from tenfold.models.surgery import factorized_layers, finish, install_empty, replace
 from tenfold.nn import FactorizedLinear
 from tenfold.structure import LowRank, Structure, Sum
 
@@ -69,15 +67,14 @@ def deepen(
         raise ValueError(
             f"the model has {before} layers and deepening only adds: ask for more than {before}, not {layers}"
         )
-    for path, layer in model.named_modules():
-        if isinstance(layer, FACTORIZED) and not isinstance(layer.structure, Structure):
+    for path, layer in factorized_layers(model):
+        if not isinstance(layer.structure, Structure):
             raise ValueError(f"{path} is a {layer.structure.kind} layer and has no matrix to scale; take another model")
     dense, errors = count(model), {}
-    if not any(
-        isinstance(module_at(model, site.path), FACTORIZED) for site in find_sites(model) if site.layer is not None
-    ):
+    inside = [module_at(model, site.path) for site in find_sites(model) if site.layer is not None]
+    if not any(isinstance(module, FACTORIZED) for module in inside):
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(RECIPE if recipe is None else recipe)
-        errors = {c.path: c.error for c in replace(model, make_plan(model, loaded), "weights", progress)}
+        errors = replace(model, make_plan(model, loaded), "weights", progress)
     elif recipe is not None:
         raise ValueError(
             "the model is factorised already and keeps its structures and shared factors; leave the recipe out"
@@ -131,65 +128,44 @@ def _depth(model: PreTrainedModel) -> int:
     return config.num_hidden_layers
 
 
-@dataclass(frozen=True)
-class _BlockMap:
-    """Map from the blocks of the deeper model to those of the model.
-
-    Args:
-        pattern: matches the beginning of a name inside a block: the prefix, and the number.
-        before: the number of layers of the model.
-        count: the number of its blocks; fewer where several layers are one block (ALBERT).
-    """
-
-    pattern: re.Pattern
-    before: int
-    count: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, before: int) -> _BlockMap:
-        paths = ARCHITECTURES[model.config.model_type].paths.values()
-        names = [path for found in paths for path in ([found] if isinstance(found, str) else found)]
-        (front,) = {base_path(model) + name.partition("*")[0] for name in names if "*" in name}
-        count = len(model.get_submodule(front.rstrip(".")))
-        return cls(re.compile(rf"({re.escape(front)})(\d+)(?=\.|$)"), before, count)
-
-    def source(self, number: int) -> int:
-        return number % self.before * self.count // self.before
-
-    def number(self, name: str) -> int | None:
-        found = self.pattern.match(name)
-        return int(found[2]) if found else None
-
-    def rename(self, name: str, number: int) -> str:
-        return self.pattern.sub(rf"\g<1>{number}", name, count=1)
-
-    def source_name(self, name: str) -> str:
-        """Return the name in the model of the tensor ``name`` of the deeper one."""
-        number = self.number(name)
-        return name if number is None else self.rename(name, self.source(number))
+def _front(model: PreTrainedModel) -> str:
+    """Return the path of the list of the model's blocks, with a dot."""
+    paths = ARCHITECTURES[model.config.model_type].paths.values()
+    names = [path for found in paths for path in ([found] if isinstance(found, str) else found)]
+    (front,) = {base_path(model) + name.partition("*")[0] for name in names if "*" in name}
+    return front
 
 
 @torch.no_grad()
 def _extend(model: PreTrainedModel, before: int, layers: int) -> PreTrainedModel:
     """Return a model of ``layers`` layers with the structures and the weights of ``model``."""
-    stored, blocks, sites = describe(model, model.config.quantization_config.recipe), _BlockMap.of(model, before), {}
+    front = _front(model)
+    block = re.compile(rf"({re.escape(front)})(\d+)(?=\.|$)")
+    blocks: Any = model.get_submodule(front.rstrip("."))  # fewer than layers where several are one block (ALBERT)
+
+    def source(number: int) -> int:
+        return number % before * len(blocks) // before
+
+    stored, sites = describe(model, model.config.quantization_config.recipe), {}
     for path, site in stored.sites.items():
-        number = blocks.number(path)
-        copies = [k for k in range(layers) if blocks.source(k) == number] if number is not None else []
-        sites |= dict.fromkeys([blocks.rename(path, k) for k in copies] or [path], site)
-    deep = type(model)._from_config(deeper_config(model.config, layers), dtype=model.dtype).to(model.device)
+        found = block.match(path)
+        copies = [k for k in range(layers) if found is None or source(k) == int(found[2])]
+        sites |= {block.sub(rf"\g<1>{k}", path, count=1): site for k in copies}
+    deep: Any = type(model)._from_config(deeper_config(model.config, layers), dtype=model.dtype)
+    deep.to(model.device)
     install_empty(deep, read_plan(deep, TenfoldConfig(sites, stored.untied, stored.recipe)))
     state = model.state_dict()
-    deep.load_state_dict({name: state[blocks.source_name(name)] for name in deep.state_dict()})
+    names = {name: block.sub(lambda m: f"{m[1]}{source(int(m[2]))}", name, count=1) for name in deep.state_dict()}
+    deep.load_state_dict({name: state[old] for name, old in names.items()})
     for site in find_sites(deep):
-        number = blocks.number(site.path)
-        if number is not None and number >= before:
+        found = block.match(site.path)
+        if found is not None and int(found[2]) >= before:
             _scale_added(deep.get_submodule(site.path), scale(layers))
     finish(deep, stored.recipe)
     return deep.train(model.training)
 
 
-def _scale_added(module: nn.Module, scale: float) -> None:
+def _scale_added(module: Any, scale: float) -> None:
     """Scale the matrix of an added layer, without its shared factors, and set an adapter beside it to zero."""
     if not isinstance(module, FactorizedLinear):
         module.weight.mul_(scale)
@@ -197,9 +173,9 @@ def _scale_added(module: nn.Module, scale: float) -> None:
     places, structure = module.structure.normal_form(), module.structure
     # a sum whose second and last part is of low rank has an adapter of a recipe
     if isinstance(structure, Sum) and len(structure.parts) == 2 and isinstance(structure.parts[1], LowRank):
-        module.part_1_left.zero_()
+        module.get_parameter("part_1_left").zero_()
         places = places[:-1]
     for place in places:
         own = [name for name in place.spec.names if name not in module.shared]
         for name in own:
-            getattr(module, name).mul_(scale ** (1 / len(own)))
+            module.get_parameter(name).mul_(scale ** (1 / len(own)))

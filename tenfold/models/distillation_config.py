@@ -6,49 +6,38 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tenfold.models.config import Schedule, StrictModel
+from tenfold.models.config import Optimization, Schedule
 from tenfold.models.suggestions import check_name
 
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "jensen_shannon", "hidden", "attention", "embedding")
 DIVERGENCES = {"kl", "reverse_kl", "jensen_shannon"}
 
 
-class Heal(StrictModel):
+class Heal(Optimization):
     """Distillation after compression; see ``tenfold.train.heal``.
 
     Args:
         tokens_per_step: of all processes together.
         batch_size: windows at once; by default all of a step, on a CPU 1,024 tokens.
-        save_steps: the number of steps between checkpoints, where there are some.
         losses: the weight of each; see ``tenfold.train.losses``.
-        temperature: of the distributions that divergences compare.
         layers: pairs of a student's and a teacher's layer for ``hidden`` and ``attention``, from 0; by default those of equal
             relative depth.
         positions: of a masked language model, where divergences are computed: ``all``, or the ``masked`` ones.
-        compile: torch.compile, of student and teacher without their heads.
-        gradient_checkpointing: recompute activations between the blocks in the backward pass.
         chunk: positions whose logits are in memory at once.
-        precision: of matrix products: by default (``auto``) bfloat16 where the device has instructions for it, and float32
-            elsewhere; trained weights are in float32.
     """
 
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     tokens_per_step: int = Field(4096, ge=1)
     batch_size: int | None = Field(None, ge=1)
-    save_steps: int = Field(200, ge=1)
     learning_rate: float = Field(3.0e-4, gt=0)
     schedule: Schedule = "cosine"
     warmup: float = Field(0.05, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     losses: dict[str, float] = Field({"kl": 1.0}, min_length=1)
-    temperature: float = Field(1.0, gt=0)
     layers: list[tuple[int, int]] | None = Field(None, min_length=1)
     positions: Literal["all", "masked"] = "all"
-    compile: bool = False
-    gradient_checkpointing: bool = False
     chunk: int = Field(1024, ge=1)
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
 
     @field_validator("losses")
     @classmethod

@@ -7,11 +7,11 @@ here does anything.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor
 
 T = TypeVar("T")
@@ -45,7 +45,10 @@ def shard_items(items: list[T]) -> list[T]:
 
 def all_reduce(value: Tensor) -> Tensor:
     """Return the sum of ``value`` over all processes, the same bits everywhere."""
-    return value if num_processes() == 1 else reduce(value.to(process_state().device), "sum").to(value)
+    if num_processes() == 1:
+        return value
+    total: Any = reduce(value.to(process_state().device), "sum")
+    return total.to(value)
 
 
 def all_reduce_number(value: float) -> float:
@@ -57,13 +60,5 @@ def gather_results(results: dict[int, T]) -> dict[int, T]:
     """Return ``{number: result}`` of all processes in rising order; tensors arrive on the CPU."""
     if num_processes() == 1:
         return results
-    everything = gather_object([{number: _to_cpu(value) for number, value in results.items()}])
+    everything = gather_object([send_to_device(results, "cpu")])
     return dict(sorted((number, value) for one in everything for number, value in one.items()))
-
-
-def _to_cpu(value):
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {name: _to_cpu(part) for name, part in value.items()}
-    return type(value)(_to_cpu(part) for part in value) if type(value) in (list, tuple) else value

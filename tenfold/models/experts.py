@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from tenfold.nn import Expert, Experts
 PARTS = ("gate", "up", "down")
 
 
-def is_fused(module: nn.Module) -> bool:
+def is_fused(module: Any) -> bool:
     """Tell whether ``module`` holds all its experts in fused tensors that can be unpacked.
 
     Not those with biases, transposed ones, or those whose gate and up rows alternate (gpt_oss).
@@ -29,7 +30,7 @@ def is_fused(module: nn.Module) -> bool:
     return plain and gate_up.ndim == 3 and gate_up.shape[1:] == (2 * down.shape[2], down.shape[1])
 
 
-def fused_sites(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+def fused_sites(path: str, module: Any) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield ``(path, (out, in))`` of every matrix that the fused experts at ``path`` have once they are unpacked."""
     count, width, units = module.down_proj.shape
     for number in range(count):
@@ -52,29 +53,23 @@ def active_ratio(config) -> float:
 @torch.no_grad()
 def unpack(model: nn.Module) -> bool:
     """Unpack the fused experts of ``model``, in place; return whether there were any."""
-    fused = [(path, module) for path, module in model.named_modules() if is_fused(module)]
+    fused: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules() if is_fused(module)]
     for path, module in fused:
-        model.set_submodule(path, _unpack_module(module).train(module.training))
+        (count, width, units), like = module.down_proj.shape, module.down_proj
+        experts = [Expert(width, units, module.act_fn, "meta", like.dtype) for _ in range(count)]
+        for number, expert in enumerate(experts):
+            gate, up = module.gate_up_proj[number].chunk(2)
+            for part, matrix in zip(PARTS, (gate, up, module.down_proj[number]), strict=True):
+                weight = nn.Parameter(matrix.detach().clone(), requires_grad=like.requires_grad)
+                getattr(expert, part).weight = weight
+        model.set_submodule(path, Experts(experts).train(module.training))
     return bool(fused)
 
 
-def _unpack_module(module: nn.Module) -> Experts:
-    (count, width, units), like = module.down_proj.shape, module.down_proj
-    experts = []
-    for number in range(count):
-        expert = Expert(width, units, module.act_fn, "meta", like.dtype)
-        gate, up = module.gate_up_proj[number].chunk(2)
-        for part, matrix in zip(PARTS, (gate, up, module.down_proj[number]), strict=True):
-            weight = nn.Parameter(matrix.detach().clone(), requires_grad=like.requires_grad)
-            getattr(expert, part).weight = weight
-        experts.append(expert)
-    return Experts(experts)
-
-
 @torch.no_grad()
-def pack(experts: Experts, fused: nn.Module) -> nn.Module:
+def pack(experts: Experts, fused: Any) -> nn.Module:
     """Return the module ``fused`` of the architecture with the matrices of ``experts``; pruned hidden units are zero."""
-    units, like = fused.down_proj.shape[2], _dense(experts.each[0].down)
+    units, like = fused.down_proj.shape[2], _dense(experts.each[0].get_submodule("down"))
     gate_up, back = (torch.zeros(p.shape).to(like) for p in (fused.gate_up_proj, fused.down_proj))
     for number, expert in enumerate(experts.each):
         gate, up, down = (_dense(getattr(expert, part)) for part in PARTS)
@@ -84,5 +79,5 @@ def pack(experts: Experts, fused: nn.Module) -> nn.Module:
     return fused.train(experts.training)
 
 
-def _dense(module: nn.Module) -> torch.Tensor:
+def _dense(module: Any) -> torch.Tensor:
     return module.weight if isinstance(module, nn.Linear) else module.dense()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GgufConfig
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 
@@ -54,9 +53,3 @@ def read_gguf_config(name: str | Path) -> Any:
         )
     config.architectures = [CAUSAL[config.model_type]]
     return config
-
-
-def dequantization_settings(name: str | Path) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that make ordinary matrices of a GGUF file, and warn that it is done."""
-    warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=3)
-    return {"quantization_config": GgufConfig(dequantize=True)}

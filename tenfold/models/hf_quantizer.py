@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from transformers.quantizers import HfQuantizer, register_quantizer
+from typing import Any
 
-from tenfold.models.quantization_config import METHOD
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from tenfold.models.quantization_config import METHOD, TenfoldConfig
 
 
 @register_quantizer(METHOD)
 class TenfoldQuantizer(HfQuantizer):
     """Puts empty factorized layers into the model before its weights are read, and leaves an ordinary model behind."""
 
-    is_trainable = is_qat_trainable = is_compileable = True
+    quantization_config: TenfoldConfig
 
     def validate_environment(self, *args, **kwargs) -> None:
         from tenfold.models.checkpoint_format import read_structures
@@ -36,5 +39,9 @@ class TenfoldQuantizer(HfQuantizer):
         finish_loading(model, self.quantization_config)
         return model
 
-    def is_serializable(self, *args, **kwargs) -> bool:
+    def is_serializable(self) -> Any:
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
         return True

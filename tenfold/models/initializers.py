@@ -12,38 +12,36 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from tenfold.models.recipe import Start
 from tenfold.models.suggestions import check_name
-from tenfold.structure import Factors, Kronecker, Scattered, Structure, Sum, TensorTrain
+from tenfold.structure import Factors, Kronecker, LowRank, Scattered, Structure, Sum, TensorTrain
 from tenfold.structure.permutation_search import search
 
 QUICK = {"sweeps": 20, "tolerance": 1e-4}  # alternating fits of a whole model; a recipe may ask for more
 FIT_OPTIONS = {"sweeps": int, "tolerance": float, "starts": int, "seed": int}  # of Structure.fit
-BRANCHES: dict[str, Callable[[int], float]] = {
-    "zero": lambda layers: 0.0,
-    "scaled": lambda layers: (2 * layers) ** -0.5,
-}
+# scale of the factors that are applied last in a matrix at the end of a residual branch, by the number of layers
+BRANCHES = {"zero": lambda layers: 0.0, "scaled": lambda layers: (2 * layers) ** -0.5}
 
 
-def initialize(structure: Structure, weight: Tensor, start: str, norm: str, options: dict) -> Factors:
-    """Return the factors that ``start`` makes for ``weight (out, in)``, with the norm of the weight if ``norm`` is restore."""
-    check_name(start, STARTS, "start")
-    function, known = STARTS[start]
-    check_options(options, known, f"the start {start} in the place of a matrix")
-    factors = function(structure, weight, options)
-    return restore_norm(structure, factors, weight) if norm == "restore" else factors
+def initialize(structure: Structure, weight: Tensor, start: Start) -> Factors:
+    """Return the factors that ``start`` makes for ``weight (out, in)``.
 
-
-def restore_norm(structure: Structure, factors: Factors, weight: Tensor) -> Factors:
-    """Scale ``factors`` by ``||W|| / ||What||``: in the scalars of the terms where there are some, else in one factor.
+    ``norm: restore`` scales them by ``||W|| / ||What||``: in the scalars of the terms where there are some, else in one factor.
 
     Reference: the adaptive normalisation of arXiv 2412.12351.
     """
+    check_name(start.fit, STARTS, "start")
+    function, known = STARTS[start.fit]
+    check_options(start.options, known, f"the start {start.fit} in the place of a matrix")
+    factors = function(structure, weight, start.options)
+    if start.norm == "keep":
+        return factors
     alpha = float(weight.double().norm() / structure.dense(factors).norm().clamp_min(1e-300))
     name = "scale" if "scale" in factors else next(iter(structure.factor_shapes()))
     return factors | {name: factors[name] * alpha}
 
 
-def add_adapter(structure: Sum, factors: Factors) -> Factors:
+def add_adapter(structure: Structure, factors: Factors) -> Factors:
     """Return ``factors`` of the first part of ``structure`` with an adapter that is zero and can learn.
 
     ``left`` is zero and ``right`` random. A fit would make both zero where the first part leaves nothing, and their
@@ -51,6 +49,7 @@ def add_adapter(structure: Sum, factors: Factors) -> Factors:
 
     Reference: arXiv 2106.09685; arXiv 2303.16753.
     """
+    assert isinstance(structure, Sum) and isinstance(structure.parts[1], LowRank)
     adapter = structure.parts[1]
     right = adapter.init(adapter.shape[1] ** -0.5)["right"]
     new = {"part_1_left": right.new_zeros(adapter.shape[0], adapter.rank), "part_1_right": right}
@@ -118,11 +117,6 @@ def draw_by_fans(structure: Structure, std: float, generator: Generator | None =
     return factors
 
 
-def scale_branch_end(structure: Structure, factors: Factors, branch: str, layers: int) -> Factors:
-    """Scale the factors that are applied last by ``BRANCHES[branch](layers)``, for matrices at the end of a residual branch."""
-    return factors | {name: factors[name] * BRANCHES[branch](layers) for name in structure.last_factors()}
-
-
 DRAWS: dict[str, Callable[[Structure, float, Generator | None], Factors]] = {
     "noise": draw_even,
     "balanced": draw_balanced,
@@ -135,8 +129,7 @@ DRAWS: dict[str, Callable[[Structure, float, Generator | None], Factors]] = {
 
 def fit_nearest(structure: Structure, weight: Tensor, options: dict) -> Factors:
     """Fit by the closed form where there is one, else by alternating least squares."""
-    closed = structure.closed_form(weight)
-    return fit_alternating(structure, weight, options) if closed is None else closed
+    return structure.closed_form(weight) or fit_alternating(structure, weight, options)
 
 
 def fit_closed_form(structure: Structure, weight: Tensor, options: dict) -> Factors:

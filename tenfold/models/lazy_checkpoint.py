@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -11,18 +10,15 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.architectures import ARCHITECTURES
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.auto import build_model, read_config
 from tenfold.models.checkpoint_format import read_plan
 from tenfold.models.experts import unpack
-from tenfold.models.gguf import is_gguf
+from tenfold.models.loading import weight_files
 from tenfold.models.quantization_config import get_tenfold_config
 from tenfold.models.surgery import install_empty
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class LazyCheckpoint:
@@ -92,25 +88,9 @@ def open_lazy(
     places = _match_tensors(model, files)
     if places is None:
         return None
-    dtype = dtype or config.dtype or torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return LazyCheckpoint(model.eval(), places, dtype, torch.device(device))
-
-
-def weight_files(name: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or of a name on a hub, none where there are none."""
-    if is_gguf(name):
-        return []
-    if Path(name).is_dir():
-        index = Path(name) / INDEX
-        if index.is_file():
-            return [Path(name) / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        return [path for path in [Path(name) / SINGLE] if path.is_file()]
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if single := cached_file(str(name), SINGLE, **quiet):
-        return [Path(single)]
-    index = cached_file(str(name), INDEX, **quiet)
-    return [Path(file) for file in get_checkpoint_shard_files(str(name), index)[0]] if index else []
+    kind = dtype or config.dtype or torch.float32
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    return LazyCheckpoint(model.eval(), places, kind, torch.device(device))
 
 
 def _match_tensors(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str]] | None:

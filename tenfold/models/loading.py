@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.checkpoint_format import describe, read_plan, read_structures
-from tenfold.models.gguf import dequantization_settings, is_gguf, resolve_gguf
+from tenfold.models.gguf import is_gguf, resolve_gguf
 from tenfold.models.quantization_config import TenfoldConfig, get_tenfold_config
 from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, install_empty
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MISMATCH = "its weights and its config.json do not belong together: save it again from the model"
 
 
@@ -74,7 +77,7 @@ def finish_loading(model: PreTrainedModel, config: TenfoldConfig) -> None:
         if isinstance(layer, FACTORIZED):
             layer.freeze()
     model.config.quantization_config = describe(model, config.recipe)
-    model.is_quantized = False
+    vars(model)["is_quantized"] = False
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
@@ -97,7 +100,8 @@ def from_pretrained(
     """
     place, where = resolve_gguf(name)
     if is_gguf(name):
-        where |= dequantization_settings(name)
+        warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=2)
+        where["quantization_config"] = GgufConfig(dequantize=True)
     elif Path(name).exists() or str(name).startswith((".", "/", "~")):
         check_folder(Path(name))
     try:
@@ -156,13 +160,27 @@ def check_folder(folder: Path) -> None:
     """Raise FileNotFoundError if ``folder`` lacks config.json or a file of weights that its index names."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} lacks the weights {name}; copy that file there too")
-    elif not any(folder.glob("*.safetensors")):
+    files = weight_files(folder)
+    if not files:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors); copy them there too")
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise FileNotFoundError(f"{folder} lacks the weights {missing.name}; copy that file there too")
+
+
+def weight_files(name: str | Path) -> list[Path]:
+    """Return the safetensors files of a folder or of a name on a hub, none where there are none."""
+    if is_gguf(name):
+        return []
+    if Path(name).is_dir():
+        index = Path(name) / INDEX
+        if index.is_file():
+            return [Path(name) / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [path for path in [Path(name) / SINGLE] if path.is_file()]
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if single := cached_file(str(name), SINGLE, **quiet):
+        return [Path(single)]
+    index = cached_file(str(name), INDEX, **quiet)
+    return [Path(file) for file in get_checkpoint_shard_files(str(name), index)[0]] if index else []
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
@@ -34,7 +33,7 @@ class SitePlan:
     @property
     def fitted_structure(self) -> Structure:
         """Return the part of ``structure`` that is fitted to the weight; an adapter beside it starts at zero."""
-        return self.structure.parts[0] if self.adapter else self.structure
+        return self.structure.parts[0] if self.adapter and isinstance(self.structure, Sum) else self.structure
 
 
 @dataclass(frozen=True)
@@ -67,24 +66,20 @@ def make_plan(model, recipe: Recipe) -> Plan:
     sites = find_sites(model)
     if is_tied(model) and not recipe.untie:
         sites = [site for site in sites if site.role != "head"]
-    matched: dict[int, list[Site]] = {}
+    rules, matched = recipe.replace, list[tuple[Site, int]]()
     for site in sites:
-        number = next((k for k, rule in enumerate(recipe.replace) if rule.matches(site)), None)
+        number = next((k for k, rule in enumerate(rules) if rule.matches(site)), None)
         if number is not None:
-            matched.setdefault(number, []).append(site)
-    for rule in recipe.replace:
+            matched.append((site, number))
+    for rule in rules:
         if not any(rule.matches(site) for site in sites):
             raise ValueError(_describe_no_match(rule, model, sites))
-    keep = _solve_keep(recipe, model, [(recipe.replace[k], site) for k, found in matched.items() for site in found])
-    entries = {
-        site.path: _plan_site(recipe.replace[number], number, site, keep)
-        for number, found in matched.items()
-        for site in found
-    }
+    keep = _solve_keep(recipe, model, [(rules[number], site) for site, number in matched])
+    entries = {site.path: _plan_site(rules[number], number, site, keep) for site, number in matched}
     _check_shared_shapes(entries)
-    for number, found in matched.items():
-        _check_sharing_partners(recipe.replace[number], number, found)
-    return Plan({site.path: entries[site.path] for site in sites if site.path in entries}, recipe.untie, recipe.name)
+    for k in sorted({number for _, number in matched}):
+        _check_sharing_partners(rules[k], k, [site for site, number in matched if number == k])
+    return Plan(entries, recipe.untie, recipe.name)
 
 
 def _describe_no_match(rule: Rule, model, sites: list[Site]) -> str:
@@ -119,10 +114,8 @@ def _solve_keep(recipe: Recipe, model, matched: list[tuple[Rule, Site]]) -> floa
 
 def _plan_site(rule: Rule, number: int, site: Site, keep: float | None) -> SitePlan:
     structure = _build_by_rule(rule, site, keep if rule.keep is None else rule.keep)
-    prefix = "part_0_" if rule.adapter_rank else ""
-    shared_names = rule.share.factors if rule.share else []
-    names = structure.factor_shapes()
-    for name in [prefix + name for name in (*shared_names, *rule.freeze)]:
+    prefix, share, names = "part_0_" if rule.adapter_rank else "", rule.share, structure.factor_shapes()
+    for name in [prefix + name for name in (*(share.factors if share else ()), *rule.freeze)]:
         if name not in names:
             raise ValueError(f"{site.path}: there is no factor {name!r} to share or freeze; it has {', '.join(names)}")
     return SitePlan(
@@ -130,10 +123,10 @@ def _plan_site(rule: Rule, number: int, site: Site, keep: float | None) -> SiteP
         structure,
         site.bias and rule.bias == "keep",
         rule.start,
-        {prefix + name: _shared_key(rule.share, number, site, name) for name in shared_names},
+        {prefix + name: _shared_key(share, number, site, name) for name in share.factors} if share else {},
         tuple(prefix + name for name in rule.freeze),
         rule.adapter_rank is not None,
-        rule.share.grad_dropout if rule.share else 0.0,
+        share.grad_dropout if share else 0.0,
     )
 
 
@@ -142,7 +135,7 @@ def _plan_site(rule: Rule, number: int, site: Site, keep: float | None) -> SiteP
 
 def build_structure(site: Site, spec: dict) -> Structure:
     """Build the structure of a whole site from a ``spec`` that leaves nothing open; every complaint names the site."""
-    return _with_site_errors(site, spec, lambda: family(spec.get("kind")).for_shape(*site.shape, spec))
+    return _build_by_rule(Rule.model_validate({"path": site.path, "structure": spec}), site, None)
 
 
 def _is_open(rule: Rule) -> bool:
@@ -151,18 +144,14 @@ def _is_open(rule: Rule) -> bool:
 
 
 def _build_by_rule(rule: Rule, site: Site, keep: float | None) -> Structure:
-    return _with_site_errors(site, rule.spec, lambda: _build(rule, site, keep))
-
-
-def _with_site_errors(site: Site, spec: dict, build: Callable[[], Structure]) -> Structure:
     where = f"{site.path} ({site.shape[0]}x{site.shape[1]})"
     try:
-        return build()
+        return _build(rule, site, keep)
     except ValueError as reason:
         raise ValueError(f"{where}: {reason}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError):
         raise ValueError(
-            f"{where}: {spec} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
+            f"{where}: {rule.spec} is no structure; sizes and ranks are whole numbers or lists of them, a base or "
             "part is a mapping with its own kind"
         ) from None
 
@@ -170,7 +159,12 @@ def _with_site_errors(site: Site, spec: dict, build: Callable[[], Structure]) ->
 def _build(rule: Rule, site: Site, keep: float | None) -> Structure:
     (out, inner), spec = site.shape, rule.spec
     if spec["kind"] in LAYERS:
-        return _build_layer(rule, site)
+        given = {"split": rule.split > 1, "adapter": rule.adapter_rank is not None, "keep": rule.keep}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"{spec['kind']} is no structure and takes no {', '.join(wrong)}; give it a rank")
+        if site.role == "embed":
+            raise ValueError(f"{spec['kind']} takes the place of linear layers; choose a structure for the embedding")
+        return family(spec["kind"]).for_shape(out, inner, spec)
     if rule.split > 1 and site.interleaved:
         raise ValueError(f"its parts alternate head by head, so split: {rule.split} can't part them; leave split out")
     if out % rule.split:
@@ -184,19 +178,6 @@ def _build(rule: Rule, site: Site, keep: float | None) -> Structure:
     if rule.adapter_rank is None:
         return whole
     return Sum(parts=(whole, LowRank(out_features=out, in_features=inner, rank=rule.adapter_rank)))
-
-
-def _build_layer(rule: Rule, site: Site):
-    """Build what describes a layer that is no matrix."""
-    kind, given = (
-        rule.spec["kind"],
-        {"split": rule.split > 1, "adapter": rule.adapter_rank is not None, "keep": rule.keep},
-    )
-    if wrong := [name for name, value in given.items() if value]:
-        raise ValueError(f"{kind} is no structure and takes no {', '.join(wrong)}; give it a rank")
-    if site.role == "embed":
-        raise ValueError(f"{kind} takes the place of linear layers; choose a structure for the embedding")
-    return family(kind).for_shape(*site.shape, rule.spec)
 
 
 # shared factors --------------------------------------------------------------------------------------------------------

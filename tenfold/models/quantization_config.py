@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD, VERSION = "tenfold", 1
 
 
-@register_quantization_config(METHOD)
 class TenfoldConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed model; unknown keys are dropped.
 
@@ -23,8 +22,12 @@ class TenfoldConfig(QuantizationConfigMixin):
     def __init__(
         self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **unknown
     ):
-        self.quant_method, self.format_version = METHOD, format_version
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
         self.sites, self.untied, self.recipe = sites or {}, untied, recipe
+
+
+register_quantization_config(METHOD)(TenfoldConfig)  # no decorator, which would hide the type
 
 
 def get_tenfold_config(config: Any) -> TenfoldConfig | None:

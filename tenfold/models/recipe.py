@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import resources
@@ -18,7 +17,7 @@ from tenfold.models.distillation_config import Heal
 from tenfold.models.sites import Site
 from tenfold.models.suggestions import check_name
 
-First = Literal["drop-layers", "drop-layers-perplexity", "minitron", "order", "peak-to-peak", "rotate", "slice"]
+First = Literal["drop-layers", "drop-layers-perplexity", "minitron", "peak-to-peak", "rotate", "slice"]
 
 
 def check_keep(keep: float) -> float:
@@ -190,43 +189,54 @@ class Shrink(StrictModel):
         return self
 
 
-class Stage(StrictModel):
-    """Stage of gradual compression: rules, budget and calibration, and the healing after it.
+class Rules(StrictModel):
+    """What a stage and a recipe without stages say: a transform of the whole model, rules, calibration, and the healing after it.
 
     Args:
+        transform: before the rules; see ``tenfold.compression.whole_model``.
         squeeze: truncate tensor trains of earlier stages, instead of ``replace``.
-        rounds: how often the stage is repeated.
     """
 
     transform: First | None = None
     shrink: Shrink | None = None
     replace: list[Rule] = Field(default_factory=list)
     squeeze: Squeeze | None = None
-    rounds: int = Field(1, ge=1)
     budget: Budget | None = None
     untie: bool = False
     calibrate: Calibrate | None = None
     heal: Heal | None = None
 
+    @model_validator(mode="after")
+    def _check_rules(self):
+        if self.shrink is not None and self.transform is None:
+            raise ValueError(
+                "shrink sets how transform prunes widths, and there is no transform; write it, or leave shrink out"
+            )
+        if self.squeeze is not None and self.replace:
+            raise ValueError("squeeze and replace are two stages: replace in one, squeeze in the next")
+        return self
 
-class Recipe(StrictModel):
-    """Recipe of a published system or a recommended setting.
+    def activation_choices(self) -> list[str]:
+        """Return what activations decide, beside ``transform``, in words."""
+        found = [f"prune: {rule.prune}" for rule in self.replace if rule.prune]
+        found += [f"a choice of {len(rule.structures)} structures" for rule in self.replace if len(rule.structures) > 1]
+        of = self.budget and self.budget.of
+        return found + ([f"a budget of {of}"] if of in ("flops", "bytes") else [])
 
-    ``transform`` names a transform of the whole model before the rules apply; see ``tenfold.compression.whole_model``.
-    """
+
+class Stage(Rules):
+    """Stage of gradual compression, ``rounds`` times."""
+
+    rounds: int = Field(1, ge=1)
+
+
+class Recipe(Rules):
+    """Recipe of a published system or a recommended setting."""
 
     name: str = "unnamed"
     source: str = ""
     note: str = ""
     base_model: str | None = None
-    transform: First | None = None
-    shrink: Shrink | None = None
-    replace: list[Rule] = Field(default_factory=list)
-    squeeze: Squeeze | None = None
-    budget: Budget | None = None
-    untie: bool = False
-    calibrate: Calibrate | None = None
-    heal: Heal | None = None
     stages: list[Stage] = Field(default_factory=list)
     model: dict[str, Any] | None = None
     tokenizer: Tokenizer | None = None
@@ -248,26 +258,17 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _check_conflicts(self):
-        if self.stages:
-            keys = ("replace", "transform", "shrink", "squeeze", "budget", "untie", "calibrate", "heal")
-            if given := sorted(self.model_dump(include=set(keys), exclude_defaults=True)):
-                raise ValueError(
-                    f"a recipe of stages has its rules in them, and no {', '.join(given)} of its own; move it into a stage"
-                )
+        if self.stages and (given := sorted(self.model_dump(include=set(Rules.model_fields), exclude_defaults=True))):
+            raise ValueError(
+                f"a recipe of stages has its rules in them, and no {', '.join(given)} of its own; move it into a stage"
+            )
         if self.origin and self.tokenizer and self.tokenizer.vocab_size:
             raise ValueError("a model that is trained on has its tokenizer: leave vocab_size out")
         if self.train and self.train.compress_at:
-            self._check_fold(self.train)
-        for stage in (self, *self.stages):
-            if stage.shrink is not None and stage.transform is None:
-                raise ValueError(
-                    "shrink sets how transform prunes widths, and there is no transform; write it, or leave shrink out"
-                )
-            if stage.squeeze is not None and stage.replace:
-                raise ValueError("squeeze and replace are two stages: replace in one, squeeze in the next")
+            self._check_compress_at(self.train)
         return self
 
-    def _check_fold(self, train: Train) -> None:
+    def _check_compress_at(self, train: Train) -> None:
         stages = (self, *self.stages)
         if not any(stage.replace or stage.transform for stage in stages):
             raise ValueError(
@@ -277,7 +278,7 @@ class Recipe(StrictModel):
             raise ValueError(
                 "training continues after train.compress_at, so that nothing is left to heal; leave heal out"
             )
-        if any(stage.calibrate is None and (stage.transform or find_activation_choices(stage)) for stage in stages):
+        if any(stage.calibrate is None and (stage.transform or stage.activation_choices()) for stage in stages):
             raise ValueError(
                 "a choice of structures, a budget of flops or bytes, rules that prune, and transform, need activations: write a "
                 "calibrate section, {} for the default one"
@@ -294,35 +295,17 @@ class Recipe(StrictModel):
 
     def stage_recipes(self) -> list[Recipe]:
         """Return the recipes of the stages, or this recipe where there are none."""
-        keys = [key for key in Stage.model_fields if key != "rounds"]
-        stages = [stage for stage in self.stages for _ in range(stage.rounds)]
-        return [Recipe(name=self.name, **{key: getattr(stage, key) for key in keys}) for stage in stages] or [self]
-
-
-def find_activation_choices(stage: Recipe | Stage) -> list[str]:
-    """Return what activations decide in a stage, beside ``transform``, in words."""
-    found = [f"prune: {rule.prune}" for rule in stage.replace if rule.prune]
-    found += [f"a choice of {len(rule.structures)} structures" for rule in stage.replace if len(rule.structures) > 1]
-    of = stage.budget and stage.budget.of
-    return found + ([f"a budget of {of}"] if of in ("flops", "bytes") else [])
+        return [
+            Recipe(name=self.name, **{key: getattr(stage, key) for key in Rules.model_fields})
+            for stage in self.stages
+            for _ in range(stage.rounds)
+        ] or [self]
 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship with the package."""
     folder = resources.files("tenfold") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader with the booleans of YAML 1.2, true and false, so that names such as ``on`` and ``no`` stay text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":bool")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), ["t", "f"])
 
 
 def load_recipe(name: str | Path | dict) -> Recipe:
@@ -334,19 +317,21 @@ def load_recipe(name: str | Path | dict) -> Recipe:
     """
     if isinstance(name, dict):
         return parse_recipe(name, "the recipe")
-    shipped = resources.files("tenfold") / "recipes" / f"{name}.yaml"
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and not path.is_file():
+    shipped, path = resources.files("tenfold") / "recipes" / f"{name}.yaml", Path(name)
+    if path.is_file():
+        text = path.read_text()
+    elif shipped.is_file():
+        text = shipped.read_text()
+    elif path.suffix in (".yaml", ".yml"):
         raise FileNotFoundError(
             f"there is no recipe file {name}; check the path, or use a name: tenfold recipes lists them"
         )
-    if not path.is_file() and not shipped.is_file():
+    else:
         near = get_close_matches(str(name), recipe_names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
         raise FileNotFoundError(f"there is no recipe {name!r}: {hint}")
-    text = path.read_text() if path.is_file() else shipped.read_text()
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.safe_load(text)
     except yaml.YAMLError as reason:
         raise ValueError(f"{name} is not YAML: {' '.join(str(reason).split())}") from None
     if not isinstance(data, dict):

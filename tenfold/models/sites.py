@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.models.architectures import ARCHITECTURES, ROLES, Architecture
+from tenfold.models.architectures import ARCHITECTURES, ROLES
 from tenfold.models.experts import active_ratio, expert_of, fused_sites, is_fused
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
 
@@ -47,13 +49,13 @@ class Site:
         return expert_of(self.path)
 
 
-def shape_of(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: Any) -> tuple[int, int]:
     """Return ``(out, in)`` of a linear layer or an embedding; a Conv1D is transposed."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: Any) -> Tensor:
     """Return ``W (out, in)`` of a linear layer or an embedding, dense or factorised."""
     if isinstance(module, (*FACTORIZED, TiedHead)):
         return module.dense()
@@ -79,6 +81,24 @@ def base_model(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule(base_path(model).rstrip("."))
 
 
+class PathPatterns:
+    """Patterns of module paths, ``*`` a number, by what each stands for."""
+
+    def __init__(self, paths: Mapping[str, str | tuple[str, ...]], prefix: str):
+        self.patterns = [
+            (re.compile(re.escape(prefix + path).replace(r"\*", r"(\d+)") + "$"), name)
+            for name, found in paths.items()
+            for path in ([found] if isinstance(found, str) else found)
+        ]
+
+    def match(self, path: str) -> tuple[int | None, str | None]:
+        """Return the first number in ``path`` and the name of its pattern, None for what there is not."""
+        for pattern, name in self.patterns:
+            if found := pattern.match(path):
+                return (int(found[1]) if found.groups() else None), name
+        return None, None
+
+
 def find_sites(model: PreTrainedModel) -> list[Site]:
     """Find every matrix of ``model`` that a rule may name, in the model's order, embedding and head included.
 
@@ -88,37 +108,22 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     if model.config.model_type not in ARCHITECTURES:
         raise ValueError(_describe_unknown(model))
     table = ARCHITECTURES[model.config.model_type]
-    patterns, calls = _patterns(table, base_path(model)), table.calls(model.config)
-    embed, head, sites = model.get_input_embeddings(), model.get_output_embeddings(), []
+    patterns, calls = PathPatterns(table.paths, base_path(model)), table.calls(model.config)
+    outer = {id(model.get_input_embeddings()): "embed", id(model.get_output_embeddings()): "head"}
+    sites = []
     for path, module in model.named_modules():
-        layer, role = None, "embed" if module is embed else "head" if module is head else None
-        if role is None and isinstance(module, LINEAR):
-            layer, role = _match(patterns, path)
-        if role is not None:
-            bias, runs = getattr(module, "bias", None) is not None, 1 if layer is None else calls
-            runs = runs if expert_of(path) is None else runs * active_ratio(model.config)
-            sites.append(Site(path, role, layer, shape_of(module), bias, runs, role in table.interleaved))
-        elif is_fused(module):
+        if is_fused(module):
             for inner, shape in fused_sites(path, module):
-                layer, role = _match(patterns, inner)
+                layer, role = patterns.match(inner)
                 if role is not None:
                     sites.append(Site(inner, role, layer, shape, False, active_ratio(model.config)))
+        elif id(module) in outer or isinstance(module, LINEAR):
+            layer, role = (None, outer[id(module)]) if id(module) in outer else patterns.match(path)
+            if role is not None:
+                runs = (1 if layer is None else calls) * (1 if expert_of(path) is None else active_ratio(model.config))
+                bias = getattr(module, "bias", None) is not None
+                sites.append(Site(path, role, layer, shape_of(module), bias, runs, role in table.interleaved))
     return sites
-
-
-def _patterns(table: Architecture, prefix: str) -> list[tuple[re.Pattern, str]]:
-    return [
-        (re.compile(re.escape(prefix + path).replace(r"\*", r"(\d+)") + "$"), role)
-        for role, paths in table.paths.items()
-        for path in ([paths] if isinstance(paths, str) else paths)
-    ]
-
-
-def _match(patterns: list[tuple[re.Pattern, str]], path: str) -> tuple[int | None, str | None]:
-    for pattern, role in patterns:
-        if found := pattern.match(path):
-            return (int(found[1]) if found.groups() else None), role
-    return None, None
 
 
 def head_path(model: PreTrainedModel) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from tenfold.models.initializers import DRAWS, STARTS
-from tenfold.models.recipe import Recipe, find_activation_choices
+from tenfold.models.recipe import Recipe
 from tenfold.models.suggestions import check_name
 
 # key -> the way out, for a model with random weights
@@ -42,7 +42,7 @@ def check_recipe_keys(recipe: Recipe) -> None:
     for key, way_out in unused.items():
         if getattr(recipe, key):
             raise ValueError(f"{key} of recipe {recipe.name!r} {way_out}")
-    if found := find_activation_choices(recipe):
+    if found := recipe.activation_choices():
         raise ValueError(
             f"recipe {recipe.name!r} has {found[0]}, which activations of a trained model decide: train dense for a part of the "
             "steps, train: {compress_at: 0.5} with calibrate: {}, or leave it out"

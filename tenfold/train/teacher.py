@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.auto import load_model, load_tokenizer, read_config
-from tenfold.models.lazy_checkpoint import weight_files
+from tenfold.models.loading import weight_files
 from tenfold.models.text_mode import is_causal_lm
 
 Teacher = PreTrainedModel | str | Path

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from tenfold.compression.activations import Activations, group_by_block
 from tenfold.compression.compress import compress
 from tenfold.compression.fisher import FisherPass
+from tenfold.models.densify import densify
 from tenfold.models.experts import unpack
 from tenfold.models.sites import find_sites
-from tenfold.models.surgery import densify
 
 WORDS = text(8)
 each = pytest.mark.parametrize("name", toys.EXPERTS)

@@ -64,19 +64,6 @@ def test_helmert_basis():
     assert torch.equal(basis[:, 1] * 6**0.5, torch.tensor([1.0, 1, -2, 0, 0]).double())
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (torch.ones(3, 4), r"^the second moment has shape \(3, 4\)"),
-        (torch.ones(3, 3).triu(), r"not symmetric, or holds NaN or Inf: it differs by 1;"),
-        (torch.full((3, 3), torch.nan), r"or holds NaN or Inf"),
-    ],
-)
-def test_second_moments_that_are_refused(second, message):
-    with pytest.raises(ValueError, match=message):
-        pca_rotation(second)
-
-
 KRONECKER = Kronecker(outs=(6, 2), ins=(6, 2), terms=1)
 
 
@@ -120,7 +107,10 @@ def test_one_step_is_the_best_rotation_for_what_was_fitted():
     for _ in range(20):
         skew = 1e-3 * torch.randn(12, 12).double().triu(1)
         other = q @ torch.linalg.matrix_exp(skew - skew.T)
-        loss = [sum(matrix.loss(r, fit) for matrix, fit in zip(given, fits, strict=True)) for r in (q, other)]
+        loss = [
+            sum(float((matrix.rotate(r) - fit).square().sum()) for matrix, fit in zip(given, fits, strict=True))
+            for r in (q, other)
+        ]
         assert loss[0] <= loss[1]
 
 
@@ -146,7 +136,3 @@ def test_rotations_of_a_model():
         left += float((weight - structure.dense(structure.fit(weight))).square().sum())
     assert left == pytest.approx(losses[-1], rel=1e-4)
     assert left < losses[0]
-    with pytest.raises(ValueError, match=r"^model.norm has role None: it neither reads nor writes"):
-        stream_matrices(model, {"model.norm": KRONECKER})
-    with pytest.raises(ValueError, match=r"^the matrices lie at streams of widths \[\]"):
-        best_rotation([])

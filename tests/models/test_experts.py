@@ -11,9 +11,9 @@ from folding import LOW_RANK, fold
 from transformers import AutoModelForCausalLM
 
 from tenfold.models.cost import count, price
+from tenfold.models.densify import densify
 from tenfold.models.experts import unpack
 from tenfold.models.sites import find_sites
-from tenfold.models.surgery import densify
 from tenfold.nn import Experts, FactorizedLinear
 
 every = pytest.mark.parametrize("name", toys.EXPERTS)
@@ -44,7 +44,7 @@ def test_every_expert_is_folded_saved_read_and_unfolded(name, tmp_path):
     model = toys.build(name)
     dense = copy.deepcopy(model)
     changes = fold(model, [MLP])
-    assert sum(".each." in change.path for change in changes) == (12 if name == "qwen3_moe" else 24)
+    assert sum(".each." in path for path in changes) == (12 if name == "qwen3_moe" else 24)
     folded = toys.logits(model)
     assert not torch.allclose(folded, toys.logits(dense), atol=1e-3)
     model.save_pretrained(tmp_path / "folded")

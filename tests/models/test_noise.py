@@ -23,18 +23,18 @@ def test_balanced_cores_are_orthonormal_and_the_last_one_has_the_norm():
     assert float(train.dense(factors).norm()) == pytest.approx(0.02 * np.sqrt(60 * 24), rel=1e-4)
 
 
-def test_balanced_is_for_trains():
-    with pytest.raises(ValueError, match="balanced is for tensor trains; low_rank takes noise or fans"):
-        DRAWS["balanced"](LowRank(out_features=4, in_features=4, rank=2), 0.02)
-
-
 def test_balanced_cores_have_no_more_columns_than_rows():
     """A bond of 12 behind 4 x 3 entries is the most."""
-    DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(12, 10)), 0.02)
-    with pytest.raises(
-        ValueError, match="takes a bond of 12 behind core_0 at most, not 13; give smaller ranks, or the start"
+    DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(12, 10)), 0.02, None)
+    for structure, message in (
+        (
+            TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(13, 10)),
+            "takes a bond of 12 behind core_0 at most, not 13",
+        ),
+        (LowRank(out_features=4, in_features=4, rank=2), "balanced is for tensor trains; low_rank takes noise or fans"),
     ):
-        DRAWS["balanced"](TensorTrain(outs=(4, 3, 5), ins=(3, 4, 2), ranks=(13, 10)), 0.02)
+        with pytest.raises(ValueError, match=message):
+            DRAWS["balanced"](structure, 0.02, None)
 
 
 def test_every_factor_by_its_own_fans():

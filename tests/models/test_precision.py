@@ -1,7 +1,5 @@
 """In which numbers products are computed: not in those for which the machine has no instructions."""
 
-import time
-
 import pytest
 import small
 import torch
@@ -44,19 +42,3 @@ def test_products_are_in_bfloat16_where_that_is_fast_or_asked_for(asked, fast, t
 def test_steps_of_muon_are_in_bfloat16_where_that_is_fast(fast, monkeypatch):
     monkeypatch.setattr("tenfold.train.optimizer.multiplies_bfloat16", lambda device: fast)
     assert orthogonalize(torch.randn(1, 4, 8)).dtype == (torch.bfloat16 if fast else torch.float32)
-
-
-def test_what_is_taken_for_fast_is_fast():
-    """Without instructions products are some fifty times slower than in float32, with them they are as fast or faster."""
-    precision.multiplies_bfloat16.cache_clear()
-    if precision.multiplies_bfloat16("cpu"):
-        assert seconds(torch.bfloat16) < 8 * seconds(torch.float32)
-
-
-def seconds(dtype) -> float:
-    a, times = torch.randn(512, 512).to(dtype), []
-    for _ in range(5):
-        begun = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - begun)
-    return min(times)

@@ -10,7 +10,7 @@ from folding import fold, reference
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.models.surgery import densify
+from tenfold.models.densify import densify
 from tenfold.nn import FactorizedLinear
 
 TRAIN = {"kind": "tensor_train", "parts": 3, "rank": 4}
