@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tenfold_cli
 from tenfold import api, checkpoint_jobs
-from tenfold.compression.resume_state import CheckpointedTasks, ResumeState
+from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.tensor_store import TensorStore
 from tenfold.models import lazy_checkpoint
 from tenfold.models.distillation_config import Heal
@@ -138,7 +138,7 @@ STEPS = ["forward-0", "forward-1", "nats", "turn", "backward-1", "backward-0"]
     ids=["in it", "behind it", "measured", "folds"],
 )
 def test_an_interrupted_survey_resumes(dense, whole, tmp_path, monkeypatch, step, when, recipe):
-    once, put, made = CheckpointedTasks.run_or_load, TensorStore.put, []
+    once, put, made = ResumeState.run_or_load, TensorStore.put, []
     recipe = recipe | {"replace": [{k: v for k, v in rule.items() if k != "keep"} for rule in recipe["replace"]]}
     expected = whole(recipe)
 
@@ -155,11 +155,11 @@ def test_an_interrupted_survey_resumes(dense, whole, tmp_path, monkeypatch, step
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointedTasks, "run_or_load", stop)
+        patch.setattr(ResumeState, "run_or_load", stop)
         with pytest.raises(Interrupted):
             go(dense, tmp_path / "out", recipe)
     monkeypatch.setattr(
-        CheckpointedTasks, "run_or_load", lambda self, name, make: once(self, name, lambda: made.append(name) or make())
+        ResumeState, "run_or_load", lambda self, name, make: once(self, name, lambda: made.append(name) or make())
     )
     go(dense, tmp_path / "out", recipe)
     behind = when == "behind it" or step == "nats"  # which stores no tensors

@@ -7,17 +7,15 @@ Reference: ShortGPT, arXiv 2403.03853.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from tenfold.compression.activations import Activations, group_by_block
-from tenfold.compression.block_influence import cosine_distance
 from tenfold.compression.calibration import Calibration
+from tenfold.compression.fisher import FisherPass
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import count_parameters, find_sites
 
@@ -31,36 +29,26 @@ def drop_layers(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> di
         ``influence`` of every block of the original model, and which were ``dropped``.
 
     Raises:
-        ValueError: see ``list_blocks``, ``count_excess`` and ``drop_one_by_one``.
+        ValueError: see ``count_excess`` and ``drop_one_by_one``.
     """
-    paths = list_blocks(model)
-    excess = count_excess(model, recipe, paths)
+    paths, excess = count_excess(model, recipe)
     influence = measure_influence(model, paths, text)
     dropped = drop_one_by_one(model, paths, excess, lambda left: min(left, key=influence.__getitem__))
     return {"influence": influence, "dropped": dropped}
 
 
-def list_blocks(model: PreTrainedModel) -> list[str]:
-    """Return the paths of the blocks of ``model`` in the order in which they run.
+def count_excess(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], float]:
+    """Return the paths of the blocks, and how many of their parameters must go to meet the budget within a thousandth.
 
     Raises:
-        ValueError: they are not in one list.
+        ValueError: the blocks are not in one list, there is no budget, or it leaves no block.
     """
     paths = list(group_by_block(find_sites(model)))
-    parents = {path.rpartition(".")[0] for path in paths}
-    if len(parents) != 1 or len(model.get_submodule(next(iter(parents)))) != len(paths):
+    parents: list[Any] = [model.get_submodule(path) for path in {path.rpartition(".")[0] for path in paths}]
+    if len(parents) != 1 or len(parents[0]) != len(paths):
         raise ValueError(
             f"the blocks of this {model.config.model_type} are no single list; drop layers of another model"
         )
-    return paths
-
-
-def count_excess(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -> float:
-    """Return how many parameters of the blocks ``paths`` must go to meet the budget of ``recipe`` within a thousandth.
-
-    Raises:
-        ValueError: there is no budget, or it leaves no block.
-    """
     if recipe.budget is None:
         raise ValueError(f"nothing says how many layers recipe {recipe.name} shall leave; give it a budget, or --keep")
     sizes = [_size(model.get_submodule(path)) for path in paths]
@@ -71,21 +59,18 @@ def count_excess(model: PreTrainedModel, recipe: Recipe, paths: Sequence[str]) -
             f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves none of {len(sizes)} layers; keep at least "
             f"{1 - (sum(sizes) - sum(sizes) / len(sizes)) / base:.2f}"
         )
-    return excess
+    return paths, excess
 
 
 def drop_one_by_one(
     model: PreTrainedModel, paths: Sequence[str], excess: float, choose: Callable[[list[str]], str]
 ) -> list[str]:
-    """Remove blocks from ``model``, in place, until ``excess`` parameters are gone.
+    """Remove blocks from ``model``, in place, until ``excess`` parameters are gone; return their paths in the order of removal.
 
     Args:
         paths: of all blocks.
         choose: receives the paths of the remaining blocks, in order, and returns the one to remove. The model is whole until the
             last one is chosen.
-
-    Returns:
-        The paths of the removed blocks, in the order in which they were chosen.
 
     Raises:
         ValueError: the last block would have to go, too.
@@ -101,20 +86,13 @@ def drop_one_by_one(
     return dropped
 
 
-@torch.no_grad()
 def measure_influence(model: PreTrainedModel, paths: Sequence[str], text: Calibration) -> dict[str, float]:
-    """Return ``{path of a block: 1 - mean cosine of its input and its output}``."""
+    """Return ``{path of a block: influence}``; see ``tenfold.compression.fisher.FisherPass.forward``."""
     training = model.training
-    activations, found = Activations(model.eval(), list(paths), text.batches), {}
+    fisher_pass, found = FisherPass(Activations(model.eval(), list(paths), text.batches)), {}
     for number, path in enumerate(paths):
-        before = [activations.states(k)[0] for k in range(len(text.batches))]
-        activations.advance(number)
-        after = [activations.states(k)[0] for k in range(len(text.batches))]
-        parts = zip(before, after, activations.masks, strict=True)
-        distance = sum(cosine_distance(x.cpu(), y.cpu(), mask) for x, y, mask in parts)
-        found[path] = distance / max(1, activations.num_tokens)
-        if not math.isfinite(found[path]):
-            raise ValueError(f"{path} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
+        found[path] = fisher_pass.forward(number, [])
+        fisher_pass.release(number)
     model.train(training)
     return found
 
@@ -122,8 +100,8 @@ def measure_influence(model: PreTrainedModel, paths: Sequence[str], text: Calibr
 def remove_blocks(model: PreTrainedModel, numbers: Sequence[int]) -> None:
     """Remove blocks from ``model``, and their entries from every list of its configuration that has one per layer."""
     path = next(iter(group_by_block(find_sites(model)))).rpartition(".")[0]
-    blocks, config = model.get_submodule(path), model.config.get_text_config()
-    count = len(blocks)
+    blocks: Any = model.get_submodule(path)
+    config, count = model.config.get_text_config(), len(blocks)
     if getattr(config, "decoder_sparse_step", 1) != 1:
         raise ValueError(
             f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, which no configuration says of "

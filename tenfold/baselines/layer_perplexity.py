@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tenfold.baselines.drop_layers import count_excess, drop_one_by_one, list_blocks
+from tenfold.baselines.drop_layers import count_excess, drop_one_by_one
 from tenfold.compression.activations import Activations
-from tenfold.compression.calibration import Calibration, select_batches, split_for_processes, sum_losses
-from tenfold.models.config import Calibrate
+from tenfold.compression.calibration import Calibration, select_batches, settings_of, split_for_processes, sum_losses
 from tenfold.models.distributed import all_reduce_number, shard_items
 from tenfold.models.recipe import Recipe
 from tenfold.models.text_mode import is_causal_lm
@@ -40,10 +39,9 @@ def drop_layers_by_perplexity(model: PreTrainedModel, recipe: Recipe, text: Cali
         raise ValueError(
             f"a {type(model).__name__} has no perplexity; take a causal language model, or drop-layers, which needs none"
         )
-    paths = list_blocks(model)
-    excess = count_excess(model, recipe, paths)
+    paths, excess = count_excess(model, recipe)
     training, rounds = model.training, list[dict[str, float]]()
-    settings = recipe.calibrate or Calibrate()
+    settings = settings_of(recipe)
     batches = shard_items(select_batches(split_for_processes(text.batches), settings.fisher_tokens))
     activations = Activations(model.eval(), paths, batches, skip=settings.skip_first, precision=settings.precision)
 

@@ -16,28 +16,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
-
 from tenfold.baselines.knapsack import solve_knapsack
-from tenfold.compression.activations import Activations
 from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.block import Block
-from tenfold.compression.block_plan import BlockPlan, CompressionRun
-from tenfold.compression.calibration import select_batches
-from tenfold.compression.divergence import Correction, batches_with_tokens, divergences, run_variants
+from tenfold.compression.divergence import Trial
 from tenfold.compression.fit_actions import FactorizeSite
-from tenfold.compression.progress import Phase
-from tenfold.compression.tensor_store import TensorStore
 from tenfold.models.config import Calibrate
-from tenfold.models.distributed import shard_items
 
 GAMMA = 5.0  # in the published configuration, with alpha 0
 REFERENCE = 0.1  # ratio of the whole cost at which the divergence is measured
 LEAST = (0.3, 0.1)  # ratio that every matrix keeps, where half or more is kept in all, and where less is
-TOKENS = 8192  # on which divergences are measured
 
 
 def allocate_by_error_model(
@@ -46,7 +36,7 @@ def allocate_by_error_model(
     """Return ``{name: option}`` with the least sum of modelled errors; every item keeps at least the ratio ``LEAST``.
 
     Args:
-        curves: with losses as ``measure_curves`` leaves them.
+        curves: with losses that are scaled to divergences, as by ``MeasuredSite``.
         budget: parameters of all items together.
     """
     least = LEAST[0] if budget >= 0.5 * sum(curve.whole for curve in curves) else LEAST[1]
@@ -67,58 +57,19 @@ def propagation(names: Sequence[str]) -> list[float]:
     return [1 + GAMMA * (last - block) / max(1, last) for block in blocks]
 
 
-@torch.no_grad()
-def measure_curves(run: CompressionRun, curves: list[TradeoffCurve]) -> None:
-    """Scale the losses of every curve, in place, to the divergence measured at ``REFERENCE``, on about ``TOKENS`` tokens.
+class MeasuredSite(FactorizeSite):
+    """One site in a structure; ``calibrate: {divergence: ..}`` measures it at the size ``REFERENCE``, alone."""
 
-    A block runs once for every matrix in it and in every block before it; the weights of two blocks are needed at a time.
+    def curves(self, block: Block) -> list[TradeoffCurve]:
+        (curve,) = super().curves(block)
+        self.reference = None if curve.settled else curve.options[curve.index_within(REFERENCE * curve.whole)]
+        return [curve]
 
-    Raises:
-        ValueError: a rule does more than factorise matrices one by one, or the model returns no logits.
-    """
-    batches = shard_items(select_batches(run.batches, run.settings.fisher_tokens))
-    activations = run.open_activations(batches, TensorStore(run.folder and run.folder / "measured"), "float32")
-    free = {curve.name: curve for curve in curves if not curve.settled}
-    for number, plan in enumerate(run.progress(run.plans, Phase("divergences"))):
-        measure = partial(_measure_block, run, activations, number, free)
-        for path, divergence in run.state.tasks.run_or_load(f"measured-{number}", measure).items():
-            curve = free[path]
-            loss = float(curve.losses[curve.index_within(REFERENCE * curve.whole)])
-            if loss > 0:
-                curve.losses = curve.losses * (divergence / loss)
-        with run.weights.at(plan.path):
-            activations.advance(number)
-
-
-def _measure_block(
-    run: CompressionRun, activations: Activations, number: int, curves: dict[str, TradeoffCurve]
-) -> dict[str, float]:
-    """Return the divergence for every matrix of a block that is not settled."""
-    plan = run.plans[number]
-    with run.weights.at(plan.path):
-        fixed, fisher = run.settings.model_copy(update={"refit": False}), run.state.fisher(number)
-        block = Block(activations, number, plan.sites, fixed, fisher)
-        corrections = _truncate_at_reference(plan, block, curves)
-        variants = [{}, *({path: correction} for path, correction in corrections.items())]
-        before = [activations.states(k)[0] for k in range(batches_with_tokens(activations, TOKENS))]
-        states = run_variants(activations, run.weights, number, before, variants)
-    with run.weights.outside():
-        return dict(zip(corrections, divergences(activations, states), strict=True))
-
-
-def _truncate_at_reference(plan: BlockPlan, block: Block, curves: dict[str, TradeoffCurve]) -> dict[str, Correction]:
-    """Return ``{path: (What - W, change of the bias)}`` at the reference size of every item of the block."""
-    corrections = {}
-    for action in plan.actions:
-        if not isinstance(action, FactorizeSite):
-            raise ValueError(
-                f"allocate lems measures matrices that are folded one by one, and {action.sites[0].path} is not; give it a plain "
-                "rule, or another allocation"
-            )
-        curve = curves.get(action.site.path)
-        if curve is not None:
-            structure, weight = curve.options[curve.index_within(REFERENCE * curve.whole)], block.weight(curve.name)
-            near = weight if structure is None else structure.dense(action.fit(block, structure))
-            bias, new = block.bias(curve.name), block.corrected_bias(curve.name, near)
-            corrections[curve.name] = near - weight, None if bias is None else new - bias
-    return corrections
+    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
+        path, structure, bias = self.site.path, self.reference, block.bias(self.site.path)
+        if structure is None:
+            return []
+        near = structure.dense(self.fit(block, structure))
+        new = block.corrected_bias(path, near)
+        shift = None if bias is None or new is None else new - bias
+        return [Trial({path: structure}, {path: (near - block.weight(path), shift)})]

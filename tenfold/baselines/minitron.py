@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from transformers import PreTrainedModel
 
 from tenfold.baselines.widths import Scores, Widths, prune_widths
 from tenfold.compression.activations import cache_options, token_mask
-from tenfold.compression.calibration import Calibration, split_for_processes
+from tenfold.compression.calibration import Calibration, settings_of, split_for_processes
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import all_reduce, shard_items
 from tenfold.models.precision import in_bfloat16
 from tenfold.models.recipe import Recipe, Shrink
 from tenfold.models.sites import base_model
+
+Activation = Callable[[Tensor, Tensor], Tensor]  # of the input and the output of a module
 
 
 def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> dict[str, Any]:
@@ -36,17 +39,13 @@ def prune_by_activations(model: PreTrainedModel, recipe: Recipe, text: Calibrati
 
     By default hidden units of the MLPs and channels lose the same fraction, and heads stay.
     """
-    settings = recipe.calibrate or Calibrate()
-    shrink = recipe.shrink or Shrink(mlp=1, hidden=1)
-    return prune_widths(
-        model, recipe, shrink, lambda widths, shrinking: score_activations(widths, shrinking, text, settings)
-    )
+    shrink = recipe.shrink or Shrink(mlp=1, heads=0, hidden=1)
+    score = partial(score_activations, text=text, settings=settings_of(recipe))
+    return prune_widths(model, recipe, shrink, score)
 
 
 @torch.no_grad()
-def score_activations(
-    widths: Widths, shrinking: list[str], text: Calibration, settings: Calibrate | None = None
-) -> Scores:
+def score_activations(widths: Widths, shrinking: list[str], text: Calibration, settings: Calibrate) -> Scores:
     """Return the scores along the widths ``shrinking``.
 
     Args:
@@ -55,53 +54,45 @@ def score_activations(
     Raises:
         ValueError: a score is not finite.
     """
-    settings = settings or Calibrate()
-    model, squares, masks = widths.model, dict[tuple[str, str, str], Tensor](), dict[str, Tensor]()
+    model, squares, training = widths.model, dict[tuple[str, str], Tensor](), widths.model.training
+    mask = torch.empty(0)
 
-    def hook(key: tuple[str, str, str], activation: Callable[[Tensor], Tensor]):
-        def add(module, arguments, out=None) -> None:
-            mask, found = masks["batch"], activation((arguments[0] if out is None else out).float())
-            found = found.view(*mask.shape, -1) * mask[..., None]
-            mean = found.sum(1, dtype=torch.float64) / mask.sum(1, keepdim=True).clamp_min(1)
-            squares[key] = squares.get(key, 0) + mean.square().sum(0).cpu()
+    def add(module, arguments, out: Tensor, key: tuple[str, str], activation: Activation) -> None:
+        found = activation(arguments[0], out).view(*mask.shape, -1) * mask[..., None]
+        mean = found.sum(1, dtype=torch.float64) / mask.sum(1, keepdim=True).clamp_min(1)
+        squares[key] = squares.get(key, 0) + mean.square().sum(0).cpu()
 
-        return add
-
-    training = model.training
     with ExitStack() as stack:
-        for width, path, module, activation, of_output in _list_activations(widths):
+        for width, path, module, activation in _list_activations(widths):
             if width in shrinking:
-                key = (width, "" if width == "hidden" else path, path)
-                register = module.register_forward_hook if of_output else module.register_forward_pre_hook
-                stack.callback(register(hook(key, activation)).remove)
+                hook = partial(add, key=(width, path), activation=activation)
+                stack.callback(module.register_forward_hook(hook).remove)
         stack.callback(model.train, training)
         kind = model.device.type
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(settings.precision, kind)))
         model.eval()
         for batch in shard_items(split_for_processes(text.batches)):
-            masks["batch"] = token_mask(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
+            mask = token_mask(batch, settings.skip_first).view_as(batch["attention_mask"]).to(model.device)
             base_model(model)(**{name: value.to(model.device) for name, value in batch.items()}, **cache_options(model))
     scores: Scores = {}
-    for (width, path, where), found in squares.items():
+    for (width, path), found in squares.items():
         score = all_reduce(found).sqrt()
         if not bool(torch.isfinite(score).all()):
-            raise ValueError(f"the activations of {where} are NaN or Inf; try --dtype float32 or other text")
+            raise ValueError(f"the activations of {path} are NaN or Inf; try --dtype float32 or other text")
         score = score.view(widths.heads.groups, -1).sum(1) if width == "heads" else score
-        scores[width, path] = scores.get((width, path), 0) + score
+        key = (width, "" if width == "hidden" else path)
+        scores[key] = scores.get(key, 0) + score
     return scores
 
 
-def _list_activations(widths: Widths) -> Iterator[tuple[str, str, nn.Module, Callable[[Tensor], Tensor], bool]]:
-    """Yield ``(width, path, module, activation, whether of its output)``; the path is that of the block, or of the norm."""
+def _list_activations(widths: Widths) -> Iterator[tuple[str, str, nn.Module, Activation]]:
+    """Yield ``(width, path, module, activation)``; the path is that of the block, or of the norm."""
+    size = widths.heads.size
     for path, sites in widths.blocks.items():
-        for site in sites:
-            module = widths.model.get_submodule(site.path)
-            if site.role == "mlp.out":
-                yield "mlp", path, module, torch.abs, False
-            elif site.role == "attn.out":
-                size = widths.heads.size
-                yield "heads", path, module, lambda x, size=size: x.unflatten(-1, (-1, size)).norm(dim=-1), False
+        by_role = {site.role: widths.model.get_submodule(site.path) for site in sites}
+        yield "mlp", path, by_role["mlp.out"], lambda x, out: x.float().abs()
+        yield "heads", path, by_role["attn.out"], lambda x, out: x.float().unflatten(-1, (-1, size)).norm(dim=-1)
         for inner, module in widths.model.get_submodule(path).named_modules():
             weight = getattr(module, "weight", None)
             if weight is not None and weight.shape == (widths.full["hidden"],):
-                yield "hidden", f"{path}.{inner}", module, torch.abs, True
+                yield "hidden", f"{path}.{inner}", module, lambda x, out: out.float().abs()

@@ -24,7 +24,6 @@ from torch import Tensor
 from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.block import Block, Target
 from tenfold.compression.head_pruning import PruneHeads
-from tenfold.compression.structured_pruning import QueryOrder
 from tenfold.compression.unit_selection import Basis, best_basis, sum_tails
 
 
@@ -43,12 +42,12 @@ class MoDeGPTCriterion:
         reads = torch.cat([weight[:, action.columns(head)] for head in action.members(group)])
         return best_basis(reads.T @ reads, output_moment(action, block, "v", group))
 
-    def order_queries(self, action: PruneHeads, block: Block, group: int) -> QueryOrder:
+    def order_queries(self, action: PruneHeads, block: Block, group: int) -> tuple[list[int], np.ndarray]:
         queries = [output_moment(action, block, "q", head).diagonal() for head in action.members(group)]
         scores = torch.stack(queries).sum(0) * output_moment(action, block, "k", group).diagonal()
         weights = torch.stack([scores[unit].sum() for unit in action.units])
         order = weights.argsort(descending=True, stable=True)
-        return QueryOrder(order.tolist(), sum_tails(weights[order]))
+        return order.tolist(), sum_tails(weights[order])
 
 
 def output_moment(action: PruneHeads, block: Block, which: str, head: int) -> Tensor:

@@ -19,18 +19,12 @@ from tenfold.models.sites import weight_of
 
 
 def prune_by_peak_to_peak(model: PreTrainedModel, recipe: Recipe, text: Any = None) -> dict[str, Any]:
-    """Prune the hidden units of the MLPs of ``model`` whose weights range least, in place.
-
-    Args:
-        text: is not read.
-
-    Returns:
-        ``widths``, see ``tenfold.baselines.widths.prune_widths``.
+    """Prune the hidden units of the MLPs of ``model`` whose weights range least, in place; see ``prune_widths``.
 
     Raises:
         ValueError: heads or channels should shrink, too, or see ``tenfold.baselines.widths.prune_widths``.
     """
-    shrink = recipe.shrink or Shrink(mlp=1)
+    shrink = recipe.shrink or Shrink(mlp=1, heads=0, hidden=0)
     if shrink.heads or shrink.hidden:
         raise ValueError("peak-to-peak scores units of MLPs only; shrink mlp alone, or let minitron choose")
     return prune_widths(model, recipe, shrink, score_ranges)

@@ -46,25 +46,21 @@ def count_bytes(inner: int, out: int, atoms: int, nonzeros: int) -> int:
     return 2 * inner * atoms + min(dense, mask, 4 * nonzeros + 4 * (out + 1))
 
 
-@dataclass
-class Coefficients:
-    """Coefficients ``values (k, out)`` before thresholding, and ``||R^-1 u_i||`` of their rows, ``norms (k,)``."""
+def decompose(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose ``weight (out, in)`` in the metric ``inputs (in, in)``, as many rows as its rank can be.
 
-    values: Tensor
-    norms: Tensor
-
-
-def decompose(weight: Tensor, inputs: Tensor) -> Coefficients:
-    """Decompose ``weight (out, in)`` in the metric ``inputs (in, in)``, as many rows as its rank can be."""
+    Returns:
+        The coefficients ``(k, out)`` before thresholding, and ``||R^-1 u_i||`` of their rows ``(k,)``.
+    """
     root, back = roots(inputs)
     white = root @ weight.double().T
     vectors = torch.linalg.eigh(white @ white.T)[1].flip(1)[:, : min(white.shape)]
-    return Coefficients(vectors.T @ white, (back @ vectors).norm(dim=0))
+    return vectors.T @ white, (back @ vectors).norm(dim=0)
 
 
-def select_coefficients(found: Coefficients, atoms: int, nonzeros: int) -> Tensor:
-    """Return ``S (atoms, out)`` with ``nonzeros`` of the first ``atoms`` rows of the coefficients, zeros elsewhere."""
-    values, norms = found.values[:atoms], found.norms[:atoms, None]
+def select_coefficients(found: tuple[Tensor, Tensor], atoms: int, nonzeros: int) -> Tensor:
+    """Return ``S (atoms, out)`` with ``nonzeros`` of the first ``atoms`` rows of what ``decompose`` found, zeros elsewhere."""
+    values, norms = found[0][:atoms], found[1][:atoms, None]
     each = min(atoms, max(1, nonzeros // values.shape[1] - round(REFILL * atoms)))
     stays = torch.zeros_like(values, dtype=torch.bool)
     stays.scatter_(0, (values.abs() * norms.sqrt()).topk(each, dim=0).indices, True)
@@ -118,10 +114,7 @@ class SparseSite(Action):
                 f"the rule for role {self.rule.role} fills matrices by rocket: give it structure {{kind: dense}}, no keep, no "
                 "bias, and the recipe a budget"
             )
-
-    @property
-    def sites(self) -> list[Site]:
-        return [self.site]
+        self.sites = [self.site]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), target = self.site.shape, block.target(self.site.path)
@@ -147,7 +140,7 @@ class SparseSite(Action):
         if size is not None:
             kept = select_coefficients(decompose(target.weight, target.inputs), *size)
             near = (fit_dictionary(target.weight, kept) @ kept).T
-        block.set_dense(path, near, block.corrected_bias(path, near))
+        block.set_dense(path, near)
 
     def count_bytes(self, chosen: dict[str, Any]) -> tuple[int, int]:
         (out, inner), size = self.site.shape, chosen[self.site.path]

@@ -38,10 +38,9 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
         ValueError: the stream can't be rotated, or no rule has a structure at it.
     """
     layer_norm = prenorms(model)[0].mean
-    found = {
-        site.path: _structure_at_stream(model, recipe, site) for site in find_sites(model) if site.layer is not None
-    }
-    structures = {path: structure for path, structure in found.items() if structure is not None}
+    at_stream = [site for site in find_sites(model) if site.layer is not None and site.role in (*READS, *WRITES)]
+    rules = [(site, rule) for site in at_stream if (rule := find_rule(recipe, site)) is not None]
+    structures = {site.path: structure_for(model, recipe, rule, site.shape) for site, rule in rules}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
     fuse_norms(model)
@@ -51,14 +50,6 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     return {"errors": [loss / losses[0] for loss in losses]}
 
 
-def _structure_at_stream(model: PreTrainedModel, recipe: Recipe, site: Site) -> Structure | None:
-    """Return the structure of a site that reads or writes the stream, None for any other site and where it stays dense."""
-    rule = find_rule(recipe, site)
-    return (
-        None if rule is None or site.role not in (*READS, *WRITES) else structure_for(model, recipe, rule, site.shape)
-    )
-
-
 def find_rule(recipe: Recipe, site: Site) -> Rule | None:
     """Return the rule that factorises ``site``, None where none does."""
     rule = next((rule for rule in recipe.replace if rule.matches(site)), None)
@@ -66,28 +57,22 @@ def find_rule(recipe: Recipe, site: Site) -> Rule | None:
 
 
 def structure_for(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
-    """Return the structure of ``rule`` for a matrix ``(out, in)``: of the size in the rule, or at a uniform ratio."""
+    """Return the structure of ``rule`` for a matrix ``(out, in)``: of the size in the rule, or at a uniform ratio.
+
+    With that all matrices that are factorised keep the same ratio.
+    """
     if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
         return Structure.for_shape(*shape, rule.spec)
-    return Structure.within(*shape, rule.spec, _uniform_ratio(model, recipe, rule) * shape[0] * shape[1])
-
-
-def _uniform_ratio(model: PreTrainedModel, recipe: Recipe, rule: Rule) -> float:
-    """Return the ratio that the matrices of a rule keep when all that are factorised keep the same."""
-    if rule.keep is not None or recipe.budget is None:
-        return rule.keep or 0.5
-    if recipe.budget.of == "sites":
-        return recipe.budget.keep
-    folded = sum(
-        site.shape[0] * site.shape[1]
-        for site in find_sites(model)
-        if site.layer is not None and any(rule.matches(site) for rule in recipe.replace)
-    )
-    whole = count_parameters(model, recipe.budget.of)
-    left = 1 - (1 - recipe.budget.keep) * whole / folded
-    if left <= 0:
-        raise ValueError(
-            f"keep {recipe.budget.keep} of the {recipe.budget.of} leaves nothing of the matrices that are folded; keep more than "
-            f"{1 - folded / whole:.3f}"
-        )
-    return left
+    budget, ratio = recipe.budget, rule.keep or 0.5
+    if rule.keep is None and budget is not None:
+        inside = [site for site in find_sites(model) if site.layer is not None]
+        sites = [site for site in inside if any(rule.matches(site) for rule in recipe.replace)]
+        folded = sum(site.shape[0] * site.shape[1] for site in sites)
+        whole = folded if budget.of == "sites" else count_parameters(model, budget.of)
+        ratio = 1 - (1 - budget.keep) * whole / folded
+        if ratio <= 0:
+            raise ValueError(
+                f"keep {budget.keep} of the {budget.of} leaves nothing of the matrices that are folded; keep more than "
+                f"{1 - folded / whole:.3f}"
+            )
+    return Structure.within(*shape, rule.spec, ratio * shape[0] * shape[1])

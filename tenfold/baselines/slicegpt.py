@@ -13,6 +13,8 @@ Reference: SliceGPT, arXiv 2401.15024.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from tenfold.models.invariances.residual_rotation import (
 from tenfold.models.invariances.stream import READS, WRITES, prenorms
 from tenfold.models.plan import SitePlan
 from tenfold.models.recipe import Recipe
-from tenfold.models.sites import base_model, count_parameters, find_sites, weight_of
+from tenfold.models.sites import Site, base_model, count_parameters, find_sites, shape_of, weight_of
 from tenfold.models.surgery import finish, install
 from tenfold.structure import Dense, Scattered
 
@@ -45,13 +47,14 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
     """
     if recipe.budget is None:
         raise ValueError(f"nothing says how much recipe {recipe.name} shall slice; give it a budget, or --keep")
-    centred, before = prenorms(model)[0].mean, count_parameters(model, recipe.budget.of.replace("sites", "blocks"))
+    of, width = recipe.budget.of.replace("sites", "blocks"), shape_of(model.get_input_embeddings())[1]
+    centred, before = prenorms(model)[0].mean, count_parameters(model, of)
     fuse_norms(model)
     if centred:
         center_residual(model)
     rotate_residual(model, pca_rotation(stream_moment(model, text), centred))
-    width = model.get_input_embeddings().weight.shape[1]
-    left = slice_coordinates(model, sliced_width(model, recipe.budget.of, recipe.budget.keep * before))
+    left = sliced_width(model, of, recipe.budget.keep * before)
+    slice_coordinates(model, left)
     finish(model, recipe.name)
     return {"width": width, "left": left}
 
@@ -59,40 +62,32 @@ def slice_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> d
 @torch.no_grad()
 def stream_moment(model: PreTrainedModel, text: Calibration) -> Tensor:
     """Return the mean of ``n(x) n(x)^T (width, width)``, ``n(x)`` the output of a norm of the stream before its gains."""
-    feeds, total, masks = prenorms(model), 0, {}
+    feeds, training, tokens = prenorms(model), model.training, 0
+    total = torch.zeros([shape_of(model.get_input_embeddings())[1]] * 2, dtype=torch.float64, device=model.device)
+    mask = torch.empty(0)
 
-    def hook(feed):
-        def add(module, arguments) -> None:
-            nonlocal total
-            x = arguments[0].flatten(0, -2)[masks["batch"]].double()
-            x = x - x.mean(-1, keepdim=True) if feed.mean else x
-            x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-            total = total + x.T @ x
+    def add(module, arguments, centred: bool) -> None:
+        x = arguments[0].flatten(0, -2)[mask].double()
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        total.add_(x.T @ x)
 
-        return add
-
-    hooks, tokens = [feed.module.register_forward_pre_hook(hook(feed)) for feed in feeds], 0
-    training = model.training
     model.eval()
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(model.train, training)
+        for feed in feeds:
+            hooks.callback(feed.module.register_forward_pre_hook(partial(add, centred=feed.mean)).remove)
         for batch in text.batches:
-            masks["batch"] = batch["attention_mask"].flatten().bool().to(model.device)
-            tokens += int(masks["batch"].sum())
+            mask = batch["attention_mask"].flatten().bool().to(model.device)
+            tokens += int(mask.sum())
             base_model(model)(**{name: value.to(model.device) for name, value in batch.items()})
-    finally:
-        model.train(training)
-        for handle in hooks:
-            handle.remove()
-    assert isinstance(total, Tensor)
     return (total / max(1, tokens * len(feeds))).cpu()
 
 
 def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
-    """Return the largest width of the stream with which the model, or its blocks, have at most ``budget`` parameters."""
-    of = of.replace("sites", "blocks")
+    """Return the largest width of the stream with which the part ``of`` the model has at most ``budget`` parameters."""
     outside = {"model": (), "without_head": ("head",), "blocks": ("embed", "head")}[of]
-    sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
-    width = model.get_input_embeddings().weight.shape[1]
+    width, sites = shape_of(model.get_input_embeddings())[1], _sites_at_stream(model)
     sliced = sum(site.shape[0] * site.shape[1] for site in sites if site.role not in outside)
     fixed = count_parameters(model, of) - sliced
     left = int((budget - fixed) * width / sliced + 1e-9)
@@ -104,30 +99,21 @@ def sliced_width(model: PreTrainedModel, of: str, budget: float) -> int:
 
 
 @torch.no_grad()
-def slice_coordinates(model: PreTrainedModel, left: int) -> int:
-    """Keep the first ``left`` coordinates of the stream, and return their number."""
-    width = model.get_input_embeddings().weight.shape[1]
+def slice_coordinates(model: PreTrainedModel, left: int) -> None:
+    """Keep the first ``left`` coordinates of the stream."""
+    width, sites = shape_of(model.get_input_embeddings())[1], _sites_at_stream(model)
     if left == width:
-        return left
-    sites = [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]
-    paths = {site.path for site in sites}
-    feeds = prenorms(model)
+        return
+    feeds, paths = prenorms(model), {site.path for site in sites}
     shifts = {path: feed.shift[left:] for feed in feeds if feed.shift is not None for path in feed.readers}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path not in paths and module.weight.shape[1] == width:
             module.weight[:, left:] = 0.0  # of positions
     for site in sites:
-        module, (out, inner) = model.get_submodule(site.path), site.shape
-        weight = weight_of(module).detach()
-        writes = site.role in WRITES
-        small = (left, inner) if writes else (out, left)
-        structure = Scattered(
-            base=Dense(out_features=small[0], in_features=small[1]),
-            out_features=out,
-            in_features=inner,
-            map_rows=False,
-            map_columns=False,
-        )
+        module, (out, inner), writes = model.get_submodule(site.path), site.shape, site.role in WRITES
+        weight, small = weight_of(module).detach(), (left, inner) if writes else (out, left)
+        base = Dense(out_features=small[0], in_features=small[1])
+        structure = Scattered(base=base, out_features=out, in_features=inner, map_rows=False, map_columns=False)
         bias = getattr(module, "bias", None)
         if bias is not None and writes:
             bias = torch.cat([bias[:left], torch.zeros_like(bias[left:])])
@@ -136,4 +122,7 @@ def slice_coordinates(model: PreTrainedModel, left: int) -> int:
             bias = fixed if bias is None else bias + fixed
         matrix = weight[: small[0], : small[1]]
         install(model, SitePlan(site, structure, bias is not None), {"matrix": matrix}, bias)
-    return left
+
+
+def _sites_at_stream(model: PreTrainedModel) -> list[Site]:
+    return [site for site in find_sites(model) if site.role in (*READS, *WRITES, "embed")]

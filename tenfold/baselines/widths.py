@@ -8,17 +8,16 @@
 
 A criterion scores them, the highest stay. The result is an ordinary checkpoint whose configuration has the smaller sizes: a new
 model is made from that configuration and receives the rows and columns that stay. To add a criterion, write a transform of the
-whole model (``tenfold.compression.whole_model``) that calls ``prune_widths``.
+whole model (``tenfold.compression.compress``) that calls ``prune_widths``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +31,10 @@ from tenfold.compression.activations import group_by_block
 from tenfold.compression.structured_pruning import ALIGNED
 from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
-from tenfold.models.sites import FACTORIZED, find_sites, part_of, shape_of
+from tenfold.models.sites import FACTORIZED, Site, find_sites, part_of, shape_of
 
-ROWS = dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.qkv"), "heads") | dict.fromkeys(("mlp.in", "mlp.gate"), "mlp")
+ROWS: dict[str, str] = dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.qkv"), "heads")
+ROWS |= dict.fromkeys(("mlp.in", "mlp.gate"), "mlp")
 COLUMNS = {"attn.out": "heads", "mlp.out": "mlp"}  # the rows and columns of all other matrices are channels ..
 OUTER = ("embed", "head")  # .. or, in these, tokens
 KEYS = {  # in configurations
@@ -46,19 +46,12 @@ Sizes = dict[str, int]  # {width: how many}
 Scores = dict[tuple[str, str], Tensor]  # {(width, path of a block, "" for channels): (how many,)}
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Dimension of a parameter.
+class Axis(NamedTuple):
+    """Dimension of a parameter."""
 
-    Args:
-        width: ``mlp``, ``heads`` or ``hidden``.
-        block: path of the block whose units or heads they are, empty for channels.
-        role: of the matrix.
-    """
-
-    width: str
-    block: str = ""
-    role: str = ""
+    width: str  # mlp, heads or hidden
+    block: str = ""  # path of the block whose units or heads they are, empty for channels
+    role: str = ""  # of the matrix
 
 
 class Widths:
@@ -72,10 +65,7 @@ class Widths:
     """
 
     def __init__(self, model: PreTrainedModel):
-        sites = find_sites(model)
-        self.model, self.blocks = model, group_by_block(sites)
-        self.sites = {site.path: site for site in sites}
-        self.block_of = {site.path: path for path, some in self.blocks.items() for site in some}
+        self.model, self.sites, self.blocks = model, find_sites(model), group_by_block(find_sites(model))
         self._check()
         first = {site.role: site for site in next(iter(self.blocks.values()))}
         self.out = first["attn.out"]
@@ -85,14 +75,18 @@ class Widths:
             raise ValueError(f"{self.out.path}: the heads of this attention are not known, so that none can be pruned")
         self.heads: Heads = heads
         self.full: Sizes = {"mlp": first["mlp.out"].shape[1], "heads": heads.groups, "hidden": self.out.shape[0]}
-        self.axes = {name: self._axes(name, parameter) for name, parameter in model.named_parameters()}
+        named = {site.path: site for site in self.sites}
+        self.axes = {
+            name: self._axes(named.get(name.rpartition(".")[0]), name, parameter)
+            for name, parameter in model.named_parameters()
+        }
 
     def _check(self) -> None:
         kind = self.model.config.model_type
         for path, module in self.model.named_modules():
             if isinstance(module, FACTORIZED):
                 raise ValueError(f"{path} is folded, and widths are pruned of dense models; tenfold densify makes one")
-        for site in self.sites.values():
+        for site in self.sites:
             if site.role not in (*ROWS, *COLUMNS, *OUTER) or site.expert is not None:
                 raise ValueError(
                     f"{site.path} ({site.role}) of this {kind} has no place among the widths that are pruned"
@@ -103,51 +97,41 @@ class Widths:
                 f"the blocks of this {kind} are not alike, each of one attention and one MLP, as pruning of widths needs them"
             )
 
-    def _axes(self, name: str, parameter: nn.Parameter) -> tuple[Axis | None, ...]:
+    def _axes(self, site: Site | None, name: str, parameter: nn.Parameter) -> tuple[Axis | None, ...]:
         path, _, part = name.rpartition(".")
-        module, site, block = self.model.get_submodule(path), self.sites.get(path), self.block_of.get(path, "")
+        module = self.model.get_submodule(path)
         if site is None or site.role == "embed":  # embeddings, norms, layers of the head of an encoder
             channels = [n == self.full["hidden"] for n in parameter.shape]
-            if isinstance(module, nn.Embedding):
-                channels[0] = False
+            channels[0] &= not isinstance(module, nn.Embedding)
             return tuple(Axis("hidden") if yes else None for yes in channels)
-        rows = None if site.role in OUTER else self._axis(ROWS.get(site.role, "hidden"), block, site.role)
+        block = next((path for path, some in self.blocks.items() if site in some), "")
+        rows, columns = (
+            Axis(widths[site.role], block, site.role) if site.role in widths else Axis("hidden")
+            for widths in (ROWS, COLUMNS)
+        )
+        rows = None if site.role in OUTER else rows
         if part == "bias":
             return (rows,)
-        columns = self._axis(COLUMNS.get(site.role, "hidden"), block, site.role)
         return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
-    @staticmethod
-    def _axis(width: str, block: str, role: str) -> Axis:
-        return Axis("hidden") if width == "hidden" else Axis(width, block, role)
+    def count(self, parameters: dict[str, nn.Parameter], sizes: Sizes) -> int:
+        """Count the elements of some ``{name: parameter}`` of the model at these sizes."""
 
-    def make_counter(self, of: str) -> Callable[[Sizes], int]:
-        """Return a function that counts the parameters of the part ``of`` the model at given sizes."""
-        terms = [(parameter.shape, self.axes[name]) for name, parameter in part_of(self.model, of).items()]
-
-        def length(n: int, axis: Axis | None, sizes: Sizes) -> int:
+        def length(n: int, axis: Axis | None) -> int:
             return n if axis is None else n * sizes[axis.width] // self.full[axis.width]
 
-        def count(sizes: Sizes) -> int:
-            return sum(prod(length(n, axis, sizes) for n, axis in zip(*one, strict=True)) for one in terms)
-
-        return count
-
-    def members(self, group: int) -> range:
-        """Return the query heads that read group ``group`` of keys and values."""
-        return range(group * self.heads.each, (group + 1) * self.heads.each)
+        return sum(prod(map(length, value.shape, self.axes[name])) for name, value in parameters.items())
 
     def indices(self, axis: Axis, chosen: Tensor) -> Tensor:
         """Return the sorted indices along ``axis`` of the ``chosen`` units, groups of heads or channels."""
         if axis.width != "heads":
             return chosen
-        fused = axis.role == "attn.qkv"
-        which = {"attn.qkv": "qkv", "attn.out": "q"}.get(axis.role, axis.role[-1])
+        which, each = {"attn.qkv": "qkv", "attn.out": "q"}.get(axis.role, axis.role[-1]), self.heads.each
         rows = [
-            self.heads.rows(one, head, fused)
+            self.heads.rows(one, head, axis.role == "attn.qkv")
             for one in which
             for group in chosen.tolist()
-            for head in (self.members(group) if one == "q" else [group])
+            for head in (range(group * each, (group + 1) * each) if one == "q" else [group])
         ]
         return torch.cat(rows).sort().values
 
@@ -222,7 +206,7 @@ def fit_sizes(widths: Widths, shrink: Shrink, of: str, keep: float) -> Sizes:
     Raises:
         ValueError: even the smallest sizes are too large, or heads should go that are coupled to channels which should stay.
     """
-    full, numbers, count = widths.full, shrink.model_dump(), widths.make_counter(of)
+    full, numbers, count = widths.full, shrink.model_dump(), partial(widths.count, part_of(widths.model, of))
     coupled = bool(shrink.heads or shrink.hidden) and widths.coupled
     if coupled and not shrink.hidden:
         raise ValueError(
@@ -260,10 +244,8 @@ def _outer_sizes(widths: Widths, shrink: Shrink, coupled: bool, t: float) -> Siz
     heads, hidden = full["heads"] * (1 - t * shrink.heads), full["hidden"] * (1 - t * shrink.hidden)
     if coupled:
         step = full["hidden"] // full["heads"]
-        return {
-            "heads": _nearest(hidden, step, full["hidden"]) // step,
-            "hidden": _nearest(hidden, step, full["hidden"]),
-        }
+        size = _nearest(hidden, step, full["hidden"])
+        return {"heads": size // step, "hidden": size}
     divided = bool(shrink.heads or shrink.hidden) and widths.divided
     fixed = divided and not shrink.hidden  # then only some numbers of heads divide the channels
     groups = [k for k in range(1, full["heads"] + 1) if not fixed or full["hidden"] % (k * each) == 0]
@@ -299,7 +281,7 @@ def cut_widths(widths: Widths, sizes: Sizes, chosen: dict[tuple[str, str], Tenso
     buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
     config = widths.configuration(sizes, sizes != widths.full | {"mlp": sizes["mlp"]} and not widths.coupled)
     with init_empty_weights(include_buffers=False):
-        small = type(model)(config)
+        small: Any = type(model)(config)
     try:
         small.load_state_dict(kept | buffers, strict=False, assign=True)
         small.tie_weights()

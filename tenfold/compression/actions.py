@@ -7,20 +7,55 @@ To add an action, write a subclass of ``tenfold.compression.block.Action`` and a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from tenfold.compression.activations import group_by_block
 from tenfold.compression.block import Action
 from tenfold.compression.fit_actions import FactorizeExperts, FactorizeSite, FactorizeStack
 from tenfold.compression.head_pruning import PruneHeads
 from tenfold.compression.pruning_criteria import LossCriterion
 from tenfold.compression.structured_pruning import PruneMlp, PruningCriterion
 from tenfold.models.attention_layout import heads_of
-from tenfold.models.recipe import Rule
-from tenfold.models.sites import Site
+from tenfold.models.recipe import Recipe, Rule
+from tenfold.models.sites import Site, find_sites
 
 CRITERIA: dict[str, Callable[[], PruningCriterion]] = {"loss": LossCriterion}
 FITS: dict[str, Callable[[Site, Rule], Action]] = {"loss": FactorizeSite}
+
+
+@dataclass
+class BlockPlan:
+    """Actions in one block."""
+
+    path: str
+    sites: list[Site]
+    actions: list[Action]
+
+
+def plan_blocks(model: PreTrainedModel, recipe: Recipe) -> list[BlockPlan]:
+    """Return the actions of every block; the first rule that matches a site wins.
+
+    Raises:
+        ValueError: a rule matches nothing in the blocks.
+    """
+    used, plans = set(), []
+    for path, sites in group_by_block(find_sites(model)).items():
+        matched = _group(sites, lambda site: next((k for k, r in enumerate(recipe.replace) if r.matches(site)), None))
+        used |= matched.keys()
+        rules = [(recipe.replace[k], found) for k, found in matched.items() if k is not None]
+        actions = [action for rule, found in rules for action in make_actions(model, rule, found, sites)]
+        # what experts read comes first, so that one pass collects the inputs of all their output matrices
+        actions.sort(key=lambda one: all(site.expert is not None and site.role == "mlp.out" for site in one.sites))
+        plans.append(BlockPlan(path, sites, actions))
+    for k, rule in enumerate(recipe.replace):
+        if k not in used:
+            raise ValueError(
+                f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.prune}"
+            )
+    return plans
 
 
 def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: list[Site]) -> list[Action]:
@@ -35,13 +70,13 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
             fit = _look_up(FITS, rule)
             return [fit(site, rule) for site in sites]
         if rule.share.across == "experts":
-            roles = _group(sites, lambda site: site.path if site.expert is None else site.role)
+            roles = _group(sites, lambda site: site.path if site.expert is None else site.role).values()
             return [
                 FactorizeExperts(some, rule) if some[0].expert is not None else FactorizeSite(some[0], rule)
                 for some in roles
             ]
-        experts = _group(sites, lambda site: site.expert)
-        return [FactorizeStack(some, rule) if len(some) > 1 else FactorizeSite(some[0], rule) for some in experts]
+        stacks = _group(sites, lambda site: site.expert).values()
+        return [FactorizeStack(some, rule) if len(some) > 1 else FactorizeSite(some[0], rule) for some in stacks]
     if taken := sorted({site.role for site in block if rule.matches(site) and site not in sites}):
         raise ValueError(
             f"prune: {rule.prune} needs all its matrices, but another rule before it takes {', '.join(taken)} of layer "
@@ -49,7 +84,7 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
         )
     criterion = _look_up(CRITERIA, rule)()
     if rule.prune == "mlp":
-        return [PruneMlp(some, criterion) for some in _group(sites, lambda site: site.expert)]
+        return [PruneMlp(some, criterion) for some in _group(sites, lambda site: site.expert).values()]
     inside = [site.path for site in sites if site.role != "attn.out"]
     heads = heads_of(model, model.get_submodule(inside[0].rpartition(".")[0]))
     if heads is None or not any(site.role == "attn.out" for site in sites):
@@ -68,12 +103,12 @@ def _look_up(table: dict[str, Callable], rule: Rule) -> Callable:
     return table[rule.criterion]
 
 
-def _group(sites: list[Site], key: Callable[[Site], int | str | None]) -> list[list[Site]]:
-    """Return ``sites`` grouped by ``key``, in the order in which the groups begin."""
-    groups: dict[int | str | None, list[Site]] = {}
+def _group(sites: list[Site], key: Callable[[Site], int | str | None]) -> dict[Any, list[Site]]:
+    """Return ``sites`` by their ``key``, in the order in which the keys first occur."""
+    groups: dict[Any, list[Site]] = {}
     for site in sites:
         groups.setdefault(key(site), []).append(site)
-    return list(groups.values())
+    return groups
 
 
 def _check_supported(rule: Rule) -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tenfold.compression.calibration import Batch
-from tenfold.compression.moments import MomentAccumulator, Moments, fill_unseen_experts
+from tenfold.compression.moments import Moments, check_finite
 from tenfold.compression.tensor_store import TensorStore
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.experts import expert_of
 from tenfold.models.precision import in_bfloat16
-from tenfold.models.sites import Site, base_model
+from tenfold.models.sites import Site, base_model, shape_of
 
 NO_CHAIN = (
     "the blocks of this model do not follow one another, each once, so that they can't be calibrated one by one; "
@@ -32,7 +34,7 @@ Call = tuple[tuple, dict]  # arguments and keywords of a block for one batch, wi
 
 
 class _Stop(Exception):
-    """The input that was to be captured has been seen."""
+    """All inputs that were to be captured have been seen."""
 
 
 class Activations:
@@ -52,7 +54,7 @@ class Activations:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         blocks: list[str],
         batches: list[Batch],
         store: TensorStore | None = None,
@@ -129,72 +131,58 @@ class Activations:
             self.store.drop(f"first-{k}")
 
     @torch.no_grad()
-    def collect_moments(
+    def sum_moments(
         self,
         number: int,
         block: nn.Module,
-        path: str,
+        paths: list[str],
         local: nn.Module | None = None,
         original: nn.Module | None = None,
         share: float = 0.0,
-    ) -> Moments:
-        """Return the moments of the inputs ``z`` of the site ``path`` inside ``block``, which is block ``number``.
+    ) -> list[Moments]:
+        """Return the moments of the inputs ``z`` of the sites ``paths`` inside ``block``, which is block ``number``.
 
-        The inputs whose outputs it should reproduce are ``x = (1 - share) x_local + share x_original``.
+        The inputs whose outputs they should reproduce are ``x = (1 - share) x_local + share x_original``.
 
         Args:
             local: the block that gives ``x_local`` on the compressed states; None: ``x_local`` is ``z``.
             original: the block that gives ``x_original`` on the original states.
+
+        Raises:
+            ValueError: an input is not finite.
         """
-        sums, same = None, local is None and share == 0
+        same = local is None and share == 0
+        sums = [Moments(shape_of(block.get_submodule(path))[1], same) for path in paths]
         for k in range(len(self.batches)):
             before, states = self.states(k)
-            z = x = self._capture_rows(number, block, path, states, k)
-            if local is not None and share < 1:
-                x = self._capture_rows(number, local, path, states, k)
-            if share > 0:
-                assert original is not None
-                x = (1 - share) * x + share * self._capture_rows(number, original, path, before, k)
-            if not bool(torch.isfinite(x.sum() + z.sum())):
-                raise ValueError(
-                    f"the inputs of {path} in block {number}, batch {k} of the calibration text, hold NaN or Inf; try --dtype "
-                    "float32 or other text"
-                )
-            sums = sums or MomentAccumulator(z.shape[-1], same)
-            sums.add(x, z)
-        assert sums is not None
-        return sums.reduce(path, number)
+            found = self._capture_rows(number, block, paths, states, k)
+            near = found if local is None or share == 1 else self._capture_rows(number, local, paths, states, k)
+            far = self._capture_rows(number, original, paths, before, k) if share > 0 and original else found
+            for path, one in zip(paths, sums, strict=True):
+                if path in found:  # otherwise it is of an expert without tokens
+                    x = (1 - share) * near[path] + share * far[path] if share > 0 else near[path]
+                    where = f"{path} in block {number}, batch {k} of the calibration text,"
+                    check_finite(x.sum() + found[path].sum(), where)
+                    one.add(x, found[path])
+        return sums
 
-    def _capture_rows(self, number: int, block: nn.Module, path: str, states: Tensor, batch: int) -> Tensor:
-        seen: list[Tensor] = []
+    def _capture_rows(
+        self, number: int, block: nn.Module, paths: list[str], states: Tensor, batch: int
+    ) -> dict[str, Tensor]:
+        """Return the inputs ``(n, in)`` of the sites ``paths``; the block stops once all have been reached."""
+        seen: dict[str, Tensor] = {}
 
-        def stop(module, arguments):
-            seen.append(arguments[0])
-            raise _Stop
+        def hook(module, arguments, path: str) -> None:
+            seen[path] = select_rows(arguments[0], expert_mask(block, path, self.masks[batch]))
+            if len(seen) == len(paths):
+                raise _Stop
 
-        handle = block.get_submodule(path).register_forward_pre_hook(stop)
-        try:
+        with suppress(_Stop), ExitStack() as hooks:
+            for path in paths:
+                handle = block.get_submodule(path).register_forward_pre_hook(partial(hook, path=path))
+                hooks.callback(handle.remove)
             self.run_block(number, block, states, batch)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return select_rows(seen[0], self.masks[batch])
-
-    @torch.no_grad()
-    def collect_expert_moments(self, number: int, block: nn.Module, paths: list[str]) -> list[Moments]:
-        """Return the moments of the inputs of several sites of experts on the compressed states, in one pass."""
-        sums: dict[str, MomentAccumulator] = {}
-        for k, mask in enumerate(self.masks):
-            with ExitStack() as hooks:
-                for path in paths:
-                    module = block.get_submodule(path)
-                    hook = accumulate_inputs(sums, block, path, mask)
-                    hooks.callback(module.register_forward_pre_hook(hook).remove)
-                self.run_block(number, block, self.states(k)[1], k)
-        widths = {path: block.get_submodule(path).weight.shape[1] for path in paths}
-        found = [sums.get(path, MomentAccumulator(widths[path], True)).reduce(path, number) for path in paths]
-        return fill_unseen_experts(found)
+        return seen
 
     def find_input_groups(self, number: int, sites: list[Site]) -> list[list[str]]:
         """Return the paths of ``sites``, in block ``number``, in the order in which they run, grouped by their input.
@@ -202,12 +190,14 @@ class Activations:
         Experts come last, in an order that does not depend on the routing.
         """
         seen: list[tuple[Tensor, str]] = []  # holds the tensors, so that no id is reused
+
+        def hook(module, arguments, path: str) -> None:
+            seen.append((arguments[0], path))
+
         with ExitStack() as hooks, torch.no_grad():
             for path in (site.path for site in sites):
-                hook = self.model.get_submodule(path).register_forward_pre_hook(
-                    lambda module, arguments, path=path: seen.append((arguments[0], path))
-                )
-                hooks.callback(hook.remove)
+                handle = self.model.get_submodule(path).register_forward_pre_hook(partial(hook, path=path))
+                hooks.callback(handle.remove)
             self.run_block(number, self.blocks[number], self.states(0)[1], 0)
         groups: dict[int, list[str]] = {}
         for states, path in seen:
@@ -217,16 +207,6 @@ class Activations:
             expert, _, part = path.rpartition(".")
             experts.setdefault(path if part == "down" else expert, []).append(path)
         return [group for group in groups.values() if expert_of(group[0]) is None] + list(experts.values())
-
-
-def accumulate_inputs(sums: dict[str, MomentAccumulator], model: nn.Module, path: str, mask: Tensor) -> Callable:
-    """Return a forward pre-hook that adds the inputs of the site ``path`` of ``model`` at the tokens in ``mask`` to ``sums``."""
-
-    def hook(module, arguments) -> None:
-        rows = select_rows(arguments[0].detach(), expert_mask(model, path, mask))
-        sums.setdefault(path, MomentAccumulator(rows.shape[-1], True)).add(rows, rows)
-
-    return hook
 
 
 def select_rows(states: Tensor, mask: Tensor) -> Tensor:
@@ -241,7 +221,7 @@ def expert_mask(model: nn.Module, path: str, mask: Tensor) -> Tensor:
     return mask if rows is None else mask[rows.cpu()]
 
 
-def cache_options(model: nn.Module) -> dict[str, bool]:
+def cache_options(model: PreTrainedModel) -> dict[str, bool]:
     """Return the keywords that turn off the key-value cache, which blocks that run twice would fill twice."""
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
@@ -286,7 +266,7 @@ def bypass_blocks(
         raise ValueError(NO_CHAIN)
 
 
-def _output_form(model: nn.Module, blocks: list[nn.Module], sample: Batch) -> type:
+def _output_form(model: PreTrainedModel, blocks: list[nn.Module], sample: Batch) -> type:
     """Return whether the model expects a Tensor or a tuple from its blocks."""
     for form in (Tensor, tuple):
         try:

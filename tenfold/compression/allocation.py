@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tenfold.models.config import Calibrate
+from tenfold.models.sites import Site
 from tenfold.structure import Structure
 
 ARRAYS = ("costs", "losses", "products", "indices")
@@ -42,20 +43,18 @@ class TradeoffCurve:
     options: Sequence[Any]
     within: tuple[int, int, dict[str, Any]] | None = None
     settled: bool = False
-    products: np.ndarray | None = None
-    indices: np.ndarray | None = None
+    products: np.ndarray = field(default_factory=lambda: np.array([]))
+    indices: np.ndarray = field(default_factory=lambda: np.array([]))
     calls: float = 1
-    whole: float | None = None
-    whole_products: float | None = None
+    whole: float = 0
+    whole_products: float = 0
 
     def __post_init__(self):
         costs, losses = np.asarray(self.costs), np.asarray(self.losses)
-        products = costs if self.products is None else np.asarray(self.products)
-        indices = np.zeros(len(products), int) if self.indices is None else np.asarray(self.indices)
-        if self.whole is None:
-            self.whole = int(costs[-1])
-        if self.whole_products is None:
-            self.whole_products = self.whole if self.settled else int(products[-1])
+        products = self.products if len(self.products) else costs
+        indices = self.indices if len(self.indices) else np.zeros(len(products), int)
+        self.whole = self.whole or int(costs[-1])
+        self.whole_products = self.whole_products or (self.whole if self.settled else int(products[-1]))
         best, kept = np.inf, []
         for k in np.lexsort((losses, costs)):
             if not losses[k] >= best:
@@ -63,6 +62,14 @@ class TradeoffCurve:
                 kept.append(k)
         self.costs, self.losses = costs[kept], np.maximum(losses[kept], 0.0)
         self.options, self.products, self.indices = [self.options[k] for k in kept], products[kept], indices[kept]
+
+    @staticmethod
+    def settle(site: Site, structure: Structure | None, shared: int = 0) -> TradeoffCurve:
+        """Return the curve of a site that becomes ``structure`` (None: it stays); ``shared`` elements count elsewhere."""
+        whole = site.shape[0] * site.shape[1]
+        numel, indices = (whole, 0) if structure is None else (structure.numel, structure.index_numel)
+        costs, given = np.array([numel - shared]), {"indices": np.array([indices]), "calls": site.calls}
+        return TradeoffCurve(site.path, costs, np.array([0.0]), [structure], settled=True, whole=whole, **given)
 
     def to_json(self) -> dict[str, Any]:
         """Return the curve as plain data."""
@@ -73,7 +80,20 @@ class TradeoffCurve:
     def from_json(plain: dict[str, Any]) -> TradeoffCurve:
         """Return the curve that ``to_json`` wrote."""
         options = [Structure.from_json(option) if isinstance(option, dict) else option for option in plain["options"]]
-        return TradeoffCurve(**plain | {name: np.array(plain[name]) for name in ARRAYS} | {"options": options})
+        changed: dict[str, Any] = plain | {name: np.array(plain[name]) for name in ARRAYS} | {"options": options}
+        return TradeoffCurve(**changed)
+
+    def describe(self, option: Any, unit: str) -> dict[str, Any]:
+        """Return what choosing ``option`` means: its cost and its loss in ``unit``, None where the rule alone decides."""
+        k = next(k for k, other in enumerate(self.options) if other is option or other == option)
+        return {
+            "item": self.name,
+            "chosen": option.to_json() if isinstance(option, Structure) else option,
+            "parameters": int(self.costs[k]),
+            "of": self.whole,
+            "loss": None if self.settled or np.isnan(self.losses[k]) else float(self.losses[k]),
+            "unit": unit,
+        }
 
     def index_within(self, cost: float) -> int:
         """Return the index of the most expensive option of at most ``cost`` parameters, 0 if there is none."""
@@ -115,18 +135,17 @@ def allocate_by_loss(curves: Sequence[TradeoffCurve], budget: float) -> dict[str
             f"the items can't be made smaller than {least:,} parameters, but {int(budget):,} are to be kept"
         )
     slopes = [-np.diff(curve.losses) / np.diff(curve.costs) for curve in curves]
+
+    def cheapest(price: float) -> list[int]:
+        return [int(np.argmin(curve.losses + price * curve.costs)) for curve in curves]
+
     # at the highest price every item takes its cheapest option
     low, high = 0.0, 2 * max([1.0, *(float(slope.max()) for slope in slopes if len(slope))])
     for _ in range(200):
         middle = (low + high) / 2 if low == 0 and high < 1e-30 else np.sqrt(max(low, 1e-40) * high)
-        chosen = [_best_at_price(curve, middle) for curve in curves]
-        low, high = (low, middle) if _total_cost(curves, chosen) <= budget else (middle, high)
-    chosen = spend_rest(curves, [_best_at_price(curve, high) for curve in curves], budget)
+        low, high = (low, middle) if _total_cost(curves, cheapest(middle)) <= budget else (middle, high)
+    chosen = spend_rest(curves, cheapest(high), budget)
     return {curve.name: curve.options[k] for curve, k in zip(curves, chosen, strict=True)}
-
-
-def _best_at_price(curve: TradeoffCurve, price: float) -> int:
-    return int(np.argmin(curve.losses + price * curve.costs))
 
 
 def _total_cost(curves: Sequence[TradeoffCurve], chosen: Sequence[int]) -> int:
@@ -163,16 +182,10 @@ def allocate_by_ratios(curves: Sequence[TradeoffCurve], ratios: Mapping[str, flo
     return chosen
 
 
-def allocate_uniformly(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, Any]:
-    """Return ``{name: option}`` where every item keeps the same ratio of its parameters."""
-    ratio = budget / max(1, sum(curve.whole for curve in curves))
-    return allocate_by_ratios(curves, {curve.name: ratio for curve in curves})
-
-
 # name -> (settings, curves, parameters that may stay, influence of every block) -> {name of an item: option}
 ALLOCATORS: dict[str, Callable[[Calibrate, Sequence[TradeoffCurve], float, Mapping[str, float]], dict[str, Any]]] = {
     "sensitivity": lambda settings, curves, budget, influence: allocate_by_loss(curves, budget),
-    "uniform": lambda settings, curves, budget, influence: allocate_uniformly(curves, budget),
+    "uniform": lambda settings, curves, budget, influence: allocate_by_ratios(
+        curves, dict.fromkeys((curve.name for curve in curves), budget / max(1, sum(curve.whole for curve in curves)))
+    ),
 }
-# name -> (run, curves), which measures the model first and scales the losses; see tenfold.baselines.lems.measure_curves
-LOSS_MODELS: dict[str, Callable[..., None]] = {}

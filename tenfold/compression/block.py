@@ -13,7 +13,7 @@ from tenfold.compression.activations import Activations
 from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.divergence import Trial
 from tenfold.compression.evidence import Evidence, fisher_losses
-from tenfold.compression.moments import Moments
+from tenfold.compression.moments import Moments, reduce_moments
 from tenfold.models.config import Calibrate
 from tenfold.models.experts import expert_of
 from tenfold.models.plan import SitePlan
@@ -68,12 +68,7 @@ class Block:
         moments: dict[int, Moments] | None = None,
         evidence: Evidence | None = None,
     ):
-        self.activations, self.number, self.model, self.path = (
-            activations,
-            number,
-            activations.model,
-            activations.paths[number],
-        )
+        self.activations, self.number, self.model = activations, number, activations.model
         self.sites, self.settings, self.fisher = {site.path: site for site in sites}, settings, fisher
         self.original, self.evidence = original, evidence or {}
         self.input_groups = activations.find_input_groups(number, sites)
@@ -97,30 +92,26 @@ class Block:
         is_expert = expert_of(path) is not None
         if self.original is not None:  # the groups before it are done
             self._moments = {k: known for k, known in self._moments.items() if k > number or is_expert}
-        here = self.activations.blocks[self.number]
+        groups, block = {number: self.input_groups[number][0]}, self.activations.blocks[self.number]
+        mixture: tuple[Any, ...] = ()
         if is_expert:  # all experts in one pass
-            unknown = {
-                k: self._inside(group[0])
-                for k, group in enumerate(self.input_groups)
-                if expert_of(group[0]) is not None and k not in self._moments
-            }
-            found = self.activations.collect_expert_moments(self.number, here, list(unknown.values()))
-            self._moments |= dict(zip(unknown, found, strict=True))
-            return self._moments[number]
-        inside = self._inside(self.input_groups[number][0])
-        if not self.settings.refit or self.original is None:
-            found = self.activations.collect_moments(self.number, self.original or here, inside)
-        else:
+            firsts = {k: group[0] for k, group in enumerate(self.input_groups) if k not in self._moments}
+            groups = {k: first for k, first in firsts.items() if expert_of(first) is not None}
+        elif self.original is not None and not self.settings.refit:
+            block = self.original
+        elif self.original is not None:
             local = self.original if path in self.changed_before else None
-            share = self.settings.original_share
-            found = self.activations.collect_moments(self.number, here, inside, local, self.original, share)
-        self._moments[number] = found
-        return found
+            mixture = (local, self.original, self.settings.original_share)
+        paths = [self._inside(first) for first in groups.values()]
+        sums = self.activations.sum_moments(self.number, block, paths, *mixture)
+        found = reduce_moments(dict(zip(groups.values(), sums, strict=True)))
+        self._moments |= dict(zip(groups, found, strict=True))
+        return self._moments[number]
 
     def _inside(self, path: str) -> str:
-        return path.removeprefix(f"{self.path}.")
+        return path.removeprefix(f"{self.activations.paths[self.number]}.")
 
-    def _original_module(self, path: str) -> nn.Module:
+    def _original_module(self, path: str) -> Any:
         return (self.original or self.activations.blocks[self.number]).get_submodule(self._inside(path))
 
     def weight(self, path: str) -> Tensor:
@@ -142,15 +133,14 @@ class Block:
         if path not in self._targets:  # two are cached, which heads ask for repeatedly; more would take too much memory
             self._targets = dict([*self._targets.items()][-1:])
             weight, second = self.refitted_weight(path), self.input_covariance(path)
-            metric = self._input_metric(with_ridge(second, self.damping(second)))
+            metric = with_ridge(second, self.damping(second))
+            if self.settings.input_metric != "second":
+                diagonal = (
+                    metric.diagonal() if self.settings.input_metric == "diagonal" else metric.new_ones(len(metric))
+                )
+                metric = torch.diag(diagonal**self.settings.power)
             self._targets[path] = Target(weight, metric, self.output_metric(path))
         return self._targets[path]
-
-    def pop_target(self, path: str) -> Target:
-        """Return ``target``, which the caller may overwrite."""
-        target = self.target(path)
-        del self._targets[path]
-        return target
 
     def refitted_weight(self, path: str) -> Tensor:
         """Return the best dense matrix ``(out, in)`` for the inputs that the site now gets.
@@ -170,16 +160,9 @@ class Block:
         return moments.second - torch.outer(moments.mean, moments.mean) if self.centers(path) else moments.second
 
     def cross_covariance(self, path: str) -> Tensor:
-        """Return ``W mean(x z^T) (out, in)``, about the means where the bias absorbs them.
-
-        The cross moment is freed if no other site needs it.
-        """
+        """Return ``W mean(x z^T) (out, in)``, about the means where the bias absorbs them."""
         moments, weight = self.moments(path), self.weight(path)
-        if path not in moments.projected:
-            moments.projected[path] = weight @ moments.cross
-            if len(self.input_groups[self.input_group(path)]) == 1:
-                moments.cross = moments.cross.new_empty(0)
-        found = moments.projected[path]
+        found = weight @ moments.cross
         return found - torch.outer(weight @ moments.mean_original, moments.mean) if self.centers(path) else found
 
     def centers(self, path: str) -> bool:
@@ -189,12 +172,6 @@ class Block:
     def damping(self, second: Tensor) -> float:
         """Return the ridge that is added to the diagonal of a second moment."""
         return self.settings.damping * float(second.diagonal().mean().clamp_min(1e-12))
-
-    def _input_metric(self, damped: Tensor) -> Tensor:
-        if self.settings.input_metric == "second":
-            return damped
-        diagonal = damped.diagonal() if self.settings.input_metric == "diagonal" else torch.ones(len(damped)).to(damped)
-        return torch.diag(diagonal**self.settings.power)
 
     def output_metric(self, path: str) -> Tensor:
         """Return the metric of the outputs of a site."""
@@ -230,11 +207,12 @@ class Block:
         moments = self.moments(path)
         return bias + self.weight(path) @ moments.mean_original - near @ moments.mean
 
-    def set_dense(self, path: str, matrix: Tensor, bias: Tensor | None) -> None:
-        """Give the site a dense matrix of its own size and this bias."""
-        module = self.model.get_submodule(path)
-        if isinstance(module, FactorizedLinear) and not isinstance(module.structure, Dense):
-            out, inner = matrix.shape
+    def set_dense(self, path: str, matrix: Tensor, bias: Tensor | None = None) -> None:
+        """Give the site a dense matrix of any size and this bias; ``corrected_bias`` unless given."""
+        module, bias = self.model.get_submodule(path), self.corrected_bias(path, matrix) if bias is None else bias
+        out, inner = matrix.shape
+        other = isinstance(module, FactorizedLinear) and not isinstance(module.structure, Dense)
+        if other or (out, inner) != self.sites[path].shape:
             return self.install(path, Dense(out_features=out, in_features=inner), {"matrix": matrix}, bias)
         set_matrix(module, matrix, bias)
         return self._invalidate(path)
@@ -242,8 +220,7 @@ class Block:
     def refit_dense(self, path: str) -> None:
         """Give the site the best dense matrix for the inputs that it now gets, if that is another one."""
         if self.needs_refit(path):
-            weight = self.refitted_weight(path)
-            self.set_dense(path, weight, self.corrected_bias(path, weight))
+            self.set_dense(path, self.refitted_weight(path))
 
     def install(self, path: str, structure: Structure, factors: Factors, bias: Tensor | None) -> None:
         """Give the site a structure."""
@@ -275,13 +252,9 @@ class Action:
     """
 
     sites: list[Site]
+    fisher_paths: Sequence[str] = ()  # sites whose Fisher information the curves need
     evidence_paths: Sequence[str] = ()  # sites whose gradients are kept token by token
     loss_unit: str | None = None  # of the curves, where it is not that of the run
-
-    @property
-    def fisher_paths(self) -> list[str]:
-        """Paths of the sites whose Fisher information the curves need."""
-        return [site.path for site in self.sites]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         """Return the options of every item, judged by the original model."""

@@ -1,8 +1,7 @@
 """Compression guided by activations, block by block.
 
 1. **Collect**: the original model runs forward over a part of the calibration text, and backward, block by block. The moments of
-   the inputs of every site and the Fisher information at its outputs give the loss of every item at every size
-   (``tenfold.compression.collect``).
+   the inputs of every site and the Fisher information at its outputs give the loss of every item at every size.
 2. **Allocate** the budget so that the sum of the losses is least (``tenfold.compression.allocation``).
 3. **Carry out**: block by block, on the outputs of the blocks compressed so far, the sites are fitted and replaced.
 
@@ -12,8 +11,6 @@ Only one block's weights are needed at a time (``tenfold.compression.weight_sour
 
 from __future__ import annotations
 
-import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,185 +19,254 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tenfold.compression.actions import BlockPlan, plan_blocks
 from tenfold.compression.activations import Activations, freeze_copy
-from tenfold.compression.allocation import LOSS_MODELS, TradeoffCurve
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 from tenfold.compression.block import Block
 from tenfold.compression.block_finetune import finetune_block
-from tenfold.compression.block_plan import BlockPlan, CompressionRun, plan_blocks
 from tenfold.compression.budget import budget_total, choose_options
-from tenfold.compression.calibration import Calibration, check_text, count_tokens, select_batches, split_for_processes
-from tenfold.compression.collect import collect_curves, list_phases
-from tenfold.compression.fit_actions import fit_in_parallel, split_independent
+from tenfold.compression.calibration import (
+    Batch,
+    Calibration,
+    check_text,
+    count_tokens,
+    select_batches,
+    settings_of,
+    split_for_processes,
+)
+from tenfold.compression.divergence import scale_by_trials
+from tenfold.compression.fisher import FisherPass
+from tenfold.compression.fit_actions import apply_actions
 from tenfold.compression.memory_check import check_memory
-from tenfold.compression.progress import Progress, no_progress
+from tenfold.compression.progress import Progress, estimate_phases, no_progress
 from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.tensor_store import TensorStore
 from tenfold.compression.weight_source import InMemoryWeights, Weights
-from tenfold.models.config import Calibrate
-from tenfold.models.distributed import barrier, is_main_process, shard_items
+from tenfold.models.distributed import barrier, is_main_process, num_processes, process_state, shard_items
 from tenfold.models.recipe import Recipe
+from tenfold.models.sites import shape_of
 from tenfold.models.surgery import finish
 
 IN_MEMORY = 2**28  # bytes of hidden states that are held in memory; more go to a temporary folder
+VARIANTS = 4  # of a block whose divergence is measured: its MLP, its values, its queries and keys, and a faint error
 
 
-def compress_blocks(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    text: Calibration,
-    progress: Progress = no_progress,
-    announce: Callable[[list[dict]], None] = lambda choices: None,
-    weights: Weights | None = None,
-    state: ResumeState | None = None,
-) -> dict[str, Any]:
-    """Compress the blocks of ``model`` in place by ``recipe``, guided by the calibration ``text``.
+class BlockwiseCompression:
+    """Compression of the blocks of one model, in place, by a recipe and a calibration text; ``run`` does it.
 
     Args:
-        announce: is called with the choices before they are carried out.
         weights: source of the weights of a block; ``model`` holds them unless given.
         state: what an earlier run has reached, and this one will.
 
-    Returns:
-        ``choices``: what was chosen for every item, its parameters and its estimated loss (None where a rule alone decides) with
-        its ``unit``; ``fits``: how iterative fits ended, of the blocks of this run; ``phases``: seconds; ``counted``: bytes of
-        what is stored dense but counts as less, where there is any.
-
     Raises:
-        ValueError: the blocks are no chain, a rule matches nothing, or the budget can't be met.
+        ValueError: a rule matches nothing in the blocks.
     """
-    settings, plans, state = recipe.calibrate or Calibrate(), plan_blocks(model, recipe), state or ResumeState()
-    batches = split_for_processes(text.batches)
-    if is_main_process():
-        longest = max(batch["input_ids"].shape[1] for batch in batches)
-        surveyed = count_tokens(shard_items(select_batches(batches, settings.fisher_tokens)))
-        check_memory(model, plans, surveyed, longest, settings)
-    weights = weights or InMemoryWeights(model, [plan.path for plan in plans])
-    run = CompressionRun(model, plans, batches, settings, weights, state, progress=progress)
-    training = model.training
-    model.eval()
-    try:
-        with _states_folder(run) as run.folder:
-            begun = time.perf_counter()
-            if state.chosen is None:
-                _choose(run, recipe, text)
-            announce(state.choices)
-            collected = time.perf_counter()
-            _carry_out(run)
-    finally:
-        model.train(training)
-    finish(model, recipe.name)
-    phases = {"survey": round(collected - begun, 1), "fits": round(time.perf_counter() - collected, 1)}
-    return {"choices": state.choices, "fits": state.fits, "phases": phases} | _count_bytes(plans, state.chosen)
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        text: Calibration,
+        progress: Progress = no_progress,
+        weights: Weights | None = None,
+        state: ResumeState | None = None,
+    ):
+        self.model, self.recipe, self.text, self.progress = model, recipe, text, progress
+        self.settings, self.plans = settings_of(recipe), plan_blocks(model, recipe)
+        self.paths = [plan.path for plan in self.plans]
+        self.weights, self.state = weights or InMemoryWeights(model, self.paths), state or ResumeState()
+        batches = split_for_processes(text.batches)
+        surveyed = select_batches(batches, self.settings.fisher_tokens)
+        self.batches, self.surveyed = shard_items(batches), shard_items(surveyed)
+        self.gradients = self.settings.output_metric != "none"
+        behind = VARIANTS * self.settings.divergence * len(self.plans) / 2
+        self.phases = estimate_phases(count_tokens(surveyed), count_tokens(batches), self.gradients, behind)
+        if is_main_process():
+            longest = max(batch["input_ids"].shape[1] for batch in batches)
+            check_memory(model, self.plans, count_tokens(self.surveyed), longest, self.settings)
 
-@contextmanager
-def _states_folder(run: CompressionRun) -> Iterator[Path | None]:
-    """Open the folder of the hidden states, None for memory."""
-    width, unfinished = run.model.get_input_embeddings().weight.shape[1], run.state.unfinished
-    size = 4 * width * sum(batch["input_ids"].numel() for batch in shard_items(run.batches))
-    if unfinished is None and size <= IN_MEMORY:
-        yield None
-        return
-    if unfinished and is_main_process():
-        unfinished.mkdir(parents=True, exist_ok=True)
-        for left in unfinished.glob("states-*"):  # by a run that was killed
-            shutil.rmtree(left)
-    barrier()
-    with tempfile.TemporaryDirectory(prefix="states-", dir=unfinished) as folder:
-        yield Path(folder)
+    def run(self, announce: Callable[[list[dict]], None] = lambda choices: None) -> dict[str, Any]:
+        """Collect, allocate and carry out.
 
+        Args:
+            announce: is called with the choices before they are carried out.
 
-def _choose(run: CompressionRun, recipe: Recipe, text: Calibration) -> None:
-    """Collect the curves, allocate the budget and save the choices in the state of the run."""
-    curves, influence = collect_curves(run, _expected_ratio(run, recipe), partial(check_text, text))
-    if run.settings.allocate in LOSS_MODELS:
-        LOSS_MODELS[run.settings.allocate](run, curves)
-    actions = [action for plan in run.plans for action in plan.actions]
-    sites = [site for action in actions for site in action.sites]
-    chosen = choose_options(run.model, recipe, run.settings, sites, curves, influence)
-    unit = _loss_unit(run)
-    units = {action.sites[0].path: action.loss_unit for action in actions if action.loss_unit}
-    choices = [_describe_choice(curve, chosen[curve.name], units.get(curve.name, unit)) for curve in curves]
-    run.state.save_choices(chosen, choices)
+        Returns:
+            ``choices``: what was chosen for every item, its parameters and its estimated loss (None where a rule alone decides)
+            with its ``unit``; ``fits``: how iterative fits ended, of the blocks of this run; ``phases``: seconds; ``counted``:
+            bytes of what is stored dense but counts as less, where there is any.
 
+        Raises:
+            ValueError: the blocks are no chain, or the budget can't be met.
+        """
+        training, begun = self.model.training, time.perf_counter()
+        self.model.eval()
+        try:
+            with self._states_folder() as folder:
+                if not self.state.chosen:
+                    self.state.save_choices(*self.choose(*self.collect(folder)))
+                announce(self.state.choices)
+                collected = time.perf_counter()
+                self._carry_out(folder)
+        finally:
+            self.model.train(training)
+        finish(self.model, self.recipe.name)
+        phases = {"survey": round(collected - begun, 1), "fits": round(time.perf_counter() - collected, 1)}
+        return {"choices": self.state.choices, "fits": self.state.fits, "phases": phases} | self._count_bytes()
 
-def _expected_ratio(run: CompressionRun, recipe: Recipe) -> float:
-    """Return about which ratio of the blocks the budget leaves."""
-    if recipe.budget is None:
-        return 0.5
-    keep = recipe.budget.keep
-    if recipe.budget.of in ("model", "without_head"):
-        inside = sum(site.shape[0] * site.shape[1] for plan in run.plans for site in plan.sites)
-        keep = 1 - (1 - keep) * budget_total(run.model, recipe.budget) / inside
-    return min(0.9, max(0.1, keep))
+    @contextmanager
+    def _states_folder(self) -> Iterator[Path | None]:
+        """Open the folder of the hidden states of this process, None for memory; one in ``state`` stays until the job is done."""
+        width = shape_of(self.model.get_input_embeddings())[1]
+        if self.state.unfinished:
+            yield self.state.unfinished / f"states-{process_state().process_index}-of-{num_processes()}"
+        elif 4 * width * sum(batch["input_ids"].numel() for batch in self.batches) <= IN_MEMORY:
+            yield None
+        else:
+            with tempfile.TemporaryDirectory(prefix="states-") as folder:
+                yield Path(folder)
 
+    def _open_activations(self, batches: list[Batch], folder: Path | None) -> Activations:
+        with self.weights.outside():
+            store, settings = TensorStore(folder), self.settings
+            return Activations(self.model, self.paths, batches, store, settings.skip_first, settings.precision)
 
-def _loss_unit(run: CompressionRun) -> str:
-    """Return the unit of losses: nats a token where the metric of the outputs is a Fisher information."""
-    fisher = run.settings.output_metric == "full" and run.settings.input_metric == "second"
-    return "nats a token" if fisher and run.model.get_output_embeddings() is not None else "weighted squared error"
+    def collect(self, folder: Path | None = None) -> tuple[list[TradeoffCurve], dict[str, float]]:
+        """Return the curve of every item, judged by the original model, and the influence of every block.
 
+        Every step is a task that an interrupted run does not repeat.
 
-def _describe_choice(curve: TradeoffCurve, option: Any, unit: str) -> dict[str, Any]:
-    number = next(k for k, other in enumerate(curve.options) if other is option or other == option)
-    return {
-        "item": curve.name,
-        "chosen": option.to_json() if hasattr(option, "to_json") else option,
-        "parameters": int(curve.costs[number]),
-        "of": curve.whole,
-        "loss": None if curve.settled or math.isnan(curve.losses[number]) else float(curve.losses[number]),
-        "unit": unit,
-    }
+        Args:
+            folder: of the hidden states; None: they are in memory.
+        """
+        tasks, settings = self.state, self.settings
+        activations = self._open_activations(self.surveyed, folder and folder / "survey")
+        fisher_pass = FisherPass(activations, settings.seed, settings.token_weights == "clipped")
+        input_groups, influence = [], {}
+        for number, plan in enumerate(self.progress(self.plans, self.phases[0])):
+            forward = partial(self._forward, fisher_pass, number)
+            groups, influence[plan.path] = tasks.run_or_load(f"forward-{number}", forward)
+            input_groups.append(groups)
+            fisher_pass.seek(number + 1)
+        with self.weights.outside():
+            loss = tasks.run_or_load("nats", fisher_pass.mean_loss)
+            if self.gradients:
+                tasks.run_or_load("turn", fisher_pass.start_backward)
+        check_text(self.text, loss)
+        curves, ratios, scaled = [], [], set[str]()
+        numbers = range(len(self.plans))[::-1]
+        for number, _ in zip(numbers, self.progress(self.plans[::-1], self.phases[1]), strict=True):
+            backward = partial(self._backward, fisher_pass, number, input_groups[number], curves)
+            found, more, done = tasks.run_or_load(f"backward-{number}", backward)
+            fisher_pass.release(number)
+            curves = [TradeoffCurve.from_json(plain) for plain in found] + curves
+            ratios += more
+            scaled |= set(done)
+        for curve in curves if ratios else []:
+            if curve.name not in scaled:
+                curve.losses = curve.losses * float(np.mean(ratios))
+        return curves, influence
 
+    def _forward(self, fisher_pass: FisherPass, number: int) -> tuple[list[list[str]], float]:
+        """Run one block forward; return its input groups and its influence."""
+        with self.weights.at(self.paths[number]):
+            groups = fisher_pass.activations.find_input_groups(number, self.plans[number].sites)
+            return groups, fisher_pass.forward(number, groups)
 
-@torch.no_grad()
-def _carry_out(run: CompressionRun) -> None:
-    batches = shard_items(run.batches)
-    activations = run.open_activations(batches, TensorStore(run.folder and run.folder / "streams"))
-    phase = list_phases(batches, run.settings, len(run.plans))[2]
-    for number, plan in enumerate(run.progress(run.plans, phase)):
-        with run.weights.at(plan.path):
-            _compress_block(run, number, plan, activations)
+    def _backward(
+        self, fisher_pass: FisherPass, number: int, input_groups: list[list[str]], known: list[TradeoffCurve]
+    ) -> tuple[list[dict], list[float], list[str]]:
+        """Run backward through one block and save its statistics.
 
+        Returns:
+            Its curves, the ratios of ``tenfold.compression.evidence.fisher_losses``, and the names of
+            the curves that are scaled by measured divergences.
+        """
+        plan, settings, activations = self.plans[number], self.settings, fisher_pass.activations
+        fisher_paths = {path for action in plan.actions for path in action.fisher_paths}
+        evidence_paths = {path for action in plan.actions for path in action.evidence_paths}
+        with self.weights.at(plan.path):
+            found = fisher_pass.backward(number, input_groups, fisher_paths if self.gradients else None, evidence_paths)
+            moments, fisher, evidence = found
+            with torch.no_grad():
+                block = Block(activations, number, plan.sites, settings, fisher, None, moments, evidence)
+                curves = {curve.name: curve for action in plan.actions for curve in action.curves(block)}
+                evidence.clear()  # the logits of trials take as much memory
+                predicts, trials = self.model.get_output_embeddings() is not None, []
+                if settings.divergence and self.gradients and predicts:
+                    sizes = self._expect_sizes([*curves.values(), *known])
+                    trials = [trial for action in plan.actions for trial in action.trials(block, sizes)]
+                scaled = scale_by_trials(curves, trials, activations, self.weights, number, settings.divergence)
+                self.state.save_statistics(number, fisher, block.orders)
+                return [curve.to_json() for curve in curves.values()], block.ratios, scaled
 
-def _compress_block(run: CompressionRun, number: int, plan: BlockPlan, activations: Activations) -> None:
-    """Compress one block; in a function of its own, so that its tensors are freed before the next block is loaded."""
-    settings, state = run.settings, run.state
-    original = freeze_copy(run.model.get_submodule(plan.path))
-    finished = state.is_finished(number)
-    barrier()  # until all have looked
-    if finished:
-        state.load_block(run.model, number)
-    else:
-        fisher = state.fisher(number)
-        block = Block(activations, number, plan.sites, settings, fisher, original)
-        block.orders = state.orders(number)
-        for actions in split_independent(plan.actions, block):
-            fit_in_parallel(actions, block, state.chosen)
-            for action in actions:
-                action.apply(block, state.chosen)
-        state.fits |= block.fits
-        del block
-        if settings.block_finetune_steps:
-            module = run.model.get_submodule(plan.path)
-            how = (settings.block_finetune_steps, settings.block_finetune_rate, settings.seed)
-            finetune_block(activations, number, module, original, fisher.get(plan.path), *how)
-        run.weights.finish_block(number, plan.path)
-    if number + 1 == len(run.plans):
-        return
-    if settings.refit:
-        activations.advance(number, original if settings.original_share or settings.block_finetune_steps else None)
-    else:
-        activations.advance(number, compressed=original)
+    def _expect_sizes(self, known: list[TradeoffCurve]) -> dict[str, Any]:
+        """Return the sizes that the items would get if there were no other blocks than those that are known."""
+        budget, ratio, free = self.recipe.budget, 0.5, [curve for curve in known if not curve.settled]
+        if budget is not None:
+            ratio = budget.keep
+            if budget.of in ("model", "without_head"):
+                inside = sum(site.shape[0] * site.shape[1] for plan in self.plans for site in plan.sites)
+                ratio = 1 - (1 - ratio) * budget_total(self.model, budget) / inside
+            ratio = min(0.9, max(0.1, ratio))
+        least, whole = (sum(float(curve.costs[k]) for curve in free) for k in (0, -1))
+        return allocate_by_loss(free, max(least, ratio * whole))
 
+    def choose(
+        self, curves: list[TradeoffCurve], influence: dict[str, float]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return ``{item: option}`` within the budget, and the choices as ``run`` reports them."""
+        actions = [action for plan in self.plans for action in plan.actions]
+        sites = [site for action in actions for site in action.sites]
+        chosen = choose_options(self.model, self.recipe, self.settings, sites, curves, influence)
+        fisher = self.settings.output_metric == "full" and self.settings.input_metric == "second"
+        nats = fisher and self.model.get_output_embeddings() is not None
+        unit = "nats a token" if nats else "weighted squared error"
+        units = {action.sites[0].path: action.loss_unit for action in actions if action.loss_unit}
+        return chosen, [curve.describe(chosen[curve.name], units.get(curve.name, unit)) for curve in curves]
 
-def _count_bytes(plans: list[BlockPlan], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return the total of ``tenfold.compression.block.Action.count_bytes``, where any action counts bytes."""
-    counts = [count for plan in plans for action in plan.actions if (count := action.count_bytes(chosen))]
-    if not counts:
-        return {}
-    total = {"bytes": sum(count for count, _ in counts), "dense_bytes": sum(dense for _, dense in counts)}
-    return {"counted": total | {"note": "counted bytes, stored dense"}}
+    @torch.no_grad()
+    def _carry_out(self, folder: Path | None) -> None:
+        activations = self._open_activations(self.batches, folder and folder / "streams")
+        for number, plan in enumerate(self.progress(self.plans, self.phases[2])):
+            with self.weights.at(plan.path):
+                self._compress_block(number, plan, activations)
+
+    def _compress_block(self, number: int, plan: BlockPlan, activations: Activations) -> None:
+        """Compress one block; in a function of its own, so that its tensors are freed before the next block is loaded."""
+        settings, state = self.settings, self.state
+        original = freeze_copy(self.model.get_submodule(plan.path))
+        finished = state.is_finished(number)
+        barrier()  # until all have looked
+        if finished:
+            state.load_block(self.model, number)
+        else:
+            fisher, orders = state.statistics(number)
+            block = Block(activations, number, plan.sites, settings, fisher, original)
+            block.orders = orders
+            apply_actions(plan.actions, block, state.chosen)
+            state.fits |= block.fits
+            del block
+            if settings.block_finetune_steps:
+                finetune_block(activations, number, original, fisher.get(plan.path), settings)
+            self.weights.finish_block(number, plan.path)
+        if number + 1 == len(self.plans):
+            return
+        if settings.refit:
+            needed = settings.original_share or settings.block_finetune_steps
+            activations.advance(number, original if needed else None)
+        else:
+            activations.advance(number, compressed=original)
+
+    def _count_bytes(self) -> dict[str, Any]:
+        """Return the total of ``tenfold.compression.block.Action.count_bytes``, where any action counts bytes."""
+        actions = [action for plan in self.plans for action in plan.actions]
+        counts = [count for action in actions if (count := action.count_bytes(self.state.chosen))]
+        if not counts:
+            return {}
+        total, dense = (sum(side) for side in zip(*counts, strict=True))
+        return {"counted": {"bytes": total, "dense_bytes": dense, "note": "counted bytes, stored dense"}}

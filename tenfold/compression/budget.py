@@ -49,23 +49,21 @@ def choose_options(
         raise ValueError(f"nothing says how much of {name} to keep; give the recipe a budget, or --keep")
     if settings.allocate not in ALLOCATORS:
         raise ValueError(f"allocate {settings.allocate} is one of tenfold.baselines; import tenfold.baselines first")
-    unit = _unit_of(model, recipe.budget)
+    unit, of, keep = _unit_of(model, recipe.budget), recipe.budget.of, recipe.budget.keep
     curves = [unit.convert(curve) for curve in curves]
+    free = [curve for curve in curves if not curve.settled]
     saved = {site.path: unit.saved_already(site) for site in sites}
     dropped = sum(curve.whole - int(curve.costs[0]) for curve in curves if curve.settled)
     dropped -= sum(saved[path] for path in saved if path in settled)
-    free = [curve for curve in curves if not curve.settled]
     whole = sum(curve.whole for curve in free) - sum(saved[path] for path in saved if path not in settled)
-    if recipe.budget.of == "sites":
-        allowed, rest, total = recipe.budget.keep * whole, 0, whole
-    else:
-        total = unit.total(recipe.budget.of)
-        allowed = whole - (1 - recipe.budget.keep) * total + dropped
-        rest = total - whole - dropped
+    total, allowed, rest = whole, keep * whole, 0
+    if of != "sites":
+        total = unit.total(of)
+        allowed, rest = whole - (1 - keep) * total + dropped, total - whole - dropped
     least = sum(int(curve.costs[0]) for curve in free)
     if allowed < least:
         raise ValueError(
-            f"keep {recipe.budget.keep} of the {recipe.budget.of} can't be met: the smallest that these rules reach is "
+            f"keep {keep} of the {of} can't be met: the smallest that these rules reach is "
             f"{rest + least:,} {unit.name}" + (f" (keep {(rest + least) / total:.3f})" if total else "")
         )
     return settled | ALLOCATORS[settings.allocate](settings, free, allowed, influence)
@@ -104,14 +102,11 @@ class Flops(Parameters):
     name = "FLOPs a token"
 
     def convert(self, curve: TradeoffCurve) -> TradeoffCurve:
-        costs = [
-            curve.calls * (option.flops(ROWS) / ROWS if isinstance(option, Structure) else 2 * int(products))
+        flops = [
+            option.flops(ROWS) / ROWS if isinstance(option, Structure) else 2 * int(products)
             for option, products in zip(curve.options, curve.products, strict=True)
         ]
-        whole = 2 * curve.calls * curve.whole_products
-        return TradeoffCurve(
-            curve.name, np.array(costs), curve.losses, curve.options, settled=curve.settled, whole=whole
-        )
+        return _with_costs(curve, curve.calls * np.array(flops), 2 * curve.calls * curve.whole_products)
 
     def total(self, of: str) -> float:
         return price(self.model)["flops_per_token"][str(ROWS)]
@@ -128,19 +123,20 @@ class Bytes(Parameters):
 
     def convert(self, curve: TradeoffCurve) -> TradeoffCurve:
         each = dtype_of(self.model).itemsize
-        costs, whole = each * curve.costs + 4 * curve.indices, each * curve.whole
-        return TradeoffCurve(curve.name, costs, curve.losses, curve.options, settled=curve.settled, whole=whole)
+        return _with_costs(curve, each * curve.costs + 4 * curve.indices, each * curve.whole)
 
     def total(self, of: str) -> float:
-        each = dtype_of(self.model).itemsize
-        maps = sum(
-            b.nbytes for module in self.model.modules() if isinstance(module, FACTORIZED) for b in module.buffers()
-        )
-        return each * count_parameters(self.model, "model") + maps
+        layers = [module for module in self.model.modules() if isinstance(module, FACTORIZED)]
+        maps = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+        return dtype_of(self.model).itemsize * count_parameters(self.model, "model") + maps
 
     def saved_already(self, site: Site) -> float:
         module, each = self.model.get_submodule(site.path), dtype_of(self.model).itemsize
         return each * super().saved_already(site) - sum(b.nbytes for b in module.buffers())
+
+
+def _with_costs(curve: TradeoffCurve, costs: np.ndarray, whole: float) -> TradeoffCurve:
+    return TradeoffCurve(curve.name, costs, curve.losses, curve.options, settled=curve.settled, whole=whole)
 
 
 def _unit_of(model: PreTrainedModel, budget: Budget) -> Parameters:

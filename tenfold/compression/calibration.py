@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from tenfold.evaluation.text_files import HUB, documents, token_stream
-from tenfold.models.distributed import num_processes
+from tenfold.models.config import Calibrate
+from tenfold.models.distributed import all_reduce_number, is_main_process, num_processes
+from tenfold.models.recipe import Recipe
 from tenfold.models.text_mode import context_of, is_causal_lm
 
 Batch = dict[str, Tensor]
 BATCH_TOKENS = 1024  # no slower than twice as many, whose activations were a quarter of the peak memory
 UNFAMILIAR = 2.0  # bits per byte
+CHECKED_SAMPLES = 8  # whose loss shows whether the model knows the text
 READ_AHEAD = 4  # times the samples are read of a hub's data set, which is too long to be read whole
 
 
@@ -35,6 +39,11 @@ class Calibration:
     def tokens(self) -> int:
         """Number of tokens without padding."""
         return count_tokens(self.batches)
+
+
+def settings_of(recipe: Recipe) -> Calibrate:
+    """Return the ``calibrate`` section of ``recipe``, or the default one."""
+    return recipe.calibrate or Calibrate.model_validate({})
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:
@@ -98,35 +107,45 @@ def load_calibration(
             f"the calibration text has token {largest} but the model knows {known}: use the tokenizer that the model was "
             "trained with"
         )
+    pairs = zip(batches[0]["input_ids"], batches[0]["attention_mask"], strict=True)
+    read = [ids[mask.bool()] for ids, mask in pairs]
+    size = sum(len(text.encode()) for text in tokenizer.batch_decode(read, skip_special_tokens=True))
     source = {"files": [Path(f).name for f in files], "samples": num_samples, "window": window}
-    return Calibration(batches, source | {"bytes_per_token": _bytes_per_token(tokenizer, batches[0])})
+    return Calibration(batches, source | {"bytes_per_token": size / sum(map(len, read))})
 
 
-def check_text(text: Calibration, nats: float) -> None:
+def check_text(text: Calibration, nats: float | None) -> None:
     """Warn if the loss of the model, ``nats`` per token, shows that the text is unlike its training data.
 
     Text like the training data takes 0.8 to 1.6 bits per byte; another language, noise or the tokens of another tokenizer take
     2 and more, although their short tokens may have low perplexities.
     """
-    bits = nats / math.log(2) / text.source.get("bytes_per_token", math.inf)
-    if bits > UNFAMILIAR:
+    bits = (nats or 0.0) / math.log(2) / text.source.get("bytes_per_token", math.inf)
+    if nats is not None and bits > UNFAMILIAR and is_main_process():
         finding = f"the model's perplexity on the calibration text is {math.exp(min(nats, 700)):,.0f}, {bits:.1f} bits per byte"
         warnings.warn(f"{finding}; is it the right text, in a language that the model was trained on?", stacklevel=2)
 
 
 @torch.no_grad()
-def mean_loss(model, batches: Sequence[Batch]) -> float | None:
-    """Return the mean loss of ``model`` per token of ``batches``; None if it predicts no next token."""
+def mean_loss(
+    model: PreTrainedModel, batches: Sequence[Batch], logits_of: Callable[[int, int, Batch], Tensor]
+) -> float | None:
+    """Return the mean loss of ``model`` per token of the first samples of every process; None if it predicts no next token.
+
+    Args:
+        logits_of: receives the numbers of a batch and of a sample in it, and that sample; returns its logits.
+    """
     if not is_causal_lm(model) or model.get_output_embeddings() is None:
         return None
-    loss, tokens, device, training = 0.0, 0, next(model.parameters()).device, model.training
-    model.eval()
-    for batch in batches:
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
-        more, count = sum_losses(model(input_ids=ids, attention_mask=mask).logits, ids, mask[:, 1:] & mask[:, :-1])
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    samples = [(k, row) for k, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
+    loss, tokens = 0.0, 0
+    for k, row in samples[:CHECKED_SAMPLES]:
+        inputs = {name: value[row : row + 1].to(device) for name, value in batches[k].items()}
+        mask = inputs["attention_mask"].bool()
+        more, count = sum_losses(logits_of(k, row, inputs), inputs["input_ids"], mask[:, 1:] & mask[:, :-1])
         loss, tokens = loss + more, tokens + count
-    model.train(training)
-    return loss / max(1, tokens)
+    return all_reduce_number(loss) / max(1.0, all_reduce_number(tokens))
 
 
 def sum_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, int]:
@@ -135,20 +154,14 @@ def sum_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, int]:
     return float(losses), int(mask.sum())
 
 
-def _bytes_per_token(tokenizer, batch: Batch) -> float:
-    read = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return sum(len(text.encode()) for text in tokenizer.batch_decode(read, skip_special_tokens=True)) / sum(
-        len(ids) for ids in read
-    )
-
-
-def _on_hub(files) -> bool:
-    return any(str(file).startswith(HUB) for file in files)
+def _limit(files, count: int) -> int | None:
+    """Return how many tokens or documents to read for ``count`` samples; None: all."""
+    return READ_AHEAD * count if any(str(file).startswith(HUB) for file in files) else None
 
 
 def _cut_windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
-    limit = READ_AHEAD * samples * window if _on_hub(files) else None
-    tokens = torch.from_numpy(token_stream(documents(files, tokenizer), tokenizer, limit)).long()
+    stream = token_stream(documents(files, tokenizer), tokenizer, _limit(files, samples * window))
+    tokens = torch.from_numpy(stream).long()
     whole = len(tokens) // window
     if whole == 0:
         raise ValueError(
@@ -165,7 +178,7 @@ def _cut_windows(tokenizer, files, samples: int, window: int, batch: int | None)
 
 def _cut_documents(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
     lines = (line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip())
-    texts = list(islice(lines, READ_AHEAD * samples if _on_hub(files) else None))
+    texts = list(islice(lines, _limit(files, samples)))
     if not texts:
         raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
     chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()

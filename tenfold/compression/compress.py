@@ -1,4 +1,9 @@
-"""Compression: a model and a recipe in, a smaller model and a report out."""
+"""Compression: a model and a recipe in, a smaller model and a report out.
+
+``TRANSFORMS`` holds the transforms of a whole model that run before the rules of a recipe, by the name that ``transform`` gives.
+To add one, write a function ``(model, recipe, text) -> report`` and put it there; add its name to ``WEIGHTS_ONLY`` if it accepts
+None for the text. ``tenfold.baselines`` registers all that ship.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from tenfold.compression.blockwise import compress_blocks
+from tenfold.compression.blockwise import BlockwiseCompression
 from tenfold.compression.budget import budget_total
-from tenfold.compression.calibration import Calibration, check_text, mean_loss
+from tenfold.compression.calibration import Calibration, check_text, mean_loss, settings_of
 from tenfold.compression.progress import Progress, no_progress
 from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.truncate_ranks import truncate_ranks
 from tenfold.compression.weight_source import Weights
-from tenfold.compression.whole_model import TRANSFORMS, WEIGHTS_ONLY
 from tenfold.models.auto import read_config
 from tenfold.models.checkpoint_format import check_plain
-from tenfold.models.config import Calibrate
 from tenfold.models.cost import price
 from tenfold.models.distributed import is_main_process
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
-from tenfold.models.recipe import Budget, Recipe, Rule, load_recipe
-from tenfold.models.sites import Site, find_sites
+from tenfold.models.recipe import Recipe, Rule, load_recipe
+from tenfold.models.sites import find_sites
 from tenfold.models.surgery import replace, unpack_experts, untie
 from tenfold.structure import Structure
 
 BLOCK = ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.in", "mlp.gate", "mlp.out"]
-CHECKED_BATCHES = 8  # of the calibration text, whose loss shows whether the model knows it
+TRANSFORMS: dict[str, Callable[[PreTrainedModel, Recipe, Any], dict[str, Any]]] = {}
+WEIGHTS_ONLY: set[str] = set()
 
 
 def compress(
@@ -127,9 +132,8 @@ def _compress_by_text(
     sites = find_sites(model)
     inside = [site for site in sites if site.layer is not None]
     widest = max((site.shape[1] for site in inside), default=0)
-    about = {"calibration": text.source | {"tokens": text.tokens, "widest": widest}}
     if text.tokens < 2 * widest and is_main_process():
-        damping = (recipe.calibrate or Calibrate()).damping
+        damping = settings_of(recipe).damping
         warnings.warn(
             f"the calibration text has {text.tokens:,} tokens and the widest matrix reads {widest:,} values: {2 * widest:,} "
             f"tokens are needed at least; damping of {damping} of the mean variance stands in for the rest; give more text or "
@@ -143,19 +147,25 @@ def _compress_by_text(
                 "calibration text these are done in two ways, so write two rules"
             )
     report = _transform_model(model, recipe, text)
-    if not recipe.replace:
-        return {}, report | about
+    report["calibration"] = text.source | {"tokens": text.tokens, "widest": widest}
     outer = [rule for rule in recipe.replace if not rule.prune and not any(rule.matches(site) for site in inside)]
-    inner = [rule for rule in recipe.replace if rule not in outer]
     errors: Mapping[str, float | None] = {}
-    rest = recipe.model_copy(update={"replace": inner})
     if outer:
-        total = budget_total(model, recipe.budget) if recipe.budget else 0
+        budget, total = recipe.budget, budget_total(model, recipe.budget) if recipe.budget else 0
         errors = replace(model, _plan_outside(model, recipe, outer))
-        rest = rest.model_copy(update={"budget": _remaining_budget(model, recipe, total)})
-    if not inner:
-        return errors, report | about
-    return errors, report | compress_blocks(model, rest, text, progress, announce, weights, state) | about
+        if budget is not None and budget.of != "sites":  # the same of the model as it is now
+            keep = budget.keep * total / budget_total(model, budget)
+            if keep >= 1:
+                raise ValueError(
+                    f"keep {budget.keep} of the {budget.of} is reached outside of the blocks already; keep less, or take the "
+                    "rules for the blocks out"
+                )
+            budget = budget.model_copy(update={"keep": keep})
+        inner = [rule for rule in recipe.replace if rule not in outer]
+        recipe = recipe.model_copy(update={"replace": inner, "budget": budget})
+    if recipe.replace:
+        report |= BlockwiseCompression(model, recipe, text, progress, weights, state).run(announce)
+    return errors, report
 
 
 def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[str, Any]:
@@ -167,15 +177,15 @@ def _transform_model(model, recipe: Recipe, text: Calibration | None) -> dict[st
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise ValueError(f"{name} holds NaN or Inf; mend it first")
-    if text is not None and not recipe.replace and is_main_process():  # otherwise the text is checked with the blocks
-        loss = mean_loss(model, text.batches[:CHECKED_BATCHES])
-        if loss is not None:
-            check_text(text, loss)
+    if text is not None and not recipe.replace:  # otherwise the text is checked with the blocks
+        training = model.training
+        check_text(text, mean_loss(model.eval(), text.batches, lambda k, row, inputs: model(**inputs).logits))
+        model.train(training)
     return TRANSFORMS[recipe.transform](model, recipe, text)
 
 
 def _plan_outside(model, recipe: Recipe, rules: list[Rule]) -> Plan:
-    sites: list[Site] = find_sites(model)
+    sites = find_sites(model)
     for rule in (rule for rule in rules if any(rule.matches(site) for site in sites)):
         if rule.keep is None and any(Structure.family(spec["kind"]).is_open(spec) for spec in rule.structures):
             raise ValueError(
@@ -183,19 +193,6 @@ def _plan_outside(model, recipe: Recipe, rules: list[Rule]) -> Plan:
                 "keep; give it a keep or a size of its own"
             )
     return make_plan(model, recipe.model_copy(update={"replace": rules, "budget": None}))
-
-
-def _remaining_budget(model, recipe: Recipe, total: float) -> Budget | None:
-    """Return the budget that leaves the same of the model as it is now, which had the ``total`` before."""
-    if recipe.budget is None or recipe.budget.of == "sites":
-        return recipe.budget
-    keep = recipe.budget.keep * total / budget_total(model, recipe.budget)
-    if keep >= 1:
-        raise ValueError(
-            f"keep {recipe.budget.keep} of the {recipe.budget.of} is reached outside of the blocks already; keep less, or take "
-            "the rules for the blocks out"
-        )
-    return recipe.budget.model_copy(update={"keep": keep})
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:

@@ -18,7 +18,7 @@ Reference: Kunstner, Balles and Hennig 2019 (the Fisher information from gradien
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,34 +41,25 @@ def fisher_losses(pairs: Pairs, error: Tensor, shift: Tensor | None, tokens: int
         shift: ``(out,)``, the error of the bias.
         tokens: number of tokens in the batches of this process; an expert sees some of them.
     """
-    alone, together, error_here = 0.0, 0.0, error
+    alone = together = 0.0
     for inputs, gradients in pairs:
-        error_here = error_here.to(inputs)
-        wrong = inputs @ error_here.T
+        error = error.to(inputs)
+        wrong = inputs @ error.T
         wrong = wrong if shift is None else wrong + shift.to(wrong)
         along = (wrong.float() * gradients.float()).sum(1).double()
         alone, together = alone + float(along.square().sum()), together + float(along.sum().square())
-    tokens = max(1.0, all_reduce_number(tokens))
-    return all_reduce_number(alone) / tokens / 2, all_reduce_number(together) / tokens / 2
+    count = max(1.0, all_reduce_number(tokens))
+    return all_reduce_number(alone) / count / 2, all_reduce_number(together) / count / 2
 
 
-@dataclass
-class Split:
-    """Split of the batches into a half that an error is fitted to and a half that judges it.
+class Split(NamedTuple):
+    """Half of the batches that an error is fitted to, and the half that judges it."""
 
-    Args:
-        second: ``(in, in)``, second moment of the inputs of the fitted half.
-        mean: ``(in,)``, their mean.
-        fitted: pairs of the fitted half.
-        judging: pairs of the judging half.
-        tokens: number of tokens in the judging half.
-    """
-
-    second: Tensor
-    mean: Tensor
+    second: Tensor  # (in, in), second moment of the inputs of the fitted half
+    mean: Tensor  # (in,), their mean
     fitted: Pairs
     judging: Pairs
-    tokens: int
+    tokens: int  # in the judging half
 
 
 def split_halves(pairs: Pairs, width: int, tokens: int) -> list[Split]:
@@ -89,9 +80,8 @@ def split_halves(pairs: Pairs, width: int, tokens: int) -> list[Split]:
         seen = max(1.0, all_reduce_number(sum(len(inputs) for inputs in floats)))
         second = all_reduce(sum((x.T @ x for x in floats), torch.zeros(width, width))) / seen
         mean = all_reduce(sum((x.sum(0) for x in floats), torch.zeros(width))) / seen
-        splits.append(
-            Split(second.double(), mean.double(), fitted, judging, tokens * len(judging) // max(1, len(pairs)))
-        )
+        judged = tokens * len(judging) // max(1, len(pairs))
+        splits.append(Split(second.double(), mean.double(), fitted, judging, judged))
     return splits
 
 

@@ -6,40 +6,23 @@ one first, each from those states and the gradient that the block behind it has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from contextlib import ExitStack
+from functools import partial
 from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tenfold.compression.activations import Activations, accumulate_inputs, expert_mask, select_rows
-from tenfold.compression.block_influence import cosine_distance
-from tenfold.compression.calibration import sum_losses
+from tenfold.compression.activations import Activations, expert_mask, select_rows
+from tenfold.compression.calibration import mean_loss
 from tenfold.compression.evidence import Evidence
-from tenfold.compression.moments import MomentAccumulator, Moments, check_moments, fill_unseen_experts
+from tenfold.compression.moments import Moments, mean_of_others, reduce_moments
 from tenfold.models.distributed import all_reduce, all_reduce_number, num_processes
 from tenfold.models.experts import expert_of
 from tenfold.models.sites import shape_of
-from tenfold.models.text_mode import is_causal_lm
 
 DRAWN_TOKENS = 128  # that are drawn at once: drawing takes three times the memory of the distributions
-
-
-@dataclass
-class BlockStatistics:
-    """Statistics of one block of the original model.
-
-    Args:
-        moments: of the inputs, by the number of the input group.
-        fisher: ``{path: G}`` of its sites and of itself.
-        evidence: ``{path: [(inputs, gradients at the outputs)]}`` of its sites, one pair per batch.
-    """
-
-    moments: dict[int, Moments]
-    fisher: dict[str, Tensor]
-    evidence: Evidence
 
 
 class FisherPass:
@@ -65,57 +48,46 @@ class FisherPass:
 
     def seek(self, number: int) -> None:
         """Go to the front of block ``number``, where this run or an interrupted one has been before."""
-        self.activations.keys = [(f"before-{number}-{k}",) * 2 for k in range(len(self.activations.batches))]
+        keys = [f"before-{number}-{k}" for k in range(len(self.activations.batches))]
+        self.activations.keys = [(key, key) for key in keys]
 
     @torch.no_grad()
     def forward(self, number: int, input_groups: list[list[str]]) -> float:
         """Run block ``number``, keep the states in front of it, and return its influence.
 
+        The influence is ``1 - mean over tokens of cos(x, y)``, ``x`` the hidden state in front of the block and ``y`` behind it.
+
+        Reference: Men et al. 2024 (ShortGPT), arXiv 2403.03853.
+
         Raises:
             ValueError: it returns NaN or Inf; the first of its sites that reads any is named.
         """
         activations, distance = self.activations, 0.0
+        block, path = activations.blocks[number], f"{activations.paths[number]}."
         for k, mask in enumerate(activations.masks):
             states = activations.states(k)[0]
-            out = activations.run_block(number, activations.blocks[number], states, k)
+            out = activations.run_block(number, block, states, k)
             if not bool(torch.isfinite(out).all()):
-                self._raise_not_finite(number, input_groups, k)
+                for group in input_groups:
+                    activations.sum_moments(number, block, [group[0].removeprefix(path)])
+                where = f"{number}, batch {k} of the calibration text,"
+                raise ValueError(
+                    f"block {where} returns NaN or Inf; mend its weights, or try --dtype float32 or other text"
+                )
             activations.store.put(f"before-{number + 1}-{k}", out)
-            distance += cosine_distance(states.cpu(), out.cpu(), mask)
+            cosine = torch.cosine_similarity(states.cpu().float(), out.cpu().float(), dim=-1).flatten()
+            distance += float((1 - cosine)[mask].double().sum())
         self.seek(number + 1)
         return all_reduce_number(distance) / max(1, all_reduce_number(activations.num_tokens))
 
-    def _raise_not_finite(self, number: int, input_groups: list[list[str]], batch: int) -> None:
-        hooks = _Hooks(self.activations.model, [group[0] for group in input_groups])
-        with hooks.attached(self.activations.masks[batch]):
-            states = self.activations.load(f"before-{number}-{batch}")
-            self.activations.run_block(number, self.activations.blocks[number], states, batch)
-        where = f"{number}, batch {batch} of the calibration text,"
-        for path, sums in hooks.sums.items():
-            check_moments(sums.second, path, where)
-        raise ValueError(f"block {where} returns NaN or Inf; mend its weights, or try --dtype float32 or other text")
-
-    @torch.no_grad()
-    def mean_loss(self, samples: int = 8) -> float | None:
-        """Return the loss of the model per token of the first ``samples`` of every process, from behind the last block.
-
-        None where it predicts no next token.
-        """
-        activations, loss, tokens, left = self.activations, 0.0, 0, samples
-        if not is_causal_lm(activations.model) or activations.model.get_output_embeddings() is None:
-            return None
-        for k, batch in enumerate(activations.batches):
-            states = activations.states(k)[0]
-            for row in range(min(left, len(states))):
-                inputs = activations.to_device(batch, row)
-                mask = inputs["attention_mask"].bool()
-                logits = activations.run_head(states[row : row + 1], inputs).logits
-                more, count = sum_losses(logits, inputs["input_ids"], mask[:, 1:] & mask[:, :-1])
-                loss, tokens = loss + more, tokens + count
-            left -= len(states)
-            if left <= 0:
-                break
-        return all_reduce_number(loss) / max(1.0, all_reduce_number(tokens))
+    def mean_loss(self) -> float | None:
+        """Return the loss of the model per token of the first samples, from behind the last block."""
+        activations = self.activations
+        return mean_loss(
+            activations.model,
+            activations.batches,
+            lambda k, row, inputs: activations.run_head(activations.states(k)[0][row : row + 1], inputs).logits,
+        )
 
     def start_backward(self) -> None:
         """Store the gradient of the loss at the output of the last block."""
@@ -137,39 +109,67 @@ class FisherPass:
         self,
         number: int,
         input_groups: list[list[str]],
-        fisher_paths: set[str] | None,
+        fisher_paths: Collection[str] | None,
         evidence_paths: Collection[str] = (),
-    ) -> BlockStatistics:
+    ) -> tuple[dict[int, Moments], dict[str, Tensor], Evidence]:
         """Run backward through block ``number``; ``release`` it afterwards.
 
         Args:
             input_groups: its sites.
             fisher_paths: the sites whose ``G`` is needed; None: no gradient is computed.
             evidence_paths: those of these whose gradients themselves are needed.
+
+        Returns:
+            The moments of the inputs, by the number of the input group; ``{path: G}`` of sites and of the block; and
+            ``{path: [(inputs, gradients at the outputs)]}`` of sites, one pair per batch.
         """
-        activations, block, path = self.activations, self.activations.blocks[number], self.activations.paths[number]
-        gradients = fisher_paths is not None
-        fisher_paths, first = fisher_paths or set(), [group[0] for group in input_groups]
+        activations, gradients = self.activations, fisher_paths is not None
+        block, path, modules = activations.blocks[number], activations.paths[number], activations.model.get_submodule
         dtype = torch.bfloat16 if activations.bfloat16 else torch.float32
-        evidence: Evidence = {path: [] for path in evidence_paths if gradients}
-        hooks = _Hooks(activations.model, first, fisher_paths, evidence, self.clip, dtype)
+        evidence: Evidence = {site: [] for site in evidence_paths if gradients}
+        sums = {group[0]: Moments(shape_of(modules(group[0]))[1], True) for group in input_groups}
+        fisher: dict[str, Tensor] = {}
+
+        def add_inputs(module, arguments, site: str, mask: Tensor) -> None:
+            rows = select_rows(arguments[0].detach(), expert_mask(activations.model, site, mask))
+            sums[site].add(rows, rows)
+
+        def watch_gradient(module, arguments, out: Tensor, site: str, mask: Tensor) -> None:
+            here, inputs = expert_mask(activations.model, site, mask), arguments[0].detach()
+            out.register_hook(lambda g: add_gradient(site, select_rows(inputs, here), select_rows(g, here)))
+
+        def add_gradient(site: str, inputs: Tensor, rows: Tensor) -> None:
+            if site in evidence:
+                evidence[site].append((inputs.to(dtype), rows.to(dtype)))
+            rows = clip_norms(rows) if self.clip else rows
+            add_product(site, rows)
+
+        def add_product(site: str, rows: Tensor) -> None:
+            fisher[site] = fisher.get(site, 0) + (rows.T @ rows).cpu().double()
+
         for k, mask in enumerate(activations.masks):
             states = activations.load(f"before-{number}-{k}").requires_grad_(gradients)
-            with torch.set_grad_enabled(gradients), hooks.attached(mask):
+            with torch.set_grad_enabled(gradients), ExitStack() as hooks:
+                for site in sums:
+                    hook = partial(add_inputs, site=site, mask=mask)
+                    hooks.callback(modules(site).register_forward_pre_hook(hook).remove)
+                for site in fisher_paths or ():
+                    hook = partial(watch_gradient, site=site, mask=mask)
+                    hooks.callback(modules(site).register_forward_hook(hook).remove)
                 out = activations.run_block(number, block, states, k)
                 if gradients:
                     behind = activations.load(f"gradient-{number + 1}-{k}")
-                    rows = select_rows(behind, mask)
-                    hooks.fisher[path] = hooks.fisher.get(path, 0) + (rows.T @ rows).cpu().double()
+                    add_product(path, select_rows(behind, mask))
                     activations.store.put(f"gradient-{number}-{k}", torch.autograd.grad(out, states, behind)[0])
-        moments = {}
-        for k, site in enumerate(first):
-            width = shape_of(activations.model.get_submodule(site))[1]
-            moments[k] = hooks.sums.get(site, MomentAccumulator(width, True)).reduce(site, number)
-        experts = [k for k, site in enumerate(first) if expert_of(site) is not None]
-        moments |= dict(zip(experts, fill_unseen_experts([moments[k] for k in experts]), strict=True))
-        sizes = {site: shape_of(activations.model.get_submodule(site))[0] for site in sorted(fisher_paths)}
-        return BlockStatistics(moments, self._reduce_fisher(hooks.fisher, path, sizes), evidence)
+        experts = {site: one for site, one in sums.items() if expert_of(site) is not None}
+        moments = {site: one.reduce(site) for site, one in sums.items() if site not in experts}
+        moments |= dict(zip(experts, reduce_moments(experts), strict=True))
+        sizes = {site: shape_of(modules(site))[0] for site in sorted(fisher_paths or ())}
+        return (
+            {k: moments[group[0]] for k, group in enumerate(input_groups)},
+            self._reduce_fisher(fisher, sizes | ({path: fisher[path].shape[0]} if gradients else {})),
+            evidence,
+        )
 
     def release(self, number: int) -> None:
         """Drop what is no longer needed once block ``number`` is done."""
@@ -177,25 +177,20 @@ class FisherPass:
             self.activations.store.drop(f"before-{number}-{k}")
             self.activations.store.drop(f"gradient-{number + 1}-{k}")
 
-    def _reduce_fisher(self, fisher: dict[str, Tensor], block: str, sizes: dict[str, int]) -> dict[str, Tensor]:
+    def _reduce_fisher(self, fisher: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
         """Return the means over the tokens of all processes; experts that saw no token get the mean of the others."""
         if num_processes() > 1:
-            own = {block: len(fisher[block])} if block in fisher else {}  # every process has tokens
-            for path, size in (sizes | own).items():
+            for path, size in sizes.items():
                 value = fisher.get(path, torch.zeros(size, size, dtype=torch.float64))
                 if all_reduce_number(path in fisher):
                     fisher[path] = all_reduce(value)
         tokens = max(1, int(all_reduce_number(self.activations.num_tokens)))
         means = {path: value / tokens for path, value in fisher.items()}
         for path in (path for path in sizes if path not in fisher):
-            part, size = f".{path.rpartition('.')[2]}", sizes[path]
+            part = f".{path.rpartition('.')[2]}"
             others = [value for name, value in means.items() if expert_of(name) is not None and name.endswith(part)]
-            alike = [value for value in others if len(value) == size]
-            if alike:
-                means[path] = torch.stack(alike).mean(0)
-            elif others:
-                mean = sum(float(value.diagonal().mean()) for value in others) / len(others)
-                means[path] = mean * torch.eye(size, dtype=torch.float64)
+            if others:
+                means[path] = mean_of_others(others, sizes[path])
         return means
 
 
@@ -230,41 +225,3 @@ def clip_norms(rows: Tensor, least: float = 0.1, most: float = 10.0) -> Tensor:
     norms = rows.norm(dim=1, keepdim=True)
     mean = norms.sum() / (norms > 0).sum().clamp_min(1)
     return rows * torch.where(norms > 0, norms.clamp(least * mean, most * mean) / norms, 0.0)
-
-
-@dataclass
-class _Hooks:
-    """Accumulate the inputs of the sites ``first`` and the gradients at the outputs of the sites ``fisher_paths``."""
-
-    model: nn.Module
-    first: list[str]
-    fisher_paths: Collection[str] = ()
-    evidence: Evidence = field(default_factory=dict)
-    clip: bool = False
-    dtype: torch.dtype = torch.float32  # of the evidence
-    sums: dict[str, MomentAccumulator] = field(default_factory=dict)
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-
-    @contextmanager
-    def attached(self, mask: Tensor) -> Iterator[None]:
-        with ExitStack() as stack:
-            for path in self.first:
-                module, hook = self.model.get_submodule(path), accumulate_inputs(self.sums, self.model, path, mask)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
-            for path in self.fisher_paths:
-                module = self.model.get_submodule(path)
-                stack.callback(module.register_forward_hook(self._watch_gradient(path, mask)).remove)
-            yield
-
-    def _watch_gradient(self, path: str, mask: Tensor) -> Callable:
-        def hook(module, arguments, out) -> None:
-            here, inputs = expert_mask(self.model, path, mask), arguments[0].detach()
-            out.register_hook(lambda gradient: self._add(path, select_rows(inputs, here), select_rows(gradient, here)))
-
-        return hook
-
-    def _add(self, path: str, inputs: Tensor, rows: Tensor) -> None:
-        if path in self.evidence:
-            self.evidence[path].append((inputs.to(self.dtype), rows.to(self.dtype)))
-        rows = clip_norms(rows) if self.clip else rows
-        self.fisher[path] = self.fisher.get(path, 0) + (rows.T @ rows).cpu().double()

@@ -28,29 +28,16 @@ class FactorizeSite(Action):
     site: Site
     rule: Rule
 
-    @property
-    def sites(self) -> list[Site]:
-        return [self.site]
+    def __post_init__(self):
+        self.sites, self.fisher_paths = [self.site], [self.site.path]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         (out, inner), specs = self.site.shape, self.rule.structures
-        settled = {"settled": True, "whole": out * inner, "calls": self.site.calls}
         if len(specs) == 1 and not _is_open(specs[0]):
-            fixed = build_structure(self.site, specs[0])
-            costs, indices = np.array([fixed.numel]), np.array([fixed.index_numel])
-            return [TradeoffCurve(self.site.path, costs, np.array([0.0]), [fixed], indices=indices, **settled)]
+            return [TradeoffCurve.settle(self.site, build_structure(self.site, specs[0]))]
         by_losses = block.settings.allocate not in ("uniform", "influence")
-        need_losses = len(specs) > 1 or (self.rule.keep is None and by_losses)
-        curve = self._curve(block.target(self.site.path), specs, need_losses)
-        if self.rule.keep is None:
-            return [curve]
-        k = curve.add_within(self.rule.keep * out * inner)
-        one = {name: getattr(curve, name)[k : k + 1] for name in ("costs", "losses", "options", "products", "indices")}
-        return [TradeoffCurve(curve.name, **one, **settled)]
-
-    def _curve(self, target: Target, specs: list[dict[str, Any]], need_losses: bool) -> TradeoffCurve:
-        """Return the curve of all sizes of all structures, and the matrix as it is; losses may be NaN unless needed."""
-        (out, inner), priced = self.site.shape, []
+        need_losses, priced = len(specs) > 1 or (self.rule.keep is None and by_losses), []
+        target = block.target(self.site.path)
         for spec in specs:
             if _is_open(spec):
                 try:
@@ -63,21 +50,23 @@ class FactorizeSite(Action):
                 priced.append((fixed, 2 * target.loss(fixed.dense(self._fit(fixed, target, sweeps=3)))))
         priced.sort(key=lambda pair: pair[0].numel)
         options = [structure for structure, _ in priced]
-        return TradeoffCurve(
+        curve = TradeoffCurve(
             self.site.path,
             np.array([option.numel for option in options] + [out * inner]),
-            np.array([loss / 2 for _, loss in priced] + [0.0]),
+            np.array([loss / 2 for _, loss in priced] + [0.0]),  # NaN unless needed
             [*options, None],
             within=(out, inner, specs[0]) if len(specs) == 1 else None,
             indices=np.array([option.index_numel for option in options] + [0]),
             calls=self.site.calls,
         )
+        if self.rule.keep is None:
+            return [curve]
+        return [TradeoffCurve.settle(self.site, curve.options[curve.add_within(self.rule.keep * out * inner)])]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         path, structure = self.site.path, chosen[self.site.path]
         if structure is None:
-            weight = block.target(path).weight
-            return block.set_dense(path, weight, block.corrected_bias(path, weight))
+            return block.set_dense(path, block.target(path).weight)
         factors = block.factors.pop(path, None) or self.fit(block, structure)
         bias = block.corrected_bias(path, structure.dense(factors)) if self.rule.bias == "keep" else None
         return block.install(path, structure, factors, bias)
@@ -113,19 +102,19 @@ class FactorizeStack(Action):
                 "take kind low_rank and share its factor right"
             )
         self.name = self.sites[0].path + "".join(f"+{site.path.rpartition('.')[2]}" for site in self.sites[1:])
-        self.heights = [site.shape[0] for site in self.sites]
+        self.fisher_paths, self.heights = [site.path for site in self.sites], [site.shape[0] for site in self.sites]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         target, inner, height = self._stacked_target(block), self.sites[0].shape[1], sum(self.heights)
         sizes = LowRank.sizes(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)
         sizes = sizes[: min(*self.heights, inner)]
-        costs = [structure.numel for structure, _ in sizes] + [height * inner]
-        losses = [loss / 2 for _, loss in sizes] + [0.0]
+        costs = np.array([structure.numel for structure, _ in sizes] + [height * inner])
+        losses = np.array([loss / 2 for _, loss in sizes] + [0.0])
         ranks = range(1, len(sizes) + 1)
         per_rank = height + len(self.sites) * inner  # every site multiplies by the shared factor itself
         products = np.array([per_rank * rank for rank in ranks] + [height * inner])
-        options, calls = [*ranks, None], self.sites[0].calls
-        return [TradeoffCurve(self.name, np.array(costs), np.array(losses), options, products=products, calls=calls)]
+        calls = self.sites[0].calls
+        return [TradeoffCurve(self.name, costs, losses, [*ranks, None], products=products, calls=calls)]
 
     def _stacked_target(self, block: Block) -> Target:
         if len({block.input_group(site.path) for site in self.sites}) > 1:
@@ -141,7 +130,7 @@ class FactorizeStack(Action):
         target, rank = self._stacked_target(block), chosen[self.name]
         if rank is None:
             for site, part in zip(self.sites, target.weight.split(self.heights), strict=True):
-                block.set_dense(site.path, part, block.corrected_bias(site.path, part))
+                block.set_dense(site.path, part)
             return
         whole = LowRank(out_features=len(target.weight), in_features=target.weight.shape[1], rank=rank)
         factors = whole.fit(target.weight, target.inputs, target.outputs)
@@ -166,6 +155,7 @@ class FactorizeExperts(Action):
 
     def __post_init__(self):
         spec, (site, *others), share = self.rule.spec, self.sites, self.rule.share
+        self.fisher_paths = [site.path for site in self.sites]
         if different := [other for other in others if other.shape != site.shape]:
             raise ValueError(
                 f"{different[0].path} is {different[0].shape[0]}x{different[0].shape[1]} and {site.path} {site.shape[0]}x"
@@ -176,12 +166,10 @@ class FactorizeExperts(Action):
                 f"how much experts that share factors keep is not seen from activations: give the rule for role {self.rule.role} "
                 "a keep or a size of its own"
             )
-        size = site.shape[0] * site.shape[1]
-        self.structure = (
-            Structure.within(*site.shape, spec, self.rule.keep * size)
-            if _is_open(spec)
-            else build_structure(site, spec)
-        )
+        if _is_open(spec):
+            self.structure = Structure.within(*site.shape, spec, (self.rule.keep or 0) * site.shape[0] * site.shape[1])
+        else:
+            self.structure = build_structure(site, spec)
         self.shared = share.factors if share else []
         shapes = self.structure.factor_shapes()
         if unknown := [name for name in self.shared if name not in shapes]:
@@ -189,20 +177,8 @@ class FactorizeExperts(Action):
         self.shared_numel = sum(math.prod(shapes[name]) for name in self.shared)
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
-        out, inner = self.sites[0].shape
-        return [
-            TradeoffCurve(
-                site.path,
-                np.array([self.structure.numel - (self.shared_numel if number else 0)]),
-                np.array([0.0]),
-                [self.structure],
-                settled=True,
-                whole=out * inner,
-                calls=site.calls,
-                indices=np.array([self.structure.index_numel]),
-            )
-            for number, site in enumerate(self.sites)
-        ]
+        shared = [0] + [self.shared_numel] * (len(self.sites) - 1)
+        return [TradeoffCurve.settle(site, self.structure, some) for site, some in zip(self.sites, shared, strict=True)]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         targets = [block.target(site.path) for site in self.sites]
@@ -218,25 +194,27 @@ class FactorizeExperts(Action):
         block.install_shared(changes)
 
 
-def split_independent(actions: Sequence[Action], block: Block) -> list[list[Action]]:
-    """Return ``actions`` in their order, neighbours that factorise and do not change each other's inputs in one list."""
+def apply_actions(actions: Sequence[Action], block: Block, chosen: dict[str, Any]) -> None:
+    """Apply ``actions`` in their order; several processes share the fits of neighbours that do not change each other's inputs."""
 
     def key(action: Action) -> Any:
         if not isinstance(action, FactorizeSite):
             return id(action)
         return action.site.role if action.site.expert is not None else block.input_group(action.site.path)
 
-    return [list(some) for _, some in groupby(actions, key=key)]
+    for _, some in groupby(actions, key=key):
+        independent = list(some)
+        if num_processes() > 1 and len(independent) > 1:
+            _fit_in_parallel(independent, block, chosen)
+        for action in independent:
+            action.apply(block, chosen)
 
 
-def fit_in_parallel(actions: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
+def _fit_in_parallel(actions: Sequence[Any], block: Block, chosen: dict[str, Any]) -> None:
     """Fit independent actions, each process its part; ``block`` then has the factors of all."""
-    if num_processes() == 1 or len(actions) == 1:
-        return
     for action in actions:
         block.moments(action.site.path)  # all processes add these up together
-    open_ones = [action for action in actions if chosen[action.site.path] is not None]
-    fitted = {}
+    fitted, open_ones = {}, [action for action in actions if chosen[action.site.path] is not None]
     for k in shard_items(list(range(len(open_ones)))):
         path = open_ones[k].site.path
         fitted[k] = (path, open_ones[k].fit(block, chosen[path]), block.fits.get(path, {}))

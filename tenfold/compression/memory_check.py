@@ -7,41 +7,39 @@ import warnings
 import psutil
 from transformers import PreTrainedModel
 
-from tenfold.compression.block_plan import BlockPlan
+from tenfold.compression.actions import BlockPlan
 from tenfold.models.config import Calibrate
+from tenfold.models.sites import shape_of
 
 STATES = 2**28  # bytes of hidden states that are held in memory at most
 LOGITS = 3  # copies of the logits of one sample in float32
 
 
 def check_memory(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, window: int, settings: Calibrate) -> None:
-    """Warn if less memory is free than the compression needs, with the number of tokens that would fit, if any.
-
-    Args:
-        tokens: by which sizes are chosen.
-        window: tokens in a sample.
-    """
-    free, needed = psutil.virtual_memory().available, needed_bytes(model, plans, tokens, window, settings)
-    if needed <= free:
-        return
-    fitting = [n for n in range(window, tokens, window) if needed_bytes(model, plans, n, window, settings) <= free]
-    advice = f"write calibrate: {{fisher_tokens: {fitting[-1]}}} into the recipe, or close" if fitting else "close"
-    warnings.warn(
-        f"about {needed / 1e9:.2g} GB of memory are needed and {free / 1e9:.2g} GB are free; {advice} other programs",
-        stacklevel=3,
-    )
-
-
-def needed_bytes(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, window: int, settings: Calibrate) -> int:
-    """Return about how many bytes a compression needs beside what is in memory before it.
+    """Warn if less memory is free than the compression needs beside what is in memory before it.
 
     These are what is outside of the blocks in float32, the hidden states, and the larger of one block and the logits of a sample.
+
+    Args:
+        tokens: by which sizes are chosen; the warning names the number that would fit, if any.
+        window: tokens in a sample.
     """
     blocks = tuple(f"{plan.path}." for plan in plans)
     outer = [p for name, p in model.named_parameters() if not name.startswith(blocks)]
     widened = sum((4 - (0 if p.is_meta else p.element_size())) * p.numel() for p in outer)
-    logits = 4 * LOGITS * window * model.get_input_embeddings().weight.shape[0]
-    return max(0, widened) + STATES + max(logits, *(_block_bytes(plan, tokens, settings) for plan in plans))
+    logits = 4 * LOGITS * window * shape_of(model.get_input_embeddings())[0]
+    free = psutil.virtual_memory().available
+
+    def needed(tokens: int) -> int:
+        return max(0, widened) + STATES + max(logits, *(_block_bytes(plan, tokens, settings) for plan in plans))
+
+    if needed(tokens) > free:
+        fitting = [n for n in range(window, tokens, window) if needed(n) <= free]
+        advice = f"write calibrate: {{fisher_tokens: {fitting[-1]}}} into the recipe, or close" if fitting else "close"
+        warnings.warn(
+            f"about {needed(tokens) / 1e9:.2g} GB of memory are needed and {free / 1e9:.2g} GB are free; {advice} other programs",
+            stacklevel=3,
+        )
 
 
 def _block_bytes(plan: BlockPlan, tokens: int, settings: Calibrate) -> int:

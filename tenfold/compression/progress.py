@@ -36,7 +36,6 @@ def estimate_phases(surveyed: int, tokens: int, gradients: bool, behind: float =
         behind: tokens that measure divergences, times the mean number of blocks that they run through.
     """
     # block passes per token, fitted to two recipes on models of 8 and 135 million parameters; only the time left depends on it
-    passes = {"forward": surveyed, "backward": (5 if gradients else 2) * surveyed + 1.3 * behind, "fits": 2.3 * tokens}
-    whole = sum(passes.values())
-    forward, backward, fits = (Phase(name, value / whole) for name, value in passes.items())
-    return forward, backward, fits
+    first, second, third = surveyed, (5 if gradients else 2) * surveyed + 1.3 * behind, 2.3 * tokens
+    whole = first + second + third
+    return Phase("forward", first / whole), Phase("backward", second / whole), Phase("fits", third / whole)

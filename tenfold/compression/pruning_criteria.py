@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from tenfold.compression.block import Block, Target
 from tenfold.compression.head_pruning import PruneHeads
-from tenfold.compression.structured_pruning import QueryOrder
 from tenfold.compression.unit_selection import (
     Basis,
     best_basis,
@@ -25,25 +24,22 @@ class LossCriterion:
     refit = True
 
     def order_units(self, target: Target) -> tuple[list[int], np.ndarray]:
-        second = target.inputs if len(target.inputs) <= LARGE else target.inputs.float()
-        target.inputs = second.new_empty(0)
-        return order_units_by_covariance(target.weight, target.outputs, second)
+        dtype = torch.float64 if len(target.inputs) <= LARGE else torch.float32
+        return order_units_by_covariance(target.weight, target.outputs, target.inputs.to(dtype, copy=True))
 
     def choose_value_basis(self, action: PruneHeads, block: Block, group: int) -> Basis:
         target = block.target(action.out.path)
-        outputs, second = 0, 0
+        outputs = second = torch.zeros(action.heads.size, action.heads.size, dtype=torch.float64)
         for head in action.members(group):
             at = action.columns(head)
             reads = target.weight[:, at]
             outputs = outputs + reads.T @ target.outputs @ reads
             second = second + target.inputs[at][:, at]
-        assert isinstance(outputs, Tensor) and isinstance(second, Tensor)
         return best_basis(outputs, second / action.heads.each)
 
-    def order_queries(self, action: PruneHeads, block: Block, group: int) -> QueryOrder:
+    def order_queries(self, action: PruneHeads, block: Block, group: int) -> Basis | tuple[list[int], np.ndarray]:
         if action.heads.freedom == "basis":
-            basis = best_basis(*action.query_moments(block, group))
-            return QueryOrder(list(range(action.heads.size)), basis.losses, basis)
+            return best_basis(*action.query_moments(block, group))
         if block.evidence:
-            return QueryOrder(*order_units_by_products(action.query_products(block, group)))
-        return QueryOrder(*order_units_by_variance(*action.query_moments(block, group), action.units))
+            return order_units_by_products(action.query_products(block, group))
+        return order_units_by_variance(*action.query_moments(block, group), action.units)

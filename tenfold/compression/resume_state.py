@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,38 +23,6 @@ from tenfold.structure import Structure
 ORDER = "order of "
 
 
-class CheckpointedTasks:
-    """Tasks whose results are saved, so that an interrupted run resumes behind the last finished one.
-
-    Args:
-        folder: of the results; None: nothing outlives the run.
-    """
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-
-    def run_or_load(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` returns or has returned: plain data, which the first process writes and the others read."""
-        if self.folder is None:
-            return make()
-        file = self.folder / f"{name}.json"
-        done = file.is_file()
-        barrier()  # until all have looked
-        if done:
-            return json.loads(file.read_text())
-        value = make()
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, value)
-        barrier()  # until it counts as done, before any process drops what it was made of
-        return value
-
-    def clear(self) -> None:
-        """Delete the results once they are no longer needed."""
-        if self.folder is not None and is_main_process():
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
 class ResumeState:
     """State of one run in one folder, or in memory where nothing outlives the run; the first process writes.
 
@@ -67,19 +34,34 @@ class ResumeState:
     def __init__(self, folder: Path | None = None, blocks: int = 0):
         self.folder, self.blocks = folder, blocks
         self.unfinished = None if folder is None else folder / "unfinished"
-        self.chosen: dict[str, Any] | None = None
+        self.chosen: dict[str, Any] = {}
         self.choices: list[dict[str, Any]] = []
         self._statistics: dict[int, dict[str, Tensor]] = {}  # where there is no folder
         self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
-        # by the number of processes, as each reads its part of the text
-        self.tasks = CheckpointedTasks(self.unfinished and self.unfinished / f"survey-{num_processes()}")
         if self.unfinished is not None and (self.unfinished / "choices.json").is_file():
             found = json.loads((self.unfinished / "choices.json").read_text())
+            self.choices = found["choices"]
             self.chosen = {
                 name: Structure.from_json(value) if isinstance(value, dict) else value
                 for name, value in found["chosen"].items()
             }
-            self.choices = found["choices"]
+
+    def run_or_load(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what the task ``make`` returns or has returned: plain data, by which an interrupted run does not repeat it."""
+        if self.unfinished is None:
+            return make()
+        # by the number of processes, as each reads its part of the text
+        file = self.unfinished / f"tasks-{num_processes()}" / f"{name}.json"
+        done = file.is_file()
+        barrier()  # until all have looked
+        if done:
+            return json.loads(file.read_text())
+        value = make()
+        if is_main_process():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, value)
+        barrier()  # until it counts as done, before any process drops what it was made of
+        return value
 
     def save_statistics(self, number: int, fisher: dict[str, Tensor], orders: dict[str, Tensor]) -> None:
         """Store ``{site: G}`` of block ``number`` and the order or basis in which its items lose dimensions."""
@@ -88,27 +70,16 @@ class ResumeState:
         if self.unfinished is None:
             self._statistics[number] = tensors
         elif is_main_process():
-            self._statistics_path(number).parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._statistics_path(number), tensors)
+            write_tensors(self.unfinished / "statistics" / f"{number}.safetensors", tensors)
 
-    def _statistics_path(self, number: int) -> Path:
-        assert self.unfinished is not None
-        return self.unfinished / "statistics" / f"{number}.safetensors"
-
-    def _load_statistics(self, number: int) -> dict[str, Tensor]:
+    def statistics(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return ``{site: G}`` of block ``number``, and the orders and bases of its items."""
         if self.unfinished is None:
-            return self._statistics.get(number, {})
-        return load_file(self._statistics_path(number))
-
-    def fisher(self, number: int) -> dict[str, Tensor]:
-        """Return ``{site: G}`` of block ``number``."""
-        found = self._load_statistics(number).items()
-        return {path: value.double() for path, value in found if not path.startswith(ORDER)}
-
-    def orders(self, number: int) -> dict[str, Tensor]:
-        """Return the orders and bases of the items of block ``number``."""
-        found = self._load_statistics(number).items()
-        return {name.removeprefix(ORDER): value.double() for name, value in found if name.startswith(ORDER)}
+            found = self._statistics.get(number, {})
+        else:
+            found = load_file(self.unfinished / "statistics" / f"{number}.safetensors")
+        fisher = {path: value.double() for path, value in found.items() if not path.startswith(ORDER)}
+        return fisher, {name.removeprefix(ORDER): value.double() for name, value in found.items() if name not in fisher}
 
     def save_choices(self, chosen: dict[str, Any], choices: list[dict[str, Any]]) -> None:
         """Save what was chosen for every item."""
@@ -117,13 +88,13 @@ class ResumeState:
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
             write_json(self.unfinished / "choices.json", {"chosen": plain, "choices": choices})
         barrier()  # the others read the statistics
-        self.tasks.clear()
 
     def save_block(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
         """Write the finished block ``number`` with its floating point tensors in ``dtype``."""
         if self.folder is None or not is_main_process():
             return
-        sites = {p: s for p, s in describe(model).sites.items() if p.startswith(f"{path}.")}
+        config: Any = describe(model)
+        sites = {p: s for p, s in config.sites.items() if p.startswith(f"{path}.")}
         tensors = {
             f"{path}.{name}": (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous().clone()
             for name, value in model.get_submodule(path).state_dict().items()
@@ -148,24 +119,18 @@ class ResumeState:
     def load_block(self, model: PreTrainedModel, number: int) -> None:
         """Put the finished block ``number`` into ``model``, in float32."""
         install_empty(model, read_plan(model, TenfoldConfig(json.loads(self._sites_path(number).read_text()))))
-        for name, value in load_file(self.shard_path(number + 1)).items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            value = value.float() if value.is_floating_point() else value
-            if leaf in module._parameters:
-                old = module._parameters[leaf]
-                trained = old is not None and old.requires_grad
-                module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=trained)
-            else:
-                module._buffers[leaf] = value
+        tensors = load_file(self.shard_path(number + 1)).items()
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors}
+        model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file of safetensors atomically.
+    """Write a file of safetensors atomically, and its folder.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     try:
         save_file(tensors, new, metadata={"format": "pt"})

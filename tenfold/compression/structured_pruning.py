@@ -16,29 +16,13 @@ from torch import Tensor
 from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.block import Action, Block, Target, with_ridge
 from tenfold.compression.divergence import Trial
-from tenfold.compression.evidence import Split, expected_loss, fisher_losses, scale_losses, split_halves, unit_products
+from tenfold.compression.evidence import expected_loss, fisher_losses, scale_losses, split_halves, unit_products
 from tenfold.compression.unit_selection import Basis, order_units_by_products
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.sites import Site, weight_of
-from tenfold.structure import Dense
 from tenfold.structure.linalg import solve_symmetric
 
 ALIGNED = 8  # hidden units of a large MLP come in multiples of this, for kernels in half precision
-
-
-@dataclass
-class QueryOrder:
-    """Order in which queries and keys of a group of heads lose dimensions.
-
-    Args:
-        order: of the units of a head; the first ones stay.
-        losses: ``(units + 1,)``: when only the first ``k`` stay.
-        basis: in which they are expressed first; None: as they are.
-    """
-
-    order: list[int]
-    losses: np.ndarray
-    basis: Basis | None = None
 
 
 class PruningCriterion(Protocol):
@@ -50,15 +34,15 @@ class PruningCriterion(Protocol):
     refit: bool
 
     def order_units(self, target: Target) -> tuple[list[int], np.ndarray]:
-        """Return an order of the hidden units, which ``target`` reads, and the losses; may overwrite ``target``."""
+        """Return an order of the hidden units, which ``target`` reads, and the losses."""
         ...
 
     def choose_value_basis(self, action: Any, block: Block, group: int) -> Basis:
         """Return the basis of the values of a group."""
         ...
 
-    def order_queries(self, action: Any, block: Block, group: int) -> QueryOrder:
-        """Return the order of the queries and keys of a group, which are free to change."""
+    def order_queries(self, action: Any, block: Block, group: int) -> Basis | tuple[list[int], np.ndarray]:
+        """Return the basis of the queries and keys of a group, or an order of their units and the losses."""
         ...
 
 
@@ -73,15 +57,11 @@ class PruneMlp(Action):
         self.into = [site for site in self.sites if site.role != "mlp.out"]
         (self.out,) = [site for site in self.sites if site.role == "mlp.out"]
         self.name = self.out.path
-        self.evidence_paths = [self.out.path]
-
-    @property
-    def fisher_paths(self) -> list[str]:
-        return [self.out.path]
+        self.fisher_paths = self.evidence_paths = [self.name]
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         units = self.out.shape[1]
-        order, losses = self.criterion.order_units(block.pop_target(self.name))
+        order, losses = self.criterion.order_units(block.target(self.name))
         if self.name in block.evidence:
             order, losses = self._compare_orders(block, order, losses)
         block.orders[self.name] = torch.tensor(order)
@@ -100,36 +80,30 @@ class PruneMlp(Action):
         a last block, whose units write single tokens, that is worth more.
         """
         pairs, weight, tokens = block.evidence[self.name], block.weight(self.name), block.activations.num_tokens
-        sizes = measured_sizes(len(losses) - 1)[1:]
-        splits = split_halves(pairs, len(losses) - 1, tokens)
-        candidates = [(order, losses, self._measure(block, sizes, order, splits, [order] * len(splits)))]
+        splits, moments = split_halves(pairs, len(losses) - 1, tokens), block.moments(self.name)
+        candidates = [(order, losses, [order] * len(splits))]  # with the orders of the fitted halves
         if splits:
             products = [unit_products(split.fitted, weight) for split in splits]
-            other, rest = order_units_by_products(sum(products) / max(1.0, all_reduce_number(tokens)))
             halves = [order_units_by_products(half)[0] for half in products]
-            candidates.append((other, rest, self._measure(block, sizes, other, splits, halves)))
-        order, losses, found = min(
-            candidates, key=lambda one: sum(np.log(max(outside, 1e-30)) for _, outside in one[2])
-        )
-        return order, scale_losses(losses, {k: expected_loss(*pair) for k, pair in zip(sizes, found, strict=True)})
+            both = torch.stack(products).sum(0) / max(1.0, all_reduce_number(tokens))
+            candidates.append((*order_units_by_products(both), halves))
 
-    def _measure(
-        self, block: Block, sizes: list[int], order: list[int], splits: list[Split], halves: list[list[int]]
-    ) -> list[tuple[float, float]]:
-        """Return the losses on the text and on unseen text when the first units of ``order`` compensate for the others.
-
-        Args:
-            halves: the orders that the fitted halves of ``splits`` would have.
-        """
-        moments, losses = block.moments(self.name), []
-        for k in sizes:
+        def measure(order: list[int], halves: list[list[int]], k: int) -> tuple[float, float]:
+            """Return the losses on the text and on unseen text when ``k`` units compensate for the others."""
             inside = block.evidence_loss(self.name, self._error(block, order[:k], moments.second, moments.mean)[0])
             outside = [
                 fisher_losses(split.judging, *self._error(block, half[:k], split.second, split.mean), split.tokens)[0]
                 for split, half in zip(splits, halves, strict=True)
             ]
-            losses.append((inside, sum(outside) / len(outside) if outside else inside))
-        return losses
+            return inside, sum(outside) / len(outside) if outside else inside
+
+        sizes = measured_sizes(len(losses) - 1)[1:]
+        found = [[measure(order, halves, k) for k in sizes] for order, _, halves in candidates]
+        scores = [sum(np.log(max(outside, 1e-30)) for _, outside in one) for one in found]
+        best = int(np.argmin(scores))
+        measured = {k: expected_loss(*pair) for k, pair in zip(sizes, found[best], strict=True)}
+        order, losses, _ = candidates[best]
+        return order, scale_losses(losses, measured)
 
     def _error(self, block: Block, kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``W - What`` and the error of the bias where the units ``kept`` compensate for the others."""
@@ -156,12 +130,11 @@ class PruneMlp(Action):
         kept = block.orders[self.name][:count].long().sort().values
         near, bias = solve_restricted(block, self.name, kept, block.weight(self.name))
         for site in self.into:
-            module = block.model.get_submodule(site.path)
+            module: Any = block.model.get_submodule(site.path)
             matrix = weight_of(module).detach().double()[kept]
             short = None if module.bias is None else module.bias.detach().double()[kept]
-            structure = Dense(out_features=count, in_features=site.shape[1])
-            block.install(site.path, structure, {"matrix": matrix}, short)
-        block.install(self.name, Dense(out_features=self.out.shape[0], in_features=count), {"matrix": near}, bias)
+            block.set_dense(site.path, matrix, short)
+        block.set_dense(self.name, near, bias)
 
 
 def measured_sizes(count: int) -> list[int]:

@@ -7,6 +7,7 @@ trained before the next cut.
 from __future__ import annotations
 
 from dataclasses import replace as with_field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -69,10 +70,11 @@ def _list_bonds(model: PreTrainedModel, path: str, by: float) -> list[tuple[floa
 
 def _cut_bond(model: PreTrainedModel, site: Site, bond: int, rank: int) -> float:
     """Cut one bond of one site, and return its error."""
-    layer = model.get_submodule(site.path)
+    layer: Any = model.get_submodule(site.path)
     before = layer.dense()
     structure, factors = layer.structure.truncate_bond(layer.factors(), bond, rank)
     bias = getattr(layer, "bias", None)
     entry = SitePlan(with_field(site, bias=bias is not None), structure, bias is not None, frozen=layer.frozen)
     install(model, entry, factors, bias)
-    return float((model.get_submodule(site.path).dense() - before).norm() / before.norm().clamp_min(1e-30))
+    new: Any = model.get_submodule(site.path)
+    return float((new.dense() - before).norm() / before.norm().clamp_min(1e-30))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,24 +18,12 @@ from tenfold.models.lazy_checkpoint import LazyCheckpoint
 from tenfold.models.sites import dtype_of
 
 
-class Weights(Protocol):
-    """Weights of a model, block by block."""
-
-    def at(self, path: str) -> AbstractContextManager[None]:
-        """Load the weights of the block ``path`` in float32; afterwards they are as they were."""
-        ...
-
-    def outside(self) -> AbstractContextManager[None]:
-        """Load the weights outside of the blocks in float32."""
-        ...
-
-    def finish_block(self, number: int, path: str) -> None:
-        """Take the compressed weights of block ``number``, which is ``path``."""
-        ...
-
-
 class InMemoryWeights:
-    """All weights in memory, in the dtype of the checkpoint."""
+    """All weights in memory, in the dtype of the checkpoint.
+
+    ``at`` and ``outside`` are contexts in which the weights of a block, and those outside of all blocks, are there in float32;
+    ``finish_block`` takes the compressed weights of a block.
+    """
 
     def __init__(self, model: PreTrainedModel, blocks: list[str]):
         self.model, self.dtype = model, dtype_of(model)
@@ -73,6 +60,9 @@ class StreamedWeights:
     def finish_block(self, number: int, path: str) -> None:
         round_parameters(self.lazy.model.get_submodule(path), self.lazy.dtype)
         self.save_block(number, path)
+
+
+Weights = InMemoryWeights | StreamedWeights
 
 
 @contextmanager

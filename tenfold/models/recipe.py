@@ -65,11 +65,12 @@ class Rule(StrictModel):
     ``attention``, by ``criterion``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
     (``tenfold.baselines.modegpt``). Of several structures every site gets the one with the least loss at its size, which
     needs activations. ``criterion: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
-    sparse coefficients (``tenfold.baselines.rocket``).
+    sparse coefficients (``tenfold.baselines.rocket``); ``criterion: lems`` measures the divergence of every matrix alone
+    (``tenfold.baselines.lems``).
     """
 
     prune: Literal["mlp", "attention"] | None = None
-    criterion: Literal["loss", "modegpt", "rocket"] = "loss"
+    criterion: Literal["loss", "lems", "modegpt", "rocket"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
     layers: list[int] | None = None
@@ -193,7 +194,7 @@ class Rules(StrictModel):
     """What a stage and a recipe without stages say: a transform of the whole model, rules, calibration, and the healing after it.
 
     Args:
-        transform: before the rules; see ``tenfold.compression.whole_model``.
+        transform: before the rules; see ``tenfold.compression.compress``.
         squeeze: truncate tensor trains of earlier stages, instead of ``replace``.
     """
 

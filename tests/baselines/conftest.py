@@ -1,6 +1,6 @@
-"""Import the toys of the tests of models."""
+"""Import the toys of the tests of models, and the texts and curves of the tests of compression."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("models", "compress")]

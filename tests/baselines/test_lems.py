@@ -1,34 +1,25 @@
 """KFAC-SVD and LEMS: divergences measured by hand, ranks by every combination, gradients clipped one by one."""
 
 import copy
-import json
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from plain import text
 from toys import build
 
 from tenfold.api import compress
 from tenfold.baselines.lems import GAMMA, LEAST, REFERENCE, allocate_by_error_model, propagation
 from tenfold.compression.allocation import TradeoffCurve
-from tenfold.compression.calibration import Calibration
 from tenfold.compression.fisher import clip_norms
 from tenfold.compression.resume_state import ResumeState
 from tenfold.models.config import Calibrate
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import find_sites, weight_of
 
+WORDS = text(4, 40, padded=True)
 toys = pytest.mark.parametrize("toy", ["gpt2", "llama"])
-
-
-def text(skip: int = 0) -> Calibration:
-    ids = torch.randint(3, 97, (4, 40), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 30:] = 0
-    return Calibration(
-        [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)], {}
-    )
 
 
 def recipe(keep: float = 0.6, **changes):
@@ -41,10 +32,10 @@ def moments(model, path: str) -> torch.Tensor:
     rows = []
     hook = model.get_submodule(path).register_forward_pre_hook(lambda m, a: rows.append(a[0].double()))
     with torch.no_grad():
-        for batch in text().batches:
+        for batch in WORDS.batches:
             model(**batch)
     hook.remove()
-    mask = torch.cat([batch["attention_mask"] for batch in text().batches]).bool()
+    mask = torch.cat([batch["attention_mask"] for batch in WORDS.batches]).bool()
     x = torch.cat(rows)[mask]
     return x.T @ x / len(x)
 
@@ -74,7 +65,7 @@ def divergence(model, path: str, near: torch.Tensor) -> float:
     weight = other.get_submodule(path).weight
     weight.copy_(near if weight.shape == near.shape and "c_" not in path else near.T)
     total, tokens = 0.0, 0
-    for batch in text().batches:
+    for batch in WORDS.batches:
         kept = batch["attention_mask"].bool()
         p, q = (m(**batch).logits[kept].double().log_softmax(-1) for m in (model, other))
         total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + int(kept.sum())
@@ -86,8 +77,8 @@ def test_losses_are_scaled_to_the_measured_divergence(toy):
     before, state = build(toy), ResumeState()
     norm = before.get_submodule({"gpt2": "transformer.ln_f", "llama": "model.norm"}[toy])
     norm.weight.data.mul_(20)  # sure of itself, so that the divergence is not the same the other way round
-    _, report = compress(copy.deepcopy(before), recipe(), text=text(), state=state)
-    matters = {path: g for k in range(2) for path, g in state.fisher(k).items()}
+    _, report = compress(copy.deepcopy(before), recipe(), text=WORDS, state=state)
+    matters = {path: g for k in range(2) for path, g in state.statistics(k)[0].items()}
     seen = 0
     for choice in report["choices"]:
         if choice["chosen"] is None:
@@ -106,8 +97,8 @@ def test_losses_are_scaled_to_the_measured_divergence(toy):
 @toys
 def test_the_fit_is_optimal_in_the_shrunk_metrics(toy):
     before, state = build(toy), ResumeState()
-    after, report = compress(copy.deepcopy(before), recipe(), text=text(), state=state)
-    matters = {path: g for k in range(2) for path, g in state.fisher(k).items()}
+    after, report = compress(copy.deepcopy(before), recipe(), text=WORDS, state=state)
+    matters = {path: g for k in range(2) for path, g in state.statistics(k)[0].items()}
     folded = [choice for choice in report["choices"] if choice["chosen"] is not None]
     for choice in folded:
         path = choice["item"]
@@ -167,8 +158,8 @@ def test_clipping_changes_the_metric_of_the_outputs():
     metrics = []
     for weights in ("clipped", "none"):
         state = ResumeState()
-        compress(build("llama"), recipe(token_weights=weights), text=text(), state=state)
-        metrics.append(state.fisher(0))
+        compress(build("llama"), recipe(token_weights=weights), text=WORDS, state=state)
+        metrics.append(state.statistics(0)[0])
     path = "model.layers.0.self_attn.q_proj"
     assert metrics[0].keys() == metrics[1].keys() and not torch.equal(metrics[0][path], metrics[1][path])
 
@@ -176,47 +167,13 @@ def test_clipping_changes_the_metric_of_the_outputs():
 def test_no_damping_of_outputs_of_their_own_is_that_of_inputs():
     path, after = "model.layers.1.mlp.up_proj", {}
     for name, given in {"own": {"output_damping": 0.2}, "one": {"output_damping": None}, "other": {}}.items():
-        model, _ = compress(build("llama"), recipe(damping=0.2, allocate="uniform", **given), text=text())
+        model, _ = compress(build("llama"), recipe(damping=0.2, allocate="uniform", **given), text=WORDS)
         after[name] = weight_of(model.get_submodule(path)).detach()
     torch.testing.assert_close(after["own"], after["one"])
     assert not torch.allclose(after["own"], after["other"], rtol=1e-3)
 
 
-def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
-    """The run resumes behind the last measured block, with the choices of an uninterrupted run."""
-    whole = compress(build("llama"), recipe(), text=text())[1]["choices"]
-    from tenfold.baselines import lems
-
-    real, calls = lems.divergences, []
-
-    def once(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    monkeypatch.setattr(lems, "divergences", once)
-    folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        compress(build("llama"), recipe(), text=text(), state=ResumeState(folder, 2))
-    assert len([*folder.rglob("measured-*.json")]) == 1
-    monkeypatch.setattr(lems, "divergences", lambda *given: calls.append(2) or real(*given))
-    again = compress(build("llama"), recipe(), text=text(), state=ResumeState(folder, 2))[1]["choices"]
-    assert calls.count(2) == 1 and json.dumps(again) == json.dumps(whole)
-
-
-def test_what_is_not_folded_one_by_one_is_refused():
-    shared = {
-        "role": ["attn.q", "attn.k"],
-        "structure": {"kind": "low_rank"},
-        "share": {"factors": ["right"], "across": "roles"},
-    }
-    given = {"replace": [shared], "budget": {"keep": 0.5}, "calibrate": {"allocate": "lems", "refit": False}}
-    with pytest.raises(ValueError, match="measures matrices that are folded one by one, and model"):
-        compress(build("llama"), given, text=text())
-
-
 def test_sites_are_all_measured():
-    report = compress(build("llama"), recipe(0.9), text=text())[1]
+    report = compress(build("llama"), recipe(0.9), text=WORDS)[1]
     assert {c["item"] for c in report["choices"]} == {s.path for s in find_sites(build("llama")) if s.layer is not None}
     assert {choice["unit"] for choice in report["choices"]} == {"nats a token"}

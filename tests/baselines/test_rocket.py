@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from plain import text
 from toys import build
 from transformers import AutoModelForCausalLM
 
@@ -21,18 +22,12 @@ from tenfold.baselines.rocket import (
     relative_error,
     select_coefficients,
 )
-from tenfold.compression.calibration import Calibration
 from tenfold.models.model_card import save_compressed
 from tenfold.models.recipe import Budget, load_recipe
 from tenfold.models.sites import count_parameters, find_sites, weight_of
 from tenfold_cli.output import format_counts
 
 seeds = pytest.mark.parametrize("seed", range(3))
-
-
-def text() -> Calibration:
-    ids = torch.randint(3, 97, (4, 48), generator=torch.Generator().manual_seed(1))
-    return Calibration([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], {})
 
 
 def recipe(keep: float):
@@ -132,7 +127,7 @@ def test_sizes_fit_and_no_larger_one_does(inner, out):
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_report_counts_bytes_and_the_budget_is_theirs(toy, keep):
     before = build(toy)
-    after, report = compress(copy.deepcopy(before), recipe(keep), text=text())
+    after, report = compress(copy.deepcopy(before), recipe(keep), text=text(4, 48))
     shapes = {site.path: site.shape for site in find_sites(before) if site.layer is not None}
     counted = 0
     for choice in report["choices"]:
@@ -149,7 +144,7 @@ def test_report_counts_bytes_and_the_budget_is_theirs(toy, keep):
 
 def test_losses_are_relative_errors_of_the_weights():
     before = build("llama")
-    after, report = compress(copy.deepcopy(before), recipe(0.7), text=text())
+    after, report = compress(copy.deepcopy(before), recipe(0.7), text=text(4, 48))
     for choice in report["choices"]:
         w, near = (weight_of(m.get_submodule(choice["item"])).detach().double() for m in (before, after))
         assert choice["unit"] == "relative error"
@@ -157,7 +152,7 @@ def test_losses_are_relative_errors_of_the_weights():
 
 
 def test_result_is_an_ordinary_checkpoint(tmp_path):
-    after, report = compress(build("gpt2"), recipe(0.7), text=text())
+    after, report = compress(build("gpt2"), recipe(0.7), text=text(4, 48))
     save_compressed(after, tmp_path / "model", report=report)
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -180,10 +175,10 @@ def test_rules_that_ask_for_more_are_refused(case):
     changes, said = WRONG[case]
     rule = {"role": "mlp.in", "structure": {"kind": "dense"}, "criterion": "rocket"} | changes
     with pytest.raises(ValueError, match=said):
-        compress(build("gpt2"), {"replace": [rule], "budget": {"keep": 0.5}, "calibrate": {}}, text=text())
+        compress(build("gpt2"), {"replace": [rule], "budget": {"keep": 0.5}, "calibrate": {}}, text=text(4, 48))
 
 
 def test_methods_are_for_what_they_are_for():
     given = {"replace": [{"prune": "mlp", "criterion": "rocket"}], "budget": {"keep": 0.5}, "calibrate": {}}
     with pytest.raises(ValueError, match="names criterion rocket, which is not for this; there are loss, modegpt"):
-        compress(build("gpt2"), given, text=text())
+        compress(build("gpt2"), given, text=text(4, 48))

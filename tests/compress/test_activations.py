@@ -12,7 +12,7 @@ from plain import seen, text, watched
 
 from tenfold.compression.activations import Activations, freeze_copy, group_by_block
 from tenfold.compression.compress import compress
-from tenfold.compression.moments import MomentAccumulator
+from tenfold.compression.moments import Moments
 from tenfold.models.sites import find_sites
 
 CHAINS = ["gpt2", "llama", "qwen3", "gemma3_text", "phi", "gpt_neox", "opt", "opt-projected", "bert", "roberta"]
@@ -43,6 +43,11 @@ def change(model, site) -> None:
         model.get_submodule(site.path).weight.mul_(1.5).add_(0.05)
 
 
+def moments_of(activations, number, block, path, *mixture):
+    (sums,) = activations.sum_moments(number, block, [path], *mixture)
+    return sums.reduce(path)
+
+
 def mean(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     return sum(np.outer(a, b) for a, b in zip(x, z, strict=True)) / len(x)
 
@@ -65,9 +70,7 @@ def test_moments_are_those_of_a_plain_run(name):
         for site, share, local in zip(sites, cycle([0.0, 0.3, 1.0]), cycle([None, original]), strict=False):
             x, y, z = (run[site.path][0] for run in runs)
             x = share * x + (1 - share) * (z if local is None else y)
-            found = activations.collect_moments(
-                number, block, site.path.removeprefix(f"{path}."), local, original, share
-            )
+            found = moments_of(activations, number, block, site.path.removeprefix(f"{path}."), local, original, share)
             same(found.second, mean(z, z))
             same(found.cross, mean(x, z))
             same(found.mean, z.mean(0))
@@ -78,26 +81,19 @@ def test_moments_are_those_of_a_plain_run(name):
 
 
 @each
-def test_without_an_original_block_there_is_one_stream(name):
-    model, words, activations, blocks = given(name)
-    for number, (path, sites) in enumerate(blocks.items()):
-        x, _ = seen(model, words, sites[-1].path)
-        found = activations.collect_moments(number, model.get_submodule(path), sites[-1].path.removeprefix(f"{path}."))
-        same(found.second, mean(x, x))
-        same(found.cross, mean(x, x))
-        activations.advance(number)
-
-
-def test_the_other_stream_may_go_through_the_original_blocks(name="llama"):
+@pytest.mark.parametrize("changed", [False, True])
+def test_one_stream_goes_through_the_blocks_as_they_are_or_through_the_original_ones(name, changed):
     model, words, activations, blocks = given(name)
     before = copy.deepcopy(model)
     for number, (path, sites) in enumerate(blocks.items()):
         original = freeze_copy(model.get_submodule(path))
-        change(model, sites[0])
-        x, _ = seen(before, words, sites[0].path)
-        found = activations.collect_moments(number, original, sites[0].path.removeprefix(f"{path}."))
+        if changed:
+            change(model, sites[0])
+        x, _ = seen(before, words, sites[-1].path)
+        found = moments_of(activations, number, original, sites[-1].path.removeprefix(f"{path}."))
         same(found.second, mean(x, x))
-        activations.advance(number, compressed=original)
+        same(found.cross, mean(x, x))
+        activations.advance(number, compressed=original if changed else None)
 
 
 def test_bfloat16_is_near(name="llama"):
@@ -107,14 +103,14 @@ def test_bfloat16_is_near(name="llama"):
     found = []
     for kind in ("float32", "bfloat16"):
         activations = Activations(model, list(blocks), words.batches, precision=kind)
-        found.append(activations.collect_moments(0, model.get_submodule(path), inner).second)
+        found.append(moments_of(activations, 0, model.get_submodule(path), inner).second)
     apart = float((found[0] - found[1]).norm() / found[0].norm())
     assert 0 < apart < 0.02
 
 
 def test_sums_are_in_float32_while_blocks_run_in_bfloat16():
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) + 30
-    plain, inside = MomentAccumulator(16, True), MomentAccumulator(16, True)
+    plain, inside = Moments(16, True), Moments(16, True)
     plain.add(rows, rows)
     with torch.autocast("cpu", torch.bfloat16):
         inside.add(rows, rows)

@@ -1,51 +1,12 @@
 """Allocation against every combination of options, on small curves drawn at random."""
 
-from itertools import product
-
 import numpy as np
 import pytest
+from curves import budgets, drawn, is_used_up, least_loss, spent
 
 from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 
 seeds = pytest.mark.parametrize("seed", range(15))
-
-
-def steps_down(draw, convex: bool) -> np.ndarray:
-    """Return the gain per parameter of every further option, decreasing where convex."""
-    slopes = draw.exponential(size=draw.integers(1, 5))
-    return np.sort(slopes)[::-1] if convex else slopes
-
-
-def curves_of(seed: int, convex: bool = True) -> list[TradeoffCurve]:
-    draw, curves = np.random.default_rng(seed), []
-    for number in range(draw.integers(1, 5)):
-        slopes = steps_down(draw, convex)
-        costs = draw.integers(1, 9, size=len(slopes) + 1).cumsum()
-        losses = np.append((slopes * np.diff(costs))[::-1].cumsum()[::-1], 0.0)
-        curves.append(TradeoffCurve(f"item {number}", costs, losses, list(range(len(costs)))))
-    return curves
-
-
-def bounds(curves) -> tuple[int, int]:
-    return sum(curve.costs[0] for curve in curves), sum(curve.costs[-1] for curve in curves)
-
-
-def budgets(curves, seed: int = 0) -> list[float]:
-    """Return the least and the most that all items can cost, and some budgets between."""
-    least, whole = bounds(curves)
-    return [least, *np.random.default_rng(seed).uniform(least, whole, size=4), whole]
-
-
-def spent(curves, chosen) -> tuple[float, float]:
-    """Return the total cost and the total loss."""
-    at = [curve.options.index(chosen[curve.name]) for curve in curves]
-    pairs = list(zip(curves, at, strict=True))
-    return sum(curve.costs[k] for curve, k in pairs), sum(curve.losses[k] for curve, k in pairs)
-
-
-def least_loss(curves, budget: float) -> float:
-    every = product(*(zip(curve.costs, curve.losses, strict=True) for curve in curves))
-    return min(sum(loss for _, loss in one) for one in every if sum(cost for cost, _ in one) <= budget)
 
 
 def largest_step(curves) -> float:
@@ -55,19 +16,14 @@ def largest_step(curves) -> float:
 @seeds
 @pytest.mark.parametrize("convex", [True, False])
 def test_the_budget_is_kept_and_used_up(seed, convex):
-    curves = curves_of(seed, convex)
+    curves = drawn(seed, convex)
     for budget in budgets(curves, seed):
-        chosen = allocate_by_loss(curves, budget)
-        cost, _ = spent(curves, chosen)
-        assert cost <= budget
-        for curve in curves:
-            k = curve.options.index(chosen[curve.name])
-            assert (cost - curve.costs[k] + curve.costs[k + 1 :] > budget).all()
+        assert is_used_up(curves, allocate_by_loss(curves, budget), budget)
 
 
 @seeds
 def test_at_most_one_step_is_lost_on_convex_curves(seed):
-    curves = curves_of(seed)
+    curves = drawn(seed)
     for budget in budgets(curves, seed):
         _, loss = spent(curves, allocate_by_loss(curves, budget))
         assert loss <= least_loss(curves, budget) + largest_step(curves) + 1e-12
@@ -77,7 +33,7 @@ def test_at_most_one_step_is_lost_on_convex_curves(seed):
 @pytest.mark.parametrize("convex", [True, False])
 def test_nothing_is_lost_at_the_budgets_that_a_price_asks_for(seed, convex):
     """At ``price`` per parameter every item takes the option with the least ``loss + price * cost``."""
-    curves = curves_of(seed, convex)
+    curves = drawn(seed, convex)
     for price in np.random.default_rng(seed).exponential(size=6):
         budget = sum(curve.costs[np.argmin(curve.losses + price * curve.costs)] for curve in curves)
         cost, loss = spent(curves, allocate_by_loss(curves, budget))

@@ -10,7 +10,12 @@ from plain import text
 from tenfold.compression.activations import Activations, group_by_block
 from tenfold.compression.block_finetune import finetune_block
 from tenfold.compression.compress import compress
+from tenfold.models.config import Calibrate
 from tenfold.models.sites import find_sites
+
+
+def steps(count: int, rate: float) -> Calibrate:
+    return Calibrate(block_finetune_steps=count, block_finetune_rate=rate)
 
 
 def given(name: str, noise: float):
@@ -50,7 +55,7 @@ def test_the_error_is_that_of_the_metric_and_falls(name):
     root = torch.randn(32, 32, dtype=torch.float64)
     metric = root @ root.T
     first = error(activations, number, block, original, metric)
-    before, after = finetune_block(activations, number, block, original, metric, 60, 3e-3)
+    before, after = finetune_block(activations, number, original, metric, steps(60, 3e-3))
     assert before == pytest.approx(first, rel=1e-3)
     assert after == pytest.approx(error(activations, number, block, original, metric), rel=1e-3)
     assert after < 0.8 * before
@@ -59,7 +64,7 @@ def test_the_error_is_that_of_the_metric_and_falls(name):
 
 def test_what_is_no_better_is_not_kept():
     activations, number, block, original = given("gpt2", 0.0)
-    before, after = finetune_block(activations, number, block, original, None, 5, 0.1)
+    before, after = finetune_block(activations, number, original, None, steps(5, 0.1))
     assert before == after == 0.0
     assert all(torch.equal(a, b) for a, b in zip(block.parameters(), original.parameters(), strict=True))
 

@@ -39,22 +39,34 @@ IN_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "rules", "of", "keep"), KEPT)
+SIZES = {
+    "model": lambda model: price(model)["parameters"]["total"],
+    "without_head": lambda model: price(model)["parameters"]["without_head"],
+    "flops": lambda model: price(model)["flops_per_token"]["1024"],
+    "blocks": lambda model: sum(p.numel() for p in model.transformer.h.parameters()),
+    "bytes": lambda model: 4 * price(model)["parameters"]["total"],
+}
+parameters, flops = SIZES["model"], SIZES["flops"]
+
+
+def compressed(model, recipe: dict, keep: float, of: str, unused: float = 0.02):
+    """Return a compressed copy, after checking that it has the share ``keep`` of the part ``of`` the model, and not much less."""
+    after = compress(copy.deepcopy(model), recipe | {"budget": {"keep": keep, "of": of}}, text=text())[0]
+    assert (keep - unused) * SIZES[of](model) < SIZES[of](after) <= keep * SIZES[of](model)
+    return after
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "of", "keep"), [*KEPT, *(("mixtral", "prune", of, 0.8) for of in ("model", "flops"))]
+)
 def test_a_budget_is_kept_and_used(name, rules, of, keep):
-    def size(model) -> int:
-        found = price(model)
-        counts = {"model": found["parameters"]["total"], "without_head": found["parameters"]["without_head"]}
-        return counts.get(of, found["flops_per_token"]["1024"])
-
-    model = toys.build(name)
-    recipe = {"replace": RULES[rules], "budget": {"keep": keep, "of": of}}
-    after = compress(copy.deepcopy(model), recipe, text=text())[0]
-    assert (keep - 0.02) * size(model) < size(after) <= keep * size(model)
+    compressed(toys.build(name), {"replace": RULES[rules]}, keep, of)
 
 
-def test_flops_need_activations():
-    recipe = {"replace": RULES["low rank"], "budget": {"keep": 0.7, "of": "flops"}}
-    with pytest.raises(ValueError, match="a budget of flops is for rules that a calibration text guides"):
+@pytest.mark.parametrize("of", ["flops", "bytes"])
+def test_flops_and_bytes_need_activations(of):
+    recipe = {"replace": RULES["low rank"], "budget": {"keep": 0.7, "of": of}}
+    with pytest.raises(ValueError, match=f"a budget of {of} is for rules that a calibration text guides"):
         compress(toys.build("gpt2"), recipe)
 
 
@@ -72,21 +84,6 @@ def test_a_budget_of_bytes_is_kept_by_the_files(name, rules, dtype, keep, tmp_pa
     assert (keep - 0.04) * whole < small <= keep * whole
     again = compress(copy.deepcopy(after), recipe, text=text())[0]
     assert (keep - 0.08) * small < size(again, tmp_path / "again") <= keep * small
-
-
-def test_bytes_need_activations():
-    recipe = {"replace": RULES["low rank"], "budget": {"keep": 0.7, "of": "bytes"}}
-    with pytest.raises(ValueError, match="a budget of bytes is for rules that a calibration text guides"):
-        compress(toys.build("gpt2"), recipe)
-
-
-@pytest.mark.parametrize("of", ["model", "flops"])
-def test_a_budget_of_a_mixture_is_kept(of):
-    model = toys.build("mixtral")
-    sizes = {"model": lambda m: price(m)["parameters"]["total"], "flops": lambda m: price(m)["flops_per_token"]["1024"]}
-    recipe = {"replace": RULES["prune"], "budget": {"keep": 0.8, "of": of}}
-    after = compress(copy.deepcopy(model), recipe, text=text())[0]
-    assert 0.78 * sizes[of](model) < sizes[of](after) <= 0.8 * sizes[of](model)
 
 
 # several structures ------------------------------------------------------------------------------------------------
@@ -137,20 +134,8 @@ def test_which_structure_suits_is_not_seen_without_data():
 @pytest.mark.parametrize("of", ["model", "without_head", "blocks", "bytes"])
 def test_a_budget_is_a_share_of_the_model_that_came_in(of):
     """An embedding with a rule of its own counts towards the budget."""
-
-    def size(model) -> int:
-        found = {
-            "model": price(model)["parameters"]["total"],
-            "without_head": price(model)["parameters"]["without_head"],
-        }
-        found["blocks"] = sum(p.numel() for p in model.transformer.h.parameters())
-        return found.get(of, found["model"])
-
-    model = toys.build("gpt2")
     embed = {"role": "embed", "structure": {"kind": "low_rank"}, "keep": 0.5}
-    recipe = {"replace": [embed, *RULES["prune"]], "budget": {"keep": 0.8, "of": of}}
-    after = compress(copy.deepcopy(model), recipe, text=text())[0]
-    assert 0.78 * size(model) < size(after) <= 0.8 * size(model)
+    after = compressed(toys.build("gpt2"), {"replace": [embed, *RULES["prune"]]}, 0.8, of)
     assert after.transformer.wte.structure.kind == "low_rank"
 
 
@@ -170,17 +155,9 @@ def test_outside_of_the_blocks_a_rule_says_how_much_stays():
 # models that are folded already ------------------------------------------------------------------------------------
 
 
-def flops(model) -> int:
-    return price(model)["flops_per_token"]["1024"]
-
-
-def parameters(model) -> int:
-    return price(model)["parameters"]["total"]
-
-
 @pytest.mark.parametrize("keep", [0.9, 0.8])
-@pytest.mark.parametrize(("of", "size"), [("model", parameters), ("flops", flops)])
-def test_a_rule_of_its_own_size_on_folded_matrices_is_counted_from_what_they_hold(of, size, keep):
+@pytest.mark.parametrize("of", ["model", "flops"])
+def test_a_rule_of_its_own_size_on_folded_matrices_is_counted_from_what_they_hold(of, keep):
     low = {"kind": "low_rank"}
     first = {"replace": [{"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {**low, "rank": 8}}]}
     model = compress(toys.build("llama"), first)[0]
@@ -188,27 +165,22 @@ def test_a_rule_of_its_own_size_on_folded_matrices_is_counted_from_what_they_hol
         {"role": ["mlp.in", "mlp.gate"], "structure": {**low, "rank": 6}},
         {"role": ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.out"], "structure": low},
     ]
-    after = compress(copy.deepcopy(model), {"replace": rules, "budget": {"keep": keep, "of": of}}, text=text())[0]
-    assert (keep - 0.03) * size(model) < size(after) <= keep * size(model)
+    compressed(model, {"replace": rules}, keep, of, 0.03)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_flops_of_a_shared_factor_are_those_of_every_site(name):
     """Gate and up share a right factor, but both multiply by it."""
-    model = toys.build(name)
     shared = {"role": ["mlp.gate", "mlp.in"], "structure": {"kind": "low_rank"}}
     shared["share"] = {"factors": ["right"], "across": "roles"}
     rules = [shared, {"role": ["mlp.out", "attn.q", "attn.out"], "structure": {"kind": "low_rank"}}]
-    after = compress(copy.deepcopy(model), {"replace": rules, "budget": {"keep": 0.8, "of": "flops"}}, text=text())[0]
-    assert 0.77 * flops(model) < flops(after) <= 0.8 * flops(model)
+    compressed(toys.build(name), {"replace": rules}, 0.8, "flops", 0.03)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_flops_are_used_up_a_second_time(name):
-    recipe = {"replace": RULES["prune"], "budget": {"keep": 0.8, "of": "flops"}}
-    once = compress(toys.build(name), recipe, text=text())[0]
-    before = flops(once)
-    assert 0.77 * before < flops(compress(once, recipe, text=text())[0]) <= 0.8 * before
+    once = compressed(toys.build(name), {"replace": RULES["prune"]}, 0.8, "flops", 0.03)
+    compressed(once, {"replace": RULES["prune"]}, 0.8, "flops", 0.03)
 
 
 def test_a_rule_is_for_matrices_inside_or_outside_of_the_blocks():

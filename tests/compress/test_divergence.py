@@ -9,7 +9,7 @@ from models import toys
 from plain import text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compression import collect
+from tenfold.compression import blockwise
 from tenfold.compression.compress import compress
 
 WORDS = text(8, padded=True)
@@ -38,7 +38,7 @@ def wrong(model, correction: dict):
 
 def tried(model, monkeypatch, **calibrate) -> list:
     """Return ``(trials of a block, its curves before and after)`` of every block."""
-    found, real = [], collect.scale_by_trials
+    found, real = [], blockwise.scale_by_trials
 
     def scale(curves, trials, *given):
         before = copy.deepcopy(curves)
@@ -46,7 +46,7 @@ def tried(model, monkeypatch, **calibrate) -> list:
         found.append((trials, before, curves))
         return done
 
-    monkeypatch.setattr(collect, "scale_by_trials", scale)
+    monkeypatch.setattr(blockwise, "scale_by_trials", scale)
     recipe = {"replace": RULES, "budget": {"keep": 0.6, "of": "sites"}}
     compress(copy.deepcopy(model), recipe | {"calibrate": {"divergence": 10_000} | calibrate}, text=WORDS)
     return found

@@ -8,7 +8,7 @@ import torch
 from models import toys
 from plain import gradients, seen, text
 
-from tenfold.compression import collect
+from tenfold.compression import blockwise
 from tenfold.compression.compress import compress
 from tenfold.compression.evidence import expected_loss, fisher_losses, split_halves, unit_products
 
@@ -98,13 +98,13 @@ def _drawn_pair(model, module, ids, seed):
 
 def test_the_survey_has_the_gradients_of_plain_runs(known_draws, monkeypatch):
     """The evidence has the gradients of every batch beside its inputs."""
-    found, real = {}, collect.Block
+    found, real = {}, blockwise.Block
 
     def block(*given):
         found.update(given[7] if len(given) > 7 else {})
         return real(*given)
 
-    monkeypatch.setattr(collect, "Block", block)
+    monkeypatch.setattr(blockwise, "Block", block)
     model, words = toys.build("llama"), text(8)
     compress(copy.deepcopy(model), {"replace": [{"prune": "mlp"}], "budget": {"keep": 0.6}}, text=words)
     path = "model.layers.1.mlp.down_proj"

@@ -44,16 +44,26 @@ def test_narrowed_a_mixture_meets_its_budget_and_stays_better_than_a_random_one(
     assert (toys.logits(after) - toys.logits(model)).norm() < 0.7 * worst.norm()
 
 
-def test_moments_are_those_of_the_tokens_an_expert_gets():
-    model = toys.build("mixtral")
+def passed_forward(model, batches):
+    """Unpack ``model`` and run it; return the pass, and the paths of its sites and its input groups, block by block."""
     unpack(model)
-    words = text(8, padded=True)
     sites = group_by_block(find_sites(model))
-    path = "model.layers.0"
-    activations = Activations(model, list(sites), words.batches)
-    look, stages = FisherPass(activations), activations.find_input_groups(0, sites[path])
-    look.forward(0, stages)
-    seen = look.backward(0, stages, None).moments
+    activations, groups = Activations(model, list(sites), batches), []
+    look = FisherPass(activations)
+    for number, some in enumerate(sites.values()):
+        groups.append(activations.find_input_groups(number, some))
+        look.forward(number, groups[-1])
+    return look, [[site.path for site in some] for some in sites.values()], groups
+
+
+ONE = torch.ones(1, 1, dtype=torch.long)  # a single token, for two of four experts
+ONE_TOKEN = [{"input_ids": ONE, "attention_mask": ONE}]
+
+
+def test_moments_are_those_of_the_tokens_an_expert_gets():
+    model, words, path = toys.build("mixtral"), text(8, padded=True), "model.layers.0"
+    look, _, (stages, _) = passed_forward(model, words.batches)
+    seen, *_ = look.backward(0, stages, None)
     kept = torch.cat([batch["attention_mask"].flatten().bool() for batch in words.batches])
     experts, states, indices = model.model.layers[0].mlp.experts, [], []
 
@@ -192,13 +202,8 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.mul_(30)
-    unpack(model)
-    one, path = torch.ones(1, 1, dtype=torch.long), "model.layers.0"  # a single token, for two of four experts
-    sites = group_by_block(find_sites(model))
-    activations = Activations(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = FisherPass(activations), activations.find_input_groups(0, sites[path])
-    look.forward(0, stages)
-    seen = look.backward(0, stages, None).moments
+    look, _, (stages, _) = passed_forward(model, ONE_TOKEN)
+    seen, *_ = look.backward(0, stages, None)
     traces = [float(seen[k].second.trace()) for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     tokens = [seen[k].tokens for k, stage in enumerate(stages) if stage[0].endswith("gate")]
     assert min(tokens) == 0 < max(tokens)
@@ -206,19 +211,10 @@ def test_unseen_experts_are_like_other_experts_not_like_attention():
 
 
 def test_outputs_of_unseen_experts_matter_as_those_of_the_others_on_average():
-    model = toys.build("mixtral")
-    unpack(model)
-    one = torch.ones(1, 1, dtype=torch.long)  # a single token, for two of four experts
-    sites = group_by_block(find_sites(model))
-    activations = Activations(model, list(sites), [{"input_ids": one, "attention_mask": one}])
-    look, stages = FisherPass(activations), {}
-    for number, path in enumerate(sites):
-        stages[number] = activations.find_input_groups(number, sites[path])
-        look.forward(number, stages[number])
+    look, paths, stages = passed_forward(toys.build("mixtral"), ONE_TOKEN)
     look.start_backward()
-    last = len(sites) - 1
-    ups = [site.path for site in sites[list(sites)[last]] if site.path.endswith(".up")]
-    matters = look.backward(last, stages[last], set(ups)).fisher
+    ups = [path for path in paths[-1] if path.endswith(".up")]
+    _, matters, _ = look.backward(len(paths) - 1, stages[-1], set(ups))
     traces = np.array([float(matters[path].trace()) for path in ups])
     far = np.abs(traces[:, None] - traces).argsort(1)[:, 1]
     unseen = [k for k in range(4) if torch.equal(matters[ups[k]], matters[ups[int(far[k])]])]
@@ -251,10 +247,8 @@ def test_experts_that_share_all_their_factors_are_put_together_again():
 
 def test_all_experts_are_read_by_one_pass_each(monkeypatch):
     """There are two passes in all, not one per expert."""
-    calls, moments = [], Activations.collect_expert_moments
-    monkeypatch.setattr(
-        Activations, "collect_expert_moments", lambda self, *rest: calls.append(rest) or moments(self, *rest)
-    )
+    calls, moments = [], Activations.sum_moments
+    monkeypatch.setattr(Activations, "sum_moments", lambda self, *rest: calls.append(rest) or moments(self, *rest))
     rule = {"role": ["mlp.in", "mlp.gate", "mlp.out"], "structure": {"kind": "low_rank", "rank": 8}}
     compressed(toys.build("mixtral"), [rule], None)
     assert len(calls) == 2 * 2  # in two blocks

@@ -17,8 +17,8 @@ from tenfold.baselines.drop_layers import measure_influence
 from tenfold.baselines.modegpt import influence_ratios, leverage_scores
 from tenfold.baselines.rotation import rotate_stream
 from tenfold.baselines.slicegpt import slice_coordinates, slice_stream, stream_moment
+from tenfold.compression.actions import plan_blocks
 from tenfold.compression.allocation import TradeoffCurve
-from tenfold.compression.block_plan import plan_blocks
 from tenfold.compression.calibration import Calibration
 from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.structured_pruning import PruneMlp
@@ -165,7 +165,7 @@ def test_asvd_scales_every_input(toy):
 def test_fwsvd_weighs_every_row(toy):
     state = ResumeState()
     before, after = compressed(toy, "fwsvd", state)
-    weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in state.fisher(k).items()}
+    weights = {path: g.diagonal().sqrt() for k in range(2) for path, g in state.statistics(k)[0].items()}
     for path, w, near, rank in ranked(before, after):
         weight = weights[path].clamp_min(1e-3 * float(weights[path].square().mean().sqrt()))[:, None]
         torch.testing.assert_close(weight * near, truncated(weight * w, rank)[0], atol=1e-5, rtol=1e-3)
