@@ -42,7 +42,7 @@ class FactorizeSite(Action):
             if _is_open(spec):
                 try:
                     family = Structure.family(spec["kind"])
-                    priced += family.sizes(target.weight, spec, target.inputs, target.outputs, need_losses)
+                    priced += family.errors_by_size(target.weight, spec, target.inputs, target.outputs, need_losses)
                 except ValueError as reason:
                     raise ValueError(f"{self.site.path} ({out}x{inner}): {reason}") from None
             else:
@@ -106,7 +106,7 @@ class FactorizeStack(Action):
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         target, inner, height = self._stacked_target(block), self.sites[0].shape[1], sum(self.heights)
-        sizes = LowRank.sizes(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)
+        sizes = LowRank.errors_by_size(target.weight, {"kind": "low_rank"}, target.inputs, target.outputs)
         sizes = sizes[: min(*self.heights, inner)]
         costs = np.array([structure.numel for structure, _ in sizes] + [height * inner])
         losses = np.array([loss / 2 for _, loss in sizes] + [0.0])

@@ -11,8 +11,8 @@ from tenfold.models.experts import unpack
 from tenfold.models.plan import Plan, SitePlan
 from tenfold.models.quantization_config import VERSION, TenfoldConfig, get_tenfold_config
 from tenfold.models.sites import FACTORIZED, Site, is_tied, resolve
-from tenfold.nn.registry import family
 from tenfold.structure import Structure
+from tenfold.structure.base import FactorSpec
 
 
 def describe(model: PreTrainedModel, recipe: str = "") -> TenfoldConfig:
@@ -58,7 +58,7 @@ def read_structures(config: TenfoldConfig) -> dict[str, Structure]:
     structures = {}
     for path, spec in config.sites.items():
         try:
-            structures[path] = family(spec["structure"].get("kind")).from_json(spec["structure"])
+            structures[path] = FactorSpec.from_json(spec["structure"])
         except ValueError as reason:
             raise ValueError(f"site {path} of the checkpoint: {reason}") from None
         except (KeyError, TypeError, AttributeError):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from tenfold.models.recipe import Recipe, Rule, Share, Start
 from tenfold.models.sites import Site, count_parameters, find_sites, is_tied
-from tenfold.nn.registry import LAYERS, check_matrix, family
 from tenfold.structure import LowRank, Stacked, Structure, Sum
+from tenfold.structure.base import FactorSpec, check_matrix, has_matrix
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def build_structure(site: Site, spec: dict) -> Structure:
 
 def _is_open(rule: Rule) -> bool:
     """Tell whether a ratio to keep determines the rank of the rule's structure."""
-    return family(rule.spec["kind"]).is_open(rule.spec)
+    return FactorSpec.family(rule.spec["kind"]).is_open(rule.spec)
 
 
 def _build_by_rule(rule: Rule, site: Site, keep: float | None) -> Structure:
@@ -158,13 +158,13 @@ def _build_by_rule(rule: Rule, site: Site, keep: float | None) -> Structure:
 
 def _build(rule: Rule, site: Site, keep: float | None) -> Structure:
     (out, inner), spec = site.shape, rule.spec
-    if spec["kind"] in LAYERS:
+    if not has_matrix(spec["kind"]):
         given = {"split": rule.split > 1, "adapter": rule.adapter_rank is not None, "keep": rule.keep}
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"{spec['kind']} is no structure and takes no {', '.join(wrong)}; give it a rank")
         if site.role == "embed":
             raise ValueError(f"{spec['kind']} takes the place of linear layers; choose a structure for the embedding")
-        return family(spec["kind"]).for_shape(out, inner, spec)
+        return FactorSpec.family(spec["kind"]).for_shape(out, inner, spec)
     if rule.split > 1 and site.interleaved:
         raise ValueError(f"its parts alternate head by head, so split: {rule.split} can't part them; leave split out")
     if out % rule.split:

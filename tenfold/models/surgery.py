@@ -27,8 +27,8 @@ from tenfold.models.plan import Plan, SitePlan
 from tenfold.models.sites import FACTORIZED, base_model, dtype_of, forget_tie, head_path, is_tied, weight_of
 from tenfold.models.suggestions import check_name
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, SharedFactors, TiedEmbedding, TiedHead
-from tenfold.nn.registry import check_matrix, layer_of
 from tenfold.structure import Factors
+from tenfold.structure.base import check_matrix
 
 CONTAINER = "shared_factors"
 GROUPS_PER_PROCESS = 8  # that a process fits before the results are gathered
@@ -204,7 +204,7 @@ def _install_layer(model: PreTrainedModel, entry: SitePlan) -> tuple[Any, Any]:
         scale = getattr(old, "scalar_embed_scale", getattr(old, "multiplier", 1.0))
         new: Any = FactorizedEmbedding(entry.structure, old.padding_idx, scale, **given)
     else:
-        new = layer_of(entry.structure)(entry.structure, entry.bias, **given)
+        new = FactorizedLinear(entry.structure, entry.bias, **given)
         if not entry.bias:
             forget_tie(model, f"{path}.bias")
         elif old.bias is not None and old.bias.shape == new.bias.shape:  # not where the layer gets narrower

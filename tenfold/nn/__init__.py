@@ -1,8 +1,6 @@
 """Layers that own the factors of a structure: drop-in for ``nn.Linear`` and ``nn.Embedding``."""
 
 from tenfold.nn.adapter import Adapter as Adapter
-from tenfold.nn.cola import Cola as Cola
-from tenfold.nn.cola import ColaLinear as ColaLinear
 from tenfold.nn.experts import Expert as Expert
 from tenfold.nn.experts import Experts as Experts
 from tenfold.nn.layers import FactorizedEmbedding as FactorizedEmbedding

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tenfold.structure.matmul import is_traced
+from tenfold.structure.few_rows import is_traced
 
 
 class Expert(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tenfold.nn.quantized import dequantize, is_quantized
 from tenfold.structure import Factors, Structure
 from tenfold.structure.cost_model import hardware_costs
-from tenfold.structure.matmul import BUCKETS, bucket, counts_of, is_traced
-from tenfold.structure.one_row import linear
+from tenfold.structure.few_rows import is_traced, linear
+from tenfold.structure.matmul import BUCKETS, bucket, counts_of
 
 FEW = 128  # rows of a call up to which the overhead of planning exceeds the cost of plain products
 
@@ -95,18 +95,13 @@ class _Factorized(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
-        """Copy ``factors`` into the parameters and index maps of this layer, except the shared ones.
-
-        Raises:
-            ValueError: a factor is missing or has the wrong shape.
-        """
+        """Copy ``factors`` into the parameters and index maps of this layer, except the shared ones."""
         self.structure.check_factors(factors)
         for name in self._names:
             if name not in self.shared:
                 getattr(self, name).copy_(factors[name])
 
     def dense(self) -> Float[Tensor, "out inner"]:
-        """Return ``W (out, in)``."""
         return self.structure.dense(self.factors())
 
     @property
@@ -176,9 +171,8 @@ class FactorizedLinear(_Factorized):
 
     def _cached_weight(self, x: Tensor, factors: Factors) -> Tensor | None:
         """Return the cached ``W`` if it may be used: without gradients, and for this number of rows."""
-        if self.training or is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return None
-        if bucket(x.numel() // self.in_features) not in self.cached_rows:
+        plain = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+        if not plain or is_traced() or bucket(x.numel() // self.in_features) not in self.cached_rows:
             return None
         if self.cached is None:
             self.cached = self.structure.dense(factors)
@@ -244,7 +238,6 @@ class _Tied(nn.Module):
         self.attach(embedding)
 
     def attach(self, embedding: FactorizedEmbedding) -> None:
-        """Call ``embedding`` from now on."""
         self._embedding = [embedding]  # a list, so that the embedding is not registered here too
 
     @property
@@ -256,7 +249,6 @@ class _Tied(nn.Module):
         return self._embedding[0].weight
 
     def dense(self) -> Float[Tensor, "out inner"]:
-        """Return ``W (vocabulary, width)``."""
         return self._embedding[0].dense()
 
 
@@ -264,7 +256,6 @@ class TiedEmbedding(_Tied):
     """A second embedding with the matrix of a factorised one (T5's encoder and decoder)."""
 
     def forward(self, ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows width"]:
-        """Return the rows of ``ids``."""
         return self._embedding[0](ids)
 
 

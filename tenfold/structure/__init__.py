@@ -22,7 +22,6 @@ Sizes are the capital letters of their labels; ``R`` is a rank or a number of te
 | ``Stacked`` | the parts below each other (fused QKV, gate and up) | sum | sum | of the parts |
 | ``Sum`` | the sum of the elements of the parts | sum | sum | greedy, then alternating |
 | ``Scattered`` | ``base`` at given rows and columns, zero elsewhere | as the base | as the base | as the base |
-| ``Transposed`` | ``base[i, o]`` | as the base | by plan | as the base |
 | ``CustomEinsum`` | any einsum, from a recipe | prod of sizes per factor | by plan | alternating |
 
 The plan with the lowest price for the number of rows is chosen (``tenfold.structure.matmul``), including to make ``W`` first,
@@ -38,11 +37,11 @@ from tenfold.structure.base import Factors as Factors
 from tenfold.structure.base import Structure as Structure
 from tenfold.structure.blast import Blast as Blast
 from tenfold.structure.block_train import BlockTensorTrain as BlockTensorTrain
+from tenfold.structure.cola import Cola as Cola
 from tenfold.structure.combinators import CustomEinsum as CustomEinsum
 from tenfold.structure.combinators import Scattered as Scattered
 from tenfold.structure.combinators import Stacked as Stacked
 from tenfold.structure.combinators import Sum as Sum
-from tenfold.structure.combinators import Transposed as Transposed
 from tenfold.structure.kronecker import Kronecker as Kronecker
 from tenfold.structure.low_rank import Dense as Dense
 from tenfold.structure.low_rank import LowRank as LowRank

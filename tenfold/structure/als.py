@@ -65,18 +65,8 @@ def fit(
     targets = [_check("weight", structure, weight, structure.shape) for weight in (weights if several else [weights])]
     norms = _check_metrics("metric", structure, metrics, len(targets), structure.shape[1])
     rows = _check_metrics("row metric", structure, row_metrics, len(targets), structure.shape[0])
-    if several and not shared:
-        settings = {
-            "start": start,
-            "sweeps": sweeps,
-            "tolerance": tolerance,
-            "starts": starts,
-            "seed": seed,
-            "log": log,
-        }
-        each = [fit(structure, *problem, **settings) for problem in zip(targets, norms, rows, strict=True)]
-        return {name: torch.stack([factors[name] for factors in each]) for name in each[0]}
     plain = all(metric is None for metric in (*norms, *rows))
+    log = {} if log is None else log
     if several and plain and start is None:
         form = structure.shared_form(targets, tuple(shared), sweeps, tolerance)
         if form:
@@ -85,7 +75,8 @@ def fit(
     if not several and start is None:
         start, exact = problem.closed_form()
         if exact and start is not None:
-            _update(log, 0, "exact", problem.objective(problem.initial_state(start)))
+            error = float(problem.objective(problem.initial_state(start)))
+            log.update(sweeps=0, stopped_by="exact", objective=error)
             return start
         if not plain:  # few rounds from the Frobenius fit beat many from elsewhere
             settings = {"sweeps": min(200, 40 * sweeps), "tolerance": max(tolerance, START_TOLERANCE)}
@@ -95,13 +86,8 @@ def fit(
     states = problem.initial_states(start, max(1, starts), seed)
     results = [problem.alternate(state, sweeps, tolerance) for state in states]
     best, count, reason, error = min(results, key=lambda result: result[3])
-    _update(log, count, reason, error)
+    log.update(sweeps=count, stopped_by=reason, objective=error)
     return {name: value[0] if not several or name in shared else value for name, value in best.items()}
-
-
-def _update(log: dict | None, sweeps: int, reason: str, objective) -> None:
-    if log is not None:
-        log.update(sweeps=sweeps, stopped_by=reason, objective=float(objective))
 
 
 def _check(what: str, structure: Structure, matrix: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -128,13 +114,11 @@ class Problem:
 
     def __init__(self, structure: Structure, targets: list[Tensor], metrics: list, rows: list, shared: tuple[str, ...]):
         self.structure, self.targets, self.shared = structure, targets, shared
-        self.metrics, self.rows = metrics, rows
+        self.metrics, self.rows, self.einsums = metrics, rows, structure.normal_form()
         self.weighted = any(metric is not None for metric in metrics)
-        self.einsums = structure.normal_form()
         shapes = structure.factor_shapes()
-        for name in shared:
-            if name not in shapes:
-                raise ValueError(f"{structure} has no factor {name!r} to share; it has {list(shapes)}")
+        if unknown := [name for name in shared if name not in shapes]:
+            raise ValueError(f"{structure} has no factor {unknown[0]!r} to share; it has {list(shapes)}")
 
     def closed_form(self) -> tuple[Factors | None, bool]:
         """Return a non-iterative fit to the only target, if there is one, and whether it is optimal."""
@@ -153,11 +137,11 @@ class Problem:
         if start is None:  # weighted unevenly, so that opposite targets do not cancel
             total = torch.stack([target / (s + 1) for s, target in enumerate(self.targets)]).sum(0)
             start = self.structure.closed_form(total)
-            std = float(total.square().mean().sqrt()) or 1.0
-        if start is not None:
-            return [self.initial_state(start)]
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(starts)]
-        return [self.initial_state(self.structure.init(std, generator, torch.float64)) for generator in generators]
+            if start is None:
+                std = float(total.square().mean().sqrt()) or 1.0
+                generators = [torch.Generator().manual_seed(seed + k) for k in range(starts)]
+                return [self.initial_state(self.structure.init(std, one, torch.float64)) for one in generators]
+        return [self.initial_state(start)]
 
     def initial_state(self, start: Factors) -> Factors:
         """Return the state in which every target has the factors ``start``."""
@@ -169,11 +153,9 @@ class Problem:
         return state
 
     def factors_of(self, state: Factors, s: int) -> Factors:
-        """Return the factors of target ``s``."""
         return {name: value[0] if len(value) == 1 else value[s] for name, value in state.items()}
 
     def objective(self, state: Factors) -> Tensor:
-        """Return ``sum_s || R_s (W_s - What_s) L_s ||_F^2``."""
         total = self.targets[0].new_zeros(())
         for s, (target, metric, row) in enumerate(zip(self.targets, self.metrics, self.rows, strict=True)):
             rest = target - self.structure.dense(self.factors_of(state, s))
@@ -182,17 +164,12 @@ class Problem:
         return total
 
     def alternate(self, state: Factors, sweeps: int, tolerance: float) -> tuple[Factors, int, str, float]:
-        """Alternate until a sweep gains less than ``tolerance``; then L-BFGS, for row metrics and systems that are too large.
-
-        Returns:
-            The state, the number of sweeps, the reason to stop, and the objective.
-        """
+        """Alternate until a sweep gains less than ``tolerance``; then L-BFGS, for row metrics and systems that are too large."""
         blocks = [(einsum, name) for einsum in self.einsums for name in einsum.spec.names]
         blocks.sort(key=lambda block: block[1] in self.shared)  # shared ones last: opposite targets cancel in them
         small = [block for block in blocks if self.system_size(*block) <= LARGEST_SYSTEM]
-        scale = self.objective(
-            {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
-        )
+        zeros = {name: value * 0 if value.is_floating_point() else value for name, value in state.items()}
+        scale = self.objective(zeros)
         first = now = self.objective(state)
         count, reason = 0, "sweeps"
         while count < sweeps and reason == "sweeps":
@@ -211,11 +188,9 @@ class Problem:
         return state, count, reason, float(now)
 
     def system_size(self, einsum: ScatteredEinsum, name: str) -> int:
-        """Return the number of unknowns of the largest linear system of a factor."""
         return max(einsum.spec.size(part) for part in self.coupled_labels(einsum.spec, name))
 
     def solve_factor(self, state: Factors, einsum: ScatteredEinsum, name: str) -> Tensor:
-        """Return the optimum of one factor with all others fixed."""
         systems = [self.system(self.factors_of(state, s), einsum, name, s) for s in range(len(self.targets))]
         if name in self.shared:
             grams, rights, labels = zip(*systems, strict=True)
@@ -298,14 +273,12 @@ class Problem:
 
     def minimize_lbfgs(self, state: Factors, steps: int) -> Factors:
         """Return the state after L-BFGS on all factors at once."""
+        trained = {name: value for name, value in state.items() if value.is_floating_point()}
         leaves = {
-            name: value.clone(memory_format=torch.contiguous_format).requires_grad_()
-            for name, value in state.items()
-            if value.is_floating_point()
+            n: value.clone(memory_format=torch.contiguous_format).requires_grad_() for n, value in trained.items()
         }
-        optimizer = torch.optim.LBFGS(
-            list(leaves.values()), max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
-        )
+        settings = {"history_size": 20, "line_search_fn": "strong_wolfe", "tolerance_change": 0.0}
+        optimizer = torch.optim.LBFGS(list(leaves.values()), max_iter=steps, **settings)
 
         def closure():
             optimizer.zero_grad()
@@ -330,9 +303,7 @@ def _solve_kronecker(grams: list[Tensor], right: Tensor) -> Tensor:
     return right
 
 
-def _group_operands(
-    gram: list, parts: list[tuple[str, ...]], split: tuple[str, ...], twin: dict[str, str]
-) -> list[list]:
+def _group_operands(gram: list, parts: list, split: tuple[str, ...], twin: dict[str, str]) -> list[list]:
     """Return the operands of the normal equations that each of ``parts`` reaches; the others go to the first one."""
     groups, rest = [], list(gram)
     for part in parts:

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import ClassVar
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +42,6 @@ class FactorSpec(ABC):
 
     @property
     def numel(self) -> int:
-        """Number of parameters."""
         return sum(math.prod(shape) for shape in self.factor_shapes().values())
 
     def check_factors(self, factors: Factors) -> None:
@@ -53,22 +52,38 @@ class FactorSpec(ABC):
             if tuple(factors[name].shape) != shape:
                 raise ValueError(f"factor {name!r} has shape {tuple(factors[name].shape)} but {self} needs {shape}")
 
+    @classmethod
+    def is_open(cls, spec: dict) -> bool:
+        """Return whether a budget can set a field of ``spec``: only matrices have errors by rank."""
+        return False
+
     def to_json(self) -> dict:
         """Return the kind and the fields as plain JSON."""
-        fields = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"kind": self.kind} | fields
+        return {"kind": self.kind} | {name: _to_json(getattr(self, name)) for name in self._fields()}
 
     @classmethod
-    def from_fields(cls, fields: dict):
-        """Return an instance with ``fields`` in plain JSON.
+    def _fields(cls) -> dict[str, dataclasses.Field]:
+        return {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
-        Raises:
-            ValueError: a field is unknown or missing.
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"{cls.kind} has no field {name!r}; its fields are {', '.join(known)}")
+    @classmethod
+    def family(cls, kind: str | None) -> Any:
+        """Return the class below this one that is named ``kind``."""
+        families = {family.kind: family for family in _families(cls)}
+        if kind not in families:
+            raise ValueError(f"there is no structure {kind!r}; choose one of {', '.join(sorted(families))}")
+        return families[kind]
+
+    @classmethod
+    def from_json(cls, data: dict) -> Any:
+        """Return the description that ``to_json`` wrote."""
+        return cls.family(data.get("kind")).from_fields({key: value for key, value in data.items() if key != "kind"})
+
+    @classmethod
+    def from_fields(cls, fields: dict) -> Self:
+        """Return an instance with ``fields`` in plain JSON."""
+        known = cls._fields()
+        if unknown := [name for name in fields if name not in known]:
+            raise ValueError(f"{cls.kind} has no field {unknown[0]!r}; its fields are {', '.join(known)}")
         missing = [n for n, field in known.items() if field.default is dataclasses.MISSING and n not in fields]
         if missing:
             raise ValueError(f"{cls.kind} needs {', '.join(missing)}; given were {', '.join(fields) or 'no fields'}")
@@ -83,7 +98,7 @@ class Structure(FactorSpec):
     else from the einsums of the normal form.
     """
 
-    grows: ClassVar[str | None] = None  # the field that a budget may raise: "rank", "terms"
+    grows: ClassVar[str] = ""  # the field that a budget may raise: "rank", "terms"
     optimal = False  # whether the closed form is the nearest member in the Frobenius norm
     optimal_in_metric = False  # whether the metric form is the nearest member in its norm
 
@@ -117,7 +132,7 @@ class Structure(FactorSpec):
 
         ``parts`` is the number of factors of each side, or two numbers, for ``outs`` and for ``ins``.
         """
-        names, spec = {field.name for field in dataclasses.fields(cls)}, dict(spec)
+        names, spec = cls._fields().keys(), dict(spec)
         if "out_features" in names:
             spec = {"out_features": out, "in_features": inner} | spec
         if {"outs", "ins"} <= names:
@@ -128,8 +143,8 @@ class Structure(FactorSpec):
     # derived, final ------------------------------------------------------------------------------------------------
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _to_tuples(getattr(self, field.name)))
+        for name in self._fields():
+            object.__setattr__(self, name, _to_tuples(getattr(self, name)))
         self.check()
         _ = self._row_blocks, self.matrices  # validates sizes, and caches both before anything is compiled
 
@@ -148,29 +163,25 @@ class Structure(FactorSpec):
         return spec.names if is_chain and only_maps and not more else None
 
     @cached_property
-    def _row_blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]] | None:
-        """``(first row, number of rows, einsums)`` if blocks of contiguous rows make up the matrix; else None."""
+    def _row_blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]]:
+        """``(first row, number of rows, einsums)`` of blocks of contiguous rows; one block if index maps scatter the rows."""
         blocks: dict[tuple[int, int], list[ScatteredEinsum]] = {}
         for einsum in self._einsums:
-            if einsum.first_row is None:
-                return None
-            blocks.setdefault((einsum.first_row, einsum.spec.shape[0]), []).append(einsum)
+            blocks.setdefault((einsum.first_row or 0, einsum.spec.shape[0]), []).append(einsum)
         ordered = sorted(blocks)
-        ends = [start + size for start, size in ordered]
-        if [start for start, _ in ordered] != [0, *ends[:-1]] or ends[-1] != self.shape[0]:
-            return None
-        return [(start, size, blocks[start, size]) for start, size in ordered]
+        starts = accumulate((size for _, size in ordered), initial=0)
+        mapped = any(einsum.first_row is None for einsum in self._einsums)
+        if mapped or [*(start for start, _ in ordered), self.shape[0]] != list(starts):
+            return [(0, self.shape[0], list(self._einsums))]
+        return [(*block, blocks[block]) for block in ordered]
 
     @property
     def _additions(self) -> int:
         """Number of elements that one product with a vector adds to others, outside of the einsums."""
-        if self._row_blocks is None:
-            return (len(self._einsums) - 1) * self.shape[0]
         return sum((len(einsums) - 1) * size for _, size, einsums in self._row_blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape ``(out, in)``."""
         return self._einsums[0].shape
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -181,7 +192,6 @@ class Structure(FactorSpec):
 
     @property
     def index_numel(self) -> int:
-        """Number of elements of the index maps."""
         return sum(length for (length,) in self.index_shapes().values())
 
     def axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
@@ -234,15 +244,11 @@ class Structure(FactorSpec):
         return self._apply(factors, x)
 
     def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out, inner = self.shape
-        flat, einsums = x.reshape(-1, inner), self._einsums
-        if self._row_blocks is None:
-            parts = [one.apply(factors, flat, bias if one is einsums[0] else None) for one in einsums]
-            return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], out)
-        blocks = []
+        (out, inner), blocks = self.shape, []
+        flat = x.reshape(-1, inner)
         for start, size, some in self._row_blocks:
             own = bias if bias is None or size == out else bias.narrow(0, start, size)
-            parts = [one.apply_block(factors, flat, own if one is some[0] else None) for one in some]
+            parts = [one.apply(factors, flat, size, own if one is some[0] else None) for one in some]
             blocks.append(sum(parts[1:], parts[0]))
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).reshape(*x.shape[:-1], out)
 
@@ -262,26 +268,12 @@ class Structure(FactorSpec):
         parts = [einsum.dense(factors) for einsum in self._einsums]
         return sum(parts[1:], parts[0])
 
-    def fit(
-        self,
-        weights: Float[Tensor, "out inner"] | Sequence[Float[Tensor, "out inner"]],
-        metrics: Float[Tensor, "n n"] | Sequence[Float[Tensor, "n n"] | None] | None = None,
-        row_metrics: Float[Tensor, "m m"] | Sequence[Float[Tensor, "m m"] | None] | None = None,
-        shared: Sequence[str] = (),
-        **settings,
-    ) -> Factors:
-        """Return the factors nearest to ``weights``; see ``tenfold.structure.als.fit``."""
-        return als.fit(self, weights, metrics, row_metrics, shared, **settings)
-
-    @classmethod
-    def from_json(cls, data: dict) -> Structure:
-        """Return the structure that ``to_json`` wrote."""
-        return cls.family(data.get("kind")).from_fields({key: value for key, value in data.items() if key != "kind"})
+    fit = als.fit
 
     @classmethod
     def for_shape(cls, out: int, inner: int, spec: dict) -> Structure:
         """Return the structure of a recipe's ``spec`` for a matrix ``(out, inner)``; missing fields are derived."""
-        family = cls.family(spec.get("kind"))
+        family = Structure.family(spec.get("kind"))
         fields = family.complete(out, inner, {key: value for key, value in spec.items() if key != "kind"})
         structure = family.from_fields(fields)
         if structure.shape != (out, inner):
@@ -293,13 +285,13 @@ class Structure(FactorSpec):
     @classmethod
     def within(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
         """Return the largest structure of ``spec`` with at most ``budget`` parameters, by raising its rank or terms."""
-        family = cls.family(spec.get("kind"))
+        family = Structure.family(spec.get("kind"))
         if not family.is_open(spec):
             raise ValueError(f"{spec} leaves no rank open that a budget could set; leave the rank or the terms out")
         return family.grow_to(out, inner, spec, budget)
 
     @classmethod
-    def sizes(
+    def errors_by_size(
         cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor, fitted: bool = True
     ) -> list[tuple[Structure, float]]:
         """Return structures of ``spec`` by increasing size, each with its squared error in the norm of both metrics.
@@ -317,21 +309,19 @@ class Structure(FactorSpec):
             except ValueError:  # none is as small as this
                 continue
             factors = structure.metric_form(weight, inputs, outputs) or structure.closed_form(weight)
-            if factors is None and not fitted:
-                errors[structure] = math.nan
-                continue
-            if factors is None:  # quick rather than good, because there are many sizes
+            if factors is None and fitted:  # quick rather than good, because there are many sizes
                 factors = structure.fit(weight, inputs, start=structure.fit(weight, sweeps=3), sweeps=3)
-            rest = weight - structure.dense(factors)
-            errors[structure] = float((rest * (outputs @ rest @ inputs)).sum())
+            errors[structure] = math.nan
+            if factors is not None:
+                rest = weight - structure.dense(factors)
+                errors[structure] = float((rest * (outputs @ rest @ inputs)).sum())
         if not errors:
             cls.within(out, inner, spec, 2**61)  # raises if the spec itself is wrong
         return list(errors.items())
 
     @classmethod
     def is_open(cls, spec: dict) -> bool:
-        """Return whether a budget can set a field of ``spec``."""
-        return cls.grows is not None and not {cls.grows, f"{cls.grows}s"} & spec.keys()
+        return cls.grows != "" and not {cls.grows, f"{cls.grows}s"} & spec.keys()
 
     @classmethod
     def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
@@ -354,13 +344,19 @@ class Structure(FactorSpec):
         """Return the value of the field that grows from which on every matrix is a member."""
         return min(smallest.shape)
 
-    @classmethod
-    def family(cls, kind: str | None) -> type[Structure]:
-        """Return the class of structures named ``kind``."""
-        families = {family.kind: family for family in _families(Structure)}
-        if kind not in families:
-            raise ValueError(f"there is no structure {kind!r}; choose one of {', '.join(sorted(families))}")
-        return families[kind]
+
+def has_matrix(kind: str | None) -> bool:
+    """Return whether layers of this kind multiply by a matrix, which the direct children of ``FactorSpec`` do not."""
+    return all(spec.kind != kind for spec in FactorSpec.__subclasses__())
+
+
+def check_matrix(kind: str | None, where: str) -> None:
+    """Raise ValueError for a kind of layer without a matrix."""
+    if not has_matrix(kind):
+        raise ValueError(
+            f"{where}: {kind} has a non-linearity between its factors, so that it can't take the place of a trained matrix; "
+            "train it from noise (tenfold pretrain), or choose a structure, for instance low_rank"
+        )
 
 
 def _to_tuples(value):

@@ -13,14 +13,10 @@ class Blast(Structure, kind="blast"):
     """``W[p a, q c] = sum_r left[p, a, r] coupling[p, q, r] right[q, c, r]``.
 
     Reference: Lee et al. 2024, arXiv 2410.21262. No closed form is known; the fit alternates.
-
-    Args:
-        outs: ``(p, a)``, the number of blocks and their rows.
-        ins: ``(q, c)``.
     """
 
-    outs: tuple[int, int]
-    ins: tuple[int, int]
+    outs: tuple[int, int]  # ``(p, a)``, the number of blocks and their rows
+    ins: tuple[int, int]  # ``(q, c)``
     rank: int
     grows = "rank"
 

@@ -20,15 +20,11 @@ class BlockTensorTrain(Structure, kind="block_train"):
     Every sub-matrix ``W[:, b, c, :] (a x d)`` has rank ``rank``. Rank one is Monarch (Dao et al. 2022, arXiv
     2204.00595), any rank BTT (Qiu et al. 2024, arXiv 2406.06248). It costs ``r a b c + r b c d`` multiply-adds.
 
-    Args:
-        outs: ``(a, b)``.
-        ins: ``(c, d)``.
-
     Instead of ``outs`` and ``ins`` a recipe may give ``blocks``, that is ``b`` and ``c``, for a matrix of any size.
     """
 
-    outs: tuple[int, int]
-    ins: tuple[int, int]
+    outs: tuple[int, int]  # ``(a, b)``
+    ins: tuple[int, int]  # ``(c, d)``
     rank: int
     grows, optimal = "rank", True
 

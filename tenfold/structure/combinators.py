@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise, starmap
 from typing import Any
 
 import torch
@@ -23,24 +23,23 @@ class _Parts(Structure):
     parts: tuple[Structure, ...]
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        return self._for_each_part(lambda _, part: part.init(std, generator, dtype)) or {}
+        return self._join(part.init(std, generator, dtype) for part in self.parts) or {}
 
     def _part_einsums(self) -> list[tuple[int, ScatteredEinsum]]:
-        """Return the einsums of all parts, each with the number of its part."""
         return [
             (k, einsum.rename_factors(lambda name, k=k: f"part_{k}_{name}"))
             for k, part in enumerate(self.parts)
             for einsum in part.normal_form()
         ]
 
-    def _for_each_part(self, make: Callable[[int, Structure], Factors | None]) -> Factors | None:
-        """Return the factors that ``make(k, part)`` returns for every part; None if it returns None for one."""
+    @staticmethod
+    def _join(fits: Iterable[Factors | None]) -> Factors | None:
+        """Return the factors of all parts; None if one has none."""
         factors: Factors = {}
-        for k, part in enumerate(self.parts):
-            made = make(k, part)
-            if made is None:
+        for k, fit in enumerate(fits):
+            if fit is None:
                 return None
-            factors |= {f"part_{k}_{name}": value for name, value in made.items()}
+            factors |= {f"part_{k}_{name}": value for name, value in fit.items()}
         return factors
 
 
@@ -54,23 +53,6 @@ class Sum(_Parts, kind="sum"):
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         return spec | {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
-
-    @classmethod
-    def is_open(cls, spec: dict) -> bool:
-        return any(Structure.family(part.get("kind")).is_open(part) for part in spec.get("parts", ()))
-
-    @classmethod
-    def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
-        """Return a sum whose open parts share evenly what the others leave of the budget."""
-        specs = spec["parts"]
-        is_open = [Structure.family(part.get("kind")).is_open(part) for part in specs]
-        made = {k: cls.for_shape(out, inner, part) for k, part in enumerate(specs) if not is_open[k]}
-        left, count = budget - sum(part.numel for part in made.values()), sum(is_open)
-        for k, part in enumerate(specs):
-            if is_open[k]:
-                made[k] = cls.within(out, inner, part, left / count)
-                left, count = left - made[k].numel, count - 1
-        return cls(parts=tuple(made[k] for k in range(len(specs))))
 
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
@@ -87,24 +69,19 @@ class Sum(_Parts, kind="sum"):
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
         """Return the greedy fit of every part to what the parts before it leave: a start, not an optimum."""
-        return self._fit_greedily(weight, lambda part, rest: part.closed_form(rest))
+        return self._join(self._fit_greedily(weight, lambda part, rest: part.closed_form(rest)))
 
     def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
-        """Return the greedy fit, as ``closed_form``."""
-        return self._fit_greedily(
-            weight, lambda part, rest: part.metric_form(rest, inputs, outputs) or part.closed_form(rest)
-        )
+        def fit(part: Structure, rest: Tensor) -> Factors | None:
+            return part.metric_form(rest, inputs, outputs) or part.closed_form(rest)
 
-    def _fit_greedily(self, weight: Tensor, fit: Callable[[Structure, Tensor], Factors | None]) -> Factors | None:
+        return self._join(self._fit_greedily(weight, fit))
+
+    def _fit_greedily(self, weight: Tensor, fit: Callable[[Structure, Tensor], Factors | None]) -> Iterator:
         rest = weight.double()
-
-        def fit_rest(_: int, part: Structure) -> Factors | None:
-            nonlocal rest
-            fitted = fit(part, rest)
-            rest = rest if fitted is None else rest - part.dense(fitted)
-            return fitted
-
-        return self._for_each_part(fit_rest)
+        for part in self.parts:
+            yield (fitted := fit(part, rest))
+            rest = rest - part.dense(fitted or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,44 +105,29 @@ class Stacked(_Parts, kind="stacked"):
         return all(part.optimal for part in self.parts)
 
     @property
-    def _offsets(self) -> list[int]:
-        """The first row of every part, and the number of rows."""
-        return list(accumulate((part.shape[0] for part in self.parts), initial=0))
+    def _slices(self) -> list[slice]:
+        """The rows of every part."""
+        return list(starmap(slice, pairwise(accumulate((part.shape[0] for part in self.parts), initial=0))))
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        offsets, width = self._offsets, self.parts[0].shape[1]
+        slices, width = self._slices, self.parts[0].shape[1]
         return tuple(
-            replace(einsum, rows=(*einsum.rows, offsets[k]), outer=(offsets[-1], width))
+            replace(einsum, rows=(*einsum.rows, slices[k].start), outer=(slices[-1].stop, width))
             for k, einsum in self._part_einsums()
         )
 
     def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        """Return the closed forms of the parts."""
-        return self._for_each_part(lambda k, part: part.closed_form(weight[self._rows_of(k)]))
+        return self._join(part.closed_form(weight[rows]) for part, rows in zip(self.parts, self._slices, strict=True))
 
     def metric_form(self, weight: Float[Tensor, "out inner"], inputs: Tensor, outputs: Tensor) -> Factors | None:
         """Return the metric forms of the parts: what couples the outputs of two parts is ignored."""
-
-        def fit(k: int, part: Structure) -> Factors | None:
-            rows = self._rows_of(k)
-            return part.metric_form(weight[rows], inputs, outputs[rows, rows])
-
-        return self._for_each_part(fit)
-
-    def _rows_of(self, k: int) -> slice:
-        return slice(*self._offsets[k : k + 2])
+        each = zip(self.parts, self._slices, strict=True)
+        return self._join(part.metric_form(weight[rows], inputs, outputs[rows, rows]) for part, rows in each)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scattered(Structure, kind="placed"):
     """``W[rows[i], columns[j]] = base[i, j]``, every other element zero.
-
-    Args:
-        base: the smaller matrix.
-        out_features: rows of ``W``.
-        in_features: columns of ``W``.
-        map_rows: whether there is an index map, a buffer ``rows (base out) int32``; without it the base is in the first rows.
-        map_columns: likewise ``columns (base in) int32``.
 
     Maps of full length make a permuted matrix (TQCompressor), shorter ones a matrix with pruned units or sliced widths. An
     index may occur only once in a map.
@@ -174,12 +136,15 @@ class Scattered(Structure, kind="placed"):
     base: Structure
     out_features: int
     in_features: int
-    map_rows: bool = True
-    map_columns: bool = True
+    map_rows: bool = (
+        True  # whether there is a buffer ``rows (base out) int32``; without it the base is in the first rows
+    )
+    map_columns: bool = True  # likewise ``columns (base in) int32``
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return {"out_features": out, "in_features": inner} | _complete_base(out, inner, spec)
+        base = {"base": Structure.for_shape(out, inner, spec["base"])} if isinstance(spec.get("base"), dict) else {}
+        return {"out_features": out, "in_features": inner} | spec | base
 
     @classmethod
     def is_open(cls, spec: dict) -> bool:
@@ -191,40 +156,31 @@ class Scattered(Structure, kind="placed"):
         return cls.for_shape(out, inner, spec | {"base": cls.within(out, inner, spec["base"], budget).to_json()})
 
     def check(self) -> None:
-        for side, small, large in zip(("rows", "columns"), self.base.shape, self._outer, strict=True):
+        for side, small, large, _ in self._sides:
             if small > large:
                 raise ValueError(f"{small} {side} of the base can't be placed in {large} {side}")
 
     @property
-    def _outer(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+    def _sides(self) -> list[tuple[str, int, int, bool]]:
+        """``("rows" or "columns", size of the base, size, whether there is a map)``."""
+        (out, inner), sizes = self.base.shape, (self.out_features, self.in_features)
+        return [("rows", out, sizes[0], self.map_rows), ("columns", inner, sizes[1], self.map_columns)]
 
     @property
     def _maps(self) -> tuple[tuple[str, int, int], ...]:
-        sides = zip(("rows", "columns"), self.base.shape, self._outer, (self.map_rows, self.map_columns), strict=True)
-        return tuple((name, length, limit) for name, length, limit, mapped in sides if mapped)
+        return tuple((name, length, limit) for name, length, limit, mapped in self._sides if mapped)
 
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         # without a map the offset 0, or nothing where the base fills the side
-        rows, columns = (
-            (name,) if mapped else (0,) if small < large else ()
-            for name, mapped, small, large in zip(
-                ("rows", "columns"), (self.map_rows, self.map_columns), self.base.shape, self._outer, strict=True
-            )
-        )
+        rows, columns = ((n,) if mapped else (0,) if small < large else () for n, small, large, mapped in self._sides)
+        sizes = (self.out_features, self.in_features)
+        inner = (one.rename_factors(_rename_maps) for one in self.base.normal_form())
         return tuple(
-            replace(
-                einsum,
-                rows=einsum.rows + rows,
-                columns=einsum.columns + columns,
-                outer=self._outer,
-                maps=einsum.maps + self._maps,
-            )
-            for einsum in (one.rename_factors(_rename_maps) for one in self.base.normal_form())
+            ScatteredEinsum(one.spec, one.rows + rows, one.columns + columns, sizes, one.maps + self._maps)
+            for one in inner
         )
 
     def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        """Return random factors of the base, at random rows and columns."""
         factors = {_rename_maps(name): value for name, value in self.base.init(std, generator, dtype).items()}
         for name, length, limit in self._maps:
             factors[name] = torch.randperm(limit, generator=generator)[:length].to(torch.int32)
@@ -247,54 +203,17 @@ class Scattered(Structure, kind="placed"):
         return {_rename_maps(n): value for n, value in factors.items()} | {n: maps[n] for n, _, _ in self._maps}
 
 
-def _complete_base(out: int, inner: int, spec: dict) -> dict:
-    if not isinstance(spec.get("base"), dict):
-        return spec
-    return spec | {"base": Structure.for_shape(out, inner, spec["base"])}
-
-
 def _rename_maps(name: str) -> str:
     """Return a name for a map of the base that differs from those of the outer structure."""
     return f"base_{name}" if name.endswith(("rows", "columns")) else name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transposed(Structure, kind="transposed"):
-    """``W = base^T`` with the same factors."""
-
-    base: Structure
-
-    @classmethod
-    def complete(cls, out: int, inner: int, spec: dict) -> dict:
-        return _complete_base(inner, out, spec)
-
-    @property
-    def optimal(self) -> bool:
-        return self.base.optimal
-
-    def normal_form(self) -> tuple[ScatteredEinsum, ...]:
-        return tuple(einsum.transpose() for einsum in self.base.normal_form())
-
-    def init(self, std: float, generator: torch.Generator | None = None, dtype=torch.float32) -> Factors:
-        return self.base.init(std, generator, dtype)
-
-    def closed_form(self, weight: Float[Tensor, "out inner"]) -> Factors | None:
-        return self.base.closed_form(weight.mT)
-
-
-@dataclass(frozen=True, kw_only=True)
 class CustomEinsum(Structure, kind="diagram"):
-    """An einsum written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``.
+    """An einsum written in a recipe: ``W[outs, ins] = sum over the other labels of the product of the factors``."""
 
-    Args:
-        factors: ``(name, labels)`` of every factor.
-        outs: labels of the rows, slowest first.
-        ins: labels of the columns.
-        sizes: ``(label, size)`` of every label.
-    """
-
-    factors: tuple[tuple[str, tuple[str, ...]], ...]
-    outs: tuple[str, ...]
+    factors: tuple[tuple[str, tuple[str, ...]], ...]  # name and labels
+    outs: tuple[str, ...]  # labels of the rows, slowest first
     ins: tuple[str, ...]
     sizes: tuple[tuple[str, int], ...]
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tenfold.structure.cost_model import HardwareCosts, OpCounts
+from tenfold.structure.few_rows import linear
 
 ROWS = "(rows)"  # label of the leading axis of x; no spec can use it
 OPEN = "#"  # its character in terms: plans are reused for other numbers of rows
@@ -28,36 +29,23 @@ Sizes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Matrices:
-    """Conversion of an operand into a batch of matrices.
+    """Conversion of an operand into a batch of matrices."""
 
-    Args:
-        dropped: axes to sum first.
-        order: the axes of ``(batch, rows, columns)``; None for an axis along which the operand is repeated.
-        shape: of the result.
-    """
-
-    dropped: tuple[int, ...]
-    order: tuple[int | None, ...]
-    shape: tuple[int, ...]
+    dropped: tuple[int, ...]  # axes to sum first
+    order: tuple[int | None, ...]  # the axes of ``(batch, rows, columns)``; None: the operand is repeated along it
+    shape: tuple[int, ...]  # of the result
 
 
 @dataclass(frozen=True)
 class Product:
-    """One product of two terms, ``(batch, rows, summed) @ (batch, summed, columns)``.
-
-    Args:
-        left, right: conversions of the operands; ``swapped``: the second operand is on the left.
-        repeated: the operand (0 or 1) and those of its axes along which the other one is repeated.
-        made: the term of the result, with its ``shape``.
-        counts: of the product.
-    """
+    """One product of two terms, ``(batch, rows, summed) @ (batch, summed, columns)``."""
 
     left: Matrices
     right: Matrices
-    swapped: bool
-    repeated: tuple[int, tuple[int, ...]]
-    made: str
-    shape: tuple[int, ...]
+    swapped: bool  # whether the second operand is on the left
+    repeated: tuple[int, tuple[int, ...]]  # the operand (0 or 1) and its axes along which the other one is repeated
+    made: str  # the term of the result
+    shape: tuple[int, ...]  # of the result
     counts: OpCounts
 
 
@@ -68,7 +56,8 @@ def multiply(product: Product, one: Tensor, other: Tensor) -> Tensor:
     first, second = (other, one) if product.swapped else (one, other)
     left = _to_matrices(product.left, first, repeats if side == int(not product.swapped) else [])
     right = _to_matrices(product.right, second, repeats if side == int(product.swapped) else [])
-    return (torch.mm if left.dim() == 2 else torch.bmm)(left, right).view(product.shape)
+    made = linear(left, right.mT) if left.dim() == 2 else torch.bmm(left, right)
+    return made.view(product.shape)
 
 
 def _to_matrices(how: Matrices, value: Tensor, repeats: list[int]) -> Tensor:
@@ -140,30 +129,20 @@ def product_of(one: str, other: str, kept: str, sizes: Sizes) -> Product:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sequence of pairwise products. Operands are numbered from 0, results after them.
+    """Sequence of pairwise products. Operands are numbered from 0, results after them."""
 
-    Args:
-        terms: of the operands and of every result.
-        steps: the numbers of the two operands of each product.
-        products: one per step.
-        target: the order of the axes of the final result.
-        sizes: of all labels.
-    """
-
-    terms: tuple[str, ...]
-    steps: tuple[tuple[int, int], ...]
-    products: tuple[Product, ...]
-    target: str
-    sizes: Sizes
+    terms: tuple[str, ...]  # of the operands and of every result
+    steps: tuple[tuple[int, int], ...]  # the numbers of the two operands of each product
+    products: tuple[Product, ...]  # one per step
+    target: str  # the order of the axes of the final result
+    sizes: Sizes  # of all labels
 
     @property
     def inputs(self) -> int:
-        """Number of operands."""
         return len(self.terms) - len(self.steps)
 
     @property
     def counts(self) -> OpCounts:
-        """Operation counts of all steps."""
         total = sum((product.counts for product in self.products), OpCounts())
         return total if self.terms[-1] == self.target else total + OpCounts(copied=_numel(self.target, self.sizes))
 
@@ -253,13 +232,7 @@ def plan_of(
     sizes: tuple[tuple[str, int], ...],
     costs: HardwareCosts | None = None,
 ) -> Plan:
-    """Return the order of the fewest FLOPs, or with ``costs`` one with a clearly lower price.
-
-    Args:
-        inputs: the labels of every operand.
-        output: the labels of the result.
-        sizes: ``(label, size)`` of every label.
-    """
+    """Return the order of the fewest FLOPs for operands with labels ``inputs``, or with ``costs`` one of a lower price."""
     letters = {label: OPEN if label == ROWS else opt_einsum.get_symbol(k) for k, (label, _) in enumerate(sizes)}
     terms = ["".join(letters[label] for label in labels) for labels in inputs]
     target, named = "".join(letters[label] for label in output), tuple((letters[label], n) for label, n in sizes)

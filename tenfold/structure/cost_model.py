@@ -10,17 +10,11 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True)
 class HardwareCosts:
-    """Non-FLOP costs of a device type, in FLOPs of large matrix products that take the same time.
+    """Non-FLOP costs of a device type, in FLOPs of large matrix products that take the same time."""
 
-    Args:
-        moved: per element that is read or written in order.
-        copied: per element that is copied into another memory order, on top of ``moved``.
-        call: per contraction.
-    """
-
-    moved: float
-    copied: float
-    call: float
+    moved: float  # per element that is read or written in order
+    copied: float  # per element that is copied into another memory order, on top of ``moved``
+    call: float  # per contraction
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,15 @@ class EinsumSpec:
 
     Any number of factors may share a label. The rows of ``W`` run over ``outs``, the first label slowest.
 
-    Args:
-        outs: labels of the output index.
-        ins: labels of the input index.
-        factors: ``(name, labels)`` of every factor; the name is the key in a checkpoint, the labels are its axes.
-        sizes: ``(label, size)`` of every label.
-        ones: names of the factors that are initialised to one instead of at random (scalars, gates).
-
     Raises:
         ValueError: the labels, names or sizes describe no matrix.
     """
 
-    outs: tuple[str, ...]
-    ins: tuple[str, ...]
-    factors: tuple[tuple[str, tuple[str, ...]], ...]
-    sizes: tuple[tuple[str, int], ...]
-    ones: tuple[str, ...] = ()
+    outs: tuple[str, ...]  # labels of the output index
+    ins: tuple[str, ...]  # labels of the input index
+    factors: tuple[tuple[str, tuple[str, ...]], ...]  # the name is the key in a checkpoint, the labels are the axes
+    sizes: tuple[tuple[str, int], ...]  # of every label
+    ones: tuple[str, ...] = ()  # factors that are initialised to one instead of at random (scalars, gates)
     # stored, because every call reads them
     _sizes: dict[str, int] = field(init=False, repr=False, compare=False)
     _shape: tuple[int, int] = field(init=False, repr=False, compare=False)
@@ -73,7 +66,6 @@ class EinsumSpec:
 
     @property
     def num_terms(self) -> int:
-        """Number of products that are summed in one element of ``W``."""
         return self.size({label for _, labels in self.factors for label in labels} - set(self.outs + self.ins))
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,9 +92,6 @@ class EinsumSpec:
             name: (self.size(labels[name][k] for k in inner), self.size(labels[name][k] for k in out))
             for name, (_, out, inner) in self.axes().items()
         }
-
-    def transpose(self) -> EinsumSpec:
-        return EinsumSpec(self.ins, self.outs, self.factors, self.sizes, self.ones)
 
     def rename_factors(self, rename: Callable[[str], str]) -> EinsumSpec:
         factors = tuple((rename(name), labels) for name, labels in self.factors)

@@ -38,11 +38,7 @@ def find_largest(price: Callable[[int], int], budget: float) -> int:
 
 
 def split_sides(out: int, inner: int, parts) -> dict[str, tuple[int, ...]]:
-    """Return balanced factors ``outs`` and ``ins`` of a matrix ``(out, inner)``; ``parts`` is one number, or one for each.
-
-    Raises:
-        ValueError: ``parts`` is neither.
-    """
+    """Return balanced factors ``outs`` and ``ins`` of a matrix ``(out, inner)``; ``parts`` is one number, or one for each."""
     each = [parts, parts] if isinstance(parts, int) else parts
     if not isinstance(each, (list, tuple)) or len(each) != 2 or not all(isinstance(part, int) for part in each):
         raise ValueError(

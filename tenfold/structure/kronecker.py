@@ -18,20 +18,14 @@ from tenfold.structure.scattered import ScatteredEinsum, einsum, label_sizes
 class Kronecker(Structure, kind="kronecker"):
     """``W = sum_r scale[r] outer[r] (x) inner[r]``, that is ``W[a b, c d] = sum_r scale[r] outer[r, a, c] inner[r, b, d]``.
 
-    Args:
-        outs: rows of the factors, outermost first: ``(a, b)``, or more than two.
-        ins: columns of the factors: ``(c, d)``.
-        terms: the number of products.
-        scaled: whether every term has a learnable scalar (Krony-PT); without it ``scale`` is one.
-
     Instead of ``outs`` and ``ins`` a recipe may give ``inner``, that is ``(b, d)`` of two factors, for a matrix of any size.
     Two factors are named ``outer`` and ``inner``, more of them ``factor_0``, ``factor_1``, ...
     """
 
-    outs: tuple[int, ...]
-    ins: tuple[int, ...]
-    terms: int = 1
-    scaled: bool = False
+    outs: tuple[int, ...]  # rows of the factors, outermost first: ``(a, b)``, or more than two
+    ins: tuple[int, ...]  # columns of the factors: ``(c, d)``
+    terms: int = 1  # the number of products
+    scaled: bool = False  # whether every term has a learnable scalar (Krony-PT); without it ``scale`` is one
     grows = "terms"
 
     @classmethod

@@ -41,15 +41,6 @@ def truncate(
     return u * root[..., None, :], root[..., :, None] * v
 
 
-def _leading_vectors(matrix: Float[Tensor, "*s m n"], rank: int) -> Float[Tensor, "*s m {rank}"]:
-    """Return the first ``rank`` left singular vectors ``(..., m, rank)``, zero beyond ``min(m, n)``."""
-    matrix = matrix.double()
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return svd(matrix, rank)[0]
-    vectors = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)[..., :rank]
-    return torch.nn.functional.pad(vectors, (0, rank - vectors.shape[-1]))
-
-
 def tt_svd(tensor: Float[Tensor, "..."], ranks: tuple[int, ...], batch: int = 0) -> list[Tensor]:
     """Return tensor-train cores ``(*batch, r_k, m_k, r_{k+1})`` of ``tensor (*batch, m_1, ..., m_d)`` by successive SVDs.
 
@@ -62,7 +53,7 @@ def tt_svd(tensor: Float[Tensor, "..."], ranks: tuple[int, ...], batch: int = 0)
     rest, cores, left = tensor.double().reshape(*lead, 1, -1), [], 1
     for mode, rank in zip(modes[:-1], ranks, strict=True):
         rest = rest.reshape(*lead, left * mode, -1)
-        u = _leading_vectors(rest, rank)
+        u = svd(rest, rank)[0]
         cores.append(u.reshape(*lead, left, mode, rank))
         rest, left = u.mT @ rest, rank
     return [*cores, rest.reshape(*lead, left, modes[-1], 1)]
@@ -80,15 +71,14 @@ def hooi(
     def leading(projected: Tensor, mode: int) -> Tensor:
         return svd(projected.movedim(mode, 0).reshape(projected.shape[mode], -1), ranks[mode])[0]
 
-    factors, before = [leading(tensor, mode) for mode in modes], -math.inf
+    factors, core, before = [leading(tensor, mode) for mode in modes], tensor, -math.inf
     for _ in range(sweeps):
         for mode in modes:
             factors[mode] = leading(_project(tensor, factors, skip=mode), mode)
         core = _project(tensor, factors)
-        now = float(core.norm())
-        if now - before <= tolerance * now:
+        if float(core.norm()) - before <= tolerance * float(core.norm()):
             break
-        before = now
+        before = float(core.norm())
     return core, factors
 
 
@@ -97,12 +87,6 @@ def _project(tensor: Tensor, factors: list[Tensor], skip: int | None = None) -> 
         if k != skip:
             tensor = torch.tensordot(factor.T, tensor.movedim(k, 0), 1).movedim(0, k)
     return tensor
-
-
-def square_root(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Return the symmetric ``S`` with ``S S = gram``."""
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 def roots(gram: Float[Tensor, "n n"], floor: float = 1e-10) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:

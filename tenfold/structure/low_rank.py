@@ -33,11 +33,7 @@ class Dense(Structure, kind="dense"):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Structure, kind="low_rank"):
-    """``W[o, i] = sum_r left[o, r] right[r, i]``.
-
-    Raises:
-        ValueError: the rank is above the smaller side.
-    """
+    """``W[o, i] = sum_r left[o, r] right[r, i]``."""
 
     out_features: int
     in_features: int
@@ -51,7 +47,7 @@ class LowRank(Structure, kind="low_rank"):
             raise ValueError(f"rank {self.rank} of a {out}x{inner} matrix must be from 1 to {min(out, inner)}")
 
     @classmethod
-    def sizes(
+    def errors_by_size(
         cls, weight: Tensor, spec: dict, inputs: Tensor, outputs: Tensor, fitted: bool = True
     ) -> list[tuple[Structure, float]]:
         """Return every rank that is smaller than the dense matrix, with its error, from one decomposition."""

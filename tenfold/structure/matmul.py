@@ -8,32 +8,22 @@ chain), and making ``W`` first. Backward chooses independently: through the chai
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[attr-defined]
-from torch.autograd import forward_ad
 
 from tenfold.structure import contraction
 from tenfold.structure.contraction import ROWS, Plan, plan_of, run
 from tenfold.structure.cost_model import CPU, HardwareCosts, hardware_costs, matmul_counts
 from tenfold.structure.einsum_spec import EinsumSpec
+from tenfold.structure.few_rows import is_traced
 
 BUCKETS = (1, 32, 512, 2048)  # numbers of rows that plans are made for; compiled code branches between three of them
 MAX_ROWS, MIN_ROWS = 512, 64  # of a chain that run at once on a CPU
 CACHE_NUMEL = 2**20  # intermediate elements that should stay in the cache of a CPU
 CHAIN_MARGIN = 0.95  # highest price of a chain relative to making W, because it moves more than is counted
-
-
-def is_traced() -> bool:
-    """Return whether torch.compile, a ``torch.func`` transform or forward-mode differentiation follows the call.
-
-    Such code needs plain differentiable operations and no autograd function.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def bucket(rows: int) -> int:
@@ -149,50 +139,34 @@ class _Apply(torch.autograd.Function):
         return _forward(spec, list(factors), x, bias)
 
     @staticmethod
-    def backward(ctx, dy):
-        (x, *factors), spec = ctx.saved_tensors, ctx.spec
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (dy,), (x, *factors) = grad_outputs, ctx.saved_tensors
         (_, of_x, of_bias, *rest) = ctx.needs_input_grad
-        db = dy.sum(0) if of_bias else None
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                dx, *others = _double_backward(spec, x, factors, dy, [of_x, *rest])
-            else:
-                dx, *others = _gradients(spec, x, factors, dy, [of_x, *rest])
-        return None, dx, db, *others
-
-
-def _double_backward(
-    spec: EinsumSpec, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
-) -> list[Tensor | None]:
-    """Return gradients that can be differentiated again (``create_graph``), through ``W``."""
-    factors = [factor.view_as(factor) for factor in factors]  # they may be the same tensor, or depend on each other
-    w = dense(spec, factors)
-    inputs = [factor for factor, need in zip(factors, needs[1:], strict=True) if need]
-    found = iter(torch.autograd.grad(w, inputs, dy.T @ x, create_graph=True) if inputs else ())
-    return [dy @ w if needs[0] else None, *(next(found) if need else None for need in needs[1:])]
+            dx, *others = _gradients(ctx.spec, x, factors, dy, [of_x, *rest])
+        return None, dx, dy.sum(0) if of_bias else None, *others
 
 
 def _gradients(
     spec: EinsumSpec, x: Tensor, factors: list[Tensor], dy: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    costs = hardware_costs(x.device.type)
-    if not _back_through_chain(spec, bucket(x.shape[0]), costs):
-        dx, found = dy @ dense(spec, factors) if needs[0] else None, [None for _ in factors]
+    rows, costs = bucket(x.shape[0]), hardware_costs(x.device.type)
+    if not _back_through_chain(spec, rows, costs):
+        dx, total = dy @ dense(spec, factors) if needs[0] else None, [None for _ in factors]
         if any(needs[1:]):
             dw = (dy.T @ x).reshape(spec.shape_of((*spec.outs, *spec.ins)))
-            found = contraction.gradients(plan_dense(spec), factors, dw, needs[1:])
-        return [dx, *found]
-    plan, dx = plan_chain(spec, bucket(x.shape[0]), costs), torch.empty_like(x) if needs[0] else None
-    total: list[Tensor | None] = [None for _ in factors]
+            total = contraction.gradients(plan_dense(spec), factors, dw, needs[1:])
+        return [dx, *total]
+    plan, parts, total = plan_chain(spec, rows, costs), [], []
     step = _rows_at_once(plan, x) or max(1, x.shape[0])
-    for begin in range(0, max(1, x.shape[0]), step):
-        some, of = x[begin : begin + step], dy[begin : begin + step]
+    for some, of in zip(x.split(step), dy.split(step), strict=True):
         operands = [some.reshape(-1, *spec.shape_of(spec.ins)), *factors]
-        own, *each = contraction.gradients(plan, operands, of.reshape(-1, *spec.shape_of(spec.outs)), needs)
-        if dx is not None and own is not None:
-            dx[begin : begin + step] = own.reshape(some.shape)
-        total = [one if sum_ is None or one is None else sum_ + one for sum_, one in zip(total, each, strict=True)]
-    return [dx, *total]
+        dx, *new = contraction.gradients(plan, operands, of.reshape(-1, *spec.shape_of(spec.outs)), needs)
+        parts.append(dx)
+        total = (
+            [one if one is None or k is None else one + k for one, k in zip(total, new, strict=True)] if total else new
+        )
+    return [torch.cat(parts).reshape(x.shape) if needs[0] else None, *total]
 
 
 def look_up_rows(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"]) -> Float[Tensor, "n inner"]:
@@ -203,17 +177,22 @@ def look_up_rows(spec: EinsumSpec, factors: list[Tensor], index: Int[Tensor, "n"
         at[label], rest = rest % number, rest // number
     last = spec.size(spec.outs[:1])
     at |= dict.fromkeys(spec.outs[:1], torch.where(rest < 0, last, rest))  # a row out of range raises IndexError
-    picked, inputs = [], []
+    picked, inputs = [], _lookup_inputs(spec)
     for factor, (_, labels) in zip(factors, spec.factors, strict=True):
         looked = [label for label in labels if label in at]
         if looked:
             inner = [label for label in labels if label not in at]
             factor = factor.permute([labels.index(label) for label in (*looked, *inner)])
-            factor, labels = factor[tuple(at[label] for label in looked)], (ROWS, *inner)
+            factor = factor[tuple(at[label] for label in looked)]
         picked.append(factor)
-        inputs.append(labels)
-    plan = _plan_of(tuple(inputs), (ROWS, *spec.ins), (*spec.sizes, (ROWS, bucket(index.shape[0]))))
+    plan = _plan_of(inputs, (ROWS, *spec.ins), (*spec.sizes, (ROWS, bucket(index.shape[0]))))
     return run(plan, picked).reshape(index.shape[0], spec.shape[1])
+
+
+def _lookup_inputs(spec: EinsumSpec) -> tuple[tuple[str, ...], ...]:
+    """Return the labels of every factor once it is looked up along its output labels."""
+    inner = [(labels, tuple(label for label in labels if label not in spec.outs)) for _, labels in spec.factors]
+    return tuple(labels if len(rest) == len(labels) else (ROWS, *rest) for labels, rest in inner)
 
 
 @torch.compiler.assume_constant_result
@@ -223,8 +202,4 @@ def _plan_of(inputs, output, sizes) -> Plan:
 
 def lookup_flops(spec: EinsumSpec, rows: int) -> int:
     """Return the FLOPs of ``look_up_rows`` for ``rows`` indices."""
-    inputs = []
-    for _, labels in spec.factors:
-        inner = tuple(label for label in labels if label not in spec.outs)
-        inputs.append(labels if len(inner) == len(labels) else (ROWS, *inner))
-    return plan_of(tuple(inputs), (ROWS, *spec.ins), (*spec.sizes, (ROWS, rows))).counts.flops
+    return plan_of(_lookup_inputs(spec), (ROWS, *spec.ins), (*spec.sizes, (ROWS, rows))).counts.flops

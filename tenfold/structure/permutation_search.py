@@ -25,7 +25,7 @@ factor follows every move. Every exchange draws one row of each block, so the se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -39,7 +39,7 @@ from torch import Tensor
 from tenfold.structure.base import Factors
 from tenfold.structure.combinators import Scattered
 from tenfold.structure.kronecker import Kronecker
-from tenfold.structure.linalg import square_root
+from tenfold.structure.linalg import roots
 
 LARGEST = 512  # rows in one exchange, drawn at random if there are more: an assignment costs nearly their cube
 MOST = 16  # exchanges of one side in one round
@@ -78,36 +78,20 @@ def search(
         raise ValueError(f"a permutation needs whole maps, but the base is {structure.base.shape} of {structure.shape}")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or Inf; mend or leave out the matrix")
-    assign = load_solver()
-    kind = KroneckerTrial if isinstance(structure.base, Kronecker) else Trial
-    first = kind(structure, weight.detach().double().cpu())
-    trials = [first]
-    for number, orders in enumerate(islice(_initial_orders(first, rounds, seed), starts)):
-        generator = torch.Generator().manual_seed(seed + number)
-        trials.append(first.restart(orders))
-        _alternate(trials[-1], assign, generator, rounds)
-    best = min(trials, key=lambda trial: trial.error).factors()
-    return {name: value.to(weight.device) for name, value in best.items()}
-
-
-def load_solver() -> Callable:
-    """Return scipy's solver of linear assignments.
-
-    Raises:
-        ImportError: scipy is missing.
-    """
     try:
-        from scipy.optimize import linear_sum_assignment
+        from scipy.optimize import linear_sum_assignment as assign
     except ImportError as missing:
         raise ImportError("the permutation search needs scipy: pip install 'tenfold[search]'") from missing
-    return linear_sum_assignment
-
-
-def _initial_orders(first: Trial, rounds: int, seed: int) -> Iterator[Orders]:
-    """Yield orders to start from, the most promising ones first."""
-    generator = torch.Generator().manual_seed(seed)
+    kind = KroneckerTrial if isinstance(structure.base, Kronecker) else Trial
+    first, generator = kind(structure, weight.detach().double().cpu()), torch.Generator().manual_seed(seed)
     drawn = ({s: torch.randperm(first.lengths[s], generator=generator) for s in first.sides} for _ in repeat(0))
-    return chain(first.search_stages(rounds, seed), [first.sort_by_norm(), {}], drawn)
+    starting = chain(first.search_stages(rounds, seed), [first.sort_by_norm(), {}], drawn)
+    trials = [first]
+    for number, orders in enumerate(islice(starting, starts)):
+        trials.append(first.restart(orders))
+        _alternate(trials[-1], assign, torch.Generator().manual_seed(seed + number), rounds)
+    best = min(trials, key=lambda trial: trial.error).factors()
+    return {name: value.to(weight.device) for name, value in best.items()}
 
 
 def _alternate(trial: Trial, assign: Callable, generator: torch.Generator, rounds: int) -> None:
@@ -179,7 +163,6 @@ class Trial:
         self.error = float((self.weight - self.structure.dense(self.current)).square().sum())
 
     def count_exchanges(self, side: str) -> int:
-        """Return the number of exchanges of one round."""
         return 1
 
     def draw_exchange(self, side: str, generator: torch.Generator) -> Exchange:
@@ -190,20 +173,16 @@ class Trial:
         return Exchange((places,), weight[order], -made[order], weight.new_zeros(len(places), len(places)))
 
     def move(self, side: str, exchange: Exchange, order: Tensor) -> None:
-        """Carry out an exchange, and fit."""
         self.orders[side][exchange.places] = self.orders[side][exchange.places][order]
         self.fit()
 
     def sort_by_norm(self) -> Orders:
-        """Return every side by decreasing norm."""
         return {s: self.weight.norm(dim=1 - SIDES.index(s)).argsort(descending=True, stable=True) for s in self.sides}
 
     def search_stages(self, rounds: int, seed: int) -> list[Orders]:
-        """Return orders that are searched in stages."""
         return []
 
     def factors(self) -> Factors:
-        """Return the factors and maps of the structure."""
         return self.current
 
 
@@ -246,7 +225,7 @@ class KroneckerTrial(Trial):
         if side in self.sides:
             return weight
         flat = weight[self._group(torch.arange(len(weight)), side)].flatten(1)
-        few = flat if len(flat) <= flat.shape[1] else square_root(flat.T @ flat)
+        few = flat if len(flat) <= flat.shape[1] else roots(flat.T @ flat, 0.0)[0]
         return few.reshape(-1, weight.shape[1])
 
     def reset(self, orders: Orders) -> None:
@@ -272,7 +251,7 @@ class KroneckerTrial(Trial):
         """
         blocks = self.blocks.flatten(2).flatten(0, 1)
         gram = blocks.T @ blocks
-        root = square_root(gram).reshape(self.small.shape)
+        root = roots(gram, 0.0)[0].reshape(self.small.shape)
         self.inner = self.small.fit(root, start=None if self.small.optimal else self.inner or None, sweeps=sweeps)
         _, values, basis = torch.linalg.svd(self._products(), full_matrices=False)
         basis = basis[values > 1e-10 * values[0]]
@@ -285,7 +264,6 @@ class KroneckerTrial(Trial):
         return torch.stack([reduce(torch.kron, term).flatten() for term in zip(*parts, strict=True)])
 
     def count_exchanges(self, side: str) -> int:
-        """Return twice the rows of a block, and more if one exchange can't hold a row of every block."""
         return min(MOST, 2 * self.block[side] * max(1, len(self.groups[side]) // LARGEST))
 
     def draw_exchange(self, side: str, generator: torch.Generator) -> Exchange:
@@ -321,10 +299,7 @@ class KroneckerTrial(Trial):
         return {side: self._ungroup(order.reshape(self.block[side], -1).T, side) for side, order in orders.items()}
 
     def search_stages(self, rounds: int, seed: int) -> list[Orders]:
-        """Split off the last of three or more factors, then factorise the remaining table.
-
-        Reference: the stages 0 and 2 of TQCompressor, whose two orders of the features are composed.
-        """
+        """Split off the last of three or more factors, then factorise the remaining table."""
         (*outs, b), (*ins, d) = self.sizes.values()
         if len(outs) == 1:
             return []

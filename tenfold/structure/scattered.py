@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.structure import matmul
 from tenfold.structure.einsum_spec import EinsumSpec
-from tenfold.structure.one_row import linear
+from tenfold.structure.few_rows import linear
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,13 @@ class ScatteredEinsum:
     ``rows`` and ``columns`` name index maps among the factors, innermost first: element ``(i, j)`` of the einsum's matrix
     lies at ``(rows[i], columns[j])``. Without a name it is the identity; an integer instead of a name is an offset. Index
     maps are not parameters.
-
-    Args:
-        outer: shape ``(out, in)`` of the larger matrix; None if it is the shape of the einsum.
-        maps: ``(name, length, limit)`` of every index map: ``length`` integers below ``limit``.
     """
 
     spec: EinsumSpec
     rows: tuple[str | int, ...] = ()
     columns: tuple[str | int, ...] = ()
-    outer: tuple[int, int] | None = None
-    maps: tuple[tuple[str, int, int], ...] = ()
+    outer: tuple[int, int] | None = None  # shape of the larger matrix; None if it is that of the einsum
+    maps: tuple[tuple[str, int, int], ...] = ()  # ``(name, length, limit)``: ``length`` integers below ``limit``
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,10 +38,6 @@ class ScatteredEinsum:
         )
         maps = tuple((rename(name), length, limit) for name, length, limit in self.maps)
         return ScatteredEinsum(self.spec.rename_factors(rename), rows, columns, self.outer, maps)
-
-    def transpose(self) -> ScatteredEinsum:
-        outer = None if self.outer is None else (self.outer[1], self.outer[0])
-        return ScatteredEinsum(self.spec.transpose(), self.columns, self.rows, outer, self.maps)
 
     def index(self, factors: dict[str, Tensor], side: str) -> Tensor | None:
         """Return the composed index map of ``side`` ("rows" or "columns"); None for the identity."""
@@ -66,16 +58,14 @@ class ScatteredEinsum:
         """The offset of the rows if they are contiguous; None if index maps select them."""
         return _offset(self.rows)
 
-    def apply(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x (n, in) @ W.T + bias -> (n, out)``."""
-        return self._scatter_rows(factors, self.apply_block(factors, x), bias)
-
-    def apply_block(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x (n, in) @ W.T + bias`` for the rows of the einsum only, ``(n, k)``."""
-        return matmul.apply(self.spec, self._tensors(factors), self._select_columns(factors, x), bias)
+    def apply(self, factors: dict[str, Tensor], x: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
+        """Return ``x (n, in) @ W.T + bias -> (n, size)``, ``size`` all rows of ``W`` or a block that the einsum fills."""
+        alone = self.first_row is not None and self.spec.shape[0] == size
+        selected = self._select_columns(factors, x)
+        y = matmul.apply(self.spec, self._tensors(factors), selected, bias if alone else None)
+        return y if alone else self._scatter_rows(factors, y, bias)
 
     def apply_matrices(self, factors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``x (..., in) @ W.T + bias`` for an einsum that is the product of its factors as matrices."""
         first, *others = self.spec.names
         x = self._select_columns(factors, x)
         for name in reversed(others):
@@ -85,7 +75,6 @@ class ScatteredEinsum:
         return self._scatter_rows(factors, linear(x, factors[first]), bias)
 
     def look_up(self, factors: dict[str, Tensor], index: Tensor) -> Tensor:
-        """Return ``W[index] (n, in)``."""
         rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
         inside = None
         if rows is not None:
@@ -98,7 +87,6 @@ class ScatteredEinsum:
         return w if columns is None else _scatter_columns(w, columns, self.shape[1])
 
     def dense(self, factors: dict[str, Tensor]) -> Tensor:
-        """Return ``W (out, in)``."""
         w = matmul.dense(self.spec, self._tensors(factors))
         rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
         w = w if columns is None else _scatter_columns(w, columns, self.shape[1])

@@ -34,8 +34,11 @@ def fit_shared_core(
     lefts, rights = [left for _ in tensors], [right for _ in tensors]
     scale, before = sum(float(tensor.square().sum()) for tensor in tensors), float("inf")
     for _ in range(sweeps):
-        lefts = [_solve_left(tensor, core, right) for tensor, right in zip(tensors, rights, strict=True)]
-        rights = [_solve_right(tensor, left, core) for tensor, left in zip(tensors, lefts, strict=True)]
+        for k, (tensor, right) in enumerate(zip(tensors, rights, strict=True)):
+            rest = torch.einsum("xmy,yr->xmr", core, right).flatten(1)
+            lefts[k] = solve_symmetric(rest @ rest.T, tensor.flatten(1) @ rest.T)
+            rest = torch.einsum("lx,xmy->lmy", lefts[k], core).flatten(0, 1)
+            rights[k] = solve_symmetric(rest.T @ rest, tensor.flatten(0, 1).T @ rest).T
         core, lefts, rights = _normalise_bonds(core, lefts, rights)
         core = _improve_core(tensors, core, lefts, rights)
         now = sum(
@@ -53,16 +56,6 @@ def _contract(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     return (left @ core.flatten(1)).unflatten(1, core.shape[1:]) @ right
 
 
-def _solve_left(tensor: Tensor, core: Tensor, right: Tensor) -> Tensor:
-    rest = torch.einsum("xmy,yr->xmr", core, right).flatten(1)
-    return solve_symmetric(rest @ rest.T, tensor.flatten(1) @ rest.T)
-
-
-def _solve_right(tensor: Tensor, left: Tensor, core: Tensor) -> Tensor:
-    rest = torch.einsum("lx,xmy->lmy", left, core).flatten(0, 1)
-    return solve_symmetric(rest.T @ rest, tensor.flatten(0, 1).T @ rest).T
-
-
 def _normalise_bonds(
     core: Tensor, lefts: list[Tensor], rights: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -77,7 +70,6 @@ def _normalise_bonds(
 
 
 def _improve_core(tensors: Sequence[Tensor], core: Tensor, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """Return the core after ``STEPS`` of conjugate gradients."""
     grams = [(left.T @ left, right @ right.T) for left, right in zip(lefts, rights, strict=True)]
 
     def multiply(value: Tensor) -> Tensor:

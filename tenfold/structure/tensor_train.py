@@ -106,10 +106,7 @@ class TensorTrain(Structure, kind="tensor_train"):
         return torch.linalg.svdvals(left @ right)
 
     def truncate_bond(self, factors: Factors, bond: int, rank: int) -> tuple[TensorTrain, Factors]:
-        """Return the nearest train with bond ``bond`` of the given rank: drop the singular values beyond the first ``rank``.
-
-        Only the two cores at the bond change.
-        """
+        """Return the nearest train with bond ``bond`` of the given rank: drop the singular values beyond the first ``rank``."""
         left, right = self._roots(factors, bond)
         u, s, v = torch.linalg.svd(left @ right)
         root = s[:rank].sqrt()

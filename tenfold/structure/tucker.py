@@ -34,16 +34,10 @@ class _Modes(Structure):
 class Tucker(_Modes, kind="tucker"):
     """``W[a_1.., c_1..] = sum core[p_1.., q_1..] out_1[a_1, p_1] .. in_1[c_1, q_1] ..``.
 
-    Args:
-        outs: the modes of the output; one is enough (then ``W = out_0 core in_0^T``).
-        ins: the modes of the input.
-        ranks: one per mode, those of ``outs`` first.
-
-    Raises:
-        ValueError: a rank is above its mode.
+    One mode a side is enough: then ``W = out_0 core in_0^T``.
     """
 
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # one per mode, those of ``outs`` first
 
     @classmethod
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
@@ -81,14 +75,11 @@ class Tucker(_Modes, kind="tucker"):
 class CP(_Modes, kind="cp"):
     """``W[a_1.., c_1..] = sum_r weights[r] out_1[a_1, r] .. in_1[c_1, r] ..``.
 
-    Args:
-        weighted: whether there is a factor ``weights (r)``; without it the weights are one.
-
     The fit alternates (CP-ALS); no closed form is known for more than two modes.
     """
 
     rank: int
-    weighted: bool = False
+    weighted: bool = False  # whether there is a factor ``weights (r)``; without it the weights are one
 
     @classmethod
     def bound(cls, smallest) -> int:

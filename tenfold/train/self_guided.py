@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tenfold.nn import FactorizedLinear
-from tenfold.nn.registry import LAYERS
+from tenfold.structure import Structure
 
 
 class Guide(nn.Module):
@@ -44,7 +44,7 @@ class SelfGuidance(TrainerCallback):
                 "there is nothing to guide: no layer of the model is structured; leave self_guided_fraction out"
             )
         for layer in self.layers:
-            if layer.structure.kind in LAYERS:
+            if not isinstance(layer.structure, Structure):
                 raise ValueError(
                     f"self_guided_fraction needs a matrix beside every structured layer, and none stands for "
                     f"{layer.structure.kind}; leave it out, or choose a structure"

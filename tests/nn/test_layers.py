@@ -37,13 +37,6 @@ def embedding(structure, **more):
     return layer
 
 
-def dense_gradients(layer, function, *given):
-    """Gradients of the factors by way of ``W`` alone."""
-    factors = {name: value.detach().clone() for name, value in layer.factors().items()}
-    leaves = {name: value.requires_grad_() for name, value in factors.items() if value.is_floating_point()}
-    return torch.autograd.grad(function(layer.structure.dense(factors), *given).square().sum(), list(leaves.values()))
-
-
 # FactorizedLinear ----------------------------------------------------------------------------------------------------
 
 
@@ -91,14 +84,6 @@ def test_few_rows_are_multiplied_by_plain_matrices(structure, shared, monkeypatc
         monkeypatch.setattr(Structure, "_apply", lambda *given: calls.append(given) or whole(*given))
         torch.testing.assert_close([layer(few), layer(many)], expected)
     assert len(calls) == (0 if "matrix" in factors else 1)
-
-
-@each
-def test_gradients_are_those_of_the_matrix(structure):
-    layer, x = linear(structure, bias=False), torch.randn(7, IN)
-    layer(x).square().sum().backward()
-    for ours, dense in zip(layer.parameters(), dense_gradients(layer, lambda w: x @ w.T), strict=True):
-        torch.testing.assert_close(ours.grad, dense)
 
 
 @each
@@ -222,21 +207,6 @@ def test_an_embedding_looks_up_rows_and_its_head_multiplies(structure, scale):
     torch.testing.assert_close(layer(ids), layer.dense()[ids] * scale)
     states = torch.randn(2, 3, IN)
     torch.testing.assert_close(layer(states, as_head=True), states @ layer.dense().T)  # without the scale
-
-
-@each
-def test_gradients_of_an_embedding_are_those_of_the_matrix(structure):
-    layer, ids = embedding(structure), torch.tensor([0, 11, 3, 3])
-    layer(ids).square().sum().backward()
-    for ours, dense in zip(layer.parameters(), dense_gradients(layer, lambda w: w[ids]), strict=True):
-        torch.testing.assert_close(ours.grad, dense)
-
-
-@each
-def test_a_token_outside_of_the_vocabulary_is_refused(structure):
-    for number in (OUT, -1):
-        with pytest.raises((IndexError, RuntimeError)):
-            embedding(structure)(torch.tensor([number]))
 
 
 def test_an_embedding_may_have_a_factor_of_any_name():

@@ -114,44 +114,6 @@ def sums_over_sites(model, name) -> int:
 
 
 @each
-def test_gradients_are_those_of_the_twin_that_shares_nothing(name):
-    model, twin = shared(name, adapter_rank=2), toys.build(name).double()
-    rules = [{"role": role, "structure": TRAIN, "adapter_rank": 2} for role in sorted(set(BLOCK) & roles(twin))]
-    fold(twin, rules, "noise")
-    for path, layer in layers(model):
-        twin.get_submodule(path).set_factors(layer.factors())
-    torch.testing.assert_close(loss(twin), loss(model), atol=1e-12, rtol=0)
-    loss(model).backward()
-    loss(twin).backward()
-    sums: dict[str, torch.Tensor] = {}
-    for path, layer in layers(model):
-        other = twin.get_submodule(path)
-        for factor, own in layer.named_parameters():
-            torch.testing.assert_close(own.grad, other.get_parameter(factor).grad, atol=1e-10, rtol=0)
-        key = layer.shared["part_0_core_1"]
-        sums[key] = sums.get(key, 0) + other.part_0_core_1.grad
-    for key, expected in sums.items():
-        torch.testing.assert_close(layer._container[0].get_parameter(key).grad, expected, atol=1e-10, rtol=0)
-
-
-@each
-def test_a_step_keeps_them_shared_and_moves_them(name):
-    model = shared(name)
-    before = {key: value.clone() for key, value in layers(model)[0][1]._container[0].named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len({id(p) for p in model.parameters()})
-    loss(model).backward()
-    optimizer.step()
-    groups: dict[str, set[int]] = {}
-    for _, layer in layers(model):
-        groups.setdefault(layer.shared["core_1"], set()).add(layer.factors()["core_1"].data_ptr())
-    assert groups.keys() == before.keys()
-    assert all(len(places) == 1 for places in groups.values())
-    for key, value in layer._container[0].named_parameters():
-        assert not torch.equal(value, before[key])
-
-
-@each
 def test_a_checkpoint_holds_one_copy_and_training_goes_on_alike(name, tmp_path):
     from safetensors import safe_open
 

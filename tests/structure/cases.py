@@ -19,7 +19,6 @@ from tenfold.structure import (
     Structure,
     Sum,
     TensorTrain,
-    Transposed,
     Tucker,
 )
 
@@ -73,15 +72,9 @@ COMBINED: dict[str, Structure] = {
     ),
     "placed-sum": Scattered(base=Sum(parts=(LOW_RANK, KRONECKER)), out_features=5, in_features=6),
     "sum-placed": Sum(parts=(LOW_RANK, Scattered(base=KRONECKER, out_features=4, in_features=6))),
-    "transposed": Transposed(base=BlockTensorTrain(outs=(3, 2), ins=(2, 4), rank=2)),
-    "transposed-placed": Transposed(base=Scattered(base=LOW_RANK, out_features=6, in_features=7)),
-    "placed-transposed-placed": Scattered(
-        base=Transposed(base=Scattered(base=LOW_RANK, out_features=5, in_features=6)), out_features=7, in_features=6
-    ),
     "stacked-placed": Stacked(parts=(Scattered(base=LOW_RANK, out_features=5, in_features=6), LOW_RANK)),
     "stacked": Stacked(parts=(LOW_RANK, KRONECKER)),
     "stacked-sum": Stacked(parts=(LowRank(out_features=2, in_features=6, rank=1), Sum(parts=(LOW_RANK, KRONECKER)))),
-    "transposed-stacked": Transposed(base=Stacked(parts=(LOW_RANK, LOW_RANK))),
     "placed-stacked": Scattered(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
     "sum-stacked": Sum(
         parts=(

@@ -147,5 +147,4 @@ DEFINITIONS = {
     "Sum": lambda s, f: sum(parts(s, f)),
     "Stacked": lambda s, f: np.vstack(parts(s, f)),
     "Scattered": placed,
-    "Transposed": lambda s, f: matrix(s.base, f).T,
 }

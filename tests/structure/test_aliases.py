@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tenfold.nn import FactorizedLinear
-from tenfold.structure import CustomEinsum, Dense, LowRank, Scattered, Sum
+from tenfold.structure import CustomEinsum, LowRank, Scattered, Sum
 
 SQUARE = LowRank(out_features=16, in_features=16, rank=16)
 ALIASED = {
@@ -38,29 +37,6 @@ def test_one_tensor_in_two_places_is_differentiated_again(name, rows):
         (second,) = torch.autograd.grad(first.square().sum(), a)
         store.extend((first, second))
     torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("rows", [3, 300, 1100])
-def test_parts_of_a_sum_that_are_the_same_are_differentiated_again(rows):
-    part = LowRank(out_features=256, in_features=256, rank=4)
-    left, right = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((256, 4), (4, 256)))
-    factors = {f"part_{k}_{name}": value for k in (0, 1) for name, value in (("left", left), ("right", right))}
-    x, grads = torch.randn(rows, 256, dtype=torch.float64), []
-    for y in (Sum(parts=(part, part)).apply(factors, x), 2 * x @ (left @ right).T):
-        first = torch.autograd.grad(y.square().sum(), (left, right), create_graph=True)
-        grads.append((*first, *torch.autograd.grad(sum(one.square().sum() for one in first), (left, right))))
-    torch.testing.assert_close(*grads)
-
-
-def test_parts_of_a_sum_do_not_share_the_memory_of_their_gradients():
-    part = Dense(out_features=96, in_features=80)
-    layer, x = FactorizedLinear(Sum(parts=(part, part)), bias=False), torch.randn(600, 80)
-    layer.set_factors(layer.structure.init(0.1))
-    layer(x).sum().backward()
-    once = layer.part_0_matrix.grad.clone()
-    layer(x).sum().backward()
-    torch.testing.assert_close(layer.part_0_matrix.grad, 2 * once)
-    assert layer.part_0_matrix.grad.data_ptr() != layer.part_1_matrix.grad.data_ptr()
 
 
 def test_a_label_of_one_factor_alone_between_maps_has_a_gradient():

@@ -17,7 +17,6 @@ from tenfold.structure import (
     Scattered,
     Stacked,
     TensorTrain,
-    Transposed,
     Tucker,
 )
 
@@ -43,14 +42,6 @@ def stacked_blocks(w, outs, ins):
     (a, b), (c, d) = outs, ins
     rows, columns = np.split(w.numpy(), a), range(c)
     return np.array([row[:, j * d : (j + 1) * d].ravel() for row in rows for j in columns]).reshape(a * c, b * d)
-
-
-def unfoldings(w, outs, ins) -> list[np.ndarray]:
-    """The matrices ``(a_1 c_1 .. a_k c_k, rest)`` of a tensor train, one for every bond."""
-    count = len(outs)
-    axes = [axis for k in range(count) for axis in (k, count + k)]
-    tensor = w.numpy().reshape(*outs, *ins).transpose(axes)
-    return [tensor.reshape(prod(tensor.shape[: 2 * k]), -1) for k in range(1, count)]
 
 
 # optimal ones -----------------------------------------------------------------------------------------------------
@@ -84,7 +75,6 @@ def test_block_train_is_optimal_in_every_block(rank):
 def test_dense_is_exact_and_combinators_keep_optima():
     w, low = weight(6, 9), LowRank(out_features=6, in_features=9, rank=2)
     assert error(Dense(out_features=6, in_features=9), w) == 0
-    assert error(Transposed(base=low), w.T) == pytest.approx(dropped(w, 2))
     assert error(Stacked(parts=(low, low)), torch.cat([w, w + 1])) == pytest.approx(dropped(w, 2) + dropped(w + 1, 2))
 
 
@@ -100,14 +90,6 @@ def test_a_placed_fit_takes_the_entries_at_its_place():
 # tensor trains ----------------------------------------------------------------------------------------------------
 
 TRAINS = [((2, 3, 2), (2, 2, 3), (3, 2)), ((2, 2, 2, 2), (3, 1, 2, 2), (4, 3, 2)), ((4, 3), (3, 5), (7,))]
-
-
-@pytest.mark.parametrize("outs, ins, ranks", TRAINS)
-def test_tt_svd_keeps_its_bound(outs, ins, ranks):
-    """The error is at least that of the worst bond, at most that of all bonds together (Oseledets 2011)."""
-    w = weight(prod(outs), prod(ins))
-    lost = [dropped(matrix, rank) for matrix, rank in zip(unfoldings(w, outs, ins), ranks, strict=True)]
-    assert max(lost) - 1e-10 <= error(TensorTrain(outs=outs, ins=ins, ranks=ranks), w) <= sum(lost) + 1e-10
 
 
 @pytest.mark.parametrize("outs, ins, ranks", TRAINS)
@@ -155,28 +137,14 @@ def test_tucker_is_no_worse_than_tensorly(outs, ins, ranks):
     assert error(Tucker(outs=outs, ins=ins, ranks=ranks), w) <= 1.01 * ((tensor - theirs) ** 2).sum()
 
 
-def test_tucker_factors_are_orthonormal():
-    tucker = Tucker(outs=(4, 3), ins=(5, 2), ranks=(3, 2, 2, 2))
-    factors = tucker.closed_form(weight(12, 10))
-    for name in ("out_0", "out_1", "in_0", "in_1"):
-        gram = factors[name].T @ factors[name]
-        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=F64))
-
-
 # all --------------------------------------------------------------------------------------------------------------
 
 IN_CLOSED_FORM = {name: s for name, s in ALL.items() if s.optimal or s.kind in ("tensor_train", "row_train", "tucker")}
 
 
 @each(IN_CLOSED_FORM)
-def test_a_member_is_recovered(structure):
-    w = member(structure)
-    assert error(structure, w) <= (1e-10 * w.norm()) ** 2
-
-
-@each(IN_CLOSED_FORM)
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20])
-def test_any_scale_will_do(structure, scale):
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e-20, 1e20])
+def test_a_member_is_recovered_at_any_scale(structure, scale):
     w = scale * member(structure)
     assert error(structure, w) <= (1e-10 * w.norm()) ** 2
 

@@ -18,7 +18,6 @@ from tenfold.structure import (
     Structure,
     Sum,
     TensorTrain,
-    Transposed,
     Tucker,
     factorization,
 )
@@ -91,10 +90,6 @@ FOR_768_3072 = [
         Scattered(base=LowRank(out_features=768, in_features=3072, rank=1), out_features=768, in_features=3072),
     ),
     (
-        {"kind": "transposed", "base": {"kind": "low_rank", "rank": 1}},
-        Transposed(base=LowRank(out_features=3072, in_features=768, rank=1)),
-    ),
-    (
         {
             "kind": "diagram",
             "factors": {"left": "o r", "right": ["r", "i"]},
@@ -132,9 +127,7 @@ def test_for_shape(spec, expected):
         ({"kind": "sum"}, "parts"),
         ({"kind": "stacked"}, "parts"),
         ({"kind": "placed"}, "base"),
-        ({"kind": "transposed"}, "base"),
         ({"kind": "sum", "parts": [{"kind": "low_rank", "rank": 1}], "rank": 2}, "'rank'"),
-        ({"kind": "transposed", "base": {"kind": "low_rank", "rank": 1}, "rank": 2}, "'rank'"),
         ({"rank": 2}, "None"),
     ],
 )
@@ -203,15 +196,6 @@ def test_at_its_bound_a_structure_holds_every_matrix(spec, shape):
     starts = [None] if full.optimal else [None, full.init(1.0, dtype=torch.float64)]
     fits = [full.dense(full.fit(w, start=start)) for start in starts]
     assert min((w - fitted).norm() for fitted in fits) < 1e-6 * w.norm()
-
-
-def test_a_sum_gives_what_its_fixed_parts_leave_to_the_open_ones():
-    fixed, low, terms = {"kind": "low_rank", "rank": 2}, {"kind": "low_rank"}, {"kind": "kronecker"}
-    found = Structure.within(24, 36, {"kind": "sum", "parts": [fixed, low, terms]}, 600)
-    assert found.parts[0] == LowRank(out_features=24, in_features=36, rank=2)
-    assert found.parts[1] == Structure.within(24, 36, low, (600 - 120) / 2)
-    assert found.parts[2] == Structure.within(24, 36, terms, 600 - 120 - found.parts[1].numel)
-    assert found.numel <= 600
 
 
 def test_a_placed_matrix_grows_as_its_base_does():

@@ -198,15 +198,6 @@ def test_low_rank_with_a_shared_factor_is_the_svd_of_the_stacked_matrices(shared
     assert total == pytest.approx((values[3:] ** 2).sum(), rel=1e-6)
 
 
-@each({name: ALL[name] for name in ("low_rank", "blast", "tensor_train-three", "sum")})
-def test_without_shared_factors_each_matrix_is_fitted_by_itself(structure):
-    several = [weight(structure, 3), -weight(structure, 3), weight(structure, 4)]
-    joint = structure.fit(several, sweeps=5)
-    for s, w in enumerate(several):
-        alone = structure.fit(w, sweeps=5)
-        torch.testing.assert_close({name: value[s] for name, value in joint.items()}, alone)
-
-
 def test_matrices_that_share_factors_are_found_again():
     kronecker = Kronecker(outs=(2, 3), ins=(3, 2), terms=2)
     one, other = factors_of(kronecker, 1), factors_of(kronecker, 2)

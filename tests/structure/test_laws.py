@@ -6,11 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL, COMBINED, DIAGRAMS, FAMILIES, each, factors_of, member
+from cases import ALL, COMBINED, FAMILIES, each, factors_of, member
 
 from tenfold.structure import (
     Structure,
-    Transposed,
     matmul,
 )
 from tenfold.structure.cost_model import CPU
@@ -78,28 +77,7 @@ def test_rows_that_do_not_exist_are_refused(structure):
             structure.rows(factors_of(structure), torch.tensor([number]))
 
 
-@each(ALL)
-def test_transposed(structure):
-    turned, factors = Transposed(base=structure), factors_of(structure)
-    expected = torch.from_numpy(oracle.matrix(structure, factors))
-    x = torch.randn(3, structure.shape[0], dtype=F64)
-    assert turned.shape == structure.shape[::-1]
-    assert turned.numel == structure.numel
-    torch.testing.assert_close(turned.dense(factors), expected.T)
-    torch.testing.assert_close(turned.apply(factors, x), x @ expected)
-
-
 # gradients --------------------------------------------------------------------------------------------------------
-
-
-@each(ALL)
-@pytest.mark.parametrize("rows", [1, 40])
-def test_gradients_are_those_of_the_dense_matrix(structure, rows):
-    factors, x = factors_of(structure), torch.randn(rows, structure.shape[1], dtype=F64)
-    ours = gradients(structure.apply, x, factors)
-    dense = gradients(lambda f, x: x @ structure.dense(f).T, x, factors)
-    for got, expected in zip(ours, dense, strict=True):
-        torch.testing.assert_close(got, expected)
 
 
 @pytest.fixture(params=["chain", "dense"])
@@ -185,14 +163,6 @@ def test_numel_counts_what_is_learned(structure):
     assert {name: tuple(value.shape) for name, value in learned.items()} == structure.factor_shapes()
     maps = {name: tuple(value.shape) for name, value in factors.items() if name not in learned}
     assert maps == structure.index_shapes()
-
-
-@each(FAMILIES | DIAGRAMS)
-def test_terms_are_the_products_in_an_entry(structure):
-    """With all factors one, an entry is the number of products that are added up in it."""
-    ones = {name: torch.ones(shape, dtype=F64) for name, shape in structure.factor_shapes().items()}
-    (einsum,) = structure.normal_form()
-    assert (structure.dense(ones) == einsum.spec.num_terms).all()
 
 
 @each(COMBINED)

@@ -30,14 +30,12 @@ def test_parts_below_each_other_are_put_together(monkeypatch):
     """Nothing is padded with zeros and added; what overlaps is."""
     structure = COMBINED["stacked"]
     factors, x = factors_of(structure), torch.randn(5, structure.shape[1], dtype=F64)
-    assert [start for start, *_ in structure._row_blocks] == [
-        0,
-        structure.parts[0].shape[0],
-    ] and structure._additions == 0
+    assert [start for start, *_ in structure._row_blocks] == [0, structure.parts[0].shape[0]]
+    assert structure._additions == 0
     monkeypatch.setattr(torch.nn.functional, "pad", None)
     torch.testing.assert_close(structure.apply(factors, x), x @ structure.dense(factors).T)
     assert Sum(parts=(KRONECKER, LOW_RANK))._additions == KRONECKER.shape[0]
-    assert Scattered(base=KRONECKER, out_features=9, in_features=9)._row_blocks is None
+    assert Scattered(base=KRONECKER, out_features=9, in_features=9)._row_blocks[0][:2] == (0, 9)
 
 
 def test_parts_of_rows_leave_what_is_between_in_the_cache():

@@ -20,7 +20,7 @@ from tenfold.evaluation.task_kinds import Example
 from tenfold.evaluation.tasks import TASKS
 from tenfold.models.sites import base_model
 from tenfold.nn import Adapter, FactorizedLinear
-from tenfold.nn.cola import Cola, ColaLinear
+from tenfold.structure import Cola
 from tenfold.train.finetune import TaskTrainer, count_parameters
 from tenfold.train.methods import METHODS, unfreeze_head
 from tenfold.train.trainer import DivergenceGuardTrainer
@@ -457,7 +457,7 @@ def test_a_head_of_another_task_is_drawn_anew(toys, learned, tmp_path):
 
 
 def test_no_adapter_goes_beside_a_non_linearity():
-    layer = ColaLinear(Cola(out_features=8, in_features=8, rank=2))
+    layer = FactorizedLinear(Cola(out_features=8, in_features=8, rank=2))
     with pytest.raises(ValueError, match="an adapter goes beside a matrix, and a layer of kind cola has none"):
         Adapter(layer, 2)
 

@@ -9,15 +9,13 @@ from typing import ClassVar, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
-from tenfold.nn.layers import FactorizedLinear
 from tenfold.structure.base import Factors, FactorSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "relu": functional.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.nn.functional.relu,
     "tanh": torch.tanh,
 }
 
@@ -51,41 +49,26 @@ class Cola(FactorSpec, kind="cola"):
     @classmethod
     def for_shape(cls, out: int, inner: int, spec: dict) -> Cola:
         """Return the layer of a recipe's ``spec``; the rank is a quarter of the smaller side unless given."""
-        fields = {"out_features": out, "in_features": inner, "rank": max(1, min(out, inner) // 4)}
-        layer = cls.from_json(fields | spec)
+        fields = {"out_features": out, "in_features": inner, "rank": max(1, min(out, inner) // 4)} | spec
+        layer = cls.from_fields({name: value for name, value in fields.items() if name != "kind"})
         if layer.shape != (out, inner):
             raise ValueError(f"{layer} has other sides than {(out, inner)} (out, in): leave them out")
         return layer
 
-    @classmethod
-    def from_json(cls, data: dict) -> Cola:
-        """Return the layer that ``to_json`` wrote."""
-        return cls.from_fields({key: value for key, value in data.items() if key != "kind"})
-
-    @classmethod
-    def is_open(cls, spec: dict) -> bool:
-        """Return False: only matrices have errors by rank, from which a budget could set it."""
-        return False
-
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape ``(out, in)``."""
         return self.out_features, self.in_features
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of ``up (out, rank)`` and ``down (rank, in)``."""
         return {"up": (self.out_features, self.rank), "down": (self.rank, self.in_features)}
 
     def axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Return ``{factor: (batch, out, in) axes}``."""
         return dict.fromkeys(self.factor_shapes(), ((), (0,), (1,)))
 
     def fans(self) -> dict[str, tuple[int, int]]:
-        """Return ``{factor: (fan in, fan out)}``."""
         return {name: (inner, out) for name, (out, inner) in self.factor_shapes().items()}
 
     def last_factors(self) -> set[str]:
-        """Return ``up``, which is applied last."""
         return {"up"}
 
     def flops(self, rows: int = 1) -> int:
@@ -99,13 +82,10 @@ class Cola(FactorSpec, kind="cola"):
         return {name: torch.randn(shape, generator=generator, dtype=dtype) * scale for name, shape in shapes}
 
     def _apply(
-        self,
-        factors: Factors,
-        x: Float[Tensor, "*rows inner"],
-        bias: Float[Tensor, "out"] | None = None,
+        self, factors: Factors, x: Float[Tensor, "*rows inner"], bias: Float[Tensor, "out"] | None = None
     ) -> Float[Tensor, "*rows out"]:
-        hidden = ACTIVATIONS[self.activation](functional.linear(x, factors["down"]))
-        return functional.linear(hidden, factors["up"], bias)
+        hidden = ACTIVATIONS[self.activation](torch.nn.functional.linear(x, factors["down"]))
+        return torch.nn.functional.linear(hidden, factors["up"], bias)
 
     def dense(self, factors: Factors | None = None) -> NoReturn:
         """Raise ValueError: there is no matrix."""
@@ -113,10 +93,3 @@ class Cola(FactorSpec, kind="cola"):
             f"a CoLA layer has {self.activation} between its factors, so no matrix stands for it; keep the model as it is, "
             "or train a low-rank one"
         )
-
-
-class ColaLinear(FactorizedLinear):
-    """``y = up @ activation(down @ x) + bias``: a ``FactorizedLinear`` with a ``Cola`` as its structure.
-
-    Reference: CoLA, arXiv 2502.10940.
-    """
