@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -18,19 +19,17 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in ``folder``, newest first."""
-    return [path for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True) if _is_complete(path)]
+    found = []
+    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((path / STATE).read_text())
+            found.append(path)
+    return found
 
 
 def step_of(checkpoint: str | Path) -> int:
+    """Return the step of a checkpoint, the end of its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def is_compressed_here(checkpoint: str | Path) -> bool:
@@ -43,9 +42,6 @@ def check_checkpoint(checkpoint: Path, sharded: bool) -> None:
 
     Args:
         sharded: parameters and optimizer state are sharded over the processes (FSDP) of the resuming run.
-
-    Raises:
-        ValueError: one run is sharded and the other is not; or a file is missing or cut off.
     """
     was_sharded = any(checkpoint.glob("optimizer_*")) or (checkpoint / "optimizer.bin").is_file()  # FULL_STATE_DICT
     if was_sharded and not sharded:

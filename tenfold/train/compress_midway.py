@@ -6,19 +6,17 @@ from random factors has to find everything by them.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainingArguments
 
 from tenfold.compression.calibration import Calibration
 from tenfold.compression.compress import compress
-from tenfold.models.atomic_io import disk_full_errors, write_json
+from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.plan import check_rules, make_plan
@@ -31,17 +29,6 @@ BATCH_TOKENS = 1024  # tokens in a batch of calibration
 RNG_STATES = "rng_state*.pth"  # of the last dense checkpoint; its optimizer state belongs to other parameters
 
 
-class StopAtStep(TrainerCallback):
-    """End training after ``step``, with a checkpoint, without changing the schedule."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-
 def compress_midway(
     folder: Path,
     step: int,
@@ -52,7 +39,7 @@ def compress_midway(
 ):
     """Return the model at ``step``, compressed; training resumes from the checkpoint in ``folder / "checkpoints"``.
 
-    Dense checkpoints are in ``folder / "dense"``, and are deleted once the compressed one is disk_full_errors.
+    Dense checkpoints are in ``folder / "dense"``, and are deleted once the compressed one is written.
 
     Args:
         windows: the training data; windows evenly spread over those of the dense part are the calibration text.
@@ -65,11 +52,12 @@ def compress_midway(
         make_plan(new_empty_model(plain, tokenizer), recipe)
     if last_checkpoint(target.parent) is None:
         arguments = _train_dense(make_trainer(new_model(plain, tokenizer), dense), step)
-        found = last_checkpoint(dense)
-        model = _load(found, recipe).to(arguments.device)
-        report = _compress(model, recipe, _calibration(windows, step * step_size(arguments), recipe))
+        model, report = _load(last_checkpoint(dense), recipe).to(arguments.device), {}
+        text = _calibration(windows, step * step_size(arguments), recipe)
+        for stage in recipe.stage_recipes():
+            report = compress(model, stage, text=stage.calibrate and text)[1]
         if is_main_process():
-            _write_checkpoint(model, found, target, report)
+            _write_checkpoint(model, last_checkpoint(dense), target, report)
         barrier()
     if is_main_process():
         shutil.rmtree(dense, ignore_errors=True)
@@ -82,9 +70,8 @@ def _load(checkpoint: Path, recipe: Recipe):
     return auto_class.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention)
 
 
-def _train_dense(trainer: DivergenceGuardTrainer, step: int):
-    known = last_checkpoint(Path(trainer.args.output_dir))
-    trainer.callback_handler.callbacks.insert(0, StopAtStep(step))  # before the guard, which checks what is saved
+def _train_dense(trainer: DivergenceGuardTrainer, step: int) -> TrainingArguments:
+    known, trainer.last_step = last_checkpoint(Path(trainer.args.output_dir)), step
     if known is None or step_of(known) < step:
         trainer.train(known)
     barrier()  # until the checkpoint is complete
@@ -99,38 +86,20 @@ def _calibration(windows: PackedDataset, seen: int, recipe: Recipe) -> Calibrati
     chosen = torch.linspace(0, seen - 1, min(largest.num_samples, seen)).round().long().tolist()
     ids = torch.stack([windows.ids(k) for k in chosen])[:, : largest.window]
     parts = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    batches: list[dict[str, Tensor]] = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
     return Calibration(batches, {"files": ["the run's own"], "samples": len(ids), "window": ids.shape[1]})
-
-
-def _compress(model, recipe: Recipe, text: Calibration) -> dict[str, Any]:
-    report = {}
-    for stage in recipe.stage_recipes():
-        report = compress(model, stage, text=stage.calibrate and text)[1]
-    return report
 
 
 def _write_checkpoint(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
     """Write a checkpoint that Trainer resumes from: the compressed model at the step of the dense one."""
-    new = target.with_name("folded.new")
+    new = target.with_name("compressed.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
+    best = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
     with disk_full_errors(new):
         model.save_pretrained(new)
         for file in dense.glob(RNG_STATES):
-            shutil.copy(file, new / file.name)
-        state = json.loads((dense / STATE).read_text())
-        best = {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+            shutil.copy(file, new)
         write_json(new / COMPRESSED, report)
-        write_json(new / STATE, state | best)
+        write_json(new / STATE, read_json(dense / STATE) | best)
     new.rename(target)
-
-
-def resume_schedule(scheduler, step: int, rates: list[float]) -> None:
-    """Set a new optimizer with learning ``rates`` to where its schedule is at ``step``."""
-    if not hasattr(scheduler, "lr_lambdas"):  # it depends on losses, not on steps
-        return
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    scheduler._last_lr = [factor(step) * rate for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate

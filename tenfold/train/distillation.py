@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.chunked_loss import sum_chunks
 from tenfold.train.fsdp import is_sharded
-from tenfold.train.losses import IGNORED, LOGITS, STATES, WITHOUT_TEACHER, LossInputs, log_probabilities, upcast
+from tenfold.train.losses import (
+    CROSS_ENTROPY,
+    DIVERGENCES,
+    IGNORED,
+    STATES,
+    cross_entropy,
+    log_probabilities,
+    upcast,
+)
 from tenfold.train.teacher import pair_layers
 
 
@@ -30,7 +41,7 @@ class Distillation:
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, settings: Heal, causal: bool = True):
         self.student, self.teacher = ChunkedHead(student), teacher and ChunkedHead(teacher)
         self.settings, self.causal, self.verified = settings, causal, False
-        self.logit_losses = {name: weight for name, weight in settings.losses.items() if name in LOGITS}
+        self.row_losses = {name: weight for name, weight in settings.losses.items() if name not in STATES}
         self.state_losses = {name: weight for name, weight in settings.losses.items() if name in STATES}
         if self.state_losses:
             self.layers = pair_layers(settings.layers, student, teacher)
@@ -42,28 +53,35 @@ class Distillation:
         attention_mask: Tensor | None = None,
         log_probabilities: Tensor | None = None,
         ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | ModelOutput:
         """Return ``{"loss": ..}`` of a batch ``(batch, length)``; positions whose label is ``IGNORED`` have no target.
+
+        In evaluation, without gradients, return the student's own output.
 
         Args:
             log_probabilities: the teacher's cached predictions ``(batch, length, classes)``.
             ids: the tokens of the classes; one class more stands for all others.
         """
+        if not torch.is_grad_enabled():
+            return type(self.student.model).forward(self.student.model, input_ids=input_ids, labels=labels)
         self._verify(input_ids)
-        inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        inner = {"output_hidden_states": True} if self.state_losses else {}
+        if self.state_losses:
+            inputs["output_hidden_states"] = True
         if "attention" in self.state_losses:
-            inner["output_attentions"] = True
+            inputs["output_attentions"] = True
             self.student.model.eval()  # otherwise dropout acts on the attention probabilities
-        states, out = self.student.compute_states(**inputs, **inner)
+        states, out = self.student.compute_states(**inputs)
         predicted, teacher_out = log_probabilities, None
         if self.teacher is not None:
             with torch.no_grad():
-                predicted, teacher_out = self.teacher.compute_states(**inputs, **inner)
+                predicted, teacher_out = self.teacher.compute_states(**inputs)
         loss = states.new_zeros((), dtype=upcast(states[..., :0]).dtype)
-        if self.logit_losses:
-            loss = loss + self._logit_loss(states, predicted, ids, labels, mask)
+        if self.row_losses:
+            loss = loss + self._row_loss(states, predicted, ids, labels, mask)
         if (router_loss := self.student.router_loss(states, out, attention_mask)) is not None:
             loss = loss + router_loss
         for name, weight in self.state_losses.items():
@@ -78,7 +96,7 @@ class Distillation:
                     head.compile()
             self.verified = True
 
-    def _logit_loss(self, states: Tensor, predicted, ids, labels: Tensor, mask: Tensor) -> Tensor:
+    def _row_loss(self, states: Tensor, predicted, ids, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the weighted losses of positions, each a mean over them, computed in chunks."""
         if self.causal:
             labels, mask = labels[:, 1:], mask[:, 1:]
@@ -87,26 +105,30 @@ class Distillation:
         rows = labelled if self.causal or self.settings.positions == "masked" else mask
         states, predicted, ids = (value if value is None else value[rows] for value in (states, predicted, ids))
         targets = torch.where(labelled, labels, IGNORED)[rows]
-        counts = torch.stack([(labelled if name == "cross_entropy" else rows).sum() for name in self.logit_losses])
+        counts = torch.stack([(labelled if name == CROSS_ENTROPY else rows).sum() for name in self.row_losses])
 
         def loss(states: Tensor, chunk: slice) -> Tensor:
             rest = (value if value is None else value[chunk] for value in (predicted, ids, targets))
             sums = self._sum_losses(states, *rest)
-            return (sums * sums.new_tensor(list(self.logit_losses.values())) / counts.clamp(min=1)).sum()
+            return (sums * sums.new_tensor(list(self.row_losses.values())) / counts.clamp(min=1)).sum()
 
         model = self.student.model
         return sum_chunks(loss, states, list(model.parameters()), self.settings.chunk, recompute=is_sharded(model))
 
-    def _sum_losses(self, states: Tensor, predicted: Tensor | None, ids: Tensor | None, targets: Tensor) -> Tensor:
+    def _sum_losses(self, states: Tensor, predicted: Tensor, ids: Tensor | None, targets: Tensor) -> Tensor:
         """Return the sum of every loss ``(losses,)`` over the positions of a chunk."""
-        temperature, student, teacher = self.settings.temperature, None, None
-        logits = self.student.compute_logits(states)
-        if self.logit_losses.keys() - WITHOUT_TEACHER:
-            student = log_probabilities(logits, temperature, None if ids is None else ids.long())
+        logits, temperature, log_p, log_q = self.student.compute_logits(states), self.settings.temperature, None, None
+        if self.row_losses.keys() & DIVERGENCES:
+            log_q = log_probabilities(logits, temperature, None if ids is None else ids.long())
             with torch.no_grad():
                 if self.teacher is not None:
-                    teacher = log_probabilities(self.teacher.compute_logits(predicted), temperature)
+                    log_p = log_probabilities(self.teacher.compute_logits(predicted), temperature)
                 else:  # normalised again: cached predictions are rounded
-                    teacher = torch.log_softmax(upcast(predicted), -1)
-        rows = LossInputs(logits, targets, student, teacher, temperature)
-        return torch.stack([LOGITS[name](rows).sum() for name in self.logit_losses])
+                    log_p = torch.log_softmax(upcast(predicted), -1)
+        rows = (
+            cross_entropy(logits, targets)
+            if name == CROSS_ENTROPY
+            else temperature**2 * DIVERGENCES[name](log_p, log_q)
+            for name in self.row_losses
+        )
+        return torch.stack([row.sum() for row in rows])

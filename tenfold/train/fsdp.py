@@ -25,11 +25,7 @@ def full_state_dict(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def keep_output_dtype(plugin) -> None:
-    """Stop accelerate's FSDP plugin from rounding a model's outputs to bfloat16, which leaves the loss three digits.
-
-    Raises:
-        ValueError: the plugin uses FSDP's first version, which flattens parameters.
-    """
+    """Stop accelerate's FSDP plugin from rounding a model's outputs to bfloat16, which leaves the loss three digits."""
     if plugin.fsdp_version != 2:
         raise ValueError(
             "parameters are sharded by FSDP's second version only; give accelerate launch --fsdp_version 2"

@@ -21,7 +21,7 @@ from tenfold.models.text_mode import context_of, is_causal_lm
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation
-from tenfold.train.losses import STATES, WITHOUT_TEACHER
+from tenfold.train.losses import CROSS_ENTROPY, STATES
 from tenfold.train.run_manifest import versions
 from tenfold.train.teacher import (
     Teacher,
@@ -31,7 +31,7 @@ from tenfold.train.teacher import (
     load_teacher,
     weights_digest,
 )
-from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, make_manifest, write_cache
+from tenfold.train.teacher_cache import TeacherCache, make_manifest
 from tenfold.train.trainer import (
     Advance,
     DivergenceGuardTrainer,
@@ -84,18 +84,19 @@ def heal(
         OSError: there is no room on the disk.
     """
     settings = settings or Heal()
-    guided = settings.losses.keys() - WITHOUT_TEACHER
-    window = _check_window(model, window)
-    _check_settings(model, teacher, tokenizer, settings, store)
+    guided, causal = settings.losses.keys() - {CROSS_ENTROPY}, is_causal_lm(model)
+    window = window or min(context_of(model), 1024)
+    _check(model, teacher, tokenizer, settings, window, store)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:
         folder = None if checkpoints is None else Path(checkpoints)
-        causal = is_causal_lm(model)
         arguments = _arguments(folder or Path(temporary), settings, window, seed, folder is not None, causal)
         data, collator = _read_data(model, tokenizer, files, window, seed)
+        size = step_size(arguments)
         if settings.warmup < 1:  # Trainer rounds up, and the learning rate of a first step of warm-up is 0
-            steps = settings.steps or math.ceil((settings.epochs or 1.0) * math.ceil(len(data) / step_size(arguments)))
+            steps = settings.steps or math.ceil((settings.epochs or 1.0) * math.ceil(len(data) / size))
             arguments.warmup_steps = int(settings.warmup * steps)
-        tokens, loaded = step_size(arguments) * _mean_length(data), None
+        length = window if causal else sum(len(row["input_ids"]) for row in data) / len(data)
+        loaded = None
         if guided and store is not None:
             data = _add_predictions(data, model, teacher, tokenizer, settings, Path(store), top_k, arguments, progress)
         elif guided:
@@ -109,12 +110,12 @@ def heal(
         trainer = _Healer(
             model=model,
             args=arguments,
-            train_dataset=_fill_last_step(data, arguments),
+            train_dataset=_fill_last_step(data, arguments.max_steps, size),
             data_collator=collator,
             tokenizer=tokenizer,
             log=folder and folder / "log.jsonl",
             advance=advance,
-            tokens_per_step=tokens,
+            tokens_per_step=size * length,
         )
         begun = time.perf_counter()
         trainer.train_and_unwrap(folder and last_checkpoint(folder))
@@ -134,51 +135,47 @@ def heal(
     return report | ({} if store is None else {"top_k": top_k})
 
 
-def _check_window(model: PreTrainedModel, window: int | None) -> int:
+def _check(model: PreTrainedModel, teacher: Teacher | None, tokenizer, settings: Heal, window: int, store) -> None:
+    guided, kind = settings.losses.keys() - {CROSS_ENTROPY}, type(model).__name__
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"a {type(model).__name__} reads one text and writes another; healing is for models that read one text"
-        )
-    longest = context_of(model)
-    if window is not None and not 2 <= window <= longest:
-        raise ValueError(f"window {window} must be from 2 to the model's context of {longest}")
-    return window or min(longest, 1024)
-
-
-def _check_settings(model: PreTrainedModel, teacher: Teacher | None, tokenizer, settings: Heal, store) -> None:
-    guided, causal = settings.losses.keys() - WITHOUT_TEACHER, is_causal_lm(model)
+        raise ValueError(f"a {kind} reads one text and writes another; healing is for models that read one text")
+    if not 2 <= window <= context_of(model):
+        raise ValueError(f"window {window} must be from 2 to the model's context of {context_of(model)}")
     if tokenizer is None:
         raise ValueError("the model has no tokenizer to read the text with; copy tokenizer.json there")
     if guided and teacher is None:
         raise ValueError(f"the loss {', '.join(sorted(guided))} needs a teacher: give one, or cross_entropy alone")
-    if settings.positions != "all" and causal:
+    if settings.positions != "all" and is_causal_lm(model):
         raise ValueError(
-            f"positions {settings.positions} is for masked language models, and a {type(model).__name__} is causal; leave it out"
+            f"positions {settings.positions} is for masked language models, and a {kind} is causal; leave it out"
         )
-    if store is not None and not guided:
-        raise ValueError(f"{', '.join(settings.losses)} needs no teacher: leave the store {store} out")
     if guided:
         check_vocabulary(model, teacher, tokenizer)
-    if store is not None and (states := sorted(settings.losses.keys() & STATES.keys())):
+    if store is None:
+        return
+    if not guided:
+        raise ValueError(f"{', '.join(settings.losses)} needs no teacher: leave the store {store} out")
+    if states := sorted(settings.losses.keys() & STATES.keys()):
         raise ValueError(
             f"a store has the teacher's predictions, not the hidden states and attention that {', '.join(states)} compare: "
             "leave the store out, or these losses"
         )
-    if store is not None and not causal:
+    if not is_causal_lm(model):
         raise ValueError(
             "a masked language model's inputs are masked anew each time, so that predictions can't be stored: leave the store out"
         )
 
 
 def _arguments(folder: Path, settings: Heal, window: int, seed: int, save: bool, causal: bool) -> TrainingArguments:
-    duration = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     windows = max(1, settings.tokens_per_step // window)
     batch = min(settings.batch_size or _default_batch(windows, window), windows)
-    batch, accumulate = _split_step(batch, max(1, round(windows / batch)), window, settings)
+    batch, accumulate = split_step(batch, max(1, round(windows / batch)))
     return training_arguments(
         folder,
         settings.learning_rate,
         batch,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1.0,
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type=settings.schedule,
         bf16=in_bfloat16(settings.precision),
@@ -192,7 +189,6 @@ def _arguments(folder: Path, settings: Heal, window: int, seed: int, save: bool,
         include_num_input_tokens_seen="all" if causal else "non_padding",
         logging_steps=max(1, (settings.steps or 200) // 20),
         seed=seed,
-        **duration,
     )
 
 
@@ -203,19 +199,6 @@ def _default_batch(windows: int, window: int) -> int:
     processes, most = processes_started(), max(1, BATCH_TOKENS // window)
     fitting = [n for n in range(1, most + 1) if windows % n == 0 and windows // n % processes == 0]
     return max(fitting, default=windows)
-
-
-def _split_step(batch: int, accumulate: int, window: int, settings: Heal) -> tuple[int, int]:
-    processes = processes_started()
-    try:
-        return split_step(batch, accumulate, processes)
-    except ValueError:
-        multiple = processes * (settings.batch_size or 1)
-        tokens = -(-batch * accumulate // multiple) * multiple * window
-        raise ValueError(
-            f"{processes} processes can't share a step of {batch * accumulate} windows of {window} tokens, {batch} at once; "
-            f"give --tokens-per-step {tokens}, or another --batch-size"
-        ) from None
 
 
 def _read_data(model: PreTrainedModel, tokenizer, files, window: int, seed: int) -> tuple[Any, Any]:
@@ -232,46 +215,37 @@ def _read_data(model: PreTrainedModel, tokenizer, files, window: int, seed: int)
     return [{"input_ids": ids} for ids in rows], DataCollatorForLanguageModeling(tokenizer, seed=seed)
 
 
-def _mean_length(data) -> float:
-    return data.length if isinstance(data, PackedDataset) else sum(len(row["input_ids"]) for row in data) / len(data)
-
-
-def _add_predictions(
-    data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress
-) -> DatasetWithTeacher:
+def _add_predictions(data, model, teacher, tokenizer, settings, folder, top_k, arguments, progress) -> TeacherCache:
     """Return ``data`` with the teacher's predictions, computed and cached first if they are not yet."""
     vocabulary = model.config.get_text_config().vocab_size
     digest, temperature = weights_digest(teacher), settings.temperature
     manifest = make_manifest(digest, tokenizer, data.tokens, data.length, temperature, top_k, vocabulary)
     with arguments.main_process_first(local=False, desc="the teacher's predictions"):
-        if not is_finished(folder, manifest):
+        cache = TeacherCache(folder, manifest, data)
+        if not cache.finished:
             loaded = load_teacher(teacher, arguments.device)
             check_teacher(model, loaded, ())
-            batch = arguments.per_device_train_batch_size
             with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                write_cache(folder, manifest, ChunkedHead(loaded), data, batch, settings.chunk, progress)
-    return DatasetWithTeacher(data, TeacherCache(folder))
+                cache.fill(ChunkedHead(loaded), arguments.per_device_train_batch_size, settings.chunk, progress)
+    return cache
 
 
-def _fill_last_step(data, arguments: TrainingArguments):
+def _fill_last_step(data, steps: int, size: int):
     """Return ``data`` with its first windows repeated to fill the last step of an epoch, for any number of processes alike.
 
     accelerate itself fills up only what several processes share, and one process would have a smaller step.
     """
-    size = step_size(arguments)
-    if 0 < arguments.max_steps * size <= len(data):  # every step of the run is complete
+    if 0 < steps * size <= len(data):  # every step of the run is complete
         return data
     return torch.utils.data.Subset(data, [k % len(data) for k in range(-(-len(data) // size) * size)])
 
 
 class _Healer(DivergenceGuardTrainer):
-    """Trainer of a model whose ``forward`` returns its loss."""
+    """Trainer of a model whose ``forward`` returns its loss; as ``processing_class`` the tokenizer would change its config."""
 
     def __init__(self, *args, tokenizer, **kwargs):
         super().__init__(*args, **kwargs)
-        self.tokenizer = (
-            tokenizer  # as processing_class, Trainer would write its special tokens into the student's configuration
-        )
+        self.tokenizer = tokenizer
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -1,65 +1,43 @@
 """The losses of distillation by name, as weighed by a recipe's ``heal: {losses: {kl: 1.0, hidden: 0.1}}``.
 
 ``p`` is the teacher's and ``q`` the student's distribution over the vocabulary at temperature ``T``, ``softmax(logits / T)``.
-Divergences are multiplied by ``T^2``, which makes the size of their gradients independent of ``T`` (Hinton et al., arXiv
-1503.02531). ``LOGITS`` are losses of a row, one position of one sequence; ``STATES`` compare hidden states and attention.
+``cross_entropy`` and ``DIVERGENCES`` are losses of a row, one position of one sequence; divergences count ``T^2`` times, which
+makes the size of their gradients independent of ``T`` (Hinton et al., arXiv 1503.02531). ``STATES`` compare hidden states and
+attention.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # the label of a position without a target
 MIN_ATTENTION = 1e-9  # lower bound of attention probabilities in logarithms
+CROSS_ENTROPY = "cross_entropy"  # the loss without a teacher
 
 
-@dataclass
-class LossInputs:
-    """Some positions of a batch, the input of the losses in ``LOGITS``.
-
-    Args:
-        logits: the student's ``(n, vocabulary)``.
-        targets: the true tokens ``(n,)``, ``IGNORED`` where there is none.
-        student: ``log q (n, classes)``, None unless a divergence is used.
-        teacher: ``log p (n, classes)``, None unless a divergence is used.
-        temperature: ``T``.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    student: Tensor | None = None
-    teacher: Tensor | None = None
-    temperature: float = 1.0
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return ``-log softmax(logits)[target]`` of every row ``(n, vocabulary)``; 0 where the target is ``IGNORED``."""
+    return torch.nn.functional.cross_entropy(upcast(logits), targets, reduction="none", ignore_index=IGNORED)
 
 
-def cross_entropy(rows: LossInputs) -> Tensor:
-    """Return ``-log softmax(logits)[target]`` of every row, at temperature 1; 0 where there is no target."""
-    return torch.nn.functional.cross_entropy(upcast(rows.logits), rows.targets, reduction="none", ignore_index=IGNORED)
-
-
-def kl(rows: LossInputs) -> Tensor:
-    """Return ``T^2 sum_v p_v log(p_v / q_v)``: the student covers all that the teacher finds likely."""
-    return rows.temperature**2 * _kl(rows.teacher, rows.student)
-
-
-def reverse_kl(rows: LossInputs) -> Tensor:
-    """Return ``T^2 sum_v q_v log(q_v / p_v)``: the student stays within the teacher's modes (MiniLLM, arXiv 2306.08543)."""
-    return rows.temperature**2 * _kl(rows.student, rows.teacher)
-
-
-def jensen_shannon(rows: LossInputs) -> Tensor:
-    """Return ``T^2 (KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``; at most ``T^2 log 2`` (arXiv 2306.13649)."""
-    middle = torch.logaddexp(rows.teacher, rows.student) - math.log(2)
-    return rows.temperature**2 * (_kl(rows.teacher, middle) + _kl(rows.student, middle)) / 2
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ``sum_v p_v log(p_v / q_v)``: the student covers all that the teacher finds likely."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ``sum_v q_v log(q_v / p_v)``: the student stays within the teacher's modes (MiniLLM, arXiv 2306.08543)."""
+    return kl(log_q, log_p)
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ``(KL(p || m) + KL(q || m)) / 2`` with ``m = (p + q) / 2``; at most ``log 2`` (arXiv 2306.13649)."""
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (kl(log_p, middle) + kl(log_q, middle)) / 2
 
 
 def log_probabilities(logits: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
@@ -122,11 +100,9 @@ def upcast(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-LOGITS: dict[str, Callable[[LossInputs], Tensor]] = {
-    "cross_entropy": cross_entropy,
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
 }
 STATES: dict[str, Callable[..., Tensor]] = {"hidden": hidden, "attention": attention, "embedding": embedding}
-WITHOUT_TEACHER = {"cross_entropy"}

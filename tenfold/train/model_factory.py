@@ -23,11 +23,7 @@ SPECIAL_TOKENS = ("pad_token_id", "mask_token_id", "cls_token_id", "sep_token_id
 
 
 def new_model(recipe: Recipe, tokenizer):
-    """Return the recipe's model with random weights, structured where its rules say so; or load the one it starts from.
-
-    Raises:
-        ValueError: the recipe's model is not valid.
-    """
+    """Return the recipe's model with random weights, structured where its rules say so; or load the one it starts from."""
     if recipe.origin:
         return from_pretrained(recipe.origin, AUTO_CLASSES[recipe.train.objective], whole=True, dtype=torch.float32)
     model = _build(recipe, _configure_for(recipe, tokenizer))
@@ -44,11 +40,7 @@ def new_empty_model(recipe: Recipe, tokenizer):
 
 
 def window_length(recipe: Recipe) -> int:
-    """Return the tokens in a window.
-
-    Raises:
-        ValueError: the recipe does not say, it is more than the model's positions, or the model is not valid.
-    """
+    """Return the tokens in a window."""
     with torch.device("meta"):
         model = _build(recipe, _configure(recipe))
     length = recipe.train.sequence_length or positions_of(model)
@@ -68,11 +60,7 @@ def _check_positions(recipe: Recipe, length: int, model) -> None:
 
 
 def vocabulary_size(recipe: Recipe, tokenizer) -> int:
-    """Return the vocabulary size of the recipe's model: the tokenizer's, or that of a trained model, which may be larger.
-
-    Raises:
-        ValueError: the trained model's is smaller.
-    """
+    """Return the vocabulary size of the recipe's model: the tokenizer's, or that of a trained model, which may be larger."""
     if not recipe.origin:
         return len(tokenizer)
     size = read_config(recipe.origin).get_text_config().vocab_size

@@ -91,13 +91,21 @@ def optimizer_for(model: nn.Module, kind: str, rates: str, lr: float, weight_dec
         kind: ``adamw``, or ``muon`` for the matrices of the blocks, including factors, and AdamW for the rest.
         rates: ``one`` for all parameters, or ``fans``: ``lr * in / (fan in of the factor) / (number of factors)`` for the
             factors of a layer with ``in`` inputs (arXiv 2406.06248), for AdamW only.
-
-    Raises:
-        ValueError: rates by fans, with Muon.
     """
     if kind == "muon" and rates == "fans":
         raise ValueError("Muon's steps have the right size for every factor by themselves; write optimizer: adamw")
-    views, scales = _views(model), _rate_scales(model) if rates == "fans" else {}
+    factors = [
+        (module, *factor)
+        for module in model.modules()
+        if isinstance(module, FactorizedLinear)
+        for factor in factor_parameters(module).items()
+    ]
+    # None for scalars and factors without a contraction
+    views = {
+        id(p): None for module in model.modules() if isinstance(module, SharedFactors) for p in module.parameters()
+    }
+    views |= {id(p): layer.structure.axes().get(name) for layer, name, p in factors}
+    scales = {id(p): _rate_scale(layer, name) for layer, name, p in factors} if rates == "fans" else {}
     hidden: dict[Axes, list[Tensor]] = {}
     rest: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -120,25 +128,6 @@ def factor_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return own | {name: layer._container[0].get_parameter(key) for name, key in layer.shared.items()}
 
 
-def _structured_layers(model: nn.Module) -> list[FactorizedLinear]:
-    return [module for module in model.modules() if isinstance(module, FactorizedLinear)]
-
-
-def _views(model: nn.Module) -> dict[int, Axes | None]:
-    """Return ``{id of a factor: its axes as (batch, out, in)}``, None for scalars and factors without a contraction."""
-    shared = (module for module in model.modules() if isinstance(module, SharedFactors))
-    found: dict[int, Axes | None] = {id(p): None for module in shared for p in module.parameters()}
-    for layer in _structured_layers(model):
-        axes = layer.structure.axes()
-        found |= {id(parameter): axes.get(name) for name, parameter in factor_parameters(layer).items()}
-    return found
-
-
-def _rate_scales(model: nn.Module) -> dict[int, float]:
-    scales = {}
-    for layer in _structured_layers(model):
-        fans, parameters = layer.structure.fans(), factor_parameters(layer)
-        for name, parameter in parameters.items():
-            if name in fans:
-                scales[id(parameter)] = layer.in_features / fans[name][0] / len(fans)
-    return scales
+def _rate_scale(layer: FactorizedLinear, name: str) -> float:
+    fans = layer.structure.fans()
+    return layer.in_features / fans[name][0] / len(fans) if name in fans else 1.0

@@ -11,26 +11,28 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import default_data_collator
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, default_data_collator
 
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.config import Train
+from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import process_state
 from tenfold.models.loading import silent
 from tenfold.models.precision import check_saved_dtype, in_bfloat16
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.train.checkpoints import is_compressed_here, last_checkpoint, step_of
-from tenfold.train.compress_midway import compress_midway, resume_schedule
+from tenfold.train.compress_midway import compress_midway
+from tenfold.train.distillation import Distillation
 from tenfold.train.fsdp import full_state_dict
 from tenfold.train.losses import IGNORED
-from tenfold.train.model_factory import new_model, window_length
+from tenfold.train.model_factory import new_model, vocabulary_size, window_length
 from tenfold.train.optimizer import optimizer_for
-from tenfold.train.pretrain_distillation import DistilledForward, load_recipe_teacher
 from tenfold.train.recipe_checks import check_recipe_keys, check_teacher_named
 from tenfold.train.run_manifest import check_inputs_outside, check_recipe, check_sources, delete_run, versions
-from tenfold.train.self_guided import SelfGuidance
+from tenfold.train.self_guided import SelfGuidance, without_guides
+from tenfold.train.teacher import check_teacher, check_vocabulary, load_teacher
 from tenfold.train.token_dataset import load_tokens
-from tenfold.train.tokens import Tokens
 from tenfold.train.trainer import (
     Advance,
     DivergenceGuardTrainer,
@@ -39,6 +41,8 @@ from tenfold.train.trainer import (
     training_arguments,
     unwrap_model,
 )
+
+LOSSES = {"cross_entropy": 0.5, "kl": 0.5}  # with a teacher
 
 
 def pretrain(
@@ -91,18 +95,29 @@ def pretrain(
             tokens.check(len(tokenizer))
         check_sources(folder, tokens.manifest, {"teacher": settings.teacher, "model": recipe.origin})
     masked = (tokenizer, settings.mlm_probability) if settings.objective == "masked" else None
-    train_tokens, eval_tokens = _split_tokens(tokens, length, settings.eval_tokens)
-    held_out = PackedDataset(eval_tokens, length, masked=masked) if len(eval_tokens) else None
-    windows = PackedDataset(train_tokens, length, settings.seed, masked)
-    steps, teacher = _count_steps(windows, settings), load_recipe_teacher(recipe, tokenizer)
+    end = len(tokens.ids) - _held_out_tokens(len(tokens.ids), length, settings.eval_tokens)
+    held_out = PackedDataset(tokens.ids[end:], length, masked=masked) if settings.eval_tokens else None
+    windows = PackedDataset(tokens.ids[:end], length, settings.seed, masked)
+    size = settings.batch_size * settings.gradient_accumulation_steps
+    steps = len(windows) // size
+    if not steps:
+        raise ValueError(
+            f"the text has {len(windows)} windows, fewer than the {size} of a step; give more text or a smaller batch"
+        )
+    teacher = _load_teacher(recipe, tokenizer)
     torch.manual_seed(settings.seed)
 
     def make_trainer(model, checkpoints: Path) -> _Pretrainer:
+        arguments = _arguments(checkpoints, settings, steps, device)
         if teacher is not None:
-            model.forward = DistilledForward(model, teacher, settings)  # hides the method of the class
+            check_teacher(model, teacher, ())
+            losses, temperature = settings.losses or LOSSES, settings.temperature
+            distilled = Heal(losses=losses, temperature=temperature, compile=settings.compile)
+            # hides the method of the class
+            model.forward = Distillation(model, teacher.to(arguments.device), distilled)
         return _Pretrainer(
             model=model,
-            args=_arguments(checkpoints, settings, steps, device, held_out is not None),
+            args=arguments,
             train_dataset=windows,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -110,7 +125,7 @@ def pretrain(
             recipe=recipe,
             log=folder / "log.jsonl",
             advance=advance,
-            tokens_per_step=settings.batch_size * settings.gradient_accumulation_steps * length,
+            tokens_per_step=size * length,
         )
 
     begun, compress_step = time.perf_counter(), round(settings.compress_at * steps)
@@ -123,57 +138,50 @@ def pretrain(
             model = compress_midway(folder, compress_step, recipe, windows, tokenizer, make_trainer)
         else:
             model = new_model(recipe, tokenizer)
-    size = sum(p.numel() for p in model.parameters())
-    guidance = SelfGuidance(model, settings.self_guided_fraction) if settings.self_guided_fraction else None
+    parameters = sum(p.numel() for p in model.parameters())
+    guidance = [SelfGuidance(model, settings.self_guided_fraction)] if settings.self_guided_fraction else []
     trainer = make_trainer(model, folder / "checkpoints")
     trainer.first_step = compress_step
-    if guidance is not None:
-        trainer.add_callback(guidance)
+    for callback in guidance:
+        trainer.add_callback(callback)
     trainer.train(last_checkpoint(folder / "checkpoints"))
     report = {
         "recipe": recipe.model_dump(exclude_defaults=True),
-        "tokens": steps * settings.batch_size * settings.gradient_accumulation_steps * length,
-        "parameters": size,
+        "tokens": steps * size * length,
+        "parameters": parameters,
         "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "seconds_of_last_run": round(time.perf_counter() - begun, 1),
         "curve": trainer.curve(),
         "held_out": trainer.curve("eval_loss"),
         "versions": versions(),
     }
-    _save(trainer, folder, dtype, tokenizer, report, guidance)
+    _save(trainer, folder, dtype, tokenizer, report)
     return report
 
 
-def _split_tokens(tokens: Tokens, length: int, held_out: int) -> tuple[Any, Any]:
-    """Split off the last tokens, whole windows of them, for evaluation."""
-    if not held_out:
-        return tokens, ()
-    size = held_out // length * length
-    if size >= len(tokens) - length or not size:
-        raise ValueError(
-            f"eval_tokens {held_out} leaves no text to train on, or no window: there are {len(tokens)} tokens"
-        )
-    return Tokens(tokens.folder, len(tokens) - size), tokens[len(tokens) - size :]
+def _held_out_tokens(total: int, length: int, wanted: int) -> int:
+    """Return the tokens of the whole windows at the end that are for evaluation."""
+    size = wanted // length * length
+    if wanted and (size >= total - length or not size):
+        raise ValueError(f"eval_tokens {wanted} leaves no text to train on, or no window: there are {total} tokens")
+    return size
 
 
-def _count_steps(windows: PackedDataset, settings: Train) -> int:
-    size = settings.batch_size * settings.gradient_accumulation_steps
-    if len(windows) < size:
-        raise ValueError(
-            f"the text has {len(windows)} windows, fewer than the {size} of a step; give more text or a smaller batch"
-        )
-    return len(windows) // size
+def _load_teacher(recipe: Recipe, tokenizer) -> PreTrainedModel | None:
+    name = recipe.train.teacher
+    if name is None:
+        return None
+    teacher = load_teacher(name, torch.device("cpu")).requires_grad_(False)
+    check_vocabulary(teacher, name, tokenizer)
+    size, own = teacher.config.get_text_config().vocab_size, vocabulary_size(recipe, tokenizer)
+    if own != size:
+        way_out = "a teacher of its size" if recipe.origin else "the teacher's own tokens as data (--data DIR/tokens)"
+        raise ValueError(f"teacher {name} predicts {size:,} tokens and the model {own:,}; take {way_out}")
+    return teacher
 
 
-def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | None, evaluate: bool):
+def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | None):
     batch, accumulate = split_step(settings.batch_size, settings.gradient_accumulation_steps)
-    evaluation = {
-        "eval_strategy": "steps",
-        "eval_steps": settings.save_steps,
-        "per_device_eval_batch_size": batch,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
     return training_arguments(
         checkpoints,
         settings.learning_rate,
@@ -182,16 +190,19 @@ def _arguments(checkpoints: Path, settings: Train, steps: int, device: str | Non
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
         bf16=in_bfloat16(settings.precision, device),
-        torch_compile=settings.compile and settings.teacher is None,  # with a teacher, DistilledForward compiles
+        torch_compile=settings.compile and settings.teacher is None,  # with a teacher, Distillation compiles
         activation_checkpointing=settings.gradient_checkpointing,
         max_steps=steps,
         logging_steps=max(1, min(50, steps // 10)),
         save_steps=settings.save_steps,
         save_total_limit=2,
+        eval_strategy="steps" if settings.eval_tokens else "no",
+        eval_steps=settings.save_steps,
+        per_device_eval_batch_size=batch,
+        metric_for_best_model="eval_loss" if settings.eval_tokens else None,
         train_sampling_strategy="sequential",  # windows are shuffled already, alike for any number of processes
         seed=settings.seed,
-        **({"use_cpu": True} if device == "cpu" else {}),
-        **(evaluation if evaluate else {}),
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
     )
 
 
@@ -237,18 +248,19 @@ class _Pretrainer(DivergenceGuardTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Load the place on the schedule from the checkpoint, but take the learning rate from the recipe."""
-        groups = self.optimizer.param_groups
-        rates = [group.get("initial_lr", group["lr"]) for group in groups]  # some schedules don't set initial_lr
-        if checkpoint and is_compressed_here(checkpoint):
-            resume_schedule(self.lr_scheduler, step_of(checkpoint), rates)
-            return
+        """Load the optimizer's state, unless the model was compressed since; the recipe's learning rate is at its old step."""
+        scheduler, rates = self.lr_scheduler, self.lr_scheduler.base_lrs
         super()._load_optimizer_and_scheduler(checkpoint)
-        groups = self.optimizer.param_groups
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"], group["initial_lr"] = group["lr"] * (rate / group.get("initial_lr", rate)), rate
-        self.lr_scheduler.base_lrs = rates
-        self.lr_scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
+        if checkpoint:
+            set_schedule(scheduler, step_of(checkpoint), rates)
+
+
+def set_schedule(scheduler: LambdaLR, step: int, rates: list[float]) -> None:
+    """Set ``scheduler`` and its optimizer to where they are at ``step``, for the initial learning ``rates`` of the groups."""
+    scheduler.base_lrs, scheduler.last_epoch, scheduler._step_count = rates, step, step + 1
+    scheduler._last_lr = [factor(step) * rate for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
+    for group, rate, now in zip(scheduler.optimizer.param_groups, rates, scheduler._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = rate, now
 
 
 def _masked_loss(outputs, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
@@ -261,17 +273,13 @@ def _mean_loss(prediction) -> dict[str, float]:
     return {"loss": float(prediction.predictions.sum(dtype="float64") / max(1, prediction.label_ids.sum()))}
 
 
-def _save(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any], guidance) -> None:
+def _save(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str, Any]) -> None:
     trainer.accelerator.wait_for_everyone()
-    weights = full_state_dict(trainer)
+    weights = without_guides(full_state_dict(trainer))
     if not trainer.is_world_process_zero():
         return
-    model = unwrap_model(trainer)
     weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
-    if guidance is not None:
-        guidance.remove()
-        weights = {key: value for key, value in weights.items() if key in model.state_dict()}
     with silent(), atomic_directory(folder) as new:
-        model.to(dtype).save_pretrained(new, state_dict=weights)
+        unwrap_model(trainer).to(dtype).save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(report, indent=1))

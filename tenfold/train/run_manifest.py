@@ -65,11 +65,7 @@ def check_inputs_outside(folder: Path, recipe: Recipe) -> None:
 
 
 def check_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> None:
-    """Write the manifest of a run, or compare with it; a run without a checkpoint may be replaced by another one.
-
-    Raises:
-        ValueError: ``folder`` has a run of another recipe.
-    """
+    """Write the manifest of a run, or compare with it; a run without a checkpoint may be replaced by another one."""
     file = folder / FILE
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
@@ -93,9 +89,6 @@ def check_sources(folder: Path, tokens: dict[str, Any], models: dict[str, str | 
     Args:
         tokens: the manifest of the tokens.
         models: ``{role: folder or name}`` of the models that the run starts from or learns from.
-
-    Raises:
-        ValueError: the run was started with others.
     """
     manifest = read_json(folder / FILE)
     now = {key: value for key, value in tokens.items() if key != "shards"}
@@ -113,11 +106,7 @@ def _has_trained(folder: Path) -> bool:
 
 
 def delete_run(folder: Path, data: Sequence[str | Path]) -> None:
-    """Delete what a run wrote to ``folder``, and nothing else.
-
-    Raises:
-        ValueError: some of ``data`` is in the folder.
-    """
+    """Delete what a run wrote to ``folder``, and nothing else."""
     if not (folder / FILE).is_file():
         return
     for path in data:

@@ -32,17 +32,12 @@ class SelfGuidance(TrainerCallback):
     """Add guides to the structured layers of ``model``; ``a`` follows a cosine from 1 to 0 over ``fraction`` of the steps.
 
     Guides act in training only: the model is evaluated as it is saved.
-
-    Raises:
-        ValueError: no layer is structured, or a structure has no dense matrix.
     """
 
     def __init__(self, model: nn.Module, fraction: float):
         self.fraction, self.layers = fraction, [m for m in model.modules() if isinstance(m, FactorizedLinear)]
         if not self.layers:
-            raise ValueError(
-                "there is nothing to guide: no layer of the model is structured; leave self_guided_fraction out"
-            )
+            raise ValueError("there is nothing to guide: no layer is structured; leave self_guided_fraction out")
         for layer in self.layers:
             if not isinstance(layer.structure, Structure):
                 raise ValueError(
@@ -50,7 +45,7 @@ class SelfGuidance(TrainerCallback):
                     f"{layer.structure.kind}; leave it out, or choose a structure"
                 )
             layer.guide = Guide(layer)
-        self.hooks = [layer.register_forward_hook(_mix_guide) for layer in self.layers]
+            layer.register_forward_hook(_mix_guide)
 
     def on_step_begin(self, args, state, control, **kwargs):
         done = min(1.0, state.global_step / max(1.0, self.fraction * state.max_steps))
@@ -58,11 +53,10 @@ class SelfGuidance(TrainerCallback):
             layer.guide.ratio.fill_(0.5 * (1 + math.cos(math.pi * done)))
             layer.guide.active = done < 1  # skips the dense product
 
-    def remove(self) -> None:
-        """Remove the guides and their hooks."""
-        for layer, hook in zip(self.layers, self.hooks, strict=True):
-            hook.remove()
-            del layer.guide
+
+def without_guides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a guided model without those of the guides."""
+    return {key: value for key, value in weights.items() if not key.endswith(".guide.weight")}
 
 
 def _mix_guide(layer: FactorizedLinear, inputs: tuple, y: Tensor) -> Tensor:

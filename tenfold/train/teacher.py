@@ -36,11 +36,9 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
             f"the student predicts {size:,} tokens and the teacher {teacher_size:,}: their distributions can't be compared; "
             "take as teacher the model that the student was compressed from"
         )
-    teacher_tokenizer = None if loaded else load_tokenizer(teacher)
-    if teacher_tokenizer is None:
-        return
-    known = teacher_tokenizer.get_vocab()
-    for token, number in tokenizer.get_vocab().items():
+    other = None if loaded else load_tokenizer(teacher)
+    known = other and other.get_vocab()
+    for token, number in tokenizer.get_vocab().items() if other else ():
         if known.get(token) != number:
             raise ValueError(
                 f"token {token!r} is number {number} for the student and {known.get(token, 'no token')} for the teacher: "
@@ -49,11 +47,7 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, losses: Iterable[str]) -> None:
-    """Raise ValueError if ``losses`` can't compare the student with the teacher.
-
-    Raises:
-        ValueError: one is causal and the other is not, or widths or heads that are compared differ.
-    """
+    """Raise ValueError if ``losses`` can't compare the student with the teacher."""
     if is_causal_lm(model) != is_causal_lm(teacher):
         raise ValueError(
             f"the student is a {type(model).__name__} and the teacher a {type(teacher).__name__}: one predicts the next "
@@ -78,9 +72,6 @@ def pair_layers(
     """Return pairs of student and teacher layers, counted from 0: ``layers``, or those of the same relative depth.
 
     Layer ``i`` of ``n`` is paired with the layer of ``m`` nearest to ``(i + 1) m / n - 1``, the later one of two.
-
-    Raises:
-        ValueError: a layer does not exist.
     """
     own, other = (m.config.get_text_config().num_hidden_layers for m in (model, teacher))
     if layers is None:

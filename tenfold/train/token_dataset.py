@@ -12,54 +12,46 @@ from tenfold.models.auto import load_tokenizer
 from tenfold.models.recipe import Recipe
 from tenfold.train.model_factory import vocabulary_size, window_length
 from tenfold.train.tokenizer import END, train_tokenizer
-from tenfold.train.tokens import Tokens, is_tokens, tokenize_alike, write_tokens
+from tenfold.train.tokens import Tokens, is_tokens, tokenizer_fingerprint, write_tokens
 
 MASK = "<|mask|>"
 
 
 def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> tuple[Tokens, Any]:
-    """Return the tokens of a run, written to ``folder`` first if ``data`` is text, and their tokenizer.
-
-    Raises:
-        ValueError: the tokens don't fit the recipe or its model, or there is no tokenizer or no text.
-    """
-    if any(map(is_tokens, data)):
-        tokens = _check_tokens(data, recipe)
+    """Return the tokens of a run, written to ``folder`` first if ``data`` is text, and their tokenizer."""
+    place, given = folder / "tokens", [path for path in data if is_tokens(path)]
+    if given:
+        if len(data) > 1:
+            raise ValueError(f"{given[0]} is a folder of tokens, which has to be all of a run's data; give it alone")
+        tokens = Tokens(Path(given[0]), recipe.train.tokens)
+        tokenizer = tokens.tokenizer()
+        _check_tokens(f"{given[0]} holds tokens", tokenizer, recipe)
+    elif is_tokens(place):  # a run that resumes does not need the tokenizer that its recipe names
+        tokenizer = Tokens(place).tokenizer()
     else:
-        place = folder / "tokens"
-        # a run that resumes has its tokenizer there, and does not need the one that the recipe names
-        tokenizer, source = (Tokens(place).tokenizer(), str(place)) if is_tokens(place) else _find_tokenizer(recipe)
-        tokenizer = tokenizer or _train(data, recipe)
-        _check_tokenizer(recipe, tokenizer, f"tokenizer {source}", "name another")
+        tokenizer = _find_tokenizer(recipe)[0] or _train(data, recipe)
+    vocabulary_size(recipe, tokenizer)
+    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
+        source, way_out = ("the tokenizer of the tokens", "give text") if given else ("the tokenizer", "name another")
+        raise ValueError(f"{source} has no mask token, which the objective masked needs; {way_out}")
+    if not given:
         tokens = write_tokens(place, data, tokenizer, recipe.train.tokens)
-    tokenizer = tokens.tokenizer()
+        tokenizer = tokens.tokenizer()
     _set_padding(recipe, tokenizer)
     return tokens, tokenizer
 
 
-def _check_tokens(data: Sequence[str | Path], recipe: Recipe) -> Tokens:
-    if len(data) > 1:
-        folder = next(path for path in data if is_tokens(path))
-        raise ValueError(f"{folder} is a folder of tokens, which has to be all of a run's data; give it alone")
-    tokens = Tokens(Path(data[0]), recipe.train.tokens)
-    tokenizer, (expected, source) = tokens.tokenizer(), _find_tokenizer(recipe)
-    if expected and not tokenize_alike(tokenizer, expected):
+def _check_tokens(problem: str, tokenizer, recipe: Recipe) -> None:
+    expected, source = _find_tokenizer(recipe)
+    if expected and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(expected):
         way_out = "give text" if source == recipe.origin else "leave the recipe's section out, or give text"
-        raise ValueError(f"{data[0]} holds tokens of another tokenizer than {source}; {way_out}")
+        raise ValueError(f"{problem} of another tokenizer than {source}; {way_out}")
     size = recipe.tokenizer and recipe.tokenizer.vocab_size
     if size and size != len(tokenizer):
         raise ValueError(
-            f"{data[0]} holds tokens of a vocabulary of {len(tokenizer)}, but recipe {recipe.name!r} wants {size}; leave the "
-            "recipe's tokenizer section out, or give text"
+            f"{problem} of a vocabulary of {len(tokenizer)}, but recipe {recipe.name!r} wants {size}; leave the recipe's "
+            "tokenizer section out, or give text"
         )
-    _check_tokenizer(recipe, tokenizer, f"the tokenizer of {data[0]}", "give text")
-    return tokens
-
-
-def _check_tokenizer(recipe: Recipe, tokenizer, name: str, way_out: str) -> None:
-    vocabulary_size(recipe, tokenizer)
-    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
-        raise ValueError(f"{name} has no mask token, which the objective masked needs; {way_out}")
 
 
 def _find_tokenizer(recipe: Recipe) -> tuple[Any, str | None]:
@@ -71,7 +63,7 @@ def _find_tokenizer(recipe: Recipe) -> tuple[Any, str | None]:
             f"there is no tokenizer {name}; name a folder that has one, or one on a hub that can be reached from here"
         )
     own = recipe.origin and load_tokenizer(recipe.origin)  # some models have none
-    if named and own and not tokenize_alike(named, own):
+    if named and own and tokenizer_fingerprint(named) != tokenizer_fingerprint(own):
         raise ValueError(f"{recipe.origin} has another tokenizer than {name}; leave the recipe's tokenizer section out")
     return (named, name) if named else (own, recipe.origin)
 

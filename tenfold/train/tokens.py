@@ -1,10 +1,10 @@
-"""A tokenized corpus: memory-mapped shards of tokens in a folder, with the tokenizer that produced them."""
+"""A tokenized corpus: a memory-mapped file of tokens in a folder, with the tokenizer that produced them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +14,24 @@ from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.auto import load_tokenizer
 from tenfold.train.run_manifest import check_same
 
-SHARD = 2**26  # tokens in one file
+FILE, MANIFEST = "tokens.bin", "tokens.json"
 REMEDY = "or delete the folder and give the text"
-TOKENIZATION = (
-    "added_tokens",
-    "normalizer",
-    "pre_tokenizer",
-    "model",
-)  # parts of tokenizer.json that decide the tokens
+TOKENIZATION = ("normalizer", "pre_tokenizer", "model")  # parts of tokenizer.json that decide the tokens
 
 
 class Tokens:
-    """The tokens in a folder that ``write_tokens`` made, as one sequence; a slice reads only what it needs."""
+    """The first ``limit`` tokens in a folder that ``write_tokens`` made, as the array ``ids``."""
 
     def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.manifest = folder, read_json(folder / "tokens.json")
-        self.shards = [_open_shard(folder / name) for name in self.manifest["shards"]]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.length = min(int(self.ends[-1]), limit or int(self.ends[-1]))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        begin, end, _ = where.indices(self.length)
-        parts, first = [], 0
-        for shard, last in zip(self.shards, self.ends, strict=True):
-            if first < end and last > begin:
-                parts.append(shard[max(begin - first, 0) : end - first])
-            first = int(last)
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        self.folder, self.manifest = folder, read_json(folder / MANIFEST)
+        try:
+            ids = np.memmap(folder / FILE, self.manifest["dtype"], "r", shape=self.manifest["tokens"])
+        except (OSError, ValueError) as reason:
+            raise ValueError(f"{folder / FILE} is missing or cut off ({reason}); copy it again, {REMEDY}") from None
+        self.ids: np.ndarray = ids[:limit]
 
     def tokenizer(self):
-        """Load the tokenizer that produced the tokens.
-
-        Raises:
-            ValueError: it is missing, or was replaced by another one.
-        """
+        """Load the tokenizer that produced the tokens."""
         found = load_tokenizer(self.folder)
         if found is None:
             raise ValueError(
@@ -64,32 +45,20 @@ class Tokens:
 
     def check(self, size: int) -> None:
         """Raise ValueError if any token is outside of a vocabulary of ``size``."""
-        for name, shard in zip(self.manifest["shards"], self.shards, strict=True):
-            largest = int(shard.view(f"u{shard.itemsize}").max(initial=0))  # negative ones become large
-            if largest >= size:
-                raise ValueError(
-                    f"{self.folder / name} holds token {largest:,} of a vocabulary of {size:,}; copy it again, {REMEDY}"
-                )
-
-
-def _open_shard(shard: Path) -> np.ndarray:
-    try:
-        return np.load(shard, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as reason:
-        raise ValueError(f"{shard} is missing or cut off ({reason}); copy it again, {REMEDY}") from None
+        largest = int(self.ids.view(f"u{self.ids.itemsize}").max())  # negative ones become large
+        if largest >= size:
+            raise ValueError(
+                f"{self.folder / FILE} holds token {largest:,} of a vocabulary of {size:,}; copy it again, {REMEDY}"
+            )
 
 
 def is_tokens(path: str | Path) -> bool:
     """Return whether ``path`` is a folder that ``write_tokens`` finished."""
-    return (Path(path) / "tokens.json").is_file()
+    return (Path(path) / MANIFEST).is_file()
 
 
 def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int | None = None) -> Tokens:
-    """Write the first ``limit`` tokens of ``data``, each document followed by the end-of-text token, unless they are there.
-
-    Raises:
-        ValueError: the text has no tokens, or the folder has the tokens of other text or of another tokenizer.
-    """
+    """Write the first ``limit`` tokens of ``data``, each document followed by the end-of-text token, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [[path.name, path.stat().st_size] if path.is_file() else [str(path), None] for path in map(Path, data)]
     now = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": sizes, "limit": limit}
@@ -98,53 +67,25 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
         before = {key: tokens.manifest[key] for key in now}
         check_same(before, now, f"{folder} holds the tokens of another run", "give another folder, or delete this one")
         return tokens
-    names, total, digest = [], 0, hashlib.sha256()
-    with disk_full_errors(folder):
-        for shard in _split_shards(token_parts(documents(data, tokenizer), tokenizer), limit):
-            names.append(f"tokens-{len(names):05d}.npy")
-            shard = shard.astype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
-            np.save(folder / names[-1], shard)
-            total += len(shard)
-            digest.update(shard)
+    dtype, total, digest = "uint16" if len(tokenizer) <= 2**16 else "int32", 0, hashlib.sha256()
+    with disk_full_errors(folder), (folder / FILE).open("wb") as file:
+        for part in token_parts(documents(data, tokenizer), tokenizer):
+            part = part[: None if limit is None else limit - total].astype(dtype)
+            file.write(part.data)
+            digest.update(part)
+            total += len(part)
+            if total == limit:
+                break
         if not total:
             raise ValueError(f"there are no documents in {', '.join(map(str, data))}; give text")
         tokenizer.save_pretrained(folder)
-    write_json(folder / "tokens.json", now | {"tokens": total, "digest": digest.hexdigest(), "shards": names})
+    write_json(folder / MANIFEST, now | {"tokens": total, "dtype": dtype, "digest": digest.hexdigest()})
     return Tokens(folder)
 
 
-def _split_shards(parts: Iterable[np.ndarray], limit: int | None) -> Iterable[np.ndarray]:
-    pending, size, left = [], 0, limit
-    for part in parts:
-        part = part[:left]
-        left = None if left is None else left - len(part)
-        pending.append(part)
-        size += len(part)
-        if size >= SHARD:
-            yield np.concatenate(pending)
-            pending, size = [], 0
-        if left == 0:
-            break
-    if size:
-        yield np.concatenate(pending)
-
-
 def tokenizer_fingerprint(tokenizer) -> str:
-    """Return a digest of what decides how a tokenizer splits text, without its other settings."""
+    """Return a digest of what decides the tokens of a text, whichever of them are special."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        parts = sorted(tokenizer.get_vocab().items())
-    else:
-        parts = {key: value for key, value in json.loads(backend.to_str()).items() if key in TOKENIZATION}
+    settings = {} if backend is None else json.loads(backend.to_str())
+    parts = [sorted(tokenizer.get_vocab().items()), [settings.get(key) for key in TOKENIZATION]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def tokenize_alike(one, other) -> bool:
-    """Return whether two tokenizers give every text the same tokens, whichever of them are special."""
-    if one.get_vocab() != other.get_vocab():
-        return False
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
-    if None in backends:
-        return backends == [None, None]
-    first, second = (json.loads(backend.to_str()) for backend in backends)
-    return all(first.get(key) == second.get(key) for key in TOKENIZATION if key != "added_tokens")

@@ -22,7 +22,18 @@ from tenfold.models.loading import silent
 from tenfold.train.checkpoints import STATE, check_checkpoint, complete_checkpoints, step_of
 from tenfold.train.fsdp import UnshardedShell, full_state_dict, keep_output_dtype
 
-LOGGED = ("loss", "eval_loss", "eval_score", "learning_rate", "grad_norm")
+# keys of a line of the log
+LOGGED = (
+    "step",
+    "loss",
+    "eval_loss",
+    "eval_score",
+    "learning_rate",
+    "grad_norm",
+    "seconds_left",
+    "tokens",
+    "tokens_per_second",
+)
 Advance = Callable[[int, int, float], None]  # (step, steps, tokens per second)
 
 
@@ -65,7 +76,7 @@ class DivergenceGuardTrainer(Trainer):
     """Trainer that stops with an error if loss or weights are not finite or the loss diverges, before that is saved.
 
     Args:
-        log: the file for ``RunLog``.
+        log: the file for the log, a JSON line with step, loss, learning rate, tokens and time left whenever Trainer logs.
         advance: called as ``advance(step, steps, tokens_per_second)`` after every step.
         tokens_per_step: of all processes.
     """
@@ -83,22 +94,16 @@ class DivergenceGuardTrainer(Trainer):
         if self.is_fsdp_enabled:
             keep_output_dtype(self.accelerator.state.fsdp_plugin)
         self.model_accepts_loss_kwargs = False  # some models accept them, but ignore them in a part of the loss
-        self.losses: list[torch.Tensor] = []
-        self.steps: list[int] = []  # the steps of the losses
-        self.recent: list[float] = []
+        self.log_file, self.tokens_per_step = log, tokens_per_step
         self.best = math.inf
         self.first_step = 0  # losses before it are of a model that has been compressed since
+        self.last_step: float = math.inf  # at which the run stops, without changing its schedule
+        self.begin()
         self.remove_callback(PrinterCallback)
-        self.add_callback(DivergenceGuard(self))
-        self.add_callback(RunLog(log, advance, tokens_per_step))
+        self.add_callback(EveryStep(self, advance))
 
     def train(self, checkpoint: Path | None = None):
-        """Train, from ``checkpoint`` on if there is one; a finished run is loaded and not trained by one more step.
-
-        Raises:
-            ValueError: the checkpoint is damaged, or is of a run that shards parameters where this one does not, or the reverse.
-            OSError: there is no room on the disk.
-        """
+        """Train, from ``checkpoint`` on if there is one; a finished run is loaded and not trained by one more step."""
         resume = None if checkpoint is None else str(checkpoint)
         with silent(), disk_full_errors(self.args.output_dir):
             if checkpoint is not None:
@@ -124,47 +129,60 @@ class DivergenceGuardTrainer(Trainer):
         """Return ``[step, value]`` for every logged value of ``key``."""
         return [[row["step"], row[key]] for row in self.state.log_history if key in row]
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        # Trainer divides by the number of micro-batches, of which the last step of an epoch may have fewer
-        self.losses.append(loss.detach() * self.current_gradient_accumulation_steps)
-        self.steps.append(self.state.global_step)
-        return loss
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:  # an ordinary model folder, beside the shards
             self._save(output_dir, state_dict=full_state_dict(self))
         else:
             super().save_model(output_dir, _internal_call)
 
-    def check_losses(self) -> None:
-        """Check the losses of all processes since the last call, so that they stop together.
+    def begin(self) -> None:
+        """Start the clock of this call, which may resume a run."""
+        self.begun, self.begun_at = time.perf_counter(), self.state.global_step
 
-        Raises:
-            ValueError: one is NaN or infinite, or they diverge.
-        """
-        every = self.accelerator.gather(torch.stack(self.losses)).view(self.args.world_size, -1) if self.losses else []
-        values = [sum(some) / len(some) for some in zip(*map(torch.Tensor.tolist, every), strict=True)]
-        steps, self.losses, self.steps = self.steps, [], []
-        micro_batches = self.args.gradient_accumulation_steps
-        for step, value in zip(steps, values, strict=True):
-            if not math.isfinite(value):
-                self._stop(f"the loss is {value} at step {step + 1} ({self._locate(step)})")
-        if values and self.best == math.inf:
-            first = values[: steps.count(steps[0])]
-            self.best = self.initial_best(sum(first) / len(first))
-        self.recent = (self.recent + values)[-self.STEPS * micro_batches :]
-        enough = self.STEPS * micro_batches
-        if self.control.should_training_stop:  # a short run that has diverged by its end is no result
-            enough = min(enough, len(self.recent), max(1, self.state.max_steps // self.MIN_FRACTION) * micro_batches)
-        mean = sum(self.recent[-enough:]) / max(1, enough)
-        if len(self.recent) >= enough > 0:
-            if mean > self.divergence_limit():
-                step, above = self.state.global_step, mean - self.best
-                self._stop(
-                    f"the loss has run away to {mean:.2f} at step {step}, {above:.2f} over the best mean before it"
-                )
-            self.best = min(self.best, mean)
+    def tokens_per_second(self) -> float:
+        """Return the tokens per second since ``begin``."""
+        steps, seconds = self.state.global_step - self.begun_at, time.perf_counter() - self.begun
+        return steps * self.tokens_per_step / seconds
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, also to the file, which the history of a resumed run replaces; check the loss, and weights that are saved next."""
+        if "train_loss" not in logs:  # the summary
+            state, speed = self.state, self.tokens_per_second()
+            logs |= {"tokens": round(state.global_step * self.tokens_per_step), "tokens_per_second": round(speed, 1)}
+            if speed:
+                logs["seconds_left"] = round((state.max_steps - state.global_step) * self.tokens_per_step / speed)
+        super().log(logs, *args, **kwargs)
+        if self.log_file is not None and self.is_world_process_zero():
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            rows = [row for row in self.state.log_history if "train_loss" not in row]
+            lines = [json.dumps({key: row[key] for key in LOGGED if key in row}) for row in rows]
+            self.log_file.write_text("".join(f"{line}\n" for line in lines))
+        if "loss" in logs:
+            self.check_losses()
+            if self.control.should_save or self.control.should_training_stop:
+                self.check_weights()
+
+    def check_losses(self) -> None:
+        """Check the logged losses, which are means over all processes, so that these stop together."""
+        losses: list[float] = []  # of single steps, of which some are only known by their mean
+        new = 0
+        for step, loss in self._losses():
+            new = step - self.first_step - len(losses)
+            losses += [loss] * new
+        step = self.state.global_step
+        if not losses:
+            return
+        if not math.isfinite(losses[-1]):
+            self._stop(f"the loss is {losses[-1]} at step {step} ({self._locate(step - 1, new)})")
+        means = torch.tensor(losses).unfold(0, min(self.STEPS, len(losses)), 1).mean(-1)
+        self.best = min(self.initial_best(losses[0]), means.min().item())
+        enough = self.STEPS
+        if step >= self.state.max_steps:  # a short run that has diverged by its end is no result
+            enough = min(enough, len(losses), max(1, step // self.MIN_FRACTION))
+        mean = math.fsum(losses[-enough:]) / enough
+        if len(losses) >= enough and mean > self.divergence_limit():
+            above = mean - self.best
+            self._stop(f"the loss has run away to {mean:.2f} at step {step}, {above:.2f} over the best mean before it")
 
     def initial_best(self, loss: float) -> float:
         """Return what later means are compared with, given the ``loss`` of the first step."""
@@ -178,124 +196,54 @@ class DivergenceGuardTrainer(Trainer):
         """Return the loss up to which a checkpoint is a good one."""
         return self.best + self.GOOD_MARGIN
 
-    def restore_losses(self) -> None:
-        """Restore the losses of a resumed run from its log, which has means of several steps."""
-        known: list[float] = []
-        for row in self.state.log_history:
-            if "loss" in row and row["step"] > self.first_step:
-                known += [row["loss"]] * (row["step"] - self.first_step - len(known))
-        if known:
-            means = torch.tensor(known).unfold(0, min(self.STEPS, len(known)), 1).mean(-1)
-            self.best = min(self.initial_best(known[0]), means.min().item())
-        micro_batches = self.args.gradient_accumulation_steps
-        self.recent = [loss for loss in known[-self.STEPS :] for _ in range(micro_batches)]
-
     def check_weights(self) -> None:
-        """Check the weights before they are saved: a finite loss may have a gradient that is not.
-
-        Raises:
-            ValueError: one is NaN or infinite, in any process.
-        """
+        """Check the weights before they are saved: a finite loss may have a gradient that is not."""
         parts = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         wrong = torch.stack([~part.detach().isfinite().all() for part in parts]).any()
         if self.accelerator.gather(wrong[None].int().to(self.args.device)).any():
             step = self.state.global_step
             self._stop(f"weights are NaN or infinite after step {step} ({self._locate(step - 1)})")
 
-    def _stop(self, problem: str) -> None:
-        raise ValueError(f"{problem}; {self._last_good()}; lower the learning rate")
+    def _losses(self) -> list[list[float]]:
+        return [[step, loss] for step, loss in self.curve() if step > self.first_step]
 
-    def _locate(self, step: int) -> str:
-        """Describe which examples a step saw."""
+    def _locate(self, step: int, steps: int = 1) -> str:
+        """Describe which examples ``steps`` steps saw, of which ``step`` is the last one."""
         size, total = step_size(self.args), len(self.train_dataset)
-        epoch, step = divmod(step, -(-total // size))
+        epoch, last = divmod(step, -(-total // size))
         return (
-            f"{self.UNIT} {step * size} to {min(total, (step + 1) * size)} of epoch {epoch + 1}, in the order of seed "
-            f"{self.args.seed}; learning rate {self.args.learning_rate:g}"
+            f"{self.UNIT} {max(0, last + 1 - steps) * size} to {min(total, (last + 1) * size)} of epoch {epoch + 1}, in the "
+            f"order of seed {self.args.seed}; learning rate {self.args.learning_rate:g}"
         )
 
-    def _last_good(self) -> str:
-        """Describe the last checkpoint at which the loss was good."""
-        found = complete_checkpoints(Path(self.args.output_dir))
-        if not found:
-            return "there is no checkpoint yet"
-        good = next((path for path in found if self._loss_at(step_of(path)) <= self.good_limit()), None)
-        if good is None:
-            return "the loss was not good at any checkpoint, so start again"
-        later = " (delete later ones to resume from it)" if good != found[0] else ""
-        return f"the last good checkpoint is {good}{later}"
-
-    def _loss_at(self, step: int) -> float:
-        """Return the last loss that was logged by ``step``; without one the checkpoint counts as good."""
-        history = self.state.log_history
-        known = [row["loss"] for row in history if "loss" in row and self.first_step < row["step"] <= step]
-        return known[-1] if known else -math.inf
+    def _stop(self, problem: str) -> None:
+        """Raise ValueError with the ``problem`` and the last checkpoint whose logged loss was good."""
+        found, place = complete_checkpoints(Path(self.args.output_dir)), "there is no checkpoint yet"
+        for path in found:
+            loss = next((loss for step, loss in reversed(self._losses()) if step <= step_of(path)), -math.inf)
+            if loss <= self.good_limit():
+                later = "" if path == found[0] else " (delete later ones to resume from it)"
+                place = f"the last good checkpoint is {path}{later}"
+                break
+            place = "the loss was not good at any checkpoint, so start again"
+        raise ValueError(f"{problem}; {place}; lower the learning rate")
 
 
-class DivergenceGuard(TrainerCallback):
-    """Check losses before logging and saving, and weights before saving and at the end; log a loss for every checkpoint."""
+class EveryStep(TrainerCallback):
+    """Report every step to ``advance``, and have the loss logged, and thereby checked, before saving and at the end."""
 
-    def __init__(self, trainer: DivergenceGuardTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: DivergenceGuardTrainer, advance: Advance | None):
+        self.trainer, self.advance = trainer, advance
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_losses()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
-        if control.should_log or control.should_save or control.should_training_stop:
-            self.trainer.check_losses()
-        if control.should_save or control.should_training_stop:
-            self.trainer.check_weights()
-
-
-class RunLog(TrainerCallback):
-    """Report every step to ``advance``, and append a JSON line to ``file`` whenever Trainer logs.
-
-    A line has the step, loss, learning rate, seconds left and tokens. When an interrupted run resumes, lines after its last
-    checkpoint are removed.
-    """
-
-    def __init__(self, file: Path | None, advance: Advance | None, tokens_per_step: float):
-        self.file, self.advance, self.tokens_per_step = file, advance, tokens_per_step
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.begun, self.first = time.perf_counter(), state.global_step
-        if self.file is None or not state.is_world_process_zero:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        old = self.file.read_text().splitlines() if self.file.is_file() else []
-        lines = [line for line in old if _logged_step(line) <= state.global_step]
-        self.file.write_text("".join(f"{line}\n" for line in lines))
+        self.trainer.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.advance is not None and state.is_world_process_zero:
-            steps, seconds = self._elapsed(state)
-            self.advance(state.global_step, state.max_steps, steps * self.tokens_per_step / seconds)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if (
-            self.file is None or not state.is_world_process_zero or not logs or "train_loss" in logs
-        ):  # the final summary
-            return
-        steps, seconds = self._elapsed(state)
-        row = {"step": state.global_step} | {key: logs[key] for key in LOGGED if key in logs}
-        if steps:
-            row["seconds_left"] = round((state.max_steps - state.global_step) * seconds / steps)
-        row["tokens"] = round(state.global_step * self.tokens_per_step)
-        row["tokens_per_second"] = round(steps * self.tokens_per_step / seconds, 1)
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-
-    def _elapsed(self, state) -> tuple[int, float]:
-        return state.global_step - self.first, time.perf_counter() - self.begun
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line that was cut off
+            self.advance(state.global_step, state.max_steps, self.trainer.tokens_per_second())
+        if state.global_step >= self.trainer.last_step:
+            control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save or control.should_training_stop
 
 
 def processes_started() -> int:
@@ -303,19 +251,16 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def split_step(batch: int, accumulate: int, processes: int | None = None) -> tuple[int, int]:
-    """Return ``(batch, accumulate)`` of each process, such that together they see the same windows a step as one.
-
-    Raises:
-        ValueError: neither is a multiple of the number of processes.
-    """
-    processes = processes or processes_started()
+def split_step(batch: int, accumulate: int) -> tuple[int, int]:
+    """Return ``(batch, accumulate)`` of each process, such that together they see the same windows a step as one."""
+    processes = processes_started()
     if accumulate % processes == 0:
         return batch, accumulate // processes
     if batch % processes == 0:
         return batch // processes, accumulate
     raise ValueError(
-        f"{processes} processes can't share {accumulate} batches of {batch} windows evenly; make one of them a multiple of it"
+        f"{processes} processes can't share {accumulate} batches of {batch} windows evenly; make the number of batches, the "
+        f"batch size or, in healing, the windows of --tokens-per-step a multiple of {processes}"
     )
 
 
@@ -339,6 +284,7 @@ def training_arguments(folder: Path, learning_rate: float, batch: int, **more: A
         "logging_steps": 10,
         "logging_first_step": True,  # later losses are compared with it
         "log_level": "error",
+        "logging_nan_inf_filter": False,  # else Trainer logs other losses for those that are not finite
     }
     arguments = TrainingArguments(**(defaults | more))
     arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer wraps the model in nn.DataParallel over all GPUs

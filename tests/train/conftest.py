@@ -1,4 +1,6 @@
-"""A small model's folder and its tokenizer."""
+"""A small model's folder, its tokenizer, and a text."""
+
+from pathlib import Path
 
 import pytest
 import small
@@ -14,3 +16,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def tokenizer():
     return train_tokenizer([small.text()], 300, 32)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text(small.text())
+    return tmp_path / "text.txt"

@@ -8,7 +8,9 @@ import weakref
 import pytest
 import small
 import torch
+import toy_tasks
 import transformers
+from losses import off_by
 from models import toys
 from runs import Killed, killed_at, same_weights
 from safetensors import SafetensorError
@@ -56,7 +58,14 @@ class OddHead(transformers.GPT2LMHeadModel):
 MODELS = ["gpt2", "gpt2-folded", "llama", "gemma3_text", "gemma2", "cohere", "opt-projected", "bert"]
 
 
-def batch_of(causal=True, length=11):
+def healed(folder, settings, teacher=None, rules=LOW, **more):
+    """Compress the model in ``folder`` by ``rules`` and heal it; return the report and the model."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    compress(model, rules)
+    return heal(model, teacher, tokenizer, [folder / "text.txt"], settings, **more), model
+
+
+def batch_of(length=11):
     ids = torch.randint(3, 97, (2, length))
     labels, mask = ids.clone(), torch.ones_like(ids)
     mask[1, 8:], labels[1, 9:], labels[0, :3] = 0, -100, -100  # one token is padding by its mask alone
@@ -233,33 +242,14 @@ def test_healing_brings_the_model_nearer_to_its_teacher(folder, tokenizer, tmp_p
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
 
 
-def test_cross_entropy_needs_no_teacher(folder, tokenizer):
-    student = AutoModelForCausalLM.from_pretrained(folder)
+def test_cross_entropy_needs_no_teacher(folder):
     settings = Heal(steps=8, learning_rate=5e-3, tokens_per_step=256, losses={"cross_entropy": 1.0})
-    report = heal(student, None, tokenizer, [folder / "text.txt"], settings)
-    assert report["curve"][-1][1] < report["curve"][0][1]
-    with pytest.raises(ValueError, match="cross_entropy needs no teacher: leave the store answers out"):
-        heal(student, None, tokenizer, [folder / "text.txt"], settings, store="answers")
-    with pytest.raises(ValueError, match="the loss hidden, kl needs a teacher: give one, or cross_entropy alone"):
-        heal(student, None, tokenizer, [folder / "text.txt"], Heal(losses={"kl": 1.0, "hidden": 1.0}))
-
-
-def masked_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    words = {word: number for number, word in enumerate([*special, *small.WORDS, "."])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    curve = healed(folder, settings)[0]["curve"]
+    assert curve[-1][1] < curve[0][1]
 
 
 def test_masked_language_models_heal(tmp_path):
-    teacher, tokenizer = toys.build("bert"), masked_tokenizer()
+    teacher, tokenizer = toys.build("bert"), toy_tasks.word_tokenizer()
     student = copy.deepcopy(teacher)
     compress(student, LOW)
     words = small.text(1500).split()
@@ -270,8 +260,6 @@ def test_masked_language_models_heal(tmp_path):
     assert report["curve"][-1][1] < report["curve"][0][1] and 0 < report["tokens"] < 20 * 256
     with pytest.raises(ValueError, match="masked anew each time, so that predictions can't be stored"):
         heal(student, teacher, tokenizer, [text], settings, window=32, store=tmp_path / "store")
-    with pytest.raises(ValueError, match="has no mask token"):
-        heal(student, None, train_tokenizer([small.text()], 300, 32), [text], Heal(losses={"cross_entropy": 1.0}))
 
 
 def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
@@ -284,18 +272,12 @@ def test_a_loss_that_is_not_finite_stops(folder, tokenizer):
     assert not {"forward", "_original_forward"} & student.__dict__.keys(), "forward is the class's again"
 
 
-def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
+def test_a_loss_that_runs_away_is_stopped_at_a_checkpoint(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(DivergenceGuardTrainer, "STEPS", 3)
-    spoilt, whole = {4: 50.0, 5: 50.0}, DivergenceGuardTrainer.__mro__[1].training_step
-    monkeypatch.setattr(
-        DivergenceGuardTrainer.__mro__[1],
-        "training_step",
-        lambda self, *given, **named: whole(self, *given, **named) + spoilt.get(self.state.global_step, 0.0),
-    )
-    student = AutoModelForCausalLM.from_pretrained(folder)
+    off_by(monkeypatch, {0: 0.0, 4: 50.0})
     settings = Heal(steps=6, tokens_per_step=64, save_steps=3, losses={"cross_entropy": 1.0})
     with pytest.raises(ValueError, match=r"the loss has run away to .* the last good checkpoint is .*checkpoint-3"):
-        heal(student, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)
+        healed(folder, settings, checkpoints=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert rows[0]["tokens"] == 64 and rows[0]["tokens_per_second"] > 0 and rows[0]["seconds_left"] >= 0
 
@@ -311,13 +293,12 @@ def test_checkpoints_are_models_with_their_tokenizer(folder, tmp_path):
     assert model.config.pad_token_id is None and known.get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_last_step_of_a_pass_is_a_whole_one(folder, tokenizer):
+@pytest.mark.parametrize("each", [10, 1000])
+def test_the_last_step_of_a_pass_is_a_whole_one(folder, each):
     """So it is with several processes, and for a text shorter than one step."""
-    for each in (10, 1000):
-        settings = Heal(epochs=1, tokens_per_step=each * 32, losses={"cross_entropy": 1.0})
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        report = heal(model, None, tokenizer, [folder / "text.txt"], settings)
-        assert report["tokens"] == report["steps"] * each * 32
+    settings = Heal(epochs=1, tokens_per_step=each * 32, losses={"cross_entropy": 1.0})
+    report = healed(folder, settings)[0]
+    assert report["tokens"] == report["steps"] * each * 32
 
 
 def test_passes_over_the_text_are_counted(folder, tokenizer):
@@ -357,23 +338,12 @@ def test_a_full_disk_is_told_and_the_same_call_goes_on(folder, tokenizer, tmp_pa
     assert call()["steps"] == 4
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (
-            {"tokens_per_step": 128},
-            "a step of 4 windows of 32 tokens, 4 at once; give --tokens-per-step 256, or another",
-        ),
-        (
-            {"tokens_per_step": 288, "batch_size": 3},
-            "a step of 9 windows of 32 tokens, 3 at once; give --tokens-per-step 768, or",
-        ),
-    ],
-)
-def test_a_step_that_can_not_be_shared_names_options_of_the_command(folder, tokenizer, monkeypatch, given, sentence):
+def test_a_step_that_can_not_be_shared_names_options_of_the_command(folder, tokenizer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    settings = Heal(steps=1, losses={"cross_entropy": 1.0}, **given)
-    with pytest.raises(ValueError, match=f"8 processes can't share {sentence}"):
+    settings = Heal(steps=1, losses={"cross_entropy": 1.0}, tokens_per_step=288, batch_size=3)
+    with pytest.raises(
+        ValueError, match=r"8 processes can't share 3 batches of 3 windows evenly; .* --tokens-per-step"
+    ):
         heal(AutoModelForCausalLM.from_pretrained(folder), None, tokenizer, [folder / "text.txt"], settings)
 
 
@@ -398,43 +368,55 @@ def test_settings_of_a_recipe(tmp_path):
         heal_settings((), recipe)
 
 
-def test_settings_without_an_effect_are_refused(folder, tokenizer):
-    with pytest.raises(ValueError, match=r"temperature 3 is of .*kl.*, and the losses are cross_entropy; leave it out"):
-        heal_settings(["cross_entropy=1"], temperature=3.0)
+CROSS = Heal(steps=1, losses={"cross_entropy": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "sentence"),
+    [
+        (Heal(positions="masked"), {}, "positions masked is for masked language models, and a GPT2LMHeadModel is causal"),
+        (Heal(), {"window": 64}, "window 64 must be from 2 to the model's context of 32"),
+        (Heal(), {"tokenizer": None}, "has no tokenizer"),
+        (Heal(), {"model": toys.build("t5")}, "T5ForConditionalGeneration reads one text and writes another"),
+        (Heal(), {"teacher": small.model(301)}, "the student predicts 300 tokens and the teacher 301: .* compressed from"),
+        (Heal(losses={"kl": 1, "hidden": 1}), {"teacher": None}, "the loss hidden, kl needs a teacher: give one, or cross"),
+        (CROSS, {"store": "answers"}, "cross_entropy needs no teacher: leave the store answers out"),
+        (CROSS, {"model": toys.build("bert")}, "has no mask token"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_or_does_not_fit_is_refused(folder, tokenizer, settings, more, sentence):
     student = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(
-        ValueError, match="positions masked is for masked language models, and a GPT2LMHeadModel is causal"
-    ):
-        heal(student, student, tokenizer, [folder / "text.txt"], Heal(steps=1, positions="masked"))
+    given = {
+        "model": student,
+        "teacher": student,
+        "tokenizer": tokenizer,
+        "files": [folder / "text.txt"],
+        "settings": settings,
+    }
+    with pytest.raises(ValueError, match=sentence):
+        heal(**given | more)
 
 
 def test_what_can_not_be_compared_is_refused(folder, tokenizer, tmp_path):
-    student = AutoModelForCausalLM.from_pretrained(folder)
-    text, kl = [folder / "text.txt"], Heal(steps=1)
-    with pytest.raises(ValueError, match=r"the student predicts 300 tokens and the teacher 301: .* compressed from"):
-        heal(student, small.model(301), tokenizer, text, kl)
     other = train_tokenizer(["quite another text with other words " * 9], 300, 32)
     small.model(300).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
+    student = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"token .* is number \d+ for the student and .* their tokenizers differ"):
         check_vocabulary(student, tmp_path / "other", tokenizer)
     check_vocabulary(student, folder, tokenizer)
-    with pytest.raises(ValueError, match="the student is a BertForMaskedLM and the teacher a LlamaForCausalLM"):
-        check_teacher(toys.build("bert"), toys.build("llama"), ["kl"])
-    wide = transformers.GPT2LMHeadModel(transformers.GPT2Config(**toys.GPT | {"n_embd": 48, "n_head": 3}))
-    with pytest.raises(
-        ValueError, match="32 dimensions and the teacher's 48, which embedding and hidden can't compare"
-    ):
-        check_teacher(toys.build("gpt2"), wide, ["kl", "hidden", "embedding"])
-    with pytest.raises(ValueError, match="4 attention heads and the teacher 3"):
-        check_teacher(toys.build("gpt2"), wide, ["attention"])
-    check_teacher(toys.build("gpt2"), wide, ["kl"])
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration reads one text and writes another"):
-        heal(toys.build("t5"), None, tokenizer, text, kl)
-    with pytest.raises(ValueError, match="window 64 must be from 2 to the model's context of 32"):
-        heal(student, student, tokenizer, text, kl, window=64)
-    with pytest.raises(ValueError, match="has no tokenizer"):
-        heal(student, student, None, text, kl)
+    own, wide = (
+        toys.build("gpt2"),
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**toys.GPT | {"n_embd": 48, "n_head": 3})),
+    )
+    check_teacher(own, wide, ["kl"])
+    for student, teacher, losses, sentence in [
+        (toys.build("bert"), toys.build("llama"), ["kl"], "the student is a BertForMaskedLM and the teacher a LlamaForCausalLM"),
+        (own, wide, ["kl", "hidden", "embedding"], "32 dimensions and the teacher's 48, which embedding and hidden can't"),
+        (own, wide, ["attention"], "4 attention heads and the teacher 3"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            check_teacher(student, teacher, losses)
 
 
 @pytest.mark.parametrize(
@@ -527,20 +509,16 @@ def test_a_folder_beside_the_output_that_is_not_ours_stays(tmp_path):
 def test_numbers_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}"):
         heal_settings(**wrong)
+    with pytest.raises(ValueError, match=r"temperature 3 is of .*kl.*, and the losses are cross_entropy; leave it out"):
+        heal_settings(["cross_entropy=1"], temperature=3.0)
 
 
-def test_a_finished_healing_is_not_trained_on(tmp_path):
-    folder = small.folder(tmp_path)
-    given = (
-        [folder / "text.txt"],
-        Heal(epochs=1, tokens_per_step=128, batch_size=2, schedule="constant", learning_rate=5e-3),
-    )
+def test_a_finished_healing_is_not_trained_on(folder, tmp_path):
+    settings = Heal(epochs=1, tokens_per_step=128, batch_size=2, schedule="constant", learning_rate=5e-3)
     seen, states = [], []
     for _ in range(2):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        compress(model, LOW)
         told = {"advance": lambda step, *rest: seen.append(step), "checkpoints": tmp_path / "kept"}
-        report = heal(model, folder, tokenizer, *given, **told)
+        report, model = healed(folder, settings, folder, **told)
         states.append(model.state_dict())
     assert seen == list(range(1, report["steps"] + 1))
     assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
@@ -555,17 +533,17 @@ def test_what_was_refused_before_it_began_stands_in_nobodys_way(tmp_path):
     assert heal_checkpoint(folder, folder, tmp_path / "out", [folder / "text.txt"], settings)["steps"] == 2
 
 
-def test_activations_may_be_computed_again(tmp_path):
-    folder, curves = small.folder(tmp_path), []
+def test_activations_may_be_computed_again(folder, monkeypatch):
+    calls, curves, forward = [], [], transformers.models.gpt2.modeling_gpt2.GPT2MLP.forward
+    counted = lambda *given, **named: calls.append(1) or forward(*given, **named)  # noqa: E731
+    monkeypatch.setattr(transformers.models.gpt2.modeling_gpt2.GPT2MLP, "forward", counted)
     for again in (False, True):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        calls.clear()
         settings = Heal(steps=3, tokens_per_step=64, losses={"cross_entropy": 1.0}, gradient_checkpointing=again)
-        calls = []
-        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
-        curves.append((heal(model.eval(), None, tokenizer, [folder / "text.txt"], settings)["curve"], len(calls)))
+        curves.append((healed(folder, settings)[0]["curve"], len(calls)))
     (plain, once), (computed, twice) = curves
     torch.testing.assert_close(plain, computed, rtol=1e-4, atol=1e-4)
-    assert twice == once + 3, "once more in every step"
+    assert twice == once + 2 * 3, "once more in every step and block"
 
 
 @pytest.mark.traced
@@ -593,14 +571,11 @@ def test_student_and_teacher_may_be_compiled(tmp_path, monkeypatch, whole):
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-5, atol=0)
 
 
-def test_batches_add_up_to_a_step(tmp_path):
-    folder = small.folder(tmp_path)
+def test_batches_add_up_to_a_step(folder):
     curves = []
     for batch in (None, 1):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        compress(model, LOW)
         settings = Heal(steps=4, tokens_per_step=128, batch_size=batch, learning_rate=1e-3)
-        report = heal(model, folder, AutoTokenizer.from_pretrained(folder), [folder / "text.txt"], settings)
+        report = healed(folder, settings, folder)[0]
         assert report["tokens"] == 4 * 128
         curves.append([loss for _, loss in report["curve"]])
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=0.03, atol=0)
@@ -631,5 +606,4 @@ def test_weights_that_are_no_numbers_are_not_kept(folder, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="lower the learning rate"):
         heal(student, None, tokenizer, [folder / "text.txt"], settings, advance=spoil, checkpoints=tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    assert heal(whole, None, tokenizer, [folder / "text.txt"], settings, checkpoints=tmp_path)["steps"] == 4
+    assert healed(folder, settings, rules={"replace": []}, checkpoints=tmp_path)[0]["steps"] == 4

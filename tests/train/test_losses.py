@@ -9,7 +9,7 @@ import torch
 
 from tenfold.models.distillation_config import LOSSES
 from tenfold.train import losses
-from tenfold.train.losses import IGNORED, LOGITS, STATES, LossInputs, log_probabilities
+from tenfold.train.losses import CROSS_ENTROPY, DIVERGENCES, IGNORED, STATES, cross_entropy, log_probabilities
 
 N, V = 6, 7
 
@@ -23,40 +23,40 @@ def divergence(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-def reference(name, student, teacher, target, temperature):
-    """Return the loss of one row of logits."""
-    p, q = probabilities(teacher, temperature), probabilities(student, temperature)
+def reference(name, teacher, student):
+    """Return the divergence of one row of logits."""
+    p, q = probabilities(teacher), probabilities(student)
     middle = (p + q) / 2
     return {
-        "cross_entropy": lambda: 0.0 if target == -100 else -math.log(probabilities(student)[target]),
-        "kl": lambda: temperature**2 * divergence(p, q),
-        "reverse_kl": lambda: temperature**2 * divergence(q, p),
-        "jensen_shannon": lambda: temperature**2 * (divergence(p, middle) + divergence(q, middle)) / 2,
-    }[name]()
+        "kl": divergence(p, q),
+        "reverse_kl": divergence(q, p),
+        "jensen_shannon": (divergence(p, middle) + divergence(q, middle)) / 2,
+    }[name]
 
 
 def test_a_recipe_knows_every_loss():
-    assert set(LOSSES) == {*LOGITS, *STATES}
+    assert set(LOSSES) == {CROSS_ENTROPY, *DIVERGENCES, *STATES}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("name", LOGITS)
-def test_losses_of_logits(name, temperature):
-    student, teacher = 3 * torch.randn(2, N, V, dtype=torch.float64)
-    targets = torch.randint(0, V, (N,))
-    targets[2] = IGNORED
-    logs = [log_probabilities(values, temperature) for values in (student, teacher)]
-    got = LOGITS[name](LossInputs(student, targets, *logs, temperature))
-    expected = [
-        reference(name, *(v[i].numpy() for v in (student, teacher)), int(targets[i]), temperature) for i in range(N)
-    ]
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences(name):
+    teacher, student = 3 * torch.randn(2, N, V, dtype=torch.float64)
+    got = DIVERGENCES[name](*(log_probabilities(values, 1.0) for values in (teacher, student)))
+    expected = [reference(name, teacher[i].numpy(), student[i].numpy()) for i in range(N)]
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_cross_entropy():
+    logits, targets = 3 * torch.randn(N, V, dtype=torch.float64), torch.randint(0, V, (N,))
+    targets[2] = IGNORED
+    rows = zip(logits.numpy(), targets.tolist(), strict=True)
+    expected = [0.0 if target == -100 else -math.log(probabilities(row)[target]) for row, target in rows]
+    np.testing.assert_allclose(cross_entropy(logits, targets).numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_half_precision_is_summed_in_single():
     logits = torch.randn(2, V).bfloat16()
-    rows = LossInputs(logits, torch.tensor([1, 2]), *(log_probabilities(logits, 1.0),) * 2)
-    assert all(LOGITS[name](rows).dtype == torch.float32 for name in LOGITS)
+    assert cross_entropy(logits, torch.tensor([1, 2])).dtype == log_probabilities(logits, 1.0).dtype == torch.float32
 
 
 @pytest.mark.parametrize("k", [1, 3, V - 1, V])

@@ -1,7 +1,6 @@
 """Cached teachers: their losses are those of live ones, and unfinished or other caches are not used."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from tenfold.train.chunked_head import ChunkedHead
 from tenfold.train.distillation import Distillation
 from tenfold.train.heal import heal
 from tenfold.train.teacher import weights_digest
-from tenfold.train.teacher_cache import DatasetWithTeacher, TeacherCache, is_finished, make_manifest, write_cache
+from tenfold.train.teacher_cache import TeacherCache, make_manifest
 from tenfold.train.tokenizer import train_tokenizer
 
 LOW = {"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank", "rank": 4}}]}
@@ -27,14 +26,15 @@ def windows_of(number=7, length=8, vocabulary=300):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def stored_in(path, teacher, windows, k, temperature=1.0, batch=2, **more):
+def stored_in(path, teacher, windows, k, temperature=1.0, **more):
     made_from = {"top_k": k, "vocabulary": 300, "window": 8, "temperature": temperature}
-    write_cache(path, made_from, ChunkedHead(teacher), windows, batch, 5, **more)
-    return DatasetWithTeacher(windows, TeacherCache(path))
+    cache = TeacherCache(path, made_from, windows)
+    cache.fill(ChunkedHead(teacher), 2, 5, **more)
+    return cache
 
 
 def losses_of(student, teacher, data, name, temperature):
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+    batch = {key: torch.stack([data[k][key] for k in range(len(data))]) for key in data[0]}
     settings = Heal(losses={name: 1.0}, temperature=temperature, chunk=6)
     return float(Distillation(student, teacher, settings)(**batch)["loss"].detach())
 
@@ -65,7 +65,7 @@ def test_a_stored_teacher_of_some_tokens_has_one_class_for_the_rest(tmp_path, te
             a, b = ([*x[top], 1 - x[top].sum()] for x in (a, b))
             total += temperature**2 * sum(x * np.log(x / y) for x, y in zip(a, b, strict=True)) / 21
     assert losses_of(student, None, data, "kl", temperature) == pytest.approx(total, rel=1e-3)
-    assert TeacherCache(tmp_path / "store").arrays["log_probabilities"].dtype == np.float16
+    assert data.log_probabilities.dtype == np.float16
 
 
 def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_path):
@@ -77,71 +77,53 @@ def test_an_interrupted_store_goes_on_and_is_never_taken_for_a_finished_one(tmp_
                 raise Killed
             yield item
 
-    def counting(items):
-        for item in items:
-            seen.append(item)
-            yield item
-
     with pytest.raises(Killed):
         stored_in(tmp_path / "store", teacher, windows, 5, progress=interrupted)
-    assert not (tmp_path / "store").exists() and (tmp_path / "store.partial" / "progress.json").is_file()
-    stored_in(tmp_path / "store", teacher, windows, 5, progress=counting)
-    assert seen == [4, 6], "the first two batches of two were there"
-    stored_in(tmp_path / "once", teacher, windows, 5)
-    assert not (tmp_path / "store.partial").exists()
-    one, other = TeacherCache(tmp_path / "store"), TeacherCache(tmp_path / "once")
-    assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in one.arrays)
-    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["ids.npy", "log_probabilities.npy", "store.json"]
-    with pytest.raises(Killed):
-        stored_in(tmp_path / "third", teacher, windows, 5, progress=interrupted)
-    seen.clear()
-    with pytest.raises(
-        ValueError, match="is an unfinished store of something else \\(top_k is 5 there and 6 here\\); give"
-    ):
-        stored_in(tmp_path / "third", teacher, windows, 6, progress=counting)
-    stored_in(tmp_path / "third", teacher, windows, 5, progress=counting)
-    assert seen == [4, 6]
-    (tmp_path / "fourth.partial").mkdir()
-    (tmp_path / "fourth.partial" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match="is there and is no unfinished store; give another folder"):
-        stored_in(tmp_path / "fourth", teacher, windows, 5)
+    with pytest.raises(ValueError, match="was made from something else \\(top_k is 5 there and 6 here\\); give"):
+        stored_in(tmp_path / "store", teacher, windows, 6)
+    made_from = {"top_k": 5, "vocabulary": 300, "window": 8, "temperature": 1.0}
+    assert not TeacherCache(tmp_path / "store", made_from, windows).finished
+    one = stored_in(tmp_path / "store", teacher, windows, 5, progress=lambda items: seen.extend(items) or seen)
+    assert one.finished and seen == [4, 6], "the first two batches of two were there"
+    other = stored_in(tmp_path / "once", teacher, windows, 5)
+    for key in ("ids", "log_probabilities"):
+        assert np.array_equal(getattr(one, key), getattr(other, key))
 
 
 def test_a_store_without_room_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match=r"the store needs 0\.0 GB .* lower top_k from 5"):
         stored_in(tmp_path / "store", small.model(), windows_of(), 5)
-    assert list(tmp_path.iterdir()) == []
+    assert not list((tmp_path / "store").iterdir())
 
 
 def test_a_store_of_something_else_is_refused(tmp_path, tokenizer):
-    tokens = np.arange(40)
-    first = make_manifest("abc", tokenizer, tokens, 8, 1.0, 5, 300)
-    (tmp_path / "store").mkdir()
-    assert not is_finished(tmp_path / "store", first), "empty"
-    (tmp_path / "store" / "store.json").write_text(json.dumps(first))
-    assert is_finished(tmp_path / "store", first)
-    other = train_tokenizer(["entirely different words"], 270, 32)
-    for made_from, word in [
-        (make_manifest("abd", tokenizer, tokens, 8, 1.0, 5, 300), "teacher is abc there and abd here"),
-        (make_manifest("abc", other, tokens, 8, 1.0, 5, 300), "tokenizer is "),
-        (make_manifest("abc", tokenizer, tokens + 1, 8, 1.0, 5, 300), "text is "),
-        (make_manifest("abc", tokenizer, tokens, 16, 1.0, 5, 300), "window is 8 there and 16 here"),
-        (
-            make_manifest("abc", tokenizer, tokens, 8, 2.0, 6, 300),
-            "temperature is 1.0 there and 2.0 here; top_k is 5 there",
-        ),
+    tokens, windows = np.arange(40), windows_of()
+    given = {
+        "teacher": "abc",
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "window": 8,
+        "temperature": 1.0,
+        "k": 5,
+        "vocabulary": 300,
+    }
+    (tmp_path / "store").mkdir()  # an empty folder may be there
+    TeacherCache(tmp_path / "store", make_manifest(**given), windows)
+    for other, word in [
+        ({"teacher": "abd"}, "teacher is abc there and abd here"),
+        ({"tokenizer": train_tokenizer(["entirely different words"], 270, 32)}, "tokenizer is "),
+        ({"tokens": tokens + 1}, "text is "),
+        ({"window": 16}, "window is 8 there and 16 here"),
+        ({"temperature": 2.0, "k": 6}, "temperature is 1.0 there and 2.0 here; top_k is 5 there"),
+        ({"k": 301}, "the 301 likeliest tokens can't be stored: take from 1 to the vocabulary's 300"),
     ]:
         with pytest.raises(ValueError, match=word):
-            is_finished(tmp_path / "store", made_from)
-    with pytest.raises(
-        ValueError, match="the 301 likeliest tokens can't be stored: take from 1 to the vocabulary's 300"
-    ):
-        make_manifest("abc", tokenizer, tokens, 8, 1.0, 301, 300)
-    (tmp_path / "store" / "store.json").unlink()
-    (tmp_path / "store" / "precious.txt").write_text("mine")
+            TeacherCache(tmp_path / "store", make_manifest(**given | other), windows)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is no store"):
-        is_finished(tmp_path / "store", first)
+        TeacherCache(tmp_path / "mine", make_manifest(**given), windows)
 
 
 def test_the_second_healing_reads_the_store_and_no_teacher(folder, tokenizer, tmp_path, monkeypatch):
