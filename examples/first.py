@@ -7,7 +7,7 @@ text = tenfold.read_calibration(model, tokenizer, ["tenfold/demo/calibration.jso
 model, report = tenfold.compress(model, "recommended", text=text)  # keeps 80 % of the parameters
 print(report["parameters"])
 print(tenfold.evaluate(model, tokenizer, ["tenfold/demo/heldout.jsonl"], limit=10_000)["perplexity"])
-tenfold.save(model, "out/folded", tokenizer, report)
+tenfold.save(model, "out/small", tokenizer, report)
 
-again = AutoModelForCausalLM.from_pretrained("out/folded")
+again = AutoModelForCausalLM.from_pretrained("out/small")
 print(again.transformer.h[0].mlp.c_fc)

@@ -1,81 +1,134 @@
-"""Python equivalents of the commands: take names, folders and files; return models and plain dictionaries."""
+"""Python equivalents of the commands: take models, names, folders and files; return models and plain dictionaries."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
 
 import tenfold.baselines  # noqa: F401 - registers them
+from tenfold.compression import compress as _compress
 from tenfold.compression.calibration import Calibration, load_calibration
-from tenfold.compression.compress import compress as compress
 from tenfold.compression.compress import recipe_for as recipe_for
+from tenfold.evaluation import bench_model as _bench_model
+from tenfold.evaluation import perplexity as _perplexity
+from tenfold.evaluation import tasks as _tasks
 from tenfold.evaluation.bench_layers import bench_layers as bench_layers
-from tenfold.evaluation.bench_model import bench as bench
 from tenfold.evaluation.perplexity import comparable as comparable
-from tenfold.evaluation.perplexity import perplexity as evaluate
-from tenfold.evaluation.tasks import evaluate_task as evaluate_task
-from tenfold.evaluation.text_files import HUB
+from tenfold.evaluation.text_files import HUB, check_tokenizer
+from tenfold.models import deepen as _deepen
+from tenfold.models import densify as _densify
+from tenfold.models import model_card as _model_card
 from tenfold.models.auto import load_model, load_tokenizer
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.distillation_config import Heal
-from tenfold.models.model_card import save_compressed as save
+from tenfold.models.loading import from_pretrained as from_pretrained
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe, Rules, Stage, check_keep, load_recipe, parse_recipe
+from tenfold.models.precision import resolve_dtype
+from tenfold.models.recipe import Recipe as Recipe
+from tenfold.models.recipe import Rules, Stage, check_keep, parse_recipe
+from tenfold.models.recipe import load_recipe as load_recipe
 from tenfold.models.text_mode import positions_of
-from tenfold.nn.dense_cache import dense_cache
+from tenfold.nn.dense_cache import dense_cache as dense_cache
 from tenfold.train.tokens import is_tokens
 
 if TYPE_CHECKING:
-    from tenfold.train.finetune import finetune
-    from tenfold.train.heal import heal
-    from tenfold.train.pretrain import pretrain
+    from tenfold.train.finetune import finetune as finetune
+    from tenfold.train.pretrain import pretrain as pretrain
+
+F = TypeVar("F", bound=Callable)
 
 
 def __getattr__(name: str):
     """Import the training functions on first use: Trainer and its dependencies take a second or two."""
-    if name not in ("finetune", "heal", "pretrain"):
+    if name not in ("finetune", "pretrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tenfold.train.{name}"), name)
 
 
-def plan(model: PreTrainedModel, recipe):
-    """Return ``{site: structure}`` that ``recipe`` (a name, a file or a mapping) gives ``model``; change nothing."""
-    return make_plan(model, load_recipe(recipe))
-
-
-def load(name: str | Path, device: str | None = None, dtype: str | None = None) -> tuple[PreTrainedModel, Any]:
+def load(
+    name: str | Path, device: str | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Load a model of the class that its configuration names, in evaluation mode, and its tokenizer (None if it has none).
 
     Args:
         device: for instance ``cuda``; default: the accelerator if there is one, else the CPU.
         dtype: for instance ``bfloat16``; default: that of the checkpoint.
     """
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
-    return load_model(name, dtype).to(device).eval(), load_tokenizer(name)
+    place = resolve_device(device)
+    model: Any = load_model(name, resolve_dtype(dtype))
+    return model.to(place).eval(), load_tokenizer(name)
 
 
-def resolve_dtype(dtype: str | None) -> torch.dtype | str:
-    """Return the torch dtype of this name, or ``auto``."""
-    if dtype in (None, "auto"):
-        return "auto"
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, auto")
-    return found
+def accepts_names(function: F) -> F:
+    """Let the arguments ``model`` and ``against`` be folders or names, too; a tokenizer that is not given is the model's."""
+    parameters = signature(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        given = parameters.bind_partial(*args, **kwargs)
+        for key in ("model", "against"):
+            if isinstance(name := given.arguments.get(key), (str, Path)):
+                given.arguments[key], tokenizer = load(name)
+                if key == "model" and "tokenizer" in parameters.parameters and not given.arguments.get("tokenizer"):
+                    given.arguments["tokenizer"] = tokenizer
+        return function(*given.args, **given.kwargs)
+
+    return cast(F, call)
+
+
+bench = accepts_names(_bench_model.bench)
+compress = accepts_names(_compress.compress)
+deepen = accepts_names(_deepen.deepen)
+densify = accepts_names(_densify.densify)
+evaluate = accepts_names(_perplexity.perplexity)
+evaluate_task = accepts_names(_tasks.evaluate_task)
+save = accepts_names(_model_card.save_compressed)
+
+
+@accepts_names
+def plan(model: PreTrainedModel, recipe):
+    """Return ``{site: structure}`` that ``recipe`` (a name, a file or a mapping) gives ``model``; change nothing."""
+    return make_plan(model, load_recipe(recipe))
+
+
+def heal(model, teacher, tokenizer=None, files=(), settings: Heal | None = None, *, output=None, **options):
+    """Distil ``teacher`` into ``model``, in place, as ``tenfold.train.heal.heal`` describes, and return the report.
+
+    Args:
+        model: a model, or a folder or name, which is loaded in float32, healed and saved in ``output``.
+        tokenizer: that of the folder unless given.
+        options: further arguments of ``tenfold.train.heal.heal``.
+
+    Raises:
+        ValueError: ``model`` is a name and there is no ``output``.
+    """
+    train = import_module("tenfold.train.heal").heal
+    if not isinstance(model, (str, Path)):
+        return train(model, teacher, tokenizer, files, settings, **options)
+    if output is None:
+        raise ValueError(
+            f"nothing would be left of the healed {model}; give output, a folder, or a model that is loaded"
+        )
+    loaded, found = load(model, dtype="float32")
+    report = train(loaded, teacher, tokenizer or found, files, settings, **options)
+    save(loaded, output, tokenizer or found, {"heal": report})
+    return report
 
 
 def resolve_device(device: str | None) -> torch.device:
     """Return the torch device of this name; without one, the accelerator if there is one, else the CPU."""
     if device is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as reason:
@@ -103,16 +156,12 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
 
 
 def with_healing(recipe: Recipe, calibrated: bool) -> Recipe:
-    """Return ``recipe`` as one stage that compresses and heals; a recipe with stages stays as it is.
-
-    Args:
-        calibrated: whether a calibration text guides the stage.
-    """
+    """Return ``recipe`` as one stage that compresses (by activations if ``calibrated``) and heals, unless it has stages."""
     if recipe.stages:
         return recipe
     stage = {key: getattr(recipe, key) for key in Rules.model_fields}
-    stage["heal"] = recipe.heal or Heal()
-    stage["calibrate"] = recipe.calibrate or (Calibrate() if calibrated else None)
+    stage["heal"] = recipe.heal or heal_settings()
+    stage["calibrate"] = recipe.calibrate or (Calibrate.model_validate({}) if calibrated else None)
     return Recipe(name=recipe.name, source=recipe.source, note=recipe.note, stages=[Stage(**stage)])
 
 
@@ -137,35 +186,32 @@ def heal_settings(losses: Sequence[str] = (), recipe: str | dict | None = None, 
     if recipe is not None:
         loaded = load_recipe(recipe)
         if loaded.heal is None:
-            raise ValueError(
-                f"recipe {recipe if isinstance(recipe, str) else loaded.name} has no heal section; write one"
-            )
-        base = loaded.heal.model_dump(exclude_unset=True)
-        if given.keys() & {"steps", "epochs"}:  # replaces the recipe's length, in either unit
-            base = {name: value for name, value in base.items() if name not in ("steps", "epochs")}
+            raise ValueError(f"recipe {loaded.name} has no heal section; write one")
+        replaced = ("steps", "epochs") if given.keys() & {"steps", "epochs"} else ()  # the length, in either unit
+        base = loaded.heal.model_dump(exclude_unset=True, exclude={*replaced})
     weights: dict[str, Any] = {}
     for loss in losses:
         name, equals, weight = loss.partition("=")
         if not equals:
             raise ValueError(f"loss {loss!r} has no weight; write {loss}=1.0")
         weights[name] = weight
-    return parse_recipe({"heal": base | given | ({"losses": weights} if weights else {})}, "the settings").heal
+    parsed = parse_recipe({"heal": base | given | ({"losses": weights} if weights else {})}, "the settings").heal
+    assert parsed is not None
+    return parsed
 
 
+@accepts_names
 def read_calibration(
     model, tokenizer, files, recipe: Recipe | None = None, num_samples: int | None = None
 ) -> Calibration:
     """Read the calibration text: ``num_samples`` windows of ``files``, or as many as ``recipe`` says."""
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer to read the calibration text with; copy tokenizer.json there")
-    for file in files:
-        if not str(file).startswith(HUB) and is_tokens(Path(file)):
-            raise ValueError(f"{file} holds tokens for pre-training; give the text that they were made of")
-    settings = (recipe and recipe.calibrate) or Calibrate()
+    check_tokenizer(tokenizer)
+    settings = (recipe and recipe.calibrate) or Calibrate.model_validate({})
     samples = settings.num_samples if num_samples is None else num_samples
     return load_calibration(model, tokenizer, files, samples, settings.window)
 
 
+@accepts_names
 def generate(model, tokenizer, prompt: str, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
     """Continue ``prompt``: greedily at temperature 0, else by sampling with ``seed``; return prompt and continuation.
 
@@ -179,27 +225,22 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int = 40, temperatur
         raise ValueError(
             f"a {type(model).__name__} writes no text; take a causal language model, such as a GPT-2 or a Llama"
         )
+    check_tokenizer(tokenizer)
     ids = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     if ids["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give it at least one word")
-    max_new_tokens = _limit_to_context(model, ids["input_ids"].shape[1], max_new_tokens)
+    context, length = positions_of(model), ids["input_ids"].shape[1]
+    if context is not None and length + max_new_tokens > context:
+        reason = f"the prompt has {length} tokens and the model's context is {context}"
+        if length >= context:
+            raise ValueError(f"{reason}; give a shorter one")
+        warnings.warn(f"{reason}: {context - length} more fit instead of {max_new_tokens}", stacklevel=2)
+        max_new_tokens = context - length
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with dense_cache(model):
         output = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-def _limit_to_context(model, prompt_tokens: int, new_tokens: int) -> int:
-    context = positions_of(model)
-    if context is None or prompt_tokens + new_tokens <= context:
-        return new_tokens
-    reason = f"the prompt has {prompt_tokens} tokens and the model's context is {context}"
-    if prompt_tokens >= context:
-        raise ValueError(f"{reason}; give a shorter one")
-    left = context - prompt_tokens
-    warnings.warn(f"{reason}: {left} more fit instead of {new_tokens}", stacklevel=3)
-    return left
 
 
 def check_texts(files: Sequence[str | Path]) -> list[str | Path]:
@@ -209,10 +250,3 @@ def check_texts(files: Sequence[str | Path]) -> list[str | Path]:
         if isinstance(file, Path) and not file.is_file() and not is_tokens(file):
             raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})")
     return found
-
-
-__all__ = [
-    "bench", "bench_layers", "check_texts", "comparable", "compress", "evaluate", "evaluate_task", "finetune", "generate",
-    "heal", "inspect", "load", "plan", "pretrain", "price", "read_calibration", "recipe_for", "save", "with_keep",
-    "with_teacher",
-]  # fmt: skip

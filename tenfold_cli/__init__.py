@@ -25,15 +25,7 @@ from tenfold_cli.options import (
     is_first,
     shows_defaults,
 )
-from tenfold_cli.output import (
-    PhaseProgress,
-    StepProgress,
-    format_counts,
-    format_structure,
-    show_choices,
-    show_json,
-    show_table,
-)
+from tenfold_cli.output import Progress, format_counts, format_structure, show_choices, show_json, show_table
 
 app = typer.Typer(
     name="tenfold",
@@ -46,18 +38,12 @@ app = typer.Typer(
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
+def recipes() -> None:
     """List the recipes that ship with tenfold."""
     from tenfold.models.recipe import load_recipe, recipe_names
 
-    rows = [(name, load_recipe(name)) for name in recipe_names()]
-    if as_json:
-        return show_json(
-            [{"name": name, "base_model": recipe.base_model, "source": recipe.source} for name, recipe in rows]
-        )
-    return show_table(
-        ["recipe", "base model", "source"], [[name, recipe.base_model or "", recipe.source] for name, recipe in rows]
-    )
+    rows = [[name, recipe.base_model or "", recipe.source] for name in recipe_names() for recipe in [load_recipe(name)]]
+    show_table(["recipe", "base model", "source"], rows)
 
 
 @app.command()
@@ -67,10 +53,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Count parameters and FLOPs of a model, or of what a recipe makes of it, without allocating weights."""
-    from tenfold.models.cost import inspect
-    from tenfold.models.recipe import load_recipe
+    from tenfold import api
 
-    result = inspect(model, load_recipe(recipe) if recipe else None)
+    result = api.inspect(model, recipe)
     if as_json:
         return show_json(result)
     groups: dict[tuple, list[int]] = {}
@@ -90,7 +75,7 @@ def inspect(
     return None
 
 
-@app.command(cls=shows_defaults("checkpoint_jobs.py:compress_checkpoint"))
+@app.command(cls=shows_defaults("checkpoint_jobs:compress_checkpoint"))
 def compress(
     model: Model,
     output: Output,
@@ -111,7 +96,6 @@ def compress(
     source: Annotated[str | None, typer.Option(help="What factors start from: weights, or noise.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest size of a file of weights.")] = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -122,45 +106,36 @@ def compress(
     from tenfold import api
     from tenfold.checkpoint_jobs import compress_checkpoint
 
-    if (recipe and structure) or not (recipe or keep) or (not calibrate and not (recipe or structure)):
+    if (recipe and structure) or not (recipe or keep) or not (recipe or structure or calibrate):
         raise ValueError(
             "give either --keep SHARE with --calibrate TEXT, or --recipe NAME, or --structure KIND with --keep SHARE"
         )
-    if structure:
+    if structure and keep:
         chosen = api.recipe_for(structure, keep, of or "model", roles.split(",") if roles else None)
     else:
         chosen = api.with_keep(recipe or "recommended", keep, of)
-    useless = {
-        "--roles": roles and not structure,
-        "--source": source not in (None, "weights") and calibrate,
-        "--num-samples": num_samples is not None and not calibrate,
-    }
-    if idle := [name for name, value in useless.items() if value]:
-        raise ValueError(f"{idle[0]} changes nothing here; leave it out, or see tenfold compress --help")
-    with StepProgress("healing") as advance:
-        report = compress_checkpoint(
-            model, output, chosen, api.check_texts(calibrate or []), num_samples,
-            heal_files=api.check_texts(heal or []), device=device, dtype=dtype, overwrite=overwrite,
-            command=command_line(), progress=PhaseProgress("compressing"), announce=show_choices, advance=advance,
-            **given(source=source, max_shard_size=max_shard_size),
-        )  # fmt: skip
+    for name, idle in (
+        ("--roles", roles and not structure),
+        ("--source", source not in (None, "weights") and calibrate),
+        ("--num-samples", num_samples is not None and not calibrate),
+    ):
+        if idle:
+            raise ValueError(f"{name} changes nothing here; leave it out, or see tenfold compress --help")
+    report = compress_checkpoint(
+        model, output, chosen, api.check_texts(calibrate or []), num_samples,
+        heal_files=api.check_texts(heal or []), device=device, dtype=dtype, overwrite=overwrite,
+        command=command_line(), progress=Progress("compressing"), announce=show_choices,
+        advance=Progress("healing").advance, **given(source=source, max_shard_size=max_shard_size),
+    )  # fmt: skip
     if not is_first():
-        return None
-    if as_json:
-        return show_json(report)
+        return
     rows = [
-        [
-            site["path"],
-            format_structure(site["structure"]),
-            f"{site['before']:,}",
-            f"{site['after']:,}",
-            "" if site["error"] is None else f"{site['error']:.4f}",
-        ]
+        [site["path"], format_structure(site["structure"]), f"{site['before']:,}", f"{site['after']:,}", error]
         for site in report["sites"]
+        for error in ["" if site["error"] is None else f"{site['error']:.4f}"]
     ]
     show_table(["site", "structure", "before", "after", "relative error"], rows)
     print(f"{format_counts(report)}; {report['seconds']} s; saved in {output}")
-    return None
 
 
 for function, command_class in (evaluation.COMMANDS | training.COMMANDS).items():
@@ -185,7 +160,6 @@ def densify(
         tenfold.densify(loaded).save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-    (output / "tenfold.json").unlink(missing_ok=True)  # of a compressed model that was there before
     print(f"saved in {output}; it loads without tenfold")
 
 

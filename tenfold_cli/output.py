@@ -51,36 +51,21 @@ def format_counts(report: dict) -> str:
 
 
 def show_layer_times(cells: list[dict]) -> None:
-    """Print times of layers against dense ones, and the share of the machine's floor that they reach."""
-    columns = [
-        "structure",
-        "out x in",
-        "layers",
-        "rows",
-        "pass",
-        "ms",
-        "dense ms",
-        "dense / ours",
-        "of the floor",
-        "MiB",
-    ]
+    """Print times and memory of layers against dense ones."""
     rows = [
         [
             format_structure(cell["structure"]),
             "x".join(map(str, cell["shape"])),
-            str(cell["layers"]),
-            f"{cell['rows']:,}",
+            *(f"{cell[name]:,}" for name in ("layers", "rows")),
             cell["pass"],
-            f"{1e3 * cell['seconds']:.3f}",
-            f"{1e3 * cell['dense_seconds']:.3f}",
+            *(f"{1e3 * cell[name]:.3f}" for name in ("seconds", "dense_seconds")),
             f"{cell['ratio']:.2f}",
-            f"{cell['floor'] / cell['seconds']:.0%}",
-            f"{cell['bytes'] / 2**20:,.1f}",
-            f"{cell['dense_bytes'] / 2**20:,.1f}",
+            *(f"{cell[name] / 2**20:,.1f}" for name in ("bytes", "dense_bytes")),
         ]
         for cell in cells
     ]
-    show_table([*columns, "dense MiB"], rows)
+    columns = ["structure", "out x in", "layers", "rows", "pass", "ms", "dense ms", "dense / ours", "MiB", "dense MiB"]
+    show_table(columns, rows)
 
 
 def show_model_speeds(results: list[dict], other: str) -> None:
@@ -88,22 +73,17 @@ def show_model_speeds(results: list[dict], other: str) -> None:
     rows = [
         [
             name,
-            str(result["rows"][name]),
-            f"{r['tokens_per_second']:,.0f}",
-            f"{r['dense_tokens_per_second']:,.0f}",
-            f"{r['ratio']:.2f}",
-            f"{r['tokens_per_second'] / r['most_tokens_per_second']:.0%}",
-            f"{r['bytes'] / 2**20:,.1f}",
-            f"{r['dense_bytes'] / 2**20:,.1f}",
-            str(result["cached_at"].get(name, 0)),
+            str(rows),
+            *(f"{result[name][key]:,.0f}" for key in ("tokens_per_second", "dense_tokens_per_second")),
+            f"{result[name]['ratio']:.2f}",
+            *(f"{result[name][key] / 2**20:,.1f}" for key in ("bytes", "dense_bytes")),
         ]
         for result in results
-        for name in ("prefill", "decode", "training")
-        if name in result
-        for r in [result[name]]
+        for name, rows in result["rows"].items()
     ]
-    columns = ["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "of the most", "MiB", f"{other} MiB", "cached W"]
-    show_table(columns, rows)
+    show_table(["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "MiB", f"{other} MiB"], rows)
+    if cached := results[0]["cached"]:
+        print(f"{cached} layers multiply by a cached dense matrix at some numbers of rows, as dense ones do")
 
 
 def show_choices(choices: list[dict]) -> None:
@@ -120,100 +100,35 @@ def show_choices(choices: list[dict]) -> None:
         print(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)
 
 
-class Display:
-    """A progress bar on standard error, or a line every ``SECONDS`` where that is no terminal; only of the first process."""
+class Progress:
+    """Progress on standard error: one line, written over, on a terminal, else a line every ``SECONDS``.
 
-    def __init__(self):
-        self.bar, self.text, self.done, self.printed = None, "", 0, -math.inf
-
-    def show(self, text: str, done: int, total: int, *notes: str) -> None:
-        note = ", ".join(filter(None, notes))
-        if not is_first():
-            return
-        if sys.stderr.isatty():
-            self._draw(text, done, total, note)
-            return
-        started = text != self.text or done < self.done
-        if started or done == total or time.perf_counter() - self.printed >= SECONDS:
-            self.printed = time.perf_counter()
-            print(f"{text} {done:,} of {total:,}{note and ', '}{note}", file=sys.stderr, flush=True)
-        self.text, self.done = text, done
-
-    def _draw(self, text: str, done: int, total: int, note: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-        if self.bar is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.add_task(text, note="")
-            self.bar.start()
-        self.bar.update(self.bar.task_ids[0], description=text, completed=done, total=total, note=note)
-        if done == total:
-            self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-class PhaseProgress:
-    """Progress of a run in phases: a ``progress`` function as ``tenfold.compression.progress`` describes.
-
-    It shows the phase, how far it is, and the time left for the whole run, unless the length of the phase is unknown.
+    Call it to wrap the items of a phase, as ``tenfold.compression.progress`` describes; ``advance`` shows steps of a training.
     """
 
     def __init__(self, title: str):
-        self.title, self.display, self.begun = title, Display(), time.perf_counter()
-        self.done = 0.0  # share of the run
+        self.title, self.text, self.done = title, "", 0
 
     def __call__(self, items: Iterable, phase: str = "") -> Iterator:
         items, text = list(items), f"{self.title}: {phase}" if phase else self.title
-        share, begun = getattr(phase, "share", None if phase else 1.0), time.perf_counter()
-        try:
-            self.display.show(text, 0, len(items), self._time_left(self.done, share))
-            for number, item in enumerate(items, 1):
-                yield item
-                done = self.done + (share or 0.0) * number / len(items)
-                self.display.show(text, number, len(items), self._time_left(done, share))
-        finally:
-            self.display.close()
-        if share is None:
-            self.begun += time.perf_counter() - begun  # this time says nothing about the other phases
-        else:
-            self.done += share
-
-    def _time_left(self, done: float, share: float | None) -> str:
-        if share is None or not done:
-            return ""
-        return _format_left((time.perf_counter() - self.begun) / done * max(0.0, 1 - done))
-
-
-class StepProgress:
-    """Progress of a training: a context that gives the function ``advance(step, steps, tokens_per_second)``."""
-
-    def __init__(self, title: str):
-        self.title, self.display, self.step = title, Display(), math.inf
-
-    def __enter__(self):
-        return self.advance
-
-    def __exit__(self, *reason) -> None:
-        self.display.close()
+        self._show(text, 0, len(items))
+        for done, item in enumerate(items, 1):
+            yield item
+            self._show(text, done, len(items))
 
     def advance(self, step: int, steps: int, speed: float | None = None) -> None:
-        if step <= self.step:  # the first step, also of a resumed training, or of the next one
-            self.first, self.begun = step, time.perf_counter()
-        self.step, done = step, step - self.first
-        left = _format_left((time.perf_counter() - self.begun) / done * (steps - step)) if done else ""
-        self.display.show(f"{self.title}: step", step, steps, left, f"{speed:,.0f} tokens/s" if speed else "")
+        self._show(f"{self.title}: step", step, steps, f", {speed:,.0f} tokens/s" if speed else "")
 
-
-def _format_left(seconds: float) -> str:
-    return f"{timedelta(seconds=round(seconds))} left"
+    def _show(self, text: str, done: int, total: int, note: str = "") -> None:
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if text != self.text or done <= self.done:  # another phase, or a training that starts or resumes
+            self.text, self.first, self.begun, self.shown = text, done, now, -math.inf
+        self.done = done
+        if not is_first() or (done < total and now - self.shown < (0.1 if terminal else SECONDS)):
+            return
+        self.shown = now
+        if done > self.first:
+            seconds = (now - self.begun) / (done - self.first) * (total - done)
+            note = f", {timedelta(seconds=round(seconds))} left{note}"
+        line, end = f"{text} {done:,} of {total:,}{note}", "\r" if terminal and done < total else "\n"
+        print(f"\x1b[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)

@@ -12,18 +12,17 @@ from tenfold_cli.options import (
     MAX_SEED,
     Device,
     Dtype,
-    Json,
     Model,
     Output,
     Overwrite,
+    SavedDtype,
+    Seed,
     command_line,
     given,
     is_first,
     shows_defaults,
 )
-from tenfold_cli.output import PhaseProgress, StepProgress, format_counts, show_json, show_table
-
-SavedDtype = Annotated[str | None, typer.Option(help="Dtype of the saved model.")]
+from tenfold_cli.output import Progress, format_counts, show_table
 
 
 def heal(
@@ -49,7 +48,7 @@ def heal(
     store: Annotated[Path | None, typer.Option(help="Folder that caches the teacher's predictions.")] = None,
     top_k: Annotated[int | None, typer.Option(help="With --store: predictions to store per token.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 1024.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed for the order of windows.")] = None,
+    seed: Seed = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,14 +60,13 @@ def heal(
     files = api.check_texts(text)
     settings = api.heal_settings(
         loss or (), recipe, temperature=temperature, steps=steps, learning_rate=learning_rate,
-        tokens_per_step=tokens_per_step, batch=batch_size,
+        tokens_per_step=tokens_per_step, batch_size=batch_size,
     )  # fmt: skip
-    options = given(window=window, seed=seed, store=store, top_k=top_k)
-    with StepProgress("healing") as advance:
-        report = heal_checkpoint(
-            model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite,
-            command=command_line(), advance=advance, progress=PhaseProgress("asking the teacher"), **options,
-        )  # fmt: skip
+    report = heal_checkpoint(
+        model, teacher, output, files, settings, device=device, dtype=dtype, overwrite=overwrite,
+        command=command_line(), advance=Progress("healing").advance, progress=Progress("asking the teacher"),
+        **given(window=window, seed=seed, store=store, top_k=top_k),
+    )  # fmt: skip
     if is_first():
         print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
 
@@ -78,41 +76,39 @@ def finetune(
     task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qnli, rte, wnli, samsum or scitldr.")],
     data: Annotated[Path, typer.Option(help="The folder with the files of the task.")],
     output: Output,
-    train: Annotated[str | None, typer.Option(help="full, auxiliary (all but the central tensors) or lora.")] = None,
+    method: Annotated[str | None, typer.Option(help="full, auxiliary (all but central tensors) or lora.")] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, max=MAX_SEED, help="Repeat for several; default: 0.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples; the best is saved.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: that of --train.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: that of --method.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples at once.")] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per example; default: the context, at most 512.")] = None,
     limit: Annotated[int | None, typer.Option(help="Train on the first examples only.")] = None,
     dev_limit: Annotated[int | None, typer.Option(help="Score the first dev examples only.")] = None,
-    rank: Annotated[int | None, typer.Option(help="With --train lora: the rank.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Gradient accumulation steps: less memory.")] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")] = False,
+    rank: Annotated[int | None, typer.Option(help="With --method lora: the rank.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")
+    ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; pays off over many steps.")] = False,
     overwrite: Overwrite = False,
-    as_json: Json = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the saved model; default: float32, as trained.")] = None,
+    dtype: SavedDtype = None,
 ) -> None:
     """Fine-tune a model on a task, once per seed, and save the best. Rerun an interrupted command to resume it."""
     from tenfold import api
 
     api.resolve_device(device)
-    settings = given(
-        train=train, epochs=epochs, learning_rate=learning_rate, batch=batch_size, length=length, limit=limit,
-        dev_limit=dev_limit, rank=rank, accumulate=accumulate, checkpointing=checkpointing, compile=compile,
+    report = api.finetune(
+        model, task, data, output, device=device, advance=Progress("fine-tuning").advance, overwrite=overwrite,
+        gradient_checkpointing=gradient_checkpointing, compile=compile,
+        **given(
+            seeds=seed, dtype=dtype, method=method, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps, length=length, limit=limit, dev_limit=dev_limit,
+            rank=rank,
+        ),
     )  # fmt: skip
-    settings |= given(seeds=seed, dtype=dtype and api.resolve_dtype(dtype))
-    with StepProgress("fine-tuning") as advance:
-        report = api.finetune(
-            model, task, data, output, device=device, advance=advance,
-            overwrite=overwrite, **settings,
-        )  # fmt: skip
     if not is_first():
-        return None
-    if as_json:
-        return show_json(report)
+        return
     names = [*report["metrics"], "score"]
     rows = [
         [str(run["seed"]), *(f"{run[name]:.4f}" for name in names), f"{run['best_epoch']:g}"] for run in report["runs"]
@@ -124,7 +120,6 @@ def finetune(
         f"{task} dev {score['mean']:.4f}{spread}; {size['trainable']:,} of {size['total']:,} parameters trained "
         f"({size['share']:.1%}); seed {report['best_seed']} saved in {output}"
     )
-    return None
 
 
 def pretrain(
@@ -146,10 +141,10 @@ def pretrain(
     api.resolve_device(device)
     if is_first() and not (output / "run.json").is_file():  # resume a run
         check_output(output, overwrite)
-    options = given(dtype=dtype and api.resolve_dtype(dtype))
-    files, recipe = api.check_texts(data), api.with_teacher(recipe, teacher)
-    with StepProgress("training") as advance:
-        report = api.pretrain(recipe, files, output, advance=advance, device=device, overwrite=overwrite, **options)
+    report = api.pretrain(
+        api.with_teacher(recipe, teacher), api.check_texts(data), output, advance=Progress("training").advance,
+        device=device, overwrite=overwrite, **given(dtype=dtype),
+    )  # fmt: skip
     if is_first():
         size, tokens, loss = report["parameters"], report["tokens"], report["curve"][-1][1]
         print(f"{size:,} parameters, {tokens:,} tokens, last loss {loss:.3f}; saved in {output}")
@@ -171,15 +166,15 @@ def deepen(
 
     check_job(model, output, overwrite)
     loaded, tokenizer = api.load(model, device, dtype)
-    deeper, report = tenfold.deepen(loaded, layers, recipe, PhaseProgress("fitting"))
+    deeper, report = tenfold.deepen(loaded, layers, recipe, Progress("fitting"))
     if is_first():
         api.save(deeper, output, tokenizer, report, command_line())
         print(f"{report['layers'][0]} to {layers} layers, {format_counts(report)}; saved in {output}")
 
 
 COMMANDS = {
-    heal: shows_defaults("models/distillation_config.py:Heal", "train/heal.py:heal"),
-    finetune: shows_defaults("train/finetune.py:Settings", batch_size="batch"),
-    pretrain: shows_defaults("train/pretrain.py:pretrain"),
+    heal: shows_defaults("models.distillation_config:Heal", "train.heal:heal"),
+    finetune: shows_defaults("train.finetune:finetune", "train.finetune:Settings"),
+    pretrain: shows_defaults("train.pretrain:pretrain"),
     deepen: None,
 }

@@ -12,7 +12,7 @@ import small
 import torch
 import transformers
 from models import toys
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,11 +114,10 @@ def test_half_precision_stays(tmp_path):
     assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()
 
 
-def test_a_large_model_is_saved_in_shards(dense, whole, tmp_path, monkeypatch):
+def test_a_large_model_is_saved_in_shards(dense, whole, tmp_path):
     one = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
-    monkeypatch.setattr(checkpoint_jobs, "ONE_FILE_BYTES", 0)
-    go(dense, tmp_path / "many")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3  # two blocks, and the rest
+    go(dense, tmp_path / "many", max_shard_size="30KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     many = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
 
@@ -185,18 +184,17 @@ def test_an_interrupted_run_resumes(dense, whole, tmp_path, monkeypatch):
 
 def test_a_full_disk_at_the_end_loses_no_block(dense, whole, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
-        raise checkpoint_jobs.SafetensorError("No space left on device")
+        raise SafetensorError("No space left on device")
 
-    expected = AutoModelForCausalLM.from_pretrained(whole()).state_dict()
+    expected = whole()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_jobs, "save_torch_state_dict", full)
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
         with pytest.raises(OSError, match=r"can't be written .*make room"):
             go(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(ResumeState, "save_block", lambda *rest: pytest.fail("a block was compressed again"))
-    go(dense, tmp_path / "out", max_shard_size="30KB")
-    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert expected.keys() == out.keys() and all(torch.equal(expected[key], out[key]) for key in expected)
+    go(dense, tmp_path / "out")
+    check_same_weights(tmp_path / "out", expected)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -208,7 +206,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(dense, tmp_path, monkeypatch):
 
     def full(self, folder, **keywords):
         save(self, folder, **keywords)
-        raise checkpoint_jobs.SafetensorError("No space left on device")
+        raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "save_pretrained", full)
@@ -253,7 +251,7 @@ def test_a_full_disk_keeps_finished_blocks(dense, tmp_path, monkeypatch):
     from tenfold.compression import resume_state
 
     def full(*arguments, **keywords):
-        raise resume_state.SafetensorError("No space left on device")
+        raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(resume_state, "save_file", full)
@@ -409,16 +407,16 @@ def test_interrupted_stages_resume(dense, tmp_path, monkeypatch):
     in_stages(dense, tmp_path / "whole")
     compress, calls = checkpoint_jobs.compress, []
 
-    def stop_at_the_third(*rest):
+    def stop_at_the_third(*rest, **more):
         calls.append(1)
         if len(calls) == 3:
             raise Interrupted
-        return compress(*rest)
+        return compress(*rest, **more)
 
     monkeypatch.setattr(checkpoint_jobs, "compress", stop_at_the_third)
     with pytest.raises(Interrupted):
         in_stages(dense, tmp_path / "out")
-    assert len(list((tmp_path / "out.partial").glob("stage-*"))) == 2
+    assert len(list((tmp_path / "out.partial").glob("stage-?"))) == 2
     in_stages(dense, tmp_path / "out")
     assert len(calls) == 4  # only the third stage again
     check_same_weights(tmp_path / "whole", tmp_path / "out", rtol=1e-5, atol=1e-6)

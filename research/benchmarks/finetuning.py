@@ -68,7 +68,7 @@ def main() -> None:
                     if file.exists():
                         continue
                     row = tenfold.finetune(
-                        models[way], task, given.data, Path(scratch) / "tuned", train=way, seeds=[seed], learning_rate=rate,
+                        models[way], task, given.data, Path(scratch) / "tuned", method=way, seeds=[seed], learning_rate=rate,
                         epochs=given.epochs, limit=given.limit, dev_limit=given.dev_limit, length=128, overwrite=True,
                     )  # fmt: skip
                     row |= {
@@ -130,7 +130,7 @@ def write_table(target: Path) -> None:
 
 
 def kind_of(row: dict) -> tuple[str, float]:
-    return row["settings"]["train"], row["settings"]["learning_rate"]
+    return row["settings"].get("method", row["settings"].get("train")), row["settings"]["learning_rate"]
 
 
 def shown(values: list[float]) -> str:

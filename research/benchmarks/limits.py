@@ -16,6 +16,8 @@ from pathlib import Path
 
 from study import measured
 
+from tenfold.models.recipe import load_recipe, recipe_names
+
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "research/results/limits.json")
 tenfold = str(Path(sys.executable).parent / "tenfold")
 
@@ -36,17 +38,17 @@ print(time.perf_counter() - begun)
 import_seconds = [float(measured(sys.executable, "-c", imports)["output"]) for _ in range(5)]
 
 inspected = {}
-for recipe in json.loads(measured(tenfold, "recipes", "--json")["output"]):
-    if recipe["on"]:
-        run = measured(tenfold, "inspect", recipe["on"], "--recipe", recipe["name"], "--json")
+for recipe in map(load_recipe, recipe_names()):
+    if recipe.base_model:
+        run = measured(tenfold, "inspect", recipe.base_model, "--recipe", recipe.name, "--json")
         counts = json.loads(run["output"])["parameters"]
-        inspected[recipe["name"]] = {
-            "on": recipe["on"],
+        inspected[recipe.name] = {
+            "on": recipe.base_model,
             "seconds": round(run["seconds"], 2),
             "mb": round(run["mb"]),
             **counts,
         }
-        print(recipe["name"], inspected[recipe["name"]], file=sys.stderr)
+        print(recipe.name, inspected[recipe.name], file=sys.stderr)
 
 fold = """
 import resource, sys, time

@@ -33,9 +33,9 @@ STRUCTURES = {
 
 
 ABOUT = """Written by `python research/benchmarks/models.py --table` from `research/results/bench/*/models.json`. GPT-2 small,
-random weights, float32, prompts of 128 tokens; **of the most**: tokens a second over what FLOPs or bytes allow; **cached W**:
-layers that multiply by a cached `W` (≤: at some numbers of rows, perhaps not at these). They run as dense layers do, which is no
-gain of the structure. All rows are of commit 682bcdb or before: the evaluator was rewritten since, and not measured again here.
+random weights, float32, prompts of 128 tokens; **cached W**: layers that multiply by a cached `W` at some numbers of rows, maybe
+not at these, and then run as dense layers do, which is no gain of the structure. All rows are of commit 682bcdb or before: the
+evaluator was rewritten since, and not measured again here.
 """
 
 
@@ -97,8 +97,8 @@ def write_table(results: Path, target: Path) -> None:
         result = json.loads(file.read_text())
         lines += [f"## {file.parent.name}, torch {result['machine']['torch']}\n"]
         lines += [
-            "| structure | parameters | batch | | tokens/s | dense | ratio | of the most | MiB | dense MiB | cached W |",
-            "|" + "---|" * 11,
+            "| structure | parameters | batch | | tokens/s | dense | ratio | MiB | dense MiB | cached W |",
+            "|" + "---|" * 10,
         ]
         for row in result["rows"]:
             share = row["parameters"]["ours"]["total"] / row["parameters"]["dense"]["total"]
@@ -107,18 +107,15 @@ def write_table(results: Path, target: Path) -> None:
                 lines.append(
                     f"| {row['structure']} | {share:.0%} | {row['batch']} | {what} | {one['tokens_per_second']:,.0f} | "
                     f"{one['dense_tokens_per_second']:,.0f} | {one['ratio']:.2f} | "
-                    f"{one['tokens_per_second'] / one['most_tokens_per_second']:.0%} | {one['bytes'] / 2**20:,.0f} | "
-                    f"{one['dense_bytes'] / 2**20:,.0f} | {cached(row['speed'], what)} |"
+                    f"{one['bytes'] / 2**20:,.0f} | {one['dense_bytes'] / 2**20:,.0f} | {cached(row['speed'], what)} |"
                 )
         lines.append("")
     target.write_text("\n".join(lines))
 
 
-def cached(speed: dict, what: str) -> str:
-    """Layers that run on a cached matrix; older results call it kept, and may not tell at which numbers of rows."""
-    known = speed.get("cached_at", speed.get("kept_at"))
-    most = speed.get("cached", speed.get("kept")) if what != "training" else 0
-    return str(known.get(what, 0)) if known is not None else f"≤ {most}" if most else "0"
+def cached(speed: dict, what: str) -> int:
+    """Count layers that run on a cached matrix; older results call it kept."""
+    return 0 if what == "training" else speed.get("cached", speed.get("kept", 0))
 
 
 if __name__ == "__main__":

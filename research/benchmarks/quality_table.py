@@ -140,7 +140,7 @@ def bytes_table(dense: dict, folded: list[dict], runs: list[dict], kinds: tuple[
     ]
     lines = [
         "### By bytes\n",
-        "Weight-only quantisation of the blocks' matrices by torchao, of the dense model and of the folded one; everything "
+        "Weight-only quantisation of the blocks' matrices by torchao, of the dense model and of the compressed one; everything "
         "else in float32.\n",
         f"| model | bits | bytes | {' | '.join(names)} |",
         "|" + "---|" * (3 + len(names)),

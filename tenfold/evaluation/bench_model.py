@@ -1,38 +1,28 @@
-"""Tokens per second and memory of a compressed model and its dense twin, measured in turns, and an upper bound of the machine."""
+"""Tokens per second and memory of a compressed model and its dense twin, measured in turns."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tenfold.evaluation.timing import (
-    bytes_per_second,
-    check_counts,
-    flops_per_second,
-    module_bytes,
-    peak_memory,
-    stored_bytes,
-    summarize_turns,
-    time_in_turns,
-)
-from tenfold.models.cost import site_flops
+from tenfold.evaluation.timing import check_counts, compare, module_bytes
 from tenfold.models.densify import densify
-from tenfold.models.sites import find_sites, is_tied, module_at
 from tenfold.models.text_mode import context_of, positions_of
 from tenfold.nn.dense_cache import dense_cache
-from tenfold.structure.matmul import bucket
 
 PROMPT = 8  # tokens at most in front of generated ones
 
 
 def bench(
-    model,
+    model: Any,
     batch_size: int = 1,
     length: int | None = None,
     new_tokens: int | None = None,
@@ -57,60 +47,60 @@ def bench(
         cache: let layers cache their dense matrix (``tenfold.nn.dense_cache.dense_cache``) for prompts and generation.
 
     Returns:
-        For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians) and ``ratio``,
-        the median of the ratios of the turns, which noise affects least; ``most_tokens_per_second``, an upper bound: for the
-        FLOPs of the cheapest plans at the rate of a large matrix product, or for the bytes of the matrices at the rate of a
-        large copy (attention itself is left out); ``bytes`` and ``dense_bytes``: the model and the peak of a call, after the
-        first. ``cached``: how many layers multiply by a cached matrix at some numbers of rows, and are dense layers then;
-        ``cached_at``: how many at those of ``prefill`` and ``decode``, if they see all rows of a call.
+        For ``prefill``, ``decode`` and ``training``: ``tokens_per_second``, ``dense_tokens_per_second`` (medians), ``ratio``,
+        the median of the ratios of the turns, which noise affects least, and ``bytes`` and ``dense_bytes``: the model and the
+        peak of a call. ``cached``: how many layers multiply by a cached matrix at some numbers of rows.
 
     Raises:
         ValueError: a number is below 1 or exceeds a model's positions, or a model can't be measured like this.
     """
     check_counts(batch_size=batch_size, length=length, new_tokens=new_tokens, repeats=repeats)
-    length, new_tokens = sizes([model] if against is None else [model, against], length, new_tokens)
+    length, new_tokens = _check_sizes([model] if against is None else [model, against], length, new_tokens)
     model.eval()
-    twin = (densify(copy.deepcopy(model)) if against is None else against).eval()
+    twin: Any = (densify(copy.deepcopy(model)) if against is None else against).eval()
     device = next(model.parameters()).device
     vocabulary = min(one.get_input_embeddings().weight.shape[0] for one in (model, twin))
     ids = torch.randint(0, vocabulary, (batch_size, length), device=device)
-    runs = {"prefill": _prefill} | ({"decode": partial(_decode, static=compiled)} if new_tokens else {})
-    rows = {"prefill": batch_size * length, "decode": batch_size}
-    result = {
-        "rows": {name: rows[name] for name in runs},
+    limit = None if cache and not compiled else 0
+    result: dict[str, Any] = {
+        "rows": {},
         "device": str(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "compiled": compiled,
     }
-    limit = None if cache and not compiled else 0
+
+    def measure(name: str, make_call: Callable[[Any], Callable], models: Sequence[Any], rows: int, tokens: int) -> None:
+        found = compare(make_call(models[0]), make_call(models[1]), device, repeats)
+        result["rows"][name] = rows
+        result[name] = {
+            "tokens_per_second": tokens / found["seconds"],
+            "dense_tokens_per_second": tokens / found["dense_seconds"],
+            "ratio": found["ratio"],
+            "bytes": found["bytes"] + module_bytes(models[0]),
+            "dense_bytes": found["dense_bytes"] + module_bytes(models[1]),
+        }
+
+    both, prompts = (model, twin), ids.numel()
     with (
         torch.no_grad(),
-        compile_forward((model, twin) if compiled else ()),
+        compile_forward(both if compiled else ()),
         dense_cache(model, limit),
         dense_cache(twin, limit),
     ):
-        cached = [one.cached_rows for one in model.modules() if getattr(one, "cached_rows", None)]
-        result["cached"] = len(cached)
-        result["cached_at"] = {name: sum(bucket(rows[name]) in one for one in cached) for name in runs}
-        for name, run in runs.items():
-            calls = [lambda one=one, run=run: run(one, ids, new_tokens) for one in (model, twin)]
-            tokens = batch_size * (length if name == "prefill" else new_tokens)
-            result[name] = _measure(calls, (model, twin), result["rows"][name], tokens, repeats)
+        result["cached"] = sum(bool(getattr(one, "cached_rows", None)) for one in model.modules())
+        measure("prefill", lambda one: partial(one, input_ids=ids, use_cache=False), both, prompts, prompts)
+        if new_tokens:
+            decode = partial(_make_decode, ids=ids, new_tokens=new_tokens, static=compiled)
+            measure("decode", decode, both, batch_size, batch_size * new_tokens)
     if training:
-        copies = [copy.deepcopy(one).train() for one in (model, twin)]
-        result["rows"]["training"] = batch_size * length
-        tokens = batch_size * length
+        copies = [copy.deepcopy(one).train() for one in both]
         with compile_forward(copies if compiled else ()):
-            result["training"] = _measure([_make_step(one, ids) for one in copies], copies, tokens, tokens, repeats)
+            measure("training", partial(_make_step, ids=ids), copies, prompts, prompts)
     return result
 
 
-def sizes(models: Sequence[Any], length: int | None, new_tokens: int | None) -> tuple[int, int]:
-    """Return the tokens of a prompt, and of those generated, 0 unless all models generate.
-
-    Raises:
-        ValueError: a model can't be measured, or has fewer positions.
-    """
+def _check_sizes(models: Sequence[Any], length: int | None, new_tokens: int | None) -> tuple[int, int]:
+    """Return the tokens of a prompt, and of those generated, 0 unless all models generate; raise as ``bench``."""
     for one in models:
         if one.config.is_encoder_decoder:
             raise ValueError(
@@ -122,13 +112,11 @@ def sizes(models: Sequence[Any], length: int | None, new_tokens: int | None) -> 
     written = (new_tokens or 16) if all(one.can_generate() for one in models) else 0
     if length is None:
         length = max(1, min(min(map(context_of, models)) - written, 512))
-    longest = min((known for one in models if (known := positions_of(one)) is not None), default=None)
-    if longest is not None and length > longest:
-        raise ValueError(f"a prompt of length {length} is more than the model's {longest} positions; shorten it")
-    if longest is not None and min(length, PROMPT) + written > longest:
+    longest = min((known for one in models if (known := positions_of(one)) is not None), default=math.inf)
+    needed = max(length, min(length, PROMPT) + written)
+    if needed > longest:
         raise ValueError(
-            f"{written} new tokens behind a prompt of {min(length, PROMPT)} are more than the model's {longest} positions; "
-            "write fewer"
+            f"length {length} and {written} new tokens need {needed} positions, and the model has {longest}; give smaller ones"
         )
     return length, written
 
@@ -146,38 +134,10 @@ def compile_forward(models: Sequence[Any]) -> Iterator[None]:
             del one.forward
 
 
-def _measure(calls: list[Callable], models, rows: int, tokens: int, repeats: int) -> dict[str, float]:
-    device = next(models[0].parameters()).device
-    seconds, dense_seconds, ratio = summarize_turns(time_in_turns(*calls, device, repeats))
-    least = floor(models[0], rows) * (3 if models[0].training else 1)
-    peaks = [peak_memory(call, device) + module_bytes(one) for call, one in zip(calls, models, strict=True)]
-    return {
-        "tokens_per_second": tokens / seconds,
-        "dense_tokens_per_second": tokens / dense_seconds,
-        "ratio": ratio,
-        "most_tokens_per_second": rows / least,
-        "bytes": peaks[0],
-        "dense_bytes": peaks[1],
-    }
-
-
-def floor(model, rows: int) -> float:
-    """Return the least seconds of a call with ``rows`` tokens."""
-    like = next(model.parameters())
-    modules = [(site, module_at(model, site.path)) for site in find_sites(model)]
-    flops = sum(site_flops(site, module, rows) for site, module in modules)
-    read = [m for site, m in modules if m is not None and (site.role != "embed" or is_tied(model))]
-    size = sum({id(p): stored_bytes(p) for module in read for p in module.parameters()}.values())
-    return max(flops / flops_per_second(like.device, like.dtype), size / bytes_per_second(like.device))
-
-
-def _prefill(model, ids, new_tokens: int) -> None:
-    model(input_ids=ids, use_cache=False)
-
-
-def _decode(model, ids, new_tokens: int, static: bool) -> None:
+def _make_decode(model, ids: Tensor, new_tokens: int, static: bool) -> Callable[[], Tensor]:
     prompt = ids[:, :PROMPT]
-    model.generate(
+    return partial(
+        model.generate,
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.evaluation.text_files import documents, token_stream
+from tenfold.evaluation.text_files import check_tokenizer, documents, token_stream
+from tenfold.models.suggestions import check_name
 from tenfold.models.text_mode import context_of, is_masked_lm
 
 
@@ -38,10 +39,8 @@ class EvalProtocol:
             raise ValueError(
                 f"stride {self.stride} must be from 1 to the window, {self.window}, which must be 2 or more"
             )
-        if self.text not in ("raw", "tokenised") or self.normaliser not in ("tokens", "words"):
-            raise ValueError(
-                f"text is raw or tokenised, not {self.text!r}; normaliser tokens or words, not {self.normaliser!r}"
-            )
+        check_name(self.text, ("raw", "tokenised"), "kind of text")
+        check_name(self.normaliser, ("tokens", "words"), "normaliser")
 
 
 def perplexity(
@@ -70,6 +69,7 @@ def perplexity(
     Raises:
         ValueError: the text is shorter than a window, the tokenizer does not belong to the model, or the model is a masked one.
     """
+    check_tokenizer(tokenizer)
     if is_masked_lm(model):
         raise ValueError(
             f"a {type(model).__name__} predicts hidden tokens, not next ones, so that it has no perplexity; compare its held-out "
@@ -126,8 +126,7 @@ def _score(model, tokens: Tensor, protocol: EvalProtocol, batch: int, progress) 
     spans = []  # (begin, end, first target)
     for begin in range(0, max(1, len(tokens) - 1), protocol.stride):
         end = min(begin + protocol.window, len(tokens))
-        first = max(begin + 1, done if protocol.stride < protocol.window else begin + 1)
-        if first < end:
+        if (first := max(begin + 1, done)) < end:
             spans.append((begin, end, first))
         done = end
         if end == len(tokens):
@@ -145,11 +144,8 @@ def _score(model, tokens: Tensor, protocol: EvalProtocol, batch: int, progress) 
 
 def _batches(spans: list[tuple[int, int, int]], batch: int) -> list[list[tuple[int, int, int]]]:
     """Return batches of windows of equal length: the very last one, if it is shorter, is alone."""
-    groups = []
-    for group in (spans[k : k + batch] for k in range(0, len(spans), batch)):
-        full = [span for span in group if span[1] - span[0] == group[0][1] - group[0][0]]
-        groups += [part for part in (full, group[len(full) :]) if part]
-    return groups
+    full = len(spans) - (spans[-1][1] - spans[-1][0] < spans[0][1] - spans[0][0])
+    return [spans[k : min(k + batch, full)] for k in range(0, full, batch)] + [spans[full:]] * (full < len(spans))
 
 
 def comparable(results: Sequence[dict[str, Any]]) -> None:

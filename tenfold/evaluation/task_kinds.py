@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import pvariance
 from typing import Any
 
 import torch
@@ -121,10 +120,6 @@ class Task(ABC):
                 predictions[k] = prediction
         return predictions
 
-    def guess_loss(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss of a model that knows nothing; 0 where it is not known."""
-        return 0.0
-
     @abstractmethod
     def _parse(self, stream: Iterable[str], path: Path) -> Iterator[Example]:
         """Yield the examples of an open file."""
@@ -155,46 +150,35 @@ class Sentences(Task):
     """A label or number for a sentence or a pair, in a file of tab-separated columns without quoting.
 
     Args:
-        texts: the columns of the sentences: names in the header, or numbers from 0 for a file without one.
+        texts: the columns of the sentences.
         label: the column of the label.
         labels: ``{value in that column: name}``, in the order of the label numbers; empty for a number.
+        header: names of the columns of a file without a header.
     """
 
-    texts: tuple[str | int, ...]
-    label: str | int
+    texts: tuple[str, ...]
+    label: str
     labels: dict[str, str]
+    header: tuple[str, ...] | None = None
     file: str = "{split}.tsv"
 
     def _parse(self, stream, path):
-        lines = (line.rstrip("\r\n").split("\t") for line in stream)
-        columns, first = (*self.texts, self.label), 1
-        if isinstance(self.label, str):
-            header, first = next(lines, []), 2
-            for name in columns:
-                if name not in header:
-                    raise ValueError(
-                        f"{path} has no column {name!r}, only {', '.join(header)}; task {self.name} needs it"
-                    )
-            columns = tuple(header.index(name) for name in columns)
-        for number, row in enumerate(lines, first):
-            if len(row) <= max(columns):
-                raise ValueError(
-                    f"{path}, line {number}, has {len(row)} columns, fewer than the {max(columns) + 1} of task {self.name}"
-                )
-            *texts, label = (row[column] for column in columns)
-            yield Example(tuple(texts), self._parse_label(label, f"{path}, line {number},"))
-
-    def _parse_label(self, label: str, where: str) -> int | float:
-        if self.labels and label not in self.labels:
-            raise ValueError(f"{where} has label {label!r}; task {self.name} knows {', '.join(self.labels)}")
-        try:
-            return list(self.labels).index(label) if self.labels else float(label)
-        except ValueError:
-            raise ValueError(f"{where} has {label!r}; task {self.name} needs a number there") from None
-
-    def guess_loss(self, examples):
-        """Return the logarithm of the number of labels, or the variance of the numbers."""
-        return math.log(len(self.labels)) if self.labels else pvariance([example.target for example in examples])
+        rows = csv.DictReader(stream, self.header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        columns = (*self.texts, self.label)
+        if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
+            known = ", ".join(rows.fieldnames or ())
+            raise ValueError(f"{path} has no column {missing[0]!r}, only {known}; task {self.name} needs it")
+        for row in rows:
+            *texts, label = (row[name] for name in columns)
+            where = f"{path}, line {rows.line_num},"
+            if label is None or None in texts:
+                raise ValueError(f"{where} has too few columns; task {self.name} needs {', '.join(columns)}")
+            try:
+                target = list(self.labels).index(label) if self.labels else float(label)
+            except ValueError:
+                known = " or ".join(self.labels) or "a number"
+                raise ValueError(f"{where} has {label!r} for its label; task {self.name} needs {known}") from None
+            yield Example(tuple(texts), target)
 
     def model_class(self):
         names = list(self.labels.values()) or ["score"]
@@ -204,16 +188,17 @@ class Sentences(Task):
 
     def encode(self, tokenizer, example, length, train=True):
         """Encode one or two sentences; without a template of pairs, the end-of-text token joins two."""
-        texts, end = example.texts, tokenizer.eos_token
-        if len(texts) == 2 and not _has_pair_template(tokenizer):
-            if end is None:
+        texts, special = example.texts, tokenizer.num_special_tokens_to_add
+        if len(texts) == 2 and special(pair=True) == special(pair=False):
+            if tokenizer.eos_token is None:
                 raise ValueError("the tokenizer has neither a template of pairs nor an end-of-text token to join them")
-            texts = (end.join(texts),)
+            texts = (tokenizer.eos_token.join(texts),)
         row = dict(tokenizer(*texts, truncation=True, max_length=length))
         return row | ({"labels": example.target} if train else {})
 
     def _predict_batch(self, model, tokenizer, rows, length):
-        logits = model(**self.collator(tokenizer)(rows).to(model.device)).logits.float()
+        batch: Any = self.collator(tokenizer)(rows)
+        logits = model(**batch.to(model.device)).logits.float()
         return (logits.argmax(-1) if self.labels else logits[:, 0]).tolist()
 
     def collator(self, tokenizer):
@@ -226,10 +211,6 @@ class Sentences(Task):
                 f"a {type(model).__name__} with {model.config.num_labels} labels has no head for task {self.name}, which "
                 f"needs {size}; fine-tune it first: tenfold finetune MODEL --task {self.name}"
             )
-
-
-def _has_pair_template(tokenizer) -> bool:
-    return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
 
 
 @dataclass(frozen=True, kw_only=True)

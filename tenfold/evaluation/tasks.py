@@ -14,14 +14,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tenfold.evaluation.task_kinds import Sentences, Summary, Task
+from tenfold.evaluation.text_files import check_tokenizer
 from tenfold.models.suggestions import check_name
 from tenfold.models.text_mode import context_of
 
 MAX_LENGTH = 512  # tokens of an example at most, unless a length is given
 YES_NO = {"entailment": "entailment", "not_entailment": "not_entailment"}
 GLUE = [
-    Sentences(name="cola", folder="CoLA", texts=(3,), label=1, metrics=("matthews",),
-              labels={"0": "unacceptable", "1": "acceptable"}),
+    Sentences(name="cola", folder="CoLA", texts=("sentence",), label="label", metrics=("matthews",),
+              labels={"0": "unacceptable", "1": "acceptable"}, header=("source", "label", "mark", "sentence")),
     Sentences(name="sst2", folder="SST-2", texts=("sentence",), label="label", metrics=("accuracy",),
               labels={"0": "negative", "1": "positive"}),
     Sentences(name="mrpc", folder="MRPC", texts=("#1 String", "#2 String"), label="Quality", metrics=("f1", "accuracy"),
@@ -58,8 +59,7 @@ def set_padding(model, tokenizer) -> None:
     Raises:
         ValueError: there is no tokenizer, or it has neither of the two.
     """
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer to read the task with; copy tokenizer.json there")
+    check_tokenizer(tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding nor an end-of-text token; give it a pad_token")

@@ -7,6 +7,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from jinja2 import TemplateError
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 HUB = "hf://datasets/"
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ValueError if a model has no tokenizer to read text with."""
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer; copy tokenizer.json and tokenizer_config.json there")
 
 
 def documents(files: Iterable[str | Path], tokenizer=None) -> Iterator[str]:
@@ -88,7 +95,7 @@ def _stream_rows(name: str) -> Iterable[dict]:
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{name} names no data set; write {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIGURATION")
     try:
-        from datasets import load_dataset
+        load_dataset = import_module("datasets").load_dataset
     except ImportError:
         raise ImportError(f"reading {name} needs the library datasets: pip install 'tenfold[hub]'") from None
     return load_dataset("/".join(parts[:2]), *parts[2:], split="train", streaming=True)

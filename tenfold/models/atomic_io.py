@@ -59,7 +59,7 @@ def disk_full_errors(where: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_directory(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder whose files move to ``folder`` once all are written, and replace the weights there.
+    """Yield an empty folder whose contents become the model in ``folder`` once all are written; other files there stay.
 
     Raises:
         OSError: there is no room, or no right to write there; ``folder`` is as it was.
@@ -71,8 +71,10 @@ def atomic_directory(folder: str | Path) -> Iterator[Path]:
     try:
         with disk_full_errors(folder):
             yield new
-        target.mkdir(exist_ok=True)
-        for old in filter(_is_weights, list(target.iterdir())):
+        if not target.exists():
+            new.rename(target)
+            return
+        for old in filter(_is_model_file, list(target.iterdir())):
             old.unlink()
         for file in sorted(new.iterdir(), key=lambda file: (file.name in REPORTS, _is_weights(file))):
             file.replace(target / file.name)
@@ -94,7 +96,7 @@ def open_safetensors(file: str | Path) -> Iterator[Any]:
         raise ValueError(f"{file} is no whole file of safetensors ({reason}); copy it again") from None
 
 
-def is_model_file(file: Path) -> bool:
+def _is_model_file(file: Path) -> bool:
     """Tell whether ``file`` belongs to a model folder, so that it must not stay beside another model."""
     return _is_weights(file) or any(file.match(pattern) for pattern in MODEL_FILES)
 

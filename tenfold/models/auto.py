@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,20 @@ def build_model(config: Any, default: Any = AutoModelForCausalLM) -> PreTrainedM
     return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
-def meta_model(name: str) -> PreTrainedModel:
-    """Build the model of a known name, a folder or a hub name on the meta device, compressed if its configuration says so.
+def meta_model(name: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """Build a model on the meta device, compressed if its configuration says so.
+
+    Args:
+        name: a known name, a folder, a name on a hub, or a model.
 
     Raises:
         FileNotFoundError: the name is neither known here nor found.
     """
     presets = _read_presets()
-    if name in presets and not Path(name).exists():
+    if isinstance(name, PreTrainedModel):
+        config = deepcopy(name.config)
+        config.architectures = [type(name).__name__]
+    elif name in presets and not Path(name).exists():
         preset = dict(presets[name])
         architectures = [preset.pop("class")]
         config = AutoConfig.for_model(**preset, architectures=architectures)

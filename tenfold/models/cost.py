@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tenfold.models.auto import meta_model
 from tenfold.models.plan import make_plan
-from tenfold.models.recipe import Recipe
+from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import Site, find_sites, is_tied, module_at
 from tenfold.models.surgery import install_empty
 from tenfold.nn import FactorizedEmbedding, FactorizedLinear, TiedHead
@@ -59,17 +60,26 @@ def price(model: PreTrainedModel) -> dict[str, Any]:
     return {"parameters": count(model), "flops_per_token": per_token, "sites": sites}
 
 
-def inspect(name: str, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Return the cost of a model after ``recipe``, counted on the meta device; ``dense`` is the model before."""
-    model = meta_model(name)
-    dense = price(model)
-    for step in recipe.stage_recipes() if recipe is not None else ():
+def inspect(model: str | Path | PreTrainedModel, recipe: Recipe | str | dict | None = None) -> dict[str, Any]:
+    """Return the cost of a model after ``recipe``, counted on the meta device; ``dense`` is the model before.
+
+    Args:
+        model: a folder, a name on a hub, a known name such as ``gpt2``, or a model, which stays as it is.
+        recipe: a name, a file, a mapping, or None for the model as it is.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the hub can't be reached.
+    """
+    counted, applied = meta_model(model), None if recipe is None else load_recipe(recipe)
+    dense = price(counted)
+    for step in applied.stage_recipes() if applied is not None else ():
         if step.squeeze is not None:
             raise ValueError(
                 f"recipe {step.name} cuts the bonds that lose least: what it costs is known when that is done"
             )
-        install_empty(model, make_plan(model, step))
-    result = price(model)
+        install_empty(counted, make_plan(counted, step))
+    result = price(counted)
     result["parameters"]["dense"] = dense["parameters"]["total"]
     result["flops_per_token_dense"] = dense["flops_per_token"]
-    return {"model": name, "recipe": recipe.name if recipe else None} | result
+    name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    return {"model": name, "recipe": applied and applied.name} | result

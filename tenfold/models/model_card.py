@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.models.atomic_io import atomic_directory
@@ -19,10 +20,10 @@ tags: [tenfold, compressed]
 
 # {title}
 
-The weight matrices of this model are folded into small tensors. It loads with transformers once tenfold is imported:
+The weight matrices of this model are compressed. It loads with transformers once tenfold is imported:
 
 ```python
-import tenfold  # needed: without this line the folded layers would be loaded with random weights
+import tenfold  # needed: without this line the compressed layers would be loaded with random weights
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{title}")
@@ -53,12 +54,14 @@ def save_compressed(
     report: dict[str, Any] | None = None,
     command: str = "",
     max_shard_size: str | int = "5GB",
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write ``model`` to ``folder`` as an ordinary Hugging Face checkpoint, with a model card and ``tenfold.json``.
 
     Args:
         report: of ``tenfold.compress``; complete in ``tenfold.json``, in short on the card.
         command: the exact command that made the model.
+        tensors: those to write, if ``model`` does not hold them.
 
     Raises:
         OSError: there is no room; ``folder`` is as it was.
@@ -67,16 +70,8 @@ def save_compressed(
     if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
     with silent(), atomic_directory(folder) as new:
-        model.save_pretrained(new, max_shard_size=max_shard_size)
+        model.save_pretrained(new, max_shard_size=max_shard_size, state_dict=tensors)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)
-
-
-def save_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write what ``save_pretrained`` writes beside the weights."""
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -30,9 +31,24 @@ def in_bfloat16(precision: str, device: str | None = None) -> bool:
     return precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(kind))
 
 
-def check_saved_dtype(dtype: torch.dtype | str) -> None:
-    """Raise ValueError for ``auto``: a model that is trained anew has no dtype on disk."""
-    if not isinstance(dtype, torch.dtype):
+def resolve_dtype(dtype: torch.dtype | str | None, default: Any = "auto") -> Any:
+    """Return the torch dtype of this name, or ``default`` for None and ``auto``.
+
+    Raises:
+        ValueError: there is no such floating-point dtype.
+    """
+    if dtype in (None, "auto"):
+        return default
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, auto")
+    return found
+
+
+def saved_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of a model that is trained anew; raise ValueError for ``auto``, since it has none on disk."""
+    if dtype == "auto":
         raise ValueError(
-            f"dtype {dtype} is for models that are read; this one is trained: write float32, bfloat16 or float16"
+            "dtype auto is for models that are read; this one is trained: write float32, bfloat16 or float16"
         )
+    return resolve_dtype(dtype)

@@ -309,13 +309,15 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name: str | Path | dict) -> Recipe:
-    """Load a recipe by the name it ships under, by the path of a YAML file, or from a mapping.
+def load_recipe(name: str | Path | dict | Recipe) -> Recipe:
+    """Load a recipe by the name it ships under, by the path of a YAML file, or from a mapping; a recipe is returned as it is.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
         ValueError: the text is not YAML, or breaks the schema.
     """
+    if isinstance(name, Recipe):
+        return name
     if isinstance(name, dict):
         return parse_recipe(name, "the recipe")
     shipped, path = resources.files("tenfold") / "recipes" / f"{name}.yaml", Path(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 STATE = "trainer_state.json"  # the file that Trainer writes last
-COMPRESSED = "fold.json"  # only in the checkpoint of a model that was compressed right before it
+COMPRESSED = "compressed.json"  # only in the checkpoint of a model that was compressed right before it
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,14 +26,13 @@ class FinetuneMethod:
     """One method of fine-tuning.
 
     Args:
-        prepare: ``prepare(model, rank)`` sets which parameters are trained, except for a new head.
+        prepare: ``prepare(model, rank)`` sets which parameters are trained, except for a new head, and returns a function that
+            makes the trained model an ordinary one, in place.
         learning_rate: the default peak.
-        finish: turns the trained model into an ordinary one, in place.
     """
 
-    prepare: Callable[[PreTrainedModel, int], None]
+    prepare: Callable[[PreTrainedModel, int], Callable[[], None]]
     learning_rate: float
-    finish: Callable[[PreTrainedModel], None] = lambda model: None
 
 
 def unfreeze_head(model: PreTrainedModel, new: set[str]) -> None:
@@ -45,12 +44,13 @@ def unfreeze_head(model: PreTrainedModel, new: set[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def train_all(model: PreTrainedModel, rank: int = 0) -> None:
+def train_all(model: PreTrainedModel, rank: int = 0) -> Callable[[], None]:
     """Train every parameter, including factors that a recipe freezes."""
     model.requires_grad_(True)
+    return lambda: None
 
 
-def train_auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
+def train_auxiliary(model: PreTrainedModel, rank: int = 0) -> Callable[[], None]:
     """Train all factors of every structured layer but the largest one, the central tensor; also biases, norms and the pooler.
 
     Central tensors, factors that a recipe freezes, embeddings and other dense matrices stay. A shared factor is central if it is
@@ -65,7 +65,7 @@ def train_auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
     if not layers:
         raise ValueError(
             f"a {type(model).__name__} without structured layers has no auxiliary tensors; compress it first (tenfold compress), "
-            "or choose --train full or --train lora"
+            "or choose --method full or --method lora"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
@@ -76,64 +76,62 @@ def train_auxiliary(model: PreTrainedModel, rank: int = 0) -> None:
     for parameter in (parameter for factors in every for parameter in factors.values()):
         parameter.requires_grad_(id(parameter) not in frozen)
     for site in find_sites(model):
-        if site.role == "pooler" and not isinstance(module := module_at(model, site.path), FACTORIZED):
+        module = module_at(model, site.path)
+        if site.role == "pooler" and module is not None and not isinstance(module, FACTORIZED):
             module.requires_grad_(True)
+    return lambda: None
 
 
-def _structured_layers(model: PreTrainedModel) -> list[nn.Module]:
+def _structured_layers(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FACTORIZED)]
 
 
-def add_lora(model: PreTrainedModel, rank: int) -> None:
+def add_lora(model: PreTrainedModel, rank: int) -> Callable[[], None]:
     """Add a low-rank part to every matrix of the blocks: peft's to a dense one, an ``Adapter`` to a structured one.
+
+    In the end peft's parts are added to their matrices; an ``Adapter`` stays, as part of its layer's structure.
 
     Raises:
         ImportError: peft is not installed.
 
     Reference: arXiv 2106.09685.
     """
-    peft, dense = import_library("peft"), []
+    peft, dense, adapters = import_library("peft"), [], []
     for site in find_sites(model):
         module = module_at(model, site.path)
         if site.role in OUTSIDE_BLOCKS or module is None:
             continue
         if isinstance(module, FactorizedLinear):
-            model.set_submodule(site.path, Adapter(module, rank))
+            adapters.append(Adapter(module, rank))
+            model.set_submodule(site.path, adapters[-1])
         else:
             dense.append(site.path)
-    model.requires_grad_(False)
+    tuner = None
     if dense:
         transposed = any(isinstance(model.get_submodule(path), Conv1D) for path in dense)
         settings = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "fan_in_fan_out": transposed}
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=dense, **settings), model)
+        tuner = peft.LoraModel(model, {"default": peft.LoraConfig(target_modules=dense, **settings)}, "default")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    for layer in _adapters(model):
+    for layer in adapters:
         for name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(name not in layer.frozen)
 
+    def merge() -> None:
+        if tuner is not None:
+            tuner.merge_and_unload(progressbar=False)
+            model.__dict__.pop("peft_config", None)
+        for layer in adapters:
+            layer.frozen = ()  # all of the saved model is trainable again
+        if adapters:
+            before = getattr(model.config, "quantization_config", None)
+            model.config.quantization_config = describe(model, getattr(before, "recipe", ""))
 
-def _adapters(model: PreTrainedModel) -> list[Adapter]:
-    return [module for module in model.modules() if isinstance(module, Adapter)]
-
-
-def merge_lora(model: PreTrainedModel) -> None:
-    """Add peft's parts to their matrices; an ``Adapter`` stays, as part of its layer's structure."""
-    tuner = import_library("peft.tuners.lora").LoraLayer
-    for path, module in list(model.named_modules()):
-        if isinstance(module, tuner):
-            module.merge()
-            model.set_submodule(path, module.get_base_layer())
-    model.__dict__.pop("peft_config", None)
-    for layer in _adapters(model):
-        layer.frozen = ()  # all of the saved model is trainable again
-    if _structured_layers(model):
-        before = getattr(model.config, "quantization_config", None)
-        model.config.quantization_config = describe(model, getattr(before, "recipe", ""))
+    return merge
 
 
 METHODS = {
     "full": FinetuneMethod(train_all, 5e-5),
     "auxiliary": FinetuneMethod(train_auxiliary, 5e-4),
-    "lora": FinetuneMethod(add_lora, 5e-4, merge_lora),
+    "lora": FinetuneMethod(add_lora, 5e-4),
 }

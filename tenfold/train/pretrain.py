@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tenfold.models.config import Train
 from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import process_state
 from tenfold.models.loading import silent
-from tenfold.models.precision import check_saved_dtype, in_bfloat16
+from tenfold.models.precision import in_bfloat16, saved_dtype
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.train.checkpoints import is_compressed_here, last_checkpoint, step_of
 from tenfold.train.compress_midway import compress_midway
@@ -29,7 +30,7 @@ from tenfold.train.losses import IGNORED
 from tenfold.train.model_factory import new_model, vocabulary_size, window_length
 from tenfold.train.optimizer import optimizer_for
 from tenfold.train.recipe_checks import check_recipe_keys, check_teacher_named
-from tenfold.train.run_manifest import check_inputs_outside, check_recipe, check_sources, delete_run, versions
+from tenfold.train.run_manifest import FILE, check_inputs_outside, check_recipe, check_sources, delete_run, versions
 from tenfold.train.self_guided import SelfGuidance, without_guides
 from tenfold.train.teacher import check_teacher, check_vocabulary, load_teacher
 from tenfold.train.token_dataset import load_tokens
@@ -49,7 +50,7 @@ def pretrain(
     recipe: Recipe | str | dict,
     data: Sequence[str | Path],
     output: str | Path,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | str = "float16",
     advance: Advance | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -83,7 +84,7 @@ def pretrain(
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     check_recipe_keys(recipe)
     check_teacher_named(recipe)
-    check_saved_dtype(dtype)
+    dtype = saved_dtype(dtype)
     check_inputs_outside(Path(output), recipe)
     folder, settings, length = Path(output), recipe.train, window_length(recipe)
     with process_state().main_process_first():
@@ -282,4 +283,5 @@ def _save(trainer, folder: Path, dtype: torch.dtype, tokenizer, report: dict[str
     with silent(), atomic_directory(folder) as new:
         unwrap_model(trainer).to(dtype).save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
+        shutil.copy(folder / FILE, new)
         (new / "training.json").write_text(json.dumps(report, indent=1))

@@ -251,16 +251,19 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def split_step(batch: int, accumulate: int) -> tuple[int, int]:
-    """Return ``(batch, accumulate)`` of each process, such that together they see the same windows a step as one."""
+def split_step(batch: int, accumulate: int, unit: str = "windows") -> tuple[int, int]:
+    """Return ``(batch, accumulate)`` of each process, such that together they see the same windows a step as one.
+
+    Raises:
+        ValueError: neither is a multiple of the number of processes.
+    """
     processes = processes_started()
     if accumulate % processes == 0:
         return batch, accumulate // processes
     if batch % processes == 0:
         return batch // processes, accumulate
     raise ValueError(
-        f"{processes} processes can't share {accumulate} batches of {batch} windows evenly; make the number of batches, the "
-        f"batch size or, in healing, the windows of --tokens-per-step a multiple of {processes}"
+        f"{processes} processes can't share {accumulate} batches of {batch} {unit} evenly; make one of them a multiple of it"
     )
 
 

@@ -249,7 +249,10 @@ REFUSED = {
     "keep alone": (("{dense}", "--keep", "0.8"), "with --calibrate TEXT"),
     "no samples": (("{dense}", "--keep", "0.8", *TEXT[:2], "--num-samples", "0"), "0 samples in batches of None"),
     "no such share": (("{dense}", "--keep", "0.8", "--of", "head", *TEXT), "budget.of: Input should be 'model'"),
-    "tokens": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/tokens"), "holds tokens for pre-training"),
+    "tokens": (
+        ("{dense}", "--keep", "0.8", "--calibrate", "{dense}/tokens"),
+        "is a folder and no text; give files of text",
+    ),
     "cut text": (("{dense}", "--keep", "0.8", "--calibrate", "{dense}/cut.txt.xz"), "is cut off, or not what .xz says"),
     "cut weights": (("{dense}/cut", "--keep", "0.8", *TEXT), "is no whole file of safetensors"),
     "no model": (("{dense}/none/there", "--keep", "0.8", *TEXT), "there is no model"),

@@ -241,10 +241,14 @@ def test_predictions_are_those_of_one_example_at_a_time(tmp_path):
 
 
 WRONG = {
-    "unknown label": ("sst2", "sentence\tlabel\na\tgood\n", "line 2, has label 'good'; task sst2 knows 0, 1"),
+    "unknown label": ("sst2", "sentence\tlabel\na\tgood\n", "line 2, has 'good' for its label; task sst2 needs 0 or 1"),
     "no such column": ("rte", "index\tsentence1\tlabel\n", "has no column 'sentence2', only index, sentence1, label"),
-    "short line": ("sst2", "sentence\tlabel\na\t1\nb\n", "line 3, has 1 columns"),
-    "no number": ("stsb", "sentence1\tsentence2\tscore\na\tb\thigh\n", "line 2, has 'high'; task stsb needs a number"),
+    "short line": ("sst2", "sentence\tlabel\na\t1\nb\n", "line 3, has too few columns"),
+    "no number": (
+        "stsb",
+        "sentence1\tsentence2\tscore\na\tb\thigh\n",
+        "has 'high' for its label; task stsb needs a number",
+    ),
     "no example": ("sst2", "sentence\tlabel\n", "holds no example"),
 }
 

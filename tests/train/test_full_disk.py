@@ -74,7 +74,7 @@ def test_pretraining_goes_on_once_there_is_room(tmp_path, monkeypatch):
 
 def test_fine_tuning_leaves_what_was_there(dense, tmp_path, monkeypatch):
     place = toy_tasks.write_sst2(tmp_path, 16, 8)
-    given = {"epochs": 1, "batch": 8, "device": "cpu"}
+    given = {"epochs": 1, "batch_size": 8, "device": "cpu"}
     before = tenfold.finetune(dense, "sst2", place, tmp_path / "out", **given)
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", raises(REASONS[0]))

@@ -62,16 +62,16 @@ def test_two_processes_heal_as_one(tmp_path):
 def test_two_processes_fine_tune_as_one(tmp_path):
     """The examples of a batch are split, and one process writes and prints."""
     dense, place = small.folder(tmp_path / "dense"), toy_tasks.write_sst2(tmp_path, 64, 16)
-    given = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu"}
+    given = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-3, "device": "cpu"}
     one = tenfold.finetune(dense, "sst2", place, tmp_path / "one", seeds=[0], **given)
     options = ("--epochs", 2, "--batch-size", 16, "--learning-rate", 3e-3, "--device", "cpu")
     call = ("-m", "tenfold", "finetune", dense, "--task", "sst2", "--data", place, "-o", tmp_path / "two", *options)
     done = two(*call, launcher=ACCELERATE)
     report = json.loads((tmp_path / "two" / "finetune.json").read_text())
-    curves = [[[row["loss"], row["score"]] for row in run["runs"][0]["curve"]] for run in (one, report)]
+    curves = [run["runs"][0]["curve"] + run["runs"][0]["scores"] for run in (one, report)]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
     assert done.stdout.count("saved in") == 1 and not list((tmp_path / "two").glob("*.partial"))
-    with pytest.raises(AssertionError, match="2 processes can't share 15 examples"):  # there are two
+    with pytest.raises(AssertionError, match="2 processes can't share 1 batches of 15 examples"):  # there are two
         two(*call, "--batch-size", 15, launcher=ACCELERATE)
     model, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
     ids = torch.arange(3, 30)[None]

@@ -75,7 +75,7 @@ def curve_of(folder: Path) -> list:
     if file == "training.json":
         return report["curve"] + report["held_out"]
     if file == "finetune.json":
-        return [[row["loss"], row["score"]] for row in report["runs"][0]["curve"]]
+        return report["runs"][0]["curve"] + report["runs"][0]["scores"]
     return [point for stage in report["stages"] for point in stage["heal"]["curve"]]
 
 

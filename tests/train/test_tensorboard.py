@@ -35,7 +35,7 @@ def healed(place):
 
 def fine_tuned(place):
     dense, data = small.folder(place / "dense"), toy_tasks.write_sst2(place, 32, 8)
-    tenfold.finetune(dense, "sst2", data, place / "out", epochs=2, batch=16, device="cpu")
+    tenfold.finetune(dense, "sst2", data, place / "out", epochs=2, batch_size=16, device="cpu")
     lines = [json.loads(line) for line in (place / "out" / "log-0.jsonl").open()]
     return [[row["step"], row["loss"]] for row in lines if "loss" in row], place / "out"
 
