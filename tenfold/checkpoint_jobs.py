@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold import api
-from tenfold.compression.activations import group_by_block
 from tenfold.compression.calibration import Calibration
 from tenfold.compression.compress import compress
 from tenfold.compression.progress import Progress, no_progress
 from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.stock_shapes import DROPPED
 from tenfold.compression.weight_source import StreamedWeights
 from tenfold.models.atomic_io import atomic_directory, file_stamps, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
@@ -38,7 +38,7 @@ from tenfold.models.loading import check_output, weight_files
 from tenfold.models.model_card import save_card, save_compressed
 from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe, load_recipe
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import find_sites, group_by_block
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.run_manifest import differences
 
@@ -145,8 +145,10 @@ def _compress_blocks(
     barrier()  # until the first process has written all blocks
     tensors, inside = model.state_dict(), tuple(f"{path}." for path in blocks)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(inside)}
-    for number in range(len(blocks)):
-        tensors |= load_file(state.shard_path(number + 1))
+    left = [number for number, path in enumerate(blocks) if state.chosen.get(path) != DROPPED]
+    for place, number in enumerate(left):  # blocks move up where others go
+        found = load_file(state.shard_path(number + 1))
+        tensors |= {blocks[place] + key.removeprefix(blocks[number]): value for key, value in found.items()}
     return model, report, tensors
 
 

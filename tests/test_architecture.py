@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "compression": {"structure", "nn", "models", "evaluation"},
     "baselines": {"structure", "nn", "models", "evaluation", "compression"},
     "train": {"structure", "nn", "models", "evaluation", "compression"},
+    "integrations": {"structure", "nn", "models"},
     "report": set(),
     "recipes": set(),
     "demo": set(),

@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.activations import Activations
 from tenfold.compression.calibration import Calibration
 from tenfold.compression.fisher import FisherPass
+from tenfold.models.depth import remove_blocks
 from tenfold.models.recipe import Recipe
-from tenfold.models.sites import count_parameters, find_sites
+from tenfold.models.sites import count_parameters, find_sites, group_by_block
 
 TOLERANCE = 1e-3  # of the budget: half of the layers may stay at keep 0.5 although the last norm stays, too
 
@@ -95,30 +96,6 @@ def measure_influence(model: PreTrainedModel, paths: Sequence[str], text: Calibr
         fisher_pass.release(number)
     model.train(training)
     return found
-
-
-def remove_blocks(model: PreTrainedModel, numbers: Sequence[int]) -> None:
-    """Remove blocks from ``model``, and their entries from every list of its configuration that has one per layer."""
-    path = next(iter(group_by_block(find_sites(model)))).rpartition(".")[0]
-    blocks: Any = model.get_submodule(path)
-    config, count = model.config.get_text_config(), len(blocks)
-    if getattr(config, "decoder_sparse_step", 1) != 1:
-        raise ValueError(
-            f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, which no configuration says of "
-            "other blocks; fold it instead of dropping layers"
-        )
-    left = [k for k in range(count) if k not in numbers]
-    model.set_submodule(path, nn.ModuleList(blocks[k] for k in left))
-    for number, k in enumerate(left):
-        for module in blocks[k].modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count and key not in ("architectures", "mlp_only_layers"):
-            setattr(config, key, [value[k] for k in left])
-    if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [number for number, k in enumerate(left) if k in config.mlp_only_layers]
-    config.num_hidden_layers = len(left)
 
 
 def _size(module: nn.Module) -> int:

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compression.activations import group_by_block
 from tenfold.compression.structured_pruning import ALIGNED
 from tenfold.models.attention_layout import Heads, heads_of
 from tenfold.models.recipe import Recipe, Shrink
-from tenfold.models.sites import FACTORIZED, Site, find_sites, part_of, shape_of
+from tenfold.models.sites import FACTORIZED, Site, find_sites, group_by_block, part_of, shape_of
 
 ROWS: dict[str, str] = dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.qkv"), "heads")
 ROWS |= dict.fromkeys(("mlp.in", "mlp.gate"), "mlp")

@@ -12,15 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tenfold.compression.activations import group_by_block
 from tenfold.compression.block import Action
 from tenfold.compression.fit_actions import FactorizeExperts, FactorizeSite, FactorizeStack
+from tenfold.compression.group_pruning import PruneGroups
 from tenfold.compression.head_pruning import PruneHeads
 from tenfold.compression.pruning_criteria import LossCriterion
 from tenfold.compression.structured_pruning import PruneMlp, PruningCriterion
 from tenfold.models.attention_layout import heads_of
 from tenfold.models.recipe import Recipe, Rule
-from tenfold.models.sites import Site, find_sites
+from tenfold.models.sites import Site, find_sites, group_by_block
+from tenfold.models.stock import stock_head_counts
 
 CRITERIA: dict[str, Callable[[], PruningCriterion]] = {"loss": LossCriterion}
 FITS: dict[str, Callable[[Site, Rule], Action]] = {"loss": FactorizeSite}
@@ -91,6 +92,8 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
         raise ValueError(
             f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
         )
+    if rule.prune == "heads":
+        return [PruneGroups(sites, heads)] if len(stock_head_counts(model)) > 1 else []
     return [PruneHeads(sites, heads, criterion)]
 
 

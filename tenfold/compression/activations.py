@@ -7,7 +7,6 @@ nothing needs the original ones, only the others are computed.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -276,17 +275,6 @@ def _output_form(model: PreTrainedModel, blocks: list[nn.Module], sample: Batch)
         except (ValueError, IndexError, RuntimeError, AttributeError, TypeError):
             continue
     raise ValueError(NO_CHAIN)
-
-
-def group_by_block(sites: list[Site]) -> dict[str, list[Site]]:
-    """Return ``{path of a block: its sites}`` in the order of the model."""
-    blocks: dict[str, list[Site]] = {}
-    for site in sites:
-        if site.layer is not None:
-            block = re.match(rf"(.*?\.|){site.layer}(?=\.)", site.path)
-            assert block is not None
-            blocks.setdefault(block[0], []).append(site)
-    return blocks
 
 
 def freeze_copy(block: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ class TradeoffCurve:
         settled: the rule alone decides what the item becomes; no budget counts it.
         products: multiply-adds per token; the parameters unless given.
         indices: integers stored beside the parameters; none unless given.
+        tied: kind of the item; where shapes are stock, all items of a kind get the same option.
         calls: how often the item runs per token; less than once for an expert.
         whole: parameters of the item as it is; those of the last option unless given.
         whole_products: multiply-adds per token of the item as it is; likewise.
@@ -46,6 +47,7 @@ class TradeoffCurve:
     products: np.ndarray = field(default_factory=lambda: np.array([]))
     indices: np.ndarray = field(default_factory=lambda: np.array([]))
     calls: float = 1
+    tied: str = ""
     whole: float = 0
     whole_products: float = 0
 

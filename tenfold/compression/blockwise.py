@@ -38,19 +38,24 @@ from tenfold.compression.calibration import (
     settings_of,
     split_for_processes,
 )
+from tenfold.compression.depth import measure_removals
 from tenfold.compression.divergence import scale_by_trials
 from tenfold.compression.fisher import FisherPass
 from tenfold.compression.fit_actions import apply_actions
 from tenfold.compression.memory_check import check_memory
 from tenfold.compression.progress import Progress, estimate_phases, no_progress
 from tenfold.compression.resume_state import ResumeState
+from tenfold.compression.stock_shapes import DROPPED, choose_stock
 from tenfold.compression.tensor_store import TensorStore
 from tenfold.compression.weight_source import InMemoryWeights, Weights
+from tenfold.models.depth import block_list, remove_blocks
 from tenfold.models.distributed import barrier, is_main_process, num_processes, process_state, shard_items
 from tenfold.models.recipe import Recipe
 from tenfold.models.sites import shape_of
 from tenfold.models.surgery import finish
+from tenfold.models.text_mode import is_causal_lm
 
+DEPTH_TOKENS = 2048  # on which the loss without a block is measured where no divergence is
 IN_MEMORY = 2**28  # bytes of hidden states that are held in memory; more go to a temporary folder
 VARIANTS = 4  # of a block whose divergence is measured: its MLP, its values, its queries and keys, and a faint error
 
@@ -114,6 +119,8 @@ class BlockwiseCompression:
                 self._carry_out(folder)
         finally:
             self.model.train(training)
+        if dropped := [k for k, path in enumerate(self.paths) if self.state.chosen.get(path) == DROPPED]:
+            remove_blocks(self.model, dropped)
         finish(self.model, self.recipe.name)
         phases = {"survey": round(collected - begun, 1), "fits": round(time.perf_counter() - collected, 1)}
         return {"choices": self.state.choices, "fits": self.state.fits, "phases": phases} | self._count_bytes()
@@ -222,17 +229,31 @@ class BlockwiseCompression:
         """Return ``{item: option}`` within the budget, and the choices as ``run`` reports them."""
         actions = [action for plan in self.plans for action in plan.actions]
         sites = [site for action in actions for site in action.sites]
-        chosen = choose_options(self.model, self.recipe, self.settings, sites, curves, influence)
+        budget = self.recipe.budget
+        if budget is not None and budget.shapes == "stock":
+            chosen, curves = choose_stock(self.model, budget, self.plans, curves, self._measure_depth)
+        else:
+            chosen = choose_options(self.model, self.recipe, self.settings, sites, curves, influence)
         fisher = self.settings.output_metric == "full" and self.settings.input_metric == "second"
         nats = fisher and self.model.get_output_embeddings() is not None
         unit = "nats a token" if nats else "weighted squared error"
         units = {action.sites[0].path: action.loss_unit for action in actions if action.loss_unit}
         return chosen, [curve.describe(chosen[curve.name], units.get(curve.name, unit)) for curve in curves]
 
+    def _measure_depth(self, sizes: list[float], excess: float) -> list[tuple[int, float]]:
+        """Return the order in which whole blocks go, with the loss once each is gone; nothing where none can."""
+        predicts = is_causal_lm(self.model) and self.model.get_output_embeddings() is not None
+        if not predicts or block_list(self.model) is None:
+            return []
+        activations, tokens = self._open_activations(self.surveyed, None), self.settings.divergence or DEPTH_TOKENS
+        return measure_removals(activations, self.weights, tokens, sizes, excess)
+
     @torch.no_grad()
     def _carry_out(self, folder: Path | None) -> None:
         activations = self._open_activations(self.batches, folder and folder / "streams")
         for number, plan in enumerate(self.progress(self.plans, self.phases[2])):
+            if self.state.chosen.get(plan.path) == DROPPED:  # its states go on as they are
+                continue
             with self.weights.at(plan.path):
                 self._compress_block(number, plan, activations)
 

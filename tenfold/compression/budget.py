@@ -49,7 +49,7 @@ def choose_options(
         raise ValueError(f"nothing says how much of {name} to keep; give the recipe a budget, or --keep")
     if settings.allocate not in ALLOCATORS:
         raise ValueError(f"allocate {settings.allocate} is one of tenfold.baselines; import tenfold.baselines first")
-    unit, of, keep = _unit_of(model, recipe.budget), recipe.budget.of, recipe.budget.keep
+    unit, of, keep = unit_of(model, recipe.budget), recipe.budget.of, recipe.budget.keep
     curves = [unit.convert(curve) for curve in curves]
     free = [curve for curve in curves if not curve.settled]
     saved = {site.path: unit.saved_already(site) for site in sites}
@@ -71,7 +71,7 @@ def choose_options(
 
 def budget_total(model: PreTrainedModel, budget: Budget) -> float:
     """Return the total that the budget keeps a share of; 0 for a budget of the sites."""
-    return 0 if budget.of == "sites" else _unit_of(model, budget).total(budget.of)
+    return 0 if budget.of == "sites" else unit_of(model, budget).total(budget.of)
 
 
 @dataclass
@@ -88,6 +88,10 @@ class Parameters:
     def total(self, of: str) -> float:
         """Return the size of the part ``of`` the model."""
         return count_parameters(self.model, of)
+
+    def block_cost(self, path: str, sites: Sequence[Site]) -> float:
+        """Return the cost of the whole block ``path``, whose matrices are ``sites``."""
+        return sum(p.numel() for p in self.model.get_submodule(path).parameters())
 
     def saved_already(self, site: Site) -> float:
         """Return by how much a site that is factorised already is smaller than its matrix."""
@@ -111,6 +115,9 @@ class Flops(Parameters):
     def total(self, of: str) -> float:
         return price(self.model)["flops_per_token"][str(ROWS)]
 
+    def block_cost(self, path: str, sites: Sequence[Site]) -> float:
+        return sum(2 * site.calls * site.shape[0] * site.shape[1] for site in sites)
+
     def saved_already(self, site: Site) -> float:
         now = site_flops(site, self.model.get_submodule(site.path), ROWS) // ROWS
         return 2 * site.calls * site.shape[0] * site.shape[1] - now
@@ -130,14 +137,19 @@ class Bytes(Parameters):
         maps = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
         return dtype_of(self.model).itemsize * count_parameters(self.model, "model") + maps
 
+    def block_cost(self, path: str, sites: Sequence[Site]) -> float:
+        return dtype_of(self.model).itemsize * super().block_cost(path, sites)
+
     def saved_already(self, site: Site) -> float:
         module, each = self.model.get_submodule(site.path), dtype_of(self.model).itemsize
         return each * super().saved_already(site) - sum(b.nbytes for b in module.buffers())
 
 
 def _with_costs(curve: TradeoffCurve, costs: np.ndarray, whole: float) -> TradeoffCurve:
-    return TradeoffCurve(curve.name, costs, curve.losses, curve.options, settled=curve.settled, whole=whole)
+    given = {"settled": curve.settled, "tied": curve.tied, "whole": whole}
+    return TradeoffCurve(curve.name, costs, curve.losses, curve.options, **given)
 
 
-def _unit_of(model: PreTrainedModel, budget: Budget) -> Parameters:
+def unit_of(model: PreTrainedModel, budget: Budget) -> Parameters:
+    """Return the unit that ``budget`` counts in."""
     return {"flops": Flops, "bytes": Bytes}.get(budget.of, Parameters)(model)

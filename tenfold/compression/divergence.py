@@ -55,8 +55,7 @@ def scale_by_trials(
     if activations.bfloat16:
         faint = {p: (FAINT * m, None if b is None else FAINT * b) for p, (m, b) in variants[0].items()}
         variants.append(faint)
-    counts = np.cumsum([int(mask.sum()) for mask in activations.masks])
-    batches = range(min(len(counts), int(np.searchsorted(counts, math.ceil(tokens / num_processes()))) + 1))
+    batches, last = range(batches_with_tokens(activations, tokens)), len(activations.blocks)
     states = [activations.load(f"before-{number}-{k}") for k in batches]
     rows = [[_run_corrected(activations, number, x, k, some) for some in variants] for k, x in enumerate(states)]
     for later in range(number + 1, len(activations.blocks)):
@@ -64,7 +63,7 @@ def scale_by_trials(
         with weights.at(activations.paths[later]):
             rows = [[activations.run_block(later, block, x, k) for x in row] for k, row in enumerate(rows)]
     with weights.outside():
-        measured = _divergences(activations, rows)
+        measured = divergences(activations, [activations.load(f"before-{last}-{k}") for k in batches], rows)
     rounding = measured[-1] if activations.bfloat16 else 0.0
     scaled = []
     for trial, nats in zip(trials, measured, strict=False):
@@ -94,11 +93,17 @@ def _run_corrected(
         return activations.run_block(number, activations.blocks[number], states, batch)
 
 
-def _divergences(activations: Activations, states: list[list[Tensor]]) -> list[float]:
-    """Return ``KL(original || variant)`` in nats a token of every variant: ``states`` behind the last block, a row per batch."""
+def batches_with_tokens(activations: Activations, tokens: int) -> int:
+    """Return how many batches of this process hold about its part of ``tokens``; all, if these are fewer."""
+    counts = np.cumsum([int(mask.sum()) for mask in activations.masks])
+    return min(len(counts), int(np.searchsorted(counts, math.ceil(tokens / num_processes()))) + 1)
+
+
+def divergences(activations: Activations, originals: list[Tensor], states: list[list[Tensor]]) -> list[float]:
+    """Return ``KL(original || variant)`` in nats a token of every variant: states behind the last block, a row per batch."""
     sums, tokens = torch.zeros(len(states[0]), dtype=torch.float64), 0
-    for k, row in enumerate(states):
-        original, batch = activations.load(f"before-{len(activations.blocks)}-{k}"), activations.batches[k]
+    for k, (original, row) in enumerate(zip(originals, states, strict=True)):
+        batch = activations.batches[k]
         mask = activations.masks[k].reshape(batch["attention_mask"].shape)
         for sample in range(len(original)):  # one at a time: logits are large
             inputs, at = activations.to_device(batch, sample), mask[sample].to(activations.device)

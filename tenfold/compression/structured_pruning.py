@@ -20,6 +20,7 @@ from tenfold.compression.evidence import expected_loss, fisher_losses, scale_los
 from tenfold.compression.unit_selection import Basis, order_units_by_products
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.sites import Site, weight_of
+from tenfold.models.stock import mlp_kind
 from tenfold.structure.linalg import solve_symmetric
 
 ALIGNED = 8  # hidden units of a large MLP come in multiples of this, for kernels in half precision
@@ -70,7 +71,7 @@ class PruneMlp(Action):
         counts = np.array([k for k in range(max(1, units // 32), units + 1) if k % step == 0 or k == units])
         products = sum(site.shape[1] for site in self.into) + self.out.shape[0]  # per unit
         numel = products + sum(site.bias for site in self.into)
-        given = {"products": products * counts, "calls": self.out.calls}
+        given = {"products": products * counts, "calls": self.out.calls, "tied": mlp_kind(self.out)}
         return [TradeoffCurve(self.name, numel * counts, losses[counts], counts.tolist(), **given)]
 
     def _compare_orders(self, block: Block, order: list[int], losses: np.ndarray) -> tuple[list[int], np.ndarray]:
@@ -107,11 +108,7 @@ class PruneMlp(Action):
 
     def _error(self, block: Block, kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``W - What`` and the error of the bias where the units ``kept`` compensate for the others."""
-        weight, centers, at = block.weight(self.name), block.centers(self.name), torch.tensor(sorted(kept))
-        second = second - torch.outer(mean, mean) if centers else second
-        near = _solve_on(second, weight @ second, at, weight, block.damping(second))
-        error = weight.index_add(1, at, near, alpha=-1)
-        return error, -error @ mean if centers else None
+        return restricted_error(block, self.name, torch.tensor(sorted(kept)), second, mean)
 
     def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
         count, moments = sizes[self.name], block.moments(self.name)
@@ -140,6 +137,17 @@ class PruneMlp(Action):
 def measured_sizes(count: int) -> list[int]:
     """Return the sizes at which the scale of a curve is measured."""
     return sorted({max(1, count * part // 8) for part in (2, 4, 6)} - {count})
+
+
+def restricted_error(
+    block: Block, path: str, kept: Tensor, second: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``W - What`` and the error of the bias where the inputs ``kept`` compensate for the others."""
+    weight, centers = block.weight(path), block.centers(path)
+    second = second - torch.outer(mean, mean) if centers else second
+    near = _solve_on(second, weight @ second, kept, weight, block.damping(second))
+    error = weight.index_add(1, kept, near, alpha=-1)
+    return error, -error @ mean if centers else None
 
 
 def solve_restricted(

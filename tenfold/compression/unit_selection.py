@@ -131,3 +131,38 @@ def order_units_by_products(products: Tensor) -> tuple[list[int], np.ndarray]:
 def sum_tails(squares: Tensor) -> np.ndarray:
     """Return ``(n + 1,)``: the sums of ``squares (n,)`` from each index on."""
     return np.append(squares.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)
+
+
+def order_groups_by_covariance(
+    weight: Tensor, outputs: Tensor, second: Tensor, groups: Sequence[Tensor]
+) -> tuple[list[int], np.ndarray]:
+    """Return an order of groups of units, and the losses ``(groups + 1,)`` when only its first ``k`` stay.
+
+    Groups are chosen one at a time, as units are by ``order_units_by_covariance``.
+
+    Args:
+        weight: ``W (out, units)`` that reads the units.
+        outputs: ``G (out, out)``.
+        second: ``C (units, units)``, positive definite.
+        groups: the indices of the units of each.
+    """
+    rest, reader = second.clone(), roots(outputs)[0] @ weight
+    seen = reader @ second
+    losses, order = [float((seen * reader).sum())], list[int]()
+    floor = 1e-12 * float(second.diagonal().mean())
+    while len(order) < len(groups):
+        found = {}
+        for number in set(range(len(groups))) - set(order):
+            at = groups[number]
+            corner = rest[at][:, at]
+            corner.diagonal().add_(floor)
+            lower = torch.linalg.cholesky_ex(corner)[0]
+            found[number] = lower, torch.linalg.solve_triangular(lower, seen[:, at].T, upper=False)
+        chosen = max(found, key=lambda number: float(found[number][1].square().sum()))
+        lower, out = found[chosen]
+        along = torch.linalg.solve_triangular(lower, rest[groups[chosen]], upper=False)
+        rest.addmm_(along.T, along, alpha=-1.0)
+        seen.addmm_(out.T, along, alpha=-1.0)
+        losses.append(losses[-1] - float(out.square().sum()))
+        order.append(chosen)
+    return order, np.maximum(losses, 0.0) / 2

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.loading import silent
+from tenfold.models.stock import find_stock_form
 from tenfold.nn.quantized import is_quantized
 
 CARD = """---
@@ -70,7 +72,18 @@ def save_compressed(
     if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
     with silent(), atomic_directory(folder) as new:
-        model.save_pretrained(new, max_shard_size=max_shard_size, state_dict=tensors)
+        form = find_stock_form(model)
+        if form is None:
+            model.save_pretrained(new, max_shard_size=max_shard_size, state_dict=tensors)
+        else:
+            tensors = model.state_dict() if tensors is None else tensors
+            plain = form.published({name: x for name, x in tensors.items() if name not in model.all_tied_weights_keys})
+            save_torch_state_dict(plain, new, max_shard_size=max_shard_size)
+            form.config.architectures = [type(model).__name__]
+            form.config.dtype = next(x.dtype for x in plain.values() if x.is_floating_point())
+            form.config.save_pretrained(new)
+            if model.can_generate():
+                model.generation_config.save_pretrained(new)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)
 
 

@@ -69,7 +69,7 @@ class Rule(StrictModel):
     (``tenfold.baselines.lems``).
     """
 
-    prune: Literal["mlp", "attention"] | None = None
+    prune: Literal["mlp", "attention", "heads"] | None = None
     criterion: Literal["loss", "lems", "modegpt", "rocket"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
@@ -145,10 +145,15 @@ class Budget(StrictModel):
     ``of`` the replaced ``sites``, of the whole ``model``, of the model ``without_head``, or of its ``blocks``: all but
     embeddings and output head. Two need activations: ``flops``, the FLOPs per token of the whole model at 1,024 rows a call;
     ``bytes``, those of its saved weights, index maps included.
+
+    ``shapes: stock`` spends it on shapes that a plain configuration can say (``tenfold.compression.stock_shapes``): one width of
+    all MLPs, a multiple of ``align``, as many groups of heads in every block, and whole blocks.
     """
 
     keep: Keep
     of: Literal["model", "sites", "blocks", "without_head", "flops", "bytes"] = "sites"
+    shapes: Literal["free", "stock"] = "free"
+    align: int = Field(64, ge=1)
 
 
 class Squeeze(StrictModel):

@@ -126,6 +126,17 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     return sites
 
 
+def group_by_block(sites: list[Site]) -> dict[str, list[Site]]:
+    """Return ``{path of a block: its sites}`` in the order of the model."""
+    blocks: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.layer is not None:
+            block = re.match(rf"(.*?\.|){site.layer}(?=\.)", site.path)
+            assert block is not None
+            blocks.setdefault(block[0], []).append(site)
+    return blocks
+
+
 def head_path(model: PreTrainedModel) -> str | None:
     """Return the path of the output head, None where there is none."""
     head = model.get_output_embeddings()

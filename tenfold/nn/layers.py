@@ -110,7 +110,7 @@ class _Factorized(nn.Module):
 
         It is marked as initialised, so that transformers does not initialise it.
         """
-        weight = torch.empty(self.structure.shape, dtype=self.dtype, device="meta")
+        weight = torch.full((), torch.nan, dtype=self.dtype, device=self.like.device).expand(self.structure.shape)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 

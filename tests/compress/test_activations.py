@@ -10,10 +10,10 @@ import torch
 from models import toys
 from plain import seen, text, watched
 
-from tenfold.compression.activations import Activations, freeze_copy, group_by_block
+from tenfold.compression.activations import Activations, freeze_copy
 from tenfold.compression.compress import compress
 from tenfold.compression.moments import Moments
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import find_sites, group_by_block
 
 CHAINS = ["gpt2", "llama", "qwen3", "gemma3_text", "phi", "gpt_neox", "opt", "opt-projected", "bert", "roberta"]
 each = pytest.mark.parametrize("name", CHAINS)

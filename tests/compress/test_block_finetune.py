@@ -7,11 +7,11 @@ import torch
 from models import toys
 from plain import text
 
-from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.activations import Activations
 from tenfold.compression.block_finetune import finetune_block
 from tenfold.compression.compress import compress
 from tenfold.models.config import Calibrate
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import find_sites, group_by_block
 
 
 def steps(count: int, rate: float) -> Calibrate:

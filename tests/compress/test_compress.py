@@ -11,9 +11,8 @@ from plain import text, watched
 from transformers import AutoModelForCausalLM
 
 import tenfold
-from tenfold.compression.activations import group_by_block
 from tenfold.compression.compress import compress
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import find_sites, group_by_block
 from tenfold.nn import FactorizedLinear
 
 WORDS = text(8)

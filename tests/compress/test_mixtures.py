@@ -10,12 +10,12 @@ from plain import moment, text
 from test_compress import NARROW, compressed, size
 from transformers import AutoModelForCausalLM
 
-from tenfold.compression.activations import Activations, group_by_block
+from tenfold.compression.activations import Activations
 from tenfold.compression.compress import compress
 from tenfold.compression.fisher import FisherPass
 from tenfold.models.densify import densify
 from tenfold.models.experts import unpack
-from tenfold.models.sites import find_sites
+from tenfold.models.sites import find_sites, group_by_block
 
 WORDS = text(8)
 each = pytest.mark.parametrize("name", toys.EXPERTS)

@@ -1,0 +1,1 @@
+"""Entry points of other programs, each imported by the program that it is for."""
