@@ -64,14 +64,14 @@ def compress_midway(
     return _load(last_checkpoint(target.parent), recipe)
 
 
-def _load(checkpoint: Path, recipe: Recipe):
+def _load(checkpoint: Any, recipe: Any):
     attention = recipe.model.get("attn_implementation")
     auto_class = AUTO_CLASSES[recipe.train.objective]
     return auto_class.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention)
 
 
 def _train_dense(trainer: DivergenceGuardTrainer, step: int) -> TrainingArguments:
-    known, trainer.last_step = last_checkpoint(Path(trainer.args.output_dir)), step
+    known, trainer.last_step = last_checkpoint(Path(str(trainer.args.output_dir))), step
     if known is None or step_of(known) < step:
         trainer.train(known)
     barrier()  # until the checkpoint is complete
@@ -90,7 +90,7 @@ def _calibration(windows: PackedDataset, seen: int, recipe: Recipe) -> Calibrati
     return Calibration(batches, {"files": ["the run's own"], "samples": len(ids), "window": ids.shape[1]})
 
 
-def _write_checkpoint(model, dense: Path, target: Path, report: dict[str, Any]) -> None:
+def _write_checkpoint(model, dense: Any, target: Path, report: dict[str, Any]) -> None:
     """Write a checkpoint that Trainer resumes from: the compressed model at the step of the dense one."""
     new = target.with_name("compressed.new")
     shutil.rmtree(new, ignore_errors=True)

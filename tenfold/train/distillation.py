@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
@@ -96,7 +96,7 @@ class Distillation:
                     head.compile()
             self.verified = True
 
-    def _row_loss(self, states: Tensor, predicted, ids, labels: Tensor, mask: Tensor) -> Tensor:
+    def _row_loss(self, states: Any, predicted, ids, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the weighted losses of positions, each a mean over them, computed in chunks."""
         if self.causal:
             labels, mask = labels[:, 1:], mask[:, 1:]
@@ -115,9 +115,10 @@ class Distillation:
         model = self.student.model
         return sum_chunks(loss, states, list(model.parameters()), self.settings.chunk, recompute=is_sharded(model))
 
-    def _sum_losses(self, states: Tensor, predicted: Tensor, ids: Tensor | None, targets: Tensor) -> Tensor:
+    def _sum_losses(self, states: Tensor, predicted: Any, ids: Any, targets: Any) -> Tensor:
         """Return the sum of every loss ``(losses,)`` over the positions of a chunk."""
-        logits, temperature, log_p, log_q = self.student.compute_logits(states), self.settings.temperature, None, None
+        logits, temperature = self.student.compute_logits(states), self.settings.temperature
+        log_p = log_q = logits  # without a divergence
         if self.row_losses.keys() & DIVERGENCES:
             log_q = log_probabilities(logits, temperature, None if ids is None else ids.long())
             with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
 
-    def _update(self, parameter: Tensor, view: Axes, group: dict) -> None:
+    def _update(self, parameter: Any, view: Axes, group: dict) -> None:
         state, grad = self.state[parameter], parameter.grad
         if "momentum" not in state:
             state["momentum"], state["step"] = torch.zeros_like(grad), torch.zeros(())
@@ -122,7 +123,7 @@ def optimizer_for(model: nn.Module, kind: str, rates: str, lr: float, weight_dec
     return (Muon if hidden else torch.optim.AdamW)(groups, lr=lr, betas=betas)
 
 
-def factor_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+def factor_parameters(layer: Any) -> dict[str, nn.Parameter]:
     """Return the trainable factors of a structured layer by name, including those that it shares with other layers."""
     own = {name: p for name, p in layer.named_parameters(recurse=False) if name in layer.structure.factor_shapes()}
     return own | {name: layer._container[0].get_parameter(key) for name, key in layer.shared.items()}

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, default_data_collator
+from transformers import default_data_collator
 
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.config import Train
@@ -168,7 +167,7 @@ def _held_out_tokens(total: int, length: int, wanted: int) -> int:
     return size
 
 
-def _load_teacher(recipe: Recipe, tokenizer) -> PreTrainedModel | None:
+def _load_teacher(recipe: Any, tokenizer) -> Any:
     name = recipe.train.teacher
     if name is None:
         return None
@@ -214,7 +213,7 @@ class _Pretrainer(DivergenceGuardTrainer):
     counts once. The number of masked tokens differs between batches.
     """
 
-    def __init__(self, *args, recipe: Recipe, **kwargs):
+    def __init__(self, *args, recipe: Any, **kwargs):
         self.recipe = recipe
         loss = _masked_loss if recipe.train.objective == "masked" else None
         super().__init__(*args, compute_loss_func=loss, compute_metrics=_mean_loss, **kwargs)
@@ -256,8 +255,8 @@ class _Pretrainer(DivergenceGuardTrainer):
             set_schedule(scheduler, step_of(checkpoint), rates)
 
 
-def set_schedule(scheduler: LambdaLR, step: int, rates: list[float]) -> None:
-    """Set ``scheduler`` and its optimizer to where they are at ``step``, for the initial learning ``rates`` of the groups."""
+def set_schedule(scheduler: Any, step: int, rates: list[float]) -> None:
+    """Set ``scheduler``, a ``LambdaLR``, and its optimizer to where they are at ``step`` for initial learning ``rates``."""
     scheduler.base_lrs, scheduler.last_epoch, scheduler._step_count = rates, step, step + 1
     scheduler._last_lr = [factor(step) * rate for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
     for group, rate, now in zip(scheduler.optimizer.param_groups, rates, scheduler._last_lr, strict=True):

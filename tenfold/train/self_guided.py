@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class Guide(nn.Module):
 
     def __init__(self, layer: FactorizedLinear):
         super().__init__()
+        self.ratio: Tensor
         self.weight = nn.Parameter(layer.dense().detach().clone())
         self.register_buffer("ratio", torch.ones((), dtype=self.weight.dtype), persistent=False)
         self.active = True
@@ -35,7 +37,8 @@ class SelfGuidance(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, fraction: float):
-        self.fraction, self.layers = fraction, [m for m in model.modules() if isinstance(m, FactorizedLinear)]
+        self.fraction = fraction
+        self.layers: list[Any] = [m for m in model.modules() if isinstance(m, FactorizedLinear)]
         if not self.layers:
             raise ValueError("there is nothing to guide: no layer is structured; leave self_guided_fraction out")
         for layer in self.layers:
@@ -59,5 +62,5 @@ def without_guides(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if not key.endswith(".guide.weight")}
 
 
-def _mix_guide(layer: FactorizedLinear, inputs: tuple, y: Tensor) -> Tensor:
+def _mix_guide(layer: Any, inputs: tuple, y: Tensor) -> Tensor:
     return layer.guide(inputs[0], y, layer.bias) if layer.guide.active and layer.training else y

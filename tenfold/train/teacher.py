@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tenfold.models.text_mode import is_causal_lm
 Teacher = PreTrainedModel | str | Path
 
 
-def load_teacher(teacher: Teacher, device: torch.device) -> PreTrainedModel:
+def load_teacher(teacher: Any, device: torch.device) -> Any:
     """Return a model, or load one from a folder or name in single precision, in evaluation mode on ``device``."""
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(teacher, torch.float32)
@@ -37,7 +38,7 @@ def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> Non
             "take as teacher the model that the student was compressed from"
         )
     other = None if loaded else load_tokenizer(teacher)
-    known = other and other.get_vocab()
+    known = other.get_vocab() if other else {}
     for token, number in tokenizer.get_vocab().items() if other else ():
         if known.get(token) != number:
             raise ValueError(
@@ -87,7 +88,7 @@ def pair_layers(
 @contextmanager
 def eager_attention(models: Iterable[PreTrainedModel]) -> Iterator[None]:
     """Use the attention implementation that returns its probabilities within the context."""
-    before = [(model, model.config._attn_implementation) for model in models]
+    before: list[Any] = [(model, model.config._attn_implementation) for model in models]
     for model, _ in before:
         model.set_attn_implementation("eager")
     try:

@@ -17,14 +17,13 @@ from tenfold.train.tokens import Tokens, is_tokens, tokenizer_fingerprint, write
 MASK = "<|mask|>"
 
 
-def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> tuple[Tokens, Any]:
+def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Any) -> tuple[Tokens, Any]:
     """Return the tokens of a run, written to ``folder`` first if ``data`` is text, and their tokenizer."""
-    place, given = folder / "tokens", [path for path in data if is_tokens(path)]
+    place, limit, given = folder / "tokens", recipe.train.tokens, [path for path in data if is_tokens(path)]
     if given:
         if len(data) > 1:
             raise ValueError(f"{given[0]} is a folder of tokens, which has to be all of a run's data; give it alone")
-        tokens = Tokens(Path(given[0]), recipe.train.tokens)
-        tokenizer = tokens.tokenizer()
+        tokenizer = Tokens(Path(given[0])).tokenizer()
         _check_tokens(f"{given[0]} holds tokens", tokenizer, recipe)
     elif is_tokens(place):  # a run that resumes does not need the tokenizer that its recipe names
         tokenizer = Tokens(place).tokenizer()
@@ -34,9 +33,8 @@ def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Recipe) -> tup
     if recipe.train.objective == "masked" and tokenizer.mask_token is None:
         source, way_out = ("the tokenizer of the tokens", "give text") if given else ("the tokenizer", "name another")
         raise ValueError(f"{source} has no mask token, which the objective masked needs; {way_out}")
-    if not given:
-        tokens = write_tokens(place, data, tokenizer, recipe.train.tokens)
-        tokenizer = tokens.tokenizer()
+    tokens = Tokens(Path(given[0]), limit) if given else write_tokens(place, data, tokenizer, limit)
+    tokenizer = tokens.tokenizer()
     _set_padding(recipe, tokenizer)
     return tokens, tokenizer
 
@@ -68,7 +66,7 @@ def _find_tokenizer(recipe: Recipe) -> tuple[Any, str | None]:
     return (named, name) if named else (own, recipe.origin)
 
 
-def _train(data: Sequence[str | Path], recipe: Recipe):
+def _train(data: Sequence[str | Path], recipe: Any):
     settings = recipe.tokenizer
     if settings is None:
         missing = "no tokenizer section" if recipe.origin is None else f"a model without a tokenizer, {recipe.origin}"
@@ -81,7 +79,7 @@ def _train(data: Sequence[str | Path], recipe: Recipe):
     return tokenizer
 
 
-def _set_padding(recipe: Recipe, tokenizer) -> None:
+def _set_padding(recipe: Any, tokenizer) -> None:
     """Set the padding token of the recipe's model section, as Trainer saves the tokenizer's in the model."""
     for key, number in recipe.model.items():
         if key.endswith("_token_id") and isinstance(number, int) and not 0 <= number < len(tokenizer):

@@ -81,6 +81,9 @@ class DivergenceGuardTrainer(Trainer):
         tokens_per_step: of all processes.
     """
 
+    model: Any  # transformers leaves open what these are
+    train_dataset: Any
+    lr_scheduler: Any
     MARGIN = 2.0  # nats by which a mean loss may exceed the best one
     GOOD_MARGIN = 1.0  # nats by which the loss of a good checkpoint may exceed it
     STEPS = 50  # over which losses are averaged
@@ -105,13 +108,13 @@ class DivergenceGuardTrainer(Trainer):
     def train(self, checkpoint: Path | None = None):
         """Train, from ``checkpoint`` on if there is one; a finished run is loaded and not trained by one more step."""
         resume = None if checkpoint is None else str(checkpoint)
-        with silent(), disk_full_errors(self.args.output_dir):
+        with silent(), disk_full_errors(str(self.args.output_dir)):
             if checkpoint is not None:
                 check_checkpoint(checkpoint, self.is_fsdp_enabled)
                 state = TrainerState.load_from_json(str(checkpoint / STATE))
                 if state.global_step >= state.max_steps:
                     self.state = state
-                    self._load_from_checkpoint(resume)
+                    self._load_from_checkpoint(str(checkpoint))
                     if self.args.load_best_model_at_end:
                         self._load_best_model()
                     return None
@@ -125,7 +128,7 @@ class DivergenceGuardTrainer(Trainer):
             shell.fill()
         return unwrap_model(self).eval()
 
-    def curve(self, key: str = "loss") -> list[list[float]]:
+    def curve(self, key: str = "loss") -> list[list[Any]]:
         """Return ``[step, value]`` for every logged value of ``key``."""
         return [[row["step"], row[key]] for row in self.state.log_history if key in row]
 
@@ -200,11 +203,12 @@ class DivergenceGuardTrainer(Trainer):
         """Check the weights before they are saved: a finite loss may have a gradient that is not."""
         parts = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         wrong = torch.stack([~part.detach().isfinite().all() for part in parts]).any()
-        if self.accelerator.gather(wrong[None].int().to(self.args.device)).any():
+        found: Any = self.accelerator.gather(wrong[None].int().to(self.args.device))
+        if found.any():
             step = self.state.global_step
             self._stop(f"weights are NaN or infinite after step {step} ({self._locate(step - 1)})")
 
-    def _losses(self) -> list[list[float]]:
+    def _losses(self) -> list[list[Any]]:
         return [[step, loss] for step, loss in self.curve() if step > self.first_step]
 
     def _locate(self, step: int, steps: int = 1) -> str:
@@ -218,7 +222,7 @@ class DivergenceGuardTrainer(Trainer):
 
     def _stop(self, problem: str) -> None:
         """Raise ValueError with the ``problem`` and the last checkpoint whose logged loss was good."""
-        found, place = complete_checkpoints(Path(self.args.output_dir)), "there is no checkpoint yet"
+        found, place = complete_checkpoints(Path(str(self.args.output_dir))), "there is no checkpoint yet"
         for path in found:
             loss = next((loss for step, loss in reversed(self._losses()) if step <= step_of(path)), -math.inf)
             if loss <= self.good_limit():
