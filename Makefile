@@ -2,6 +2,7 @@
 # make test             linter and tests
 # make docs             the pages in docs/ and the API reference, to build/site; a warning is an error
 # make real DATA=FOLDER every method on a real model, see docs/real-models.md (hours; goes on where it was)
+# make anywhere MODEL=FOLDER  export a compressed model to every format and run each in its engine, see docs/anywhere.md
 # All set up .venv first: torch's CPU build where there is no accelerator, everything else as in constraints.txt.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test docs real lint types
+.PHONY: setup demo test docs real anywhere lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -36,7 +37,7 @@ types: setup
 
 # the shapes that signatures promise are checked at run time, but where torch.compile traces
 test: lint
-	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced and not real' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
+	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced and not real and not engines' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
 	$(BIN)/python -m pytest -n logical -m traced
 
 docs: setup
@@ -47,3 +48,8 @@ real: setup
 	@$(PIP) -c constraints.txt -e '.[real]'
 	$(BIN)/python research/benchmarks/real_models.py --data $(DATA) $(REAL)
 	$(BIN)/python research/benchmarks/real_table.py
+
+anywhere: setup
+	@test -n "$(MODEL)" || { echo "give a compressed model: make anywhere MODEL=FOLDER"; exit 2; }
+	@$(PIP) -c constraints.txt -e '.[gguf,onnx]'
+	$(BIN)/python research/benchmarks/anywhere.py $(MODEL)

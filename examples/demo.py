@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import tenfold_cli
-from tenfold_cli.output import PhaseProgress, StepProgress, show_table
+from tenfold_cli.output import Progress, show_table
 
 KEEP = 0.8  # of all parameters: 0.75 of the matrices of the blocks, which hold 81 % of this model
 STRUCTURES = [
@@ -51,7 +51,7 @@ steps = 24 if quick else 140
 
 print("\n1. Published recipes on GPT-2 small, counted without allocating weights\n")
 rows = []
-for name in PhaseProgress("pricing")(PRICED):
+for name in Progress("pricing")(PRICED):
     priced = tenfold.inspect("gpt2", tenfold.load_recipe(name))
     count, flops = priced["parameters"], priced["flops_per_token"]
     rows.append([name, f"{count['total']:,}", f"{count['without_head']:,}", *(f"{flops[k] / 1e6:,.0f}" for k in flops)])
@@ -63,7 +63,7 @@ dense, tokenizer = api.load(demo, dtype="float32")
 
 def measure(label: str, model, seconds: float) -> dict:
     """Return one row of the table."""
-    scores = api.evaluate(model, tokenizer, [demo / "heldout.jsonl"], limit=limit, progress=PhaseProgress(label))
+    scores = api.evaluate(model, tokenizer, [demo / "heldout.jsonl"], limit=limit, progress=Progress(label))
     speed = api.bench(model, repeats=7, new_tokens=4)
     return {"label": label, "seconds": seconds, "scores": scores, "speed": speed, **api.price(model)}
 
@@ -72,7 +72,7 @@ results = [measure("dense", dense, 0.0)]
 models = {}
 for label, structure in STRUCTURES:
     recipe = api.recipe_for(structure, KEEP, "model")
-    model, report = api.compress(copy.deepcopy(dense), recipe, progress=PhaseProgress(f"compressing: {label}"))
+    model, report = api.compress(copy.deepcopy(dense), recipe, progress=Progress(f"compressing: {label}"))
     models[label] = model, report
     results.append(measure(label, model, report["seconds"]))
 
@@ -80,14 +80,14 @@ best = min(results[1:], key=lambda row: row["scores"]["perplexity"])["label"]
 print(f"3. Healing the best one, {best}, by distillation from the dense model", file=sys.stderr)
 healed, report = models[best]
 settings = Heal(steps=steps, learning_rate=1e-3, tokens_per_step=2048)
-with StepProgress("healing") as advance:
-    healing = api.heal(healed, dense, tokenizer, [demo / "healing.jsonl"], settings, advance=advance)
+advance = Progress("healing").advance
+healing = api.heal(healed, dense, tokenizer, [demo / "healing.jsonl"], settings, advance=advance)
 results.append(measure(f"{best}, healed", healed, report["seconds"] + healing["seconds"]))
 
 print("   and the recommended recipe, guided by calibration text, without healing", file=sys.stderr)
 recommended = api.with_keep("recommended", KEEP)
 text = api.read_calibration(dense, tokenizer, [demo / "calibration.jsonl"], recommended, 32 if quick else 128)
-model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=PhaseProgress("recommended"), text=text)
+model, calibrated = api.compress(copy.deepcopy(dense), recommended, progress=Progress("recommended"), text=text)
 results.append(measure("recommended, calibrated", model, calibrated["seconds"]))
 
 show_table(

@@ -137,6 +137,17 @@ def resolve_device(device: str | None) -> torch.device:
         ) from None
 
 
+def recipe_of_shapes(shapes: str | None, align: int | None = None) -> Recipe:
+    """Return the recipe to recommend for ``free`` or ``stock`` shapes, with MLP widths that are multiples of ``align``."""
+    recipes = {None: "recommended", "free": "recommended", "stock": "stock"}
+    if shapes not in recipes:
+        raise ValueError(f"shapes is {shapes!r}; it must be free or stock")
+    recipe = load_recipe(recipes[shapes])
+    if align is None or recipe.budget is None:
+        return recipe
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"align": align})})
+
+
 def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
     """Return ``recipe`` (a name, a file or a mapping) with the budget ``keep``, unless that is None.
 
@@ -150,8 +161,9 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
         raise ValueError(
             f"recipe {recipe.name} has stages, each with sizes of its own; leave --keep out, or write them there"
         )
-    of = of or (recipe.budget.of if recipe.budget else "model")
-    budget = parse_recipe({"budget": {"keep": check_keep(keep), "of": of}}, "the budget").budget
+    budget = recipe.budget.model_dump() if recipe.budget else {"of": "model"}
+    budget = budget | {"keep": check_keep(keep)} | ({"of": of} if of else {})
+    budget = parse_recipe({"budget": budget}, "the budget").budget
     return recipe.model_copy(update={"budget": budget})
 
 

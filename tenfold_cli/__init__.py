@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tenfold_cli import evaluation, training
+from tenfold_cli import evaluation, exporting, serving, training
 from tenfold_cli.memory import reuse_freed_memory
 from tenfold_cli.options import (
     FORMATS,
@@ -89,6 +89,15 @@ def compress(
             "default: as in the recipe, else model."
         ),
     ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="free: every block gets widths of its own; stock: an ordinary model for any engine. Default: free."
+        ),
+    ] = None,
+    align: Annotated[
+        int | None, typer.Option(min=1, help="With stock shapes: what MLP widths are a multiple of.")
+    ] = None,
     calibrate: Annotated[list[str] | None, typer.Option(help=f"Calibration text: {FORMATS}")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows; default: as in the recipe.")] = None,
     heal: Annotated[list[str] | None, typer.Option(help="Text to heal on: by distillation from the original.")] = None,
@@ -113,9 +122,11 @@ def compress(
     if structure and keep:
         chosen = api.recipe_for(structure, keep, of or "model", roles.split(",") if roles else None)
     else:
-        chosen = api.with_keep(recipe or "recommended", keep, of)
+        chosen = api.with_keep(recipe or api.recipe_of_shapes(shapes, align), keep, of)
     for name, idle in (
         ("--roles", roles and not structure),
+        ("--shapes", shapes is not None and (recipe or structure)),
+        ("--align", align is not None and shapes != "stock"),
         ("--source", source not in (None, "weights") and calibrate),
         ("--num-samples", num_samples is not None and not calibrate),
     ):
@@ -138,29 +149,10 @@ def compress(
     print(f"{format_counts(report)}; {report['seconds']} s; saved in {output}")
 
 
-for function, command_class in (evaluation.COMMANDS | training.COMMANDS).items():
+for function, command_class in (
+    evaluation.COMMANDS | training.COMMANDS | exporting.COMMANDS | serving.COMMANDS
+).items():
     app.command(cls=command_class)(function)
-
-
-@app.command()
-def densify(
-    model: Model, output: Output, overwrite: Overwrite = False, device: Device = None, dtype: Dtype = None
-) -> None:
-    """Turn a compressed model into a plain checkpoint that needs no tenfold."""
-    import tenfold
-    from tenfold import api
-    from tenfold.checkpoint_jobs import check_job
-    from tenfold.models.atomic_io import atomic_directory
-
-    check_job(model, output, overwrite)
-    if not is_first():
-        return
-    loaded, tokenizer = api.load(model, device, dtype)
-    with atomic_directory(output) as new:
-        tenfold.densify(loaded).save_pretrained(new)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-    print(f"saved in {output}; it loads without tenfold")
 
 
 def main() -> None:

@@ -25,3 +25,6 @@ def serve(
     except ImportError:
         raise ValueError("serving needs more packages: pip install 'tenfold[serve]'") from None
     Serve(force_model=model, host=host, port=port, device=device or "auto", dtype=dtype or "auto")
+
+
+COMMANDS = {serve: None}

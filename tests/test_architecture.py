@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "baselines": {"structure", "nn", "models", "evaluation", "compression"},
     "train": {"structure", "nn", "models", "evaluation", "compression"},
     "integrations": {"structure", "nn", "models"},
+    "export": {"structure", "nn", "models"},
     "report": set(),
     "recipes": set(),
     "demo": set(),

@@ -84,7 +84,9 @@ class Widths:
         kind = self.model.config.model_type
         for path, module in self.model.named_modules():
             if isinstance(module, FACTORIZED):
-                raise ValueError(f"{path} is folded, and widths are pruned of dense models; tenfold densify makes one")
+                raise ValueError(
+                    f"{path} is compressed, and widths are pruned of dense models; tenfold export --to dense makes one"
+                )
         for site in self.sites:
             if site.role not in (*ROWS, *COLUMNS, *OUTER) or site.expert is not None:
                 raise ValueError(

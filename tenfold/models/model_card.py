@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.loading import silent
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{title}")
 ```
 
-`tenfold densify` turns it into a plain checkpoint that needs no tenfold.
+`tenfold export` writes it in formats that need no tenfold.
 
 Made by:
 
@@ -79,12 +79,18 @@ def save_compressed(
             tensors = model.state_dict() if tensors is None else tensors
             plain = form.published({name: x for name, x in tensors.items() if name not in model.all_tied_weights_keys})
             save_torch_state_dict(plain, new, max_shard_size=max_shard_size)
-            form.config.architectures = [type(model).__name__]
             form.config.dtype = next(x.dtype for x in plain.values() if x.is_floating_point())
-            form.config.save_pretrained(new)
-            if model.can_generate():
-                model.generation_config.save_pretrained(new)
+            save_config(model, new, form.config)
         save_card(new, tokenizer, report, command, Path(folder).absolute().name)
+
+
+def save_config(model: PreTrainedModel, folder: Path, config: PretrainedConfig | None = None) -> None:
+    """Write what ``save_pretrained`` writes beside the weights; ``config`` instead of the model's own if given."""
+    config = config or model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:

@@ -167,7 +167,7 @@ def test_a_dtype_is_a_name_or_a_torch_dtype(dense, dtype):
     )
 
 
-def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeypatch):
+def test_compress_evaluate_generate_bench_export(call, dense, tmp_path, monkeypatch):
     folded, plain = tmp_path / "folded", tmp_path / "plain"
     status, out, _ = call("compress", dense, "-o", folded, "--structure", "low_rank", "--keep", "0.8")
     assert status == 0 and "with the head" in out and "without" in out
@@ -190,7 +190,7 @@ def test_compress_evaluate_generate_bench_densify(call, dense, tmp_path, monkeyp
     assert status == 2 and "compress it first" in err
     status, out, _ = call("bench", folded, "--no-dense-cache", "--repeats", "1", "--new-tokens", "2", "--json")
     assert status == 0 and json.loads(out)["cached"] == 0
-    status, _, _ = call("densify", folded, "-o", plain)
+    status, _, _ = call("export", folded, "--to", "dense", "-o", plain)
     ids = torch.arange(12)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits for path in (folded, plain)]
     assert status == 0 and torch.allclose(*logits, atol=1e-5)

@@ -83,10 +83,13 @@ def test_fine_tuning_leaves_what_was_there(dense, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "finetune.json").read_text()) == before
 
 
-@pytest.mark.parametrize("command", [("deepen", "--layers", "3"), ("densify",)], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [("deepen", "--layers", "3"), ("export", "--to", "dense")], ids=lambda command: command[0]
+)
 def test_commands_that_write_a_model(dense, tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["tenfold", *command, str(dense), "-o", str(tmp_path / "out")])
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", raises(REASONS[0]))
+    monkeypatch.setattr("tenfold.export.weights.save_file", raises(REASONS[0]))
     with pytest.raises(SystemExit) as stopped:
         tenfold_cli.main()
     said = capsys.readouterr().err.splitlines()

@@ -1,0 +1,1 @@
+"""Export compressed checkpoints to formats that run without tenfold; one file per format, see ``tenfold.export.formats``."""
