@@ -1,5 +1,7 @@
 # make demo [QUICK=1]   the main job on the small model that ships with the repository
 # make test             linter and tests
+# make faults           kills, full disks, two runs at once: all of them, to research/results/faults.json (half an hour)
+# make fuzz             a million damaged files, to research/results/fuzz.json (half an hour)
 # make docs             the pages in docs/ and the API reference, to build/site; a warning is an error
 # make real DATA=FOLDER every method on a real model, see docs/real-models.md (hours; goes on where it was)
 # make anywhere MODEL=FOLDER  export a compressed model to every format and run each in its engine, see docs/anywhere.md
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test docs real anywhere lint types
+.PHONY: setup demo test faults fuzz docs real anywhere lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -39,6 +41,13 @@ types: setup
 test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal -m 'not traced and not real and not engines' --jaxtyping-packages=tenfold.structure,tenfold.nn,shapes.checked
 	$(BIN)/python -m pytest -n logical -m traced
+
+faults: setup
+	TENFOLD_LONG=10000 $(BIN)/python -m pytest tests/faults/test_long_runs.py
+	$(BIN)/python tests/faults/run.py
+
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

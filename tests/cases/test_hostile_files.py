@@ -1,0 +1,286 @@
+"""Files that were made to hurt: markup and escapes, names of other files, bombs, wrong types, code."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "version-1"
+
+
+def open_point(reason):
+    return pytest.mark.xfail(strict=True, reason=f"issue 29: {reason}")
+
+
+def said(err: str) -> str:
+    last = err.strip().splitlines()[-1] if err.strip() else ""
+    return last if last.startswith("tenfold: ") else ""
+
+
+def run_limited(arguments, seconds=25, given=""):
+    """Run a command in a process of its own, with 2 GB of memory beyond what torch maps, and return status and error."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
+        signal.alarm(seconds)
+
+    command = [sys.executable, "-m", "tenfold", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit, input=given)
+    return done.returncode, done.stderr
+
+
+# recipes
+
+BOMBS = {
+    "aliases": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10)),
+    "keys": "".join(f"k{k}: 1\n" for k in range(200_000)),
+    "deep-flow": "name: " + "[" * 5000,
+    "deep-map": "name: " + "{a: " * 5000,
+    "deep-block": "".join(" " * k + f"k{k}:\n" for k in range(2000)),
+}
+
+
+@open_point("hangs, takes all memory, or a traceback")
+@pytest.mark.parametrize("kind", BOMBS)
+def test_recipes_that_are_bombs_are_refused(tmp_path, kind):
+    (tmp_path / "bomb.yaml").write_text(BOMBS[kind])
+    status, err = run_limited(["inspect", "gpt2-small", "--recipe", tmp_path / "bomb.yaml"])
+    assert status == 2 and "bomb.yaml" in said(err) and len(said(err)) < 2000, (status, err[-300:])
+
+
+# checkpoints
+
+
+@pytest.fixture
+def folded(tmp_path):
+    return shutil.copytree(GOLDEN / "low_rank", tmp_path / "folded")
+
+
+SITE = "model.layers.0.mlp.up_proj"
+
+
+def change_site(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def structured(**fields):
+    return lambda found: {**found, "sites": {SITE: {"bias": False, "structure": {"kind": "low_rank", **fields}}}}
+
+
+CORES = {"kind": "tensor_train", "outs": [12] + [1] * 24, "ins": [8] + [1] * 24, "ranks": [1] * 24}
+WRONG = {
+    "sites-list": lambda found: {**found, "sites": [1]},
+    "sites-text": lambda found: {**found, "sites": "x"},
+    "site-text": lambda found: {**found, "sites": {SITE: "x"}},
+    "no-bias": lambda found: {**found, "sites": {SITE: {"structure": found["sites"][SITE]["structure"]}}},
+    "bias-text": lambda found: {**found, "sites": {SITE: {**found["sites"][SITE], "bias": "no"}}},
+    "frozen-number": lambda found: {**found, "sites": {SITE: {**found["sites"][SITE], "frozen": 3}}},
+    "shared-list": lambda found: {**found, "sites": {SITE: {**found["sites"][SITE], "shared": ["left"]}}},
+    "version-text": lambda found: {**found, "format_version": "1"},
+    "version-none": lambda found: {**found, "format_version": None},
+    "untied-text": lambda found: {**found, "untied": "no"},
+    "recipe-list": lambda found: {**found, "recipe": [1]},
+    "huge": structured(out_features=2**63, in_features=8, rank=2),
+    "petabytes": structured(out_features=2**40, in_features=2**40, rank=2**20),
+    "cores": lambda found: {
+        **found,
+        "sites": {
+            SITE: {
+                "bias": False,
+                "structure": {
+                    "kind": "tensor_train",
+                    "outs": [12] + [1] * 24,
+                    "ins": [8] + [1] * 24,
+                    "ranks": [1] * 24,
+                },
+            }
+        },
+    },
+    "list": lambda found: [found],
+    "text": lambda found: "tenfold",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_configuration_of_wrong_types_is_refused(call, folded, tmp_path, kind, request):
+    if kind != "untied-text":
+        request.applymarker(open_point("a traceback, no name of the folder, or accepted"))
+    change_site(folded, WRONG[kind])
+    status, _, err = call("densify", folded, "-o", tmp_path / "dense")
+    assert status == 2 and "folded" in said(err) and not (tmp_path / "dense").exists(), (status, err[-300:])
+
+
+ARCHITECTURES = [
+    [],
+    *(pytest.param(v, marks=[open_point("a traceback")]) for v in (3, ["Nothing"], ["Path"], [None], "x", {})),
+]
+
+
+@pytest.mark.parametrize("value", ARCHITECTURES, ids=str)
+def test_architectures_that_name_no_model_are_refused(call, folded, tmp_path, value):
+    config = json.loads((folded / "config.json").read_text())
+    (folded / "config.json").write_text(json.dumps(config | {"architectures": value}))
+    status, _, err = call("densify", folded, "-o", tmp_path / "dense")
+    assert status == 0 if value == [] else (status == 2 and "folded" in said(err)), (status, err[-300:])
+
+
+INDEXES = ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"]}}', "", "[" * 5000]
+OUTSIDE = ["../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors", ".", ""]
+
+
+@pytest.mark.parametrize("command", ["densify", "compress"])
+@pytest.mark.parametrize(
+    "raw", [*INDEXES, *(json.dumps({"weight_map": {"a": name}}) for name in OUTSIDE)], ids=lambda raw: raw[:40]
+)
+def test_index_files_of_other_types_and_names_outside_are_refused(call, kept, llama, tmp_path, raw, command, request):
+    if not (command == "densify" and raw.endswith(('".safetensors"}}',))):
+        request.applymarker(open_point("a traceback, or a file outside of the folder is read"))
+    shutil.move(llama / "model.safetensors", tmp_path / "secret.safetensors")
+    (llama / "model.safetensors.index.json").write_text(raw)
+    more = ("--keep", 0.8, "--calibrate", llama / "text.txt") if command == "compress" else ()
+    status, _, err = call(command, llama, "-o", tmp_path / "out", *more)
+    assert status == 2 and "model.safetensors.index.json" in said(err), (status, err[-300:])
+
+
+DAMAGED = ("{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000)
+BARE = open_point("tokenizers raises bare Exception, and panics")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", *(pytest.param(raw, marks=[BARE]) for raw in ("{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000))],
+)
+def test_a_damaged_tokenizer_is_named(call, llama, raw):
+    (llama / "tokenizer.json").write_text(raw)
+    status, _, err = call("generate", llama, "the old", "--max-new-tokens", 2)
+    assert status == 2 and "tokenizer.json" in said(err), (status, err[-300:])
+
+
+@open_point("a damaged half of a checkpoint goes on")
+def test_a_damaged_checkpoint_is_not_resumed(call, llama, tmp_path, monkeypatch):
+    from tenfold.train.trainer import DivergenceGuardTrainer
+
+    given = ("heal", llama, "--text", llama / "text.txt", "--loss", "cross_entropy=1", "--steps", 4)
+    given += ("--tokens-per-step", 64, "-o", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "tenfold.models.model_card.save_compressed", lambda *_, **__: (_ for _ in ()).throw(OSError("room"))
+        )
+        patch.setattr(
+            "tenfold.checkpoint_jobs.save_compressed", lambda *_, **__: (_ for _ in ()).throw(OSError("room"))
+        )
+        assert call(*given)[0] == 2 and DivergenceGuardTrainer
+    weights = next((tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*/model.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)
+    weights.write_bytes(raw)
+    status, _, err = call(*given)
+    assert status == 2 and "model.safetensors" in said(err), (status, err[-300:])
+
+
+@open_point("read after the last step, or with a traceback")
+@pytest.mark.parametrize(
+    "raw", ["[1]", "3", '{"command": 3}', '{"parameters": 7, "parameters_dense": 8}', '{"flops_per_token": []}', "{"]
+)
+def test_heal_reads_the_students_report_before_it_trains(call, llama, tmp_path, raw):
+    (llama / "tenfold.json").write_text(raw)
+    given = ("--loss", "cross_entropy=1", "--steps", 1, "--tokens-per-step", 64, "-o", tmp_path / "out")
+    status, _, err = call("heal", llama, "--text", llama / "text.txt", *given)
+    assert status == 2 and "tenfold.json" in said(err) and "step 1" not in err, (status, err[-300:])
+
+
+# what others read: the model card, the terminal
+
+
+@open_point("markup reaches the card raw")
+@pytest.mark.parametrize(
+    "evil", ["<script>alert(1)</script>", "a\n# Heading", "[x](javascript:1)", "a | b", "```\n<b>"]
+)
+def test_markup_does_not_reach_the_model_card(call, llama, tmp_path, evil):
+    (llama / "tenfold.json").write_text(
+        json.dumps({"command": evil, "counted": {"note": evil, "bytes": 1, "dense_bytes": 2}})
+    )
+    given = ("--loss", "cross_entropy=1", "--steps", 1, "--tokens-per-step", 64, "-o", tmp_path / "out")
+    assert call("heal", llama, "--text", llama / "text.txt", *given)[0] == 0
+    assert evil not in (tmp_path / "out" / "README.md").read_text()
+
+
+ESCAPES = open_point("escapes reach the terminal")
+
+
+@pytest.mark.parametrize("where", ["recipe", "structure", pytest.param("folder", marks=[ESCAPES])])
+def test_escapes_do_not_reach_the_terminal(call, folded, tmp_path, where):
+    evil = "\x1b]0;owned\x07\x1b[31m"
+    if where == "recipe":
+        (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", evil: 1}))
+        told = call("inspect", "gpt2-small", "--recipe", tmp_path / "r.yaml")
+    elif where == "structure":
+        change_site(folded, structured(kind=evil))
+        told = call("densify", folded, "-o", tmp_path / "dense")
+    else:
+        told = call("inspect", tmp_path / evil)
+    assert told[0] == 2 and "\x1b" not in told[2] and "\x07" not in told[2]
+
+
+@open_point("transformers asks, and runs it where somebody answers yes")
+@pytest.mark.parametrize("command", ["inspect", "densify"])
+def test_code_of_a_model_never_runs(folded, tmp_path, command):
+    config = json.loads((folded / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folded / "config.json").write_text(json.dumps(config))
+    (folded / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Evil: pass\n"
+    )
+    status, err = run_limited(
+        [command, folded, *(["-o", tmp_path / "out"] if command == "densify" else [])], given="y\n" * 20
+    )
+    assert not (tmp_path / "ran").exists() and status == 2 and "--trust-remote-code" in said(err), (status, err[-300:])
+
+
+@open_point("more than tensors in a .bin is a traceback")
+def test_a_pickle_with_more_than_tensors_is_refused(call, llama, tmp_path):
+    (llama / "model.safetensors").unlink()
+    torch.save({"a": Path("x")}, llama / "pytorch_model.bin")
+    status, _, err = call("evaluate", llama, "--text", llama / "text.txt", "--window", 32)
+    assert status == 2 and "pytorch_model.bin" in said(err), (status, err[-300:])
+
+
+NOTES = ["", *(pytest.param(raw, marks=[open_point("a traceback")]) for raw in ("[]", '{"recipe": 3}', "[" * 5000))]
+
+
+@pytest.mark.parametrize("raw", NOTES, ids=["empty", "list", "number", "deep"])
+@pytest.mark.parametrize("command", ["compress", "heal", "finetune", "pretrain"])
+def test_notes_of_other_types_are_refused(call, llama, tmp_path, raw, command):
+    import toy_tasks
+
+    out, text = tmp_path / "out", llama / "text.txt"
+    if command == "compress":
+        note, given = (
+            tmp_path / "out.partial/unfinished/run.json",
+            ("compress", llama, "--keep", 0.8, "--calibrate", text),
+        )
+    elif command == "heal":
+        note = tmp_path / "out.partial/unfinished/run.json"
+        given = ("heal", llama, "--text", text, "--loss", "cross_entropy=1", "--steps", 1)
+    elif command == "finetune":
+        toy_tasks.write_sst2(tmp_path, 8, 8)
+        note, given = out / "finetune.json", ("finetune", llama, "--task", "sst2", "--data", tmp_path)
+    else:
+        sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 16}
+        recipe = {"name": "toy", "model": sizes, "tokenizer": {"vocab_size": 300}}
+        recipe["train"] = {"tokens": 128, "batch_size": 4}
+        (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+        note, given = out / "run.json", ("pretrain", tmp_path / "r.yaml", "--data", text)
+    note.parent.mkdir(parents=True)
+    note.write_text(raw)
+    status, _, err = call(*given, "-o", out)
+    assert status == 2 and note.name in said(err), (status, err[-300:])
