@@ -20,7 +20,7 @@ def serve(
     import tenfold  # noqa: F401 - teaches transformers to read compressed checkpoints
 
     try:
-        import uvicorn  # noqa: F401
+        import uvicorn  # noqa: F401  # pyright: ignore[reportMissingImports]
         from transformers.cli.serve import Serve
     except ImportError:
         raise ValueError("serving needs more packages: pip install 'tenfold[serve]'") from None

@@ -14,6 +14,7 @@ and keys by norms, and values by an SVD, all without regard to the loss behind t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -27,9 +27,9 @@ def run_harness(
         ValueError: lm_eval is not installed, or a task is not known.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("these tasks need lm-evaluation-harness: pip install 'tenfold[harness]'") from None
     manager = TaskManager(include_path=None if folder is None else str(folder))

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.quantization import register_quantization_config  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore[reportMissingImports]
 
 from tenfold.models.checkpoint_format import read_structures
 from tenfold.models.quantization_config import METHOD, TenfoldConfig
@@ -96,7 +96,7 @@ class TenfoldLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -119,7 +119,7 @@ class TenfoldLinearMethod(LinearMethodBase):
             empty.weight_loader = partial(_keep, layer.loaded, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, empty)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make the parts of what was loaded.
 
         Raises:
@@ -145,7 +145,7 @@ class TenfoldLinearMethod(LinearMethodBase):
         del layer.loaded
         layer.parts = parts
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``y (..., out)`` for ``x (..., in)``."""
         found = [part(x) for part in layer.parts]
         y = found[0] if len(found) == 1 else torch.cat(found, -1)

@@ -63,7 +63,7 @@ def meta_model(name: str | Path | PreTrainedModel) -> PreTrainedModel:
         config = deepcopy(name.config)
         config.architectures = [type(name).__name__]
     elif name in presets and not Path(name).exists():
-        preset = dict(presets[name])
+        preset = dict(presets[str(name)])
         architectures = [preset.pop("class")]
         config = AutoConfig.for_model(**preset, architectures=architectures)
     else:

@@ -15,9 +15,8 @@ def block_list(model: PreTrainedModel) -> str | None:
     """Return the path of the list that holds every block of ``model``, None where the blocks are in no single list."""
     paths = list(group_by_block(find_sites(model)))
     parents = {path.rpartition(".")[0] for path in paths}
-    if len(parents) != 1 or len(model.get_submodule(next(iter(parents)))) != len(paths):
-        return None
-    return parents.pop()
+    blocks: Any = model.get_submodule(next(iter(parents)))
+    return parents.pop() if len(parents) == 1 and len(blocks) == len(paths) else None
 
 
 def remove_blocks(model: PreTrainedModel, numbers: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -76,9 +77,8 @@ def stock_config(model: PreTrainedModel, sizes: Mapping[str, int]) -> Pretrained
     Args:
         sizes: by the kinds of ``WIDTHS`` and ``heads``; what is not named stays.
     """
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config: Any = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
     text = config.get_text_config()
     for kind, keys in WIDTHS.items():
         known = [key for key in keys if hasattr(text, key)] if kind in sizes else []

@@ -15,13 +15,13 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1])]
 
 import torch  # noqa: E402
+from tenfold.nn.cola import Cola  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from tenfold.models.plan import Plan, SitePlan  # noqa: E402
 from tenfold.models.quantization_config import VERSION  # noqa: E402
 from tenfold.models.sites import Site  # noqa: E402
 from tenfold.models.surgery import replace  # noqa: E402
-from tenfold.nn.cola import Cola  # noqa: E402
 from tenfold.structure import (  # noqa: E402
     CP,
     Blast,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tenfold.nn.registry import LAYERS
 
 import tenfold.structure
 from tenfold.models.quantization_config import VERSION
-from tenfold.nn.registry import LAYERS
 from tenfold.structure import Structure
 
 HERE = Path(__file__).parent
