@@ -41,7 +41,7 @@ def write(name: str | Path, folder: Path) -> None:
         raise ValueError(
             f"onnx holds models of one graph that read text, and this is a {type(model).__name__}; export to remote-code"
         )
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters import OnnxConfig, OnnxExporter  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
     exporter = OnnxExporter()
     with torch.no_grad(), _silent():

@@ -50,7 +50,8 @@ def _write(checkpoint: LazyCheckpoint, folder: Path) -> None:
     model, head = checkpoint.model, type(checkpoint.model).__name__
     if any(isinstance(module, Experts) for module in model.modules()):
         raise ValueError("remote-code holds no mixture of experts; export to dense")
-    base = transformers.MODEL_MAPPING[type(model.config)].__name__
+    kind: Any = transformers.MODEL_MAPPING[type(model.config)]
+    base = kind.__name__
     autos = [auto for auto, kinds in AUTO_CLASSES.items() if kinds.get(type(model.config), None) is type(model)]
     if not autos and head != base:
         raise ValueError(

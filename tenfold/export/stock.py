@@ -61,7 +61,7 @@ def to_one_width(weights: Weights, parts: list[Part]) -> Weights:
     kept = [part for part in parts if part.family == "mlp" or config.model_type in HEADS]
     tensors, read = trim(weights, kept, lambda part: sizes[part.family])
     with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
+        model = getattr(transformers, (config.architectures or [""])[0])(config)
     if model.can_generate():
         model.generation_config = weights.model.generation_config
     return Weights(model, tensors, read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def find_parts(weights: Weights) -> list[Part]:
     for site in find_sites(weights.model):
         if site.layer is not None:
             family, _, role = site.role.partition(".")
-            grouped.setdefault((re.match(r".*\.\d+(?=\.)", site.path)[0], family), {})[role] = site
+            block: Any = re.match(r".*\.\d+(?=\.)", site.path)
+            grouped.setdefault((block[0], family), {})[role] = site
     parts = []
     for (_, family), sites in grouped.items():
         if "out" not in sites or "qkv" in sites:
@@ -85,7 +87,7 @@ def trim(weights: Weights, parts: list[Part], size: Callable[[Part], int]) -> tu
 
 
 def _groups(weights: Weights, out: Site) -> int:
-    heads = heads_of(weights.model, weights.model.get_submodule(out.path.rpartition(".")[0]))
+    heads: Any = heads_of(weights.model, weights.model.get_submodule(out.path.rpartition(".")[0]))
     return heads.groups
 
 
