@@ -267,7 +267,8 @@ def split_step(batch: int, accumulate: int, unit: str = "windows") -> tuple[int,
     if batch % processes == 0:
         return batch // processes, accumulate
     raise ValueError(
-        f"{processes} processes can't share {accumulate} batches of {batch} {unit} evenly; make one of them a multiple of it"
+        f"{processes} processes can't share {accumulate} batches of {batch} {unit} evenly; make the number of batches, the "
+        f"batch size or, in healing, the {unit} of --tokens-per-step a multiple of {processes}"
     )
 
 

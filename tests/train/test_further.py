@@ -215,7 +215,7 @@ def test_an_untrained_run_takes_another_model(place, tmp_path):
         ({"tokenizer": {"vocab_size": 300}}, "a model that is trained on has its tokenizer: leave vocab_size out"),
         ({"replace": [{"role": "mlp.in", "structure": {"kind": "low_rank"}}]}, "replace of recipe .*: do that first"),
         ({"budget": {"keep": 0.5}}, "budget of recipe 'further' would compress a trained model"),
-        ({"stages": [{"transform": "order"}]}, "stages of recipe 'further' would compress a trained model"),
+        ({"stages": [{"transform": "rotate"}]}, "stages of recipe 'further' would compress a trained model"),
         ({"train": TRAIN | {"sequence_length": 64}}, "sequence_length 64 of recipe 'further' is longer than the 32 positions"),
         ({"train": TRAIN | {"objective": "masked"}}, "transformers has no AutoModelForMaskedLM of GPT2"),
     ],

@@ -452,12 +452,13 @@ def test_a_killed_healing_goes_on_exactly_where_it_was(tmp_path):
         call("run", advance=killed_at(5))
     assert not (tmp_path / "run").exists()
     with pytest.raises(
-        FileExistsError, match=r"run.partial holds what another run \(other heal.batch_size, heal.learning_rate, heal"
+        FileExistsError,
+        match=r"run.partial holds what another run \(other settings.batch_size, settings.learning_rate, set",
     ):
         heal_checkpoint(folded, dense, tmp_path / "run", [dense / "text.txt"], Heal(steps=4))
     weights = (folded / "model.safetensors").stat()
     os.utime(folded / "model.safetensors", ns=(0, 0))  # as of another student under the same name
-    with pytest.raises(FileExistsError, match=r"other weights\) has finished"):
+    with pytest.raises(FileExistsError, match=r"other models\) has finished"):
         call("run")
     os.utime(folded / "model.safetensors", ns=(weights.st_atime_ns, weights.st_mtime_ns))
     report = call("run", advance=lambda step, *rest: seen.append(step))
