@@ -299,6 +299,17 @@ class Recipe(Rules):
         """Return the folder or the name of the model that training starts from, None for a new one."""
         return (self.model or {}).get("from")
 
+    @property
+    def training(self) -> Train:
+        """Return the train section.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.train is None:
+            raise ValueError(f"recipe {self.name} has no train section; write one, or compress with it instead")
+        return self.train
+
     def stage_recipes(self) -> list[Recipe]:
         """Return the recipes of the stages, or this recipe where there are none."""
         return [

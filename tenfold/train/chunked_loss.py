@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,6 @@ class _SumChunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        grads, ctx.grads = ctx.grads, ()  # too large to be held any longer
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (upstream,), grads, ctx.grads = grad_outputs, ctx.grads, ()  # too large to be held any longer
         return None, None, *(None if grad is None else grad.mul_(upstream) for grad in grads)

@@ -66,7 +66,7 @@ def compress_midway(
 
 def _load(checkpoint: Any, recipe: Any):
     attention = recipe.model.get("attn_implementation")
-    auto_class = AUTO_CLASSES[recipe.train.objective]
+    auto_class = AUTO_CLASSES[recipe.training.objective]
     return auto_class.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention)
 
 
@@ -82,7 +82,7 @@ def _train_dense(trainer: DivergenceGuardTrainer, step: int) -> TrainingArgument
 def _calibration(windows: PackedDataset, seen: int, recipe: Recipe) -> Calibration:
     """Return windows out of the ``seen`` first ones, as many and as long as the stage that reads most asks for."""
     settings = [stage.calibrate for stage in recipe.stage_recipes() if stage.calibrate]
-    largest = max(settings, key=lambda one: one.num_samples, default=Calibrate())
+    largest = max(settings, key=lambda one: one.num_samples, default=Calibrate.model_validate({}))
     chosen = torch.linspace(0, seen - 1, min(largest.num_samples, seen)).round().long().tolist()
     ids = torch.stack([windows.ids(k) for k in chosen])[:, : largest.window]
     parts = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tenfold.models.distillation_config import Heal
 from tenfold.train.chunked_head import ChunkedHead
@@ -43,7 +43,7 @@ class Distillation:
         self.settings, self.causal, self.verified = settings, causal, False
         self.row_losses = {name: weight for name, weight in settings.losses.items() if name not in STATES}
         self.state_losses = {name: weight for name, weight in settings.losses.items() if name in STATES}
-        if self.state_losses:
+        if self.state_losses and teacher is not None:
             self.layers = pair_layers(settings.layers, student, teacher)
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor]:
     """Gather the trained model's state on the first process; a collective call."""
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model)
     return {key.removeprefix(COMPILED): value for key, value in state.items()}
 
 

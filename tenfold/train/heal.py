@@ -83,7 +83,7 @@ def heal(
             or weights are not finite, the loss diverges, or the processes can't share a step.
         OSError: there is no room on the disk.
     """
-    settings = settings or Heal()
+    settings = settings or Heal.model_validate({})
     guided, causal = settings.losses.keys() - {CROSS_ENTROPY}, is_causal_lm(model)
     window = window or min(context_of(model), 1024)
     _check(model, teacher, tokenizer, settings, window, store)
@@ -96,7 +96,7 @@ def heal(
             steps = settings.steps or math.ceil((settings.epochs or 1.0) * math.ceil(len(data) / size))
             arguments.warmup_steps = int(settings.warmup * steps)
         length = window if causal else sum(len(row["input_ids"]) for row in data) / len(data)
-        loaded = None
+        loaded: Any = None
         if guided and store is not None:
             data = _add_predictions(data, model, teacher, tokenizer, settings, Path(store), top_k, arguments, progress)
         elif guided:
@@ -149,7 +149,7 @@ def _check(model: PreTrainedModel, teacher: Teacher | None, tokenizer, settings:
         raise ValueError(
             f"positions {settings.positions} is for masked language models, and a {kind} is causal; leave it out"
         )
-    if guided:
+    if guided and teacher is not None:
         check_vocabulary(model, teacher, tokenizer)
     if store is None:
         return

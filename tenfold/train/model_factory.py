@@ -25,7 +25,7 @@ SPECIAL_TOKENS = ("pad_token_id", "mask_token_id", "cls_token_id", "sep_token_id
 def new_model(recipe: Recipe, tokenizer):
     """Return the recipe's model with random weights, structured where its rules say so; or load the one it starts from."""
     if recipe.origin:
-        return from_pretrained(recipe.origin, AUTO_CLASSES[recipe.train.objective], whole=True, dtype=torch.float32)
+        return from_pretrained(recipe.origin, AUTO_CLASSES[recipe.training.objective], whole=True, dtype=torch.float32)
     model = _build(recipe, _configure_for(recipe, tokenizer))
     _check_positions(recipe, window_length(recipe), model)  # RoBERTa counts positions from the tokenizer's padding
     if recipe.replace:
@@ -43,7 +43,7 @@ def window_length(recipe: Recipe) -> int:
     """Return the tokens in a window."""
     with torch.device("meta"):
         model = _build(recipe, _configure(recipe))
-    length = recipe.train.sequence_length or positions_of(model)
+    length = recipe.training.sequence_length or positions_of(model)
     if length is None:
         raise ValueError(f"recipe {recipe.name!r} does not say how long a window is; give train: a window")
     _check_positions(recipe, length, model)
@@ -80,8 +80,8 @@ def _configure_for(recipe: Recipe, tokenizer):
     """
     if recipe.origin:
         return _configure(recipe)
-    known = _configure(recipe)
-    keys = [key for key in SPECIAL_TOKENS if hasattr(known, key) and key not in recipe.model]
+    known, given = _configure(recipe), recipe.model or {}
+    keys = [key for key in SPECIAL_TOKENS if hasattr(known, key) and key not in given]
     numbers = {key: getattr(tokenizer, key) for key in keys}
     required = [key for key in keys if numbers[key] is None and not _runs_with(recipe, **{key: None})]
     numbers |= dict.fromkeys(required, tokenizer.eos_token_id)
@@ -105,27 +105,28 @@ def _configure(recipe: Recipe, **more):
     if recipe.origin:
         config = read_config(recipe.origin)
         check_plain(config, recipe.origin)
-        if recipe.train.compress_at and get_tenfold_config(config):
+        if recipe.training.compress_at and get_tenfold_config(config):
             raise ValueError(
                 f"{recipe.origin} is compressed already, so that train.compress_at has nothing to do; leave it out"
             )
         return config
-    kind = recipe.model["model_type"]
+    given = recipe.model or {}
+    kind = given["model_type"]
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING, 1)
         hint = f"did you mean {near[0]!r}?" if near else "there are llama, gpt2, bert and many more"
         raise ValueError(f"transformers knows no model_type {kind!r}; {hint}")
     try:
-        config = AutoConfig.for_model(**recipe.model, **more)
+        config = AutoConfig.for_model(**given, **more)
     except StrictDataclassError as reason:  # a value has the wrong type, or values don't fit together
         raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
-    check_known(config, recipe.model)
+    check_known(config, given)
     return config
 
 
 def _build(recipe: Recipe, config):
     """Return a model with random weights, unless transformers has none or it attends to the tokens that it predicts."""
-    auto_class = AUTO_CLASSES[recipe.train.objective]
+    auto_class = AUTO_CLASSES[recipe.training.objective]
     try:
         with short_class_errors(auto_class), silent(reports=False):
             model = auto_class.from_config(config)
@@ -133,7 +134,7 @@ def _build(recipe: Recipe, config):
         raise ValueError(f"recipe {recipe.name!r} has a model that can't be: {reason}") from None
     key = next((key for key in ("is_decoder", "causal") if hasattr(model.config, key)), None)
     attends_ahead = config.model_type in ENCODERS and key and not getattr(model.config, key)
-    if recipe.train.objective == "causal" and attends_ahead:
+    if recipe.training.objective == "causal" and attends_ahead:
         raise ValueError(
             f"a {config.model_type} attends to the tokens after a position, which it would have to predict; write objective: "
             f"masked in the train section of recipe {recipe.name!r}, or {key}: true in the model's configuration"

@@ -112,7 +112,7 @@ def pretrain(
         if teacher is not None:
             check_teacher(model, teacher, ())
             losses, temperature = settings.losses or LOSSES, settings.temperature
-            distilled = Heal(losses=losses, temperature=temperature, compile=settings.compile)
+            distilled = Heal.model_validate({"losses": losses, "temperature": temperature, "compile": settings.compile})
             # hides the method of the class
             model.forward = Distillation(model, teacher.to(arguments.device), distilled)
         return _Pretrainer(
@@ -168,7 +168,7 @@ def _held_out_tokens(total: int, length: int, wanted: int) -> int:
 
 
 def _load_teacher(recipe: Any, tokenizer) -> Any:
-    name = recipe.train.teacher
+    name = recipe.training.teacher
     if name is None:
         return None
     teacher = load_teacher(name, torch.device("cpu")).requires_grad_(False)
@@ -215,12 +215,12 @@ class _Pretrainer(DivergenceGuardTrainer):
 
     def __init__(self, *args, recipe: Any, **kwargs):
         self.recipe = recipe
-        loss = _masked_loss if recipe.train.objective == "masked" else None
+        loss = _masked_loss if recipe.training.objective == "masked" else None
         super().__init__(*args, compute_loss_func=loss, compute_metrics=_mean_loss, **kwargs)
 
     def initial_best(self, loss):
         """Return the loss of a guess at least: a new model is no better, and the first step may have no masked token."""
-        if self.recipe.origin and self.recipe.train.objective == "causal":
+        if self.recipe.origin and self.recipe.training.objective == "causal":
             return loss
         return max(loss, math.log(self.model.config.get_text_config().vocab_size))
 
@@ -230,7 +230,7 @@ class _Pretrainer(DivergenceGuardTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             logits, labels = model(**inputs).logits, inputs["labels"]
-        if self.recipe.train.objective == "causal":
+        if self.recipe.training.objective == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
         return None, losses.sum(-1), (labels != IGNORED).sum(-1)

@@ -34,7 +34,7 @@ def check_recipe_keys(recipe: Recipe) -> None:
     """Raise ValueError if ``recipe`` has what pre-training would not carry out."""
     for rule in (rule for stage in recipe.stage_recipes() for rule in stage.replace):
         check_name(rule.start.fit, STARTS, "start")
-    if recipe.train.compress_at:
+    if recipe.training.compress_at:
         return
     unused = UNUSED if recipe.replace else UNUSED | WITHOUT_RULES
     if recipe.origin:
@@ -57,7 +57,7 @@ def check_recipe_keys(recipe: Recipe) -> None:
 
 def check_teacher_named(recipe: Recipe) -> None:
     """Raise ValueError if ``recipe`` has settings of a teacher but names none."""
-    train = recipe.train
+    train = recipe.training
     if train.teacher is None and (train.losses is not None or train.temperature != 1):
         raise ValueError(
             f"recipe {recipe.name!r} learns from a teacher, a trained model with the same tokenizer: name it (--teacher DIR, "
@@ -84,4 +84,4 @@ def check_known(config: PreTrainedConfig, given: Iterable[str]) -> None:
 def _is_read(config: PreTrainedConfig, key: str) -> bool:
     """Return whether the model's source names ``key``: some read, with a default, what the configuration does not declare."""
     found = find_spec(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return found is not None and f'"{key}"' in Path(found.origin).read_text()
+    return found is not None and found.origin is not None and f'"{key}"' in Path(found.origin).read_text()

@@ -59,7 +59,7 @@ def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 def check_inputs_outside(folder: Path, recipe: Recipe) -> None:
     """Raise ValueError if the model that ``recipe`` starts from, or its teacher, is in the output ``folder``."""
-    for name in filter(None, (recipe.origin, recipe.train.teacher)):
+    for name in filter(None, (recipe.origin, recipe.training.teacher)):
         if Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{name} is in {folder}, where the run would write over it; give another folder")
 

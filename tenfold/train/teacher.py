@@ -22,9 +22,8 @@ Teacher = PreTrainedModel | str | Path
 
 def load_teacher(teacher: Any, device: torch.device) -> Any:
     """Return a model, or load one from a folder or name in single precision, in evaluation mode on ``device``."""
-    if not isinstance(teacher, PreTrainedModel):
-        teacher = load_model(teacher, torch.float32)
-    return teacher.to(device).eval()
+    model: Any = teacher if isinstance(teacher, PreTrainedModel) else load_model(teacher, torch.float32)
+    return model.to(device).eval()
 
 
 def check_vocabulary(model: PreTrainedModel, teacher: Teacher, tokenizer) -> None:
@@ -98,7 +97,7 @@ def eager_attention(models: Iterable[PreTrainedModel]) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def weights_digest(model: Teacher) -> str:
+def weights_digest(model: Any) -> str:
     """Return a fingerprint of a model's weights, whatever their names, order, ties and stored precision.
 
     A folder or name is read tensor by tensor. A model in memory has the same fingerprint if its tensors are those of its files:
@@ -122,6 +121,6 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     parts = set()
     for tensor in tensors:
         digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().float().contiguous().reshape(-1).numpy())
+        digest.update(tensor.detach().cpu().float().contiguous().reshape(-1).numpy().data)
         parts.add(digest.hexdigest())
     return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()[:16]

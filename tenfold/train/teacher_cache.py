@@ -37,7 +37,7 @@ def make_manifest(
     return {
         "teacher": teacher,
         "tokenizer": tokenizer_fingerprint(tokenizer)[:16],
-        "text": hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int32)).hexdigest()[:16],
+        "text": hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int32).data).hexdigest()[:16],
         "window": window,
         "temperature": temperature,
         "top_k": k,
@@ -69,7 +69,7 @@ class TeacherCache(torch.utils.data.Dataset):
         return self.done == len(self)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.windows)  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids, values = self.ids[index].astype(np.int64), self.log_probabilities[index].astype(np.float32)

@@ -19,7 +19,7 @@ MASK = "<|mask|>"
 
 def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Any) -> tuple[Tokens, Any]:
     """Return the tokens of a run, written to ``folder`` first if ``data`` is text, and their tokenizer."""
-    place, limit, given = folder / "tokens", recipe.train.tokens, [path for path in data if is_tokens(path)]
+    place, limit, given = folder / "tokens", recipe.training.tokens, [path for path in data if is_tokens(path)]
     if given:
         if len(data) > 1:
             raise ValueError(f"{given[0]} is a folder of tokens, which has to be all of a run's data; give it alone")
@@ -30,7 +30,7 @@ def load_tokens(folder: Path, data: Sequence[str | Path], recipe: Any) -> tuple[
     else:
         tokenizer = _find_tokenizer(recipe)[0] or _train(data, recipe)
     vocabulary_size(recipe, tokenizer)
-    if recipe.train.objective == "masked" and tokenizer.mask_token is None:
+    if recipe.training.objective == "masked" and tokenizer.mask_token is None:
         source, way_out = ("the tokenizer of the tokens", "give text") if given else ("the tokenizer", "name another")
         raise ValueError(f"{source} has no mask token, which the objective masked needs; {way_out}")
     tokens = Tokens(Path(given[0]), limit) if given else write_tokens(place, data, tokenizer, limit)
@@ -71,7 +71,7 @@ def _train(data: Sequence[str | Path], recipe: Any):
     if settings is None:
         missing = "no tokenizer section" if recipe.origin is None else f"a model without a tokenizer, {recipe.origin}"
         raise ValueError(f"recipe {recipe.name!r} has {missing}, and the data is text; name a tokenizer there")
-    masked = recipe.train.objective == "masked"
+    masked = recipe.training.objective == "masked"
     sample = islice(documents(data), settings.documents)
     tokenizer = train_tokenizer(sample, settings.vocab_size - masked, window_length(recipe))
     if masked:

@@ -72,7 +72,7 @@ def write_tokens(folder: Path, data: Sequence[str | Path], tokenizer, limit: int
         for part in token_parts(documents(data, tokenizer), tokenizer):
             part = part[: None if limit is None else limit - total].astype(dtype)
             file.write(part.data)
-            digest.update(part)
+            digest.update(part.data)
             total += len(part)
             if total == limit:
                 break

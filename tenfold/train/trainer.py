@@ -105,7 +105,7 @@ class DivergenceGuardTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(EveryStep(self, advance))
 
-    def train(self, checkpoint: Path | None = None):
+    def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train, from ``checkpoint`` on if there is one; a finished run is loaded and not trained by one more step."""
         resume = None if checkpoint is None else str(checkpoint)
         with silent(), disk_full_errors(str(self.args.output_dir)):
