@@ -15,7 +15,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1])]
 
 import torch  # noqa: E402
-from tenfold.nn.cola import Cola  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from tenfold.models.plan import Plan, SitePlan  # noqa: E402
@@ -26,6 +25,7 @@ from tenfold.structure import (  # noqa: E402
     CP,
     Blast,
     BlockTensorTrain,
+    Cola,
     CustomEinsum,
     Dense,
     Kronecker,
@@ -35,7 +35,6 @@ from tenfold.structure import (  # noqa: E402
     Stacked,
     Sum,
     TensorTrain,
-    Transposed,
     Tucker,
 )
 
@@ -60,7 +59,6 @@ STRUCTURES = {
     "sum": Sum(parts=(KRONECKER, LOW_RANK)),
     "stacked": Stacked(parts=(HALF, HALF)),
     "scattered": Scattered(base=LowRank(out_features=9, in_features=6, rank=2), out_features=OUT, in_features=IN),
-    "transposed": Transposed(base=LowRank(out_features=IN, in_features=OUT, rank=2)),
     "cola": Cola(out_features=OUT, in_features=IN, rank=3),
 }
 

@@ -18,7 +18,6 @@ from tenfold.structure import (
     Stacked,
     Sum,
     TensorTrain,
-    Transposed,
     Tucker,
 )
 
@@ -43,7 +42,6 @@ STRUCTURES = [
     Sum(parts=(LOW_RANK, KRONECKER)),
     Stacked(parts=(LowRank(out_features=OUT // 2, in_features=IN, rank=3),) * 2),
     Scattered(base=LowRank(out_features=20, in_features=12, rank=4), out_features=OUT, in_features=IN),
-    Transposed(base=LowRank(out_features=IN, in_features=OUT, rank=4)),
 ]
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the norm of the result
 each = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda one: one.kind)
