@@ -119,7 +119,7 @@ def contenders(part: int) -> dict[str, dict]:
         | {"train": {"optimizer": "adamw", "lr_scaling": "fans"}},
         "Kronecker sum": everywhere(kind="kronecker", inner=[4, 4]),
         "low rank, guided": everywhere(kind="low_rank") | {"train": {"self_guided_fraction": 0.5}},
-        "folded midway": {
+        "compressed midway": {
             "replace": [{"prune": "mlp"}, {"prune": "attention"}],
             "calibrate": {"num_samples": 192},
             "budget": KEEP,

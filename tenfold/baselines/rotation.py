@@ -67,12 +67,12 @@ def structure_for(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tup
     if rule.keep is None and budget is not None:
         inside = [site for site in find_sites(model) if site.layer is not None]
         sites = [site for site in inside if any(rule.matches(site) for rule in recipe.replace)]
-        folded = sum(site.shape[0] * site.shape[1] for site in sites)
-        whole = folded if budget.of == "sites" else count_parameters(model, budget.of)
-        ratio = 1 - (1 - budget.keep) * whole / folded
+        compressed = sum(site.shape[0] * site.shape[1] for site in sites)
+        whole = compressed if budget.of == "sites" else count_parameters(model, budget.of)
+        ratio = 1 - (1 - budget.keep) * whole / compressed
         if ratio <= 0:
             raise ValueError(
-                f"keep {budget.keep} of the {budget.of} leaves nothing of the matrices that are folded; keep more than "
-                f"{1 - folded / whole:.3f}"
+                f"keep {budget.keep} of the {budget.of} leaves nothing of the matrices that are compressed; keep more than "
+                f"{1 - compressed / whole:.3f}"
             )
     return Structure.within(*shape, rule.spec, ratio * shape[0] * shape[1])

@@ -90,7 +90,7 @@ def make_actions(model: PreTrainedModel, rule: Rule, sites: list[Site], block: l
     heads = heads_of(model, model.get_submodule(inside[0].rpartition(".")[0]))
     if heads is None or not any(site.role == "attn.out" for site in sites):
         raise ValueError(
-            f"{', '.join(inside)}: the heads of this attention are not known; fold its matrices one by one"
+            f"{', '.join(inside)}: the heads of this attention are not known; factorise its matrices one by one"
         )
     if rule.prune == "heads":
         return [PruneGroups(sites, heads)] if len(stock_head_counts(model)) > 1 else []

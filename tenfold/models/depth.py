@@ -27,7 +27,7 @@ def remove_blocks(model: PreTrainedModel, numbers: Sequence[int]) -> None:
     if getattr(config, "decoder_sparse_step", 1) != 1:
         raise ValueError(
             f"in this {config.model_type} every {config.decoder_sparse_step}th block has experts, which no configuration says of "
-            "other blocks; fold it instead of dropping layers"
+            "other blocks; factorise it instead of dropping layers"
         )
     left = [k for k in range(count) if k not in numbers]
     model.set_submodule(path, nn.ModuleList(blocks[k] for k in left))

@@ -120,7 +120,7 @@ def test_what_is_frozen_and_biases_stay(tmp_path):
 
 def test_what_can_not_be_squeezed_is_said():
     with pytest.raises(
-        ValueError, match=r"no tensor train of role .* has a bond that can be cut; fold these roles first"
+        ValueError, match=r"no tensor train of role .* has a bond that can be cut; factorise these roles first"
     ):
         compress(toys.build("gpt2"), {"squeeze": {"role": "mlp.in"}})
     shared = folded(roles=["mlp.in"], share={"factors": ["core_1"]})
