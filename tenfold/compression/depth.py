@@ -8,11 +8,15 @@ Reference: SLEB, arXiv 2402.09025 (greedy choice with measuring anew, there by p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from tenfold.compression.activations import Activations
 from tenfold.compression.divergence import batches_with_tokens, divergences
+from tenfold.compression.progress import Phase, Progress, no_progress
 from tenfold.compression.weight_source import Weights
 
 CANDIDATES = 10  # of the rounds after the first
@@ -20,7 +24,13 @@ CANDIDATES = 10  # of the rounds after the first
 
 @torch.no_grad()
 def measure_removals(
-    activations: Activations, weights: Weights, tokens: int, sizes: list[float], excess: float
+    activations: Activations,
+    weights: Weights,
+    tokens: int,
+    sizes: list[float],
+    excess: float,
+    limit: float = math.inf,
+    progress: Progress = no_progress,
 ) -> list[tuple[int, float]]:
     """Return ``(number of a block, nats a token without it and those before it)`` in the order in which blocks go.
 
@@ -29,28 +39,31 @@ def measure_removals(
         tokens: about how many to measure on.
         sizes: of every block.
         excess: the order ends when the blocks that are gone have this size; one block stays.
+        limit: of the loss, at which it ends, too.
+        progress: wraps the blocks of every round.
     """
     count = batches_with_tokens(activations, tokens)
     left, order = list(range(len(sizes))), list[tuple[int, float]]()
-    candidates, original = left, None
+    candidates, ranking, original = left, [], None
     while excess > 0 and len(left) > 1:
-        last, without = _run_without_each(activations, weights, left, candidates, count)
+        blocks = progress(left, Phase(f"depth, round {len(order) + 1}"))
+        last, without = _run_without_each(activations, weights, blocks, candidates, count)
         original = original or last
         with weights.outside():
             rows = [[without[number][k] for number in candidates] for k in range(count)]
             losses = dict(zip(candidates, divergences(activations, original, rows), strict=True))
-        ranked = sorted(candidates, key=losses.__getitem__)
-        gone = ranked[0]
+        ranking = ranking or sorted(candidates, key=losses.__getitem__)
+        gone = min(candidates, key=losses.__getitem__)
+        if losses[gone] > limit:
+            break
         order.append((gone, losses[gone]))
         left = [number for number in left if number != gone]
-        candidates, excess = ranked[1 : CANDIDATES + 1], excess - sizes[gone]
-        if not candidates:
-            break
+        candidates, excess = [number for number in ranking if number in left][:CANDIDATES], excess - sizes[gone]
     return order
 
 
 def _run_without_each(
-    activations: Activations, weights: Weights, left: list[int], candidates: list[int], count: int
+    activations: Activations, weights: Weights, left: Iterable[int], candidates: list[int], count: int
 ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
     """Return the last states of the blocks ``left``, per batch, and those without each of ``candidates``."""
     states = [activations.states(k)[0] for k in range(count)]
