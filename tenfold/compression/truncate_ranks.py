@@ -42,7 +42,8 @@ def truncate_ranks(model: PreTrainedModel, how: Squeeze, recipe: str = "") -> di
             break  # every rank is 1
         if not found:
             raise ValueError(
-                f"no tensor train of role {how.role} has a bond that can be cut; factorise these roles first, without split or adapter"
+                f"no tensor train of role {how.role} has a bond that can be cut; factorise these roles "
+                "first, without split or adapter"
             )
         _, bond, rank, path = min(found)
         error = _cut_bond(model, sites[path], bond, rank)
