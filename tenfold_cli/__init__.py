@@ -25,7 +25,7 @@ from tenfold_cli.options import (
     is_first,
     shows_defaults,
 )
-from tenfold_cli.output import Progress, format_counts, format_structure, show_choices, show_json, show_table
+from tenfold_cli.output import Progress, format_counts, format_structure, say, show_choices, show_json, show_table
 
 app = typer.Typer(
     name="tenfold",
@@ -65,13 +65,13 @@ def inspect(
     table = [[*key, str(len(sizes)), f"{sum(sizes):,}"] for key, sizes in groups.items()]
     show_table(["role", "structure", "out x in", "sites", "parameters"], table)
     count = result["parameters"]
-    print(
+    say(
         f"parameters      {count['total']:>15,} with the head, {count['without_head']:,} without; trained {count['trainable']:,}"
     )
-    print(f"dense           {count['dense']:>15,}")
+    say(f"dense           {count['dense']:>15,}")
     for rows, flops in result["flops_per_token"].items():
         dense = result["flops_per_token_dense"][rows]
-        print(f"FLOPs per token {flops:>15,} at {int(rows):,} rows per call (dense {dense:,})")
+        say(f"FLOPs per token {flops:>15,} at {int(rows):,} rows per call (dense {dense:,})")
     return None
 
 
@@ -146,7 +146,7 @@ def compress(
         for error in ["" if site["error"] is None else f"{site['error']:.4f}"]
     ]
     show_table(["site", "structure", "before", "after", "relative error"], rows)
-    print(f"{format_counts(report)}; {report['seconds']} s; saved in {output}")
+    say(f"{format_counts(report)}; {report['seconds']} s; saved in {output}")
 
 
 for function, command_class in (
@@ -168,7 +168,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError, NotImplementedError) as reason:
         if debug:
             raise
-        print(f"tenfold: {' '.join(str(reason).split())}", file=sys.stderr)
+        say(f"tenfold: {' '.join(str(reason).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
         distributed = sys.modules.get("torch.distributed")  # do not import torch for this
@@ -178,7 +178,7 @@ def main() -> None:
 
 def silence_libraries() -> None:
     """Hide the libraries' progress bars and notes, and print warnings as plain sentences."""
-    warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
+    warnings.showwarning = lambda message, *where: say(str(message), sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

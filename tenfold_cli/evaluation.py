@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli.options import FORMATS, Device, Dtype, Json, Model, Seed, given, is_first, shows_defaults
-from tenfold_cli.output import Progress, show_json, show_layer_times, show_model_speeds, show_table
+from tenfold_cli.output import Progress, say, show_json, show_layer_times, show_model_speeds, show_table
 
 
 def evaluate(
@@ -52,13 +52,13 @@ def evaluate(
     elif task:
         metrics = [key for key, value in results[0].items() if isinstance(value, float)]
         show_table(["model", *metrics], [[r["model"], *(f"{r[name]:.4f}" for name in metrics)] for r in results])
-        print(f"task {task}, {results[0]['data']}, {results[0]['examples']:,} examples")
+        say(f"task {task}, {results[0]['data']}, {results[0]['examples']:,} examples")
     else:
         rows = [
             [r["model"], f"{r['perplexity']:.3f}", f"{r['bits_per_byte']:.4f}", f"{r['tokens']:,}"] for r in results
         ]
         show_table(["model", "perplexity", "bits per byte", "tokens"], rows)
-        print("protocol:", ", ".join(f"{key} {value}" for key, value in results[0]["protocol"].items()))
+        say("protocol: " + ", ".join(f"{key} {value}" for key, value in results[0]["protocol"].items()))
 
 
 def generate(
@@ -75,7 +75,7 @@ def generate(
 
     loaded, tokenizer = api.load(model, device, dtype)
     sampling = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    print(api.generate(loaded, tokenizer, prompt, **sampling))
+    say(api.generate(loaded, tokenizer, prompt, **sampling))
 
 
 def bench(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tenfold_cli.options import Model, Output, Overwrite, given, is_first
+from tenfold_cli.output import say
 
 
 def export(
@@ -21,7 +22,7 @@ def export(
 
     if is_first():
         export(model, to, output, overwrite, **given(outtype=outtype))
-        print(f"saved in {output}; README.md there says how to load it")
+        say(f"saved in {output}; README.md there says how to load it")
 
 
 COMMANDS = {export: None}

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 MAX_SEED = 2**32 - 1  # the largest that torch, numpy and transformers all take
-FORMATS = ".txt, .jsonl with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME; repeat for more."
+FORMATS = ".txt, .jsonl or .json with text or messages, also .xz, .gz; hf://datasets/OWNER/NAME; repeat for more."
 
 Model = Annotated[str, typer.Argument(help="A model folder, a GGUF file, or a name on the hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]

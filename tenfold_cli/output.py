@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from tenfold_cli.options import is_first
 
 SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 
 
+# control characters, with which a name or a generated text could write to the terminal, directions of writing, half characters
+CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def escape(text: str) -> str:
+    """Return ``text`` with its control characters, but tabs and ends of lines, written out."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str, file: TextIO | None = None, begin: str = "", end: str = "\n") -> None:
+    """Print ``text``, which may come from a file: every word that a command prints goes through here, or a table."""
+    print(f"{begin}{escape(text)}", file=file, end=end, flush=True)
+
+
 def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    say(json.dumps(value, indent=1))
 
 
 def show_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -27,8 +42,8 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
     for k, column in enumerate(columns):
         table.add_column(column, justify="left" if k == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+        table.add_row(*map(escape, row))
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(table)
 
 
 def format_structure(structure: dict) -> str:
@@ -83,7 +98,7 @@ def show_model_speeds(results: list[dict], other: str) -> None:
     ]
     show_table(["", "rows", "tokens/s", f"{other} tokens/s", "ratio", "MiB", f"{other} MiB"], rows)
     if cached := results[0]["cached"]:
-        print(f"{cached} layers multiply by a cached dense matrix at some numbers of rows, as dense ones do")
+        say(f"{cached} layers multiply by a cached dense matrix at some numbers of rows, as dense ones do")
 
 
 def show_choices(choices: list[dict]) -> None:
@@ -94,10 +109,10 @@ def show_choices(choices: list[dict]) -> None:
         chosen = choice["chosen"] if not isinstance(choice["chosen"], dict) else format_structure(choice["chosen"])
         kept = f"{choice['parameters']:>12,} of {choice['of']:>12,}"
         loss = "" if choice["loss"] is None else f"loss {choice['loss']:.5f}"
-        print(f"{choice['item']:<48} {chosen!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
+        say(f"{choice['item']:<48} {chosen!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
     known = [choice for choice in choices if choice["loss"] is not None]
     if known:
-        print(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)
+        say(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)
 
 
 class Progress:
@@ -131,4 +146,4 @@ class Progress:
             seconds = (now - self.begun) / (done - self.first) * (total - done)
             note = f", {timedelta(seconds=round(seconds))} left{note}"
         line, end = f"{text} {done:,} of {total:,}{note}", "\r" if terminal and done < total else "\n"
-        print(f"\x1b[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+        say(line, sys.stderr, "\x1b[K" if terminal else "", end)

@@ -22,7 +22,7 @@ from tenfold_cli.options import (
     is_first,
     shows_defaults,
 )
-from tenfold_cli.output import Progress, format_counts, show_table
+from tenfold_cli.output import Progress, format_counts, say, show_table
 
 
 def heal(
@@ -68,7 +68,7 @@ def heal(
         **given(window=window, seed=seed, store=store, top_k=top_k),
     )  # fmt: skip
     if is_first():
-        print(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
+        say(f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']} s; saved in {output}")
 
 
 def finetune(
@@ -116,7 +116,7 @@ def finetune(
     show_table(["seed", *names, "epoch"], rows)
     size, score = report["parameters"], report["score"]
     spread = "" if score["std"] is None else f" +- {score['std']:.4f} over {len(rows)} seeds"
-    print(
+    say(
         f"{task} dev {score['mean']:.4f}{spread}; {size['trainable']:,} of {size['total']:,} parameters trained "
         f"({size['share']:.1%}); seed {report['best_seed']} saved in {output}"
     )
@@ -147,7 +147,7 @@ def pretrain(
     )  # fmt: skip
     if is_first():
         size, tokens, loss = report["parameters"], report["tokens"], report["curve"][-1][1]
-        print(f"{size:,} parameters, {tokens:,} tokens, last loss {loss:.3f}; saved in {output}")
+        say(f"{size:,} parameters, {tokens:,} tokens, last loss {loss:.3f}; saved in {output}")
 
 
 def deepen(
@@ -169,7 +169,7 @@ def deepen(
     deeper, report = tenfold.deepen(loaded, layers, recipe, Progress("fitting"))
     if is_first():
         api.save(deeper, output, tokenizer, report, command_line())
-        print(f"{report['layers'][0]} to {layers} layers, {format_counts(report)}; saved in {output}")
+        say(f"{report['layers'][0]} to {layers} layers, {format_counts(report)}; saved in {output}")
 
 
 COMMANDS = {

@@ -25,7 +25,8 @@ Batch = dict[str, Tensor]
 BATCH_TOKENS = 1024  # no slower than twice as many, whose activations were a quarter of the peak memory
 UNFAMILIAR = 2.0  # bits per byte
 CHECKED_SAMPLES = 8  # whose loss shows whether the model knows the text
-READ_AHEAD = 4  # times the samples are read of a hub's data set, which is too long to be read whole
+READ_AHEAD = 4  # times the samples are read, of a text that is too long to be read whole
+READ_LEAST = {"tokens": 2**19, "lines": 2**16}  # of a file: seconds; a data set of a hub has to come first
 
 
 @dataclass
@@ -154,13 +155,14 @@ def sum_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, int]:
     return float(losses), int(mask.sum())
 
 
-def _limit(files, count: int) -> int | None:
-    """Return how many tokens or documents to read for ``count`` samples; None: all."""
-    return READ_AHEAD * count if any(str(file).startswith(HUB) for file in files) else None
+def _limit(files, count: int, unit: str) -> int:
+    """Return how many tokens or lines to read for ``count`` that are wanted."""
+    remote = any(str(file).startswith(HUB) for file in files)
+    return READ_AHEAD * count if remote else max(READ_AHEAD * count, READ_LEAST[unit])
 
 
 def _cut_windows(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
-    stream = token_stream(documents(files, tokenizer), tokenizer, _limit(files, samples * window))
+    stream = token_stream(documents(files, tokenizer), tokenizer, _limit(files, samples * window, "tokens"))
     tokens = torch.from_numpy(stream).long()
     whole = len(tokens) // window
     if whole == 0:
@@ -178,7 +180,7 @@ def _cut_windows(tokenizer, files, samples: int, window: int, batch: int | None)
 
 def _cut_documents(tokenizer, files, samples: int, window: int, batch: int | None) -> list[Batch]:
     lines = (line for text in documents(files, tokenizer) for line in text.splitlines() if line.strip())
-    texts = list(islice(lines, _limit(files, samples)))
+    texts = list(islice(lines, _limit(files, samples, "lines")))
     if not texts:
         raise ValueError(f"the calibration text {', '.join(map(str, files))} is empty; give some sentences")
     chosen = torch.linspace(0, len(texts) - 1, min(samples, len(texts))).round().long().tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,23 @@ def perplexity(
     if window > context:
         raise ValueError(f"window {window} is more than the model's context of {context}; use at most that")
     protocol = EvalProtocol(window, stride or window, text, normaliser)
-    texts = list(documents(files, tokenizer))
-    tokens = token_stream(texts, tokenizer, limit)
+    digest, size, words = hashlib.sha256(), 0, 0
+
+    def read() -> Iterator[str]:
+        nonlocal size, words
+        for part in documents(files, tokenizer):
+            digest.update(raw := part.encode())
+            size, words = size + len(raw), words + len(part.split())
+            yield part
+
+    tokens = token_stream(
+        read(), tokenizer, limit
+    )  # no more is read than that takes, and the digest is of what is read
     check_tokens(tokens, model, window)
     nats, scored = _score(model, torch.from_numpy(tokens.astype(np.int64)), protocol, batch_size, progress)
-    read = texts if limit is None else [tokenizer.decode(tokens, skip_special_tokens=True)]
-    size, words = sum(len(part.encode()) for part in read), sum(len(part.split()) for part in read)
+    if limit is not None:
+        part = tokenizer.decode(tokens, skip_special_tokens=True)
+        size, words = len(part.encode()), len(part.split())
     fraction = scored / len(tokens)  # bytes and words of the scored tokens are in proportion
     return {
         "perplexity": math.exp(nats / (scored if normaliser == "tokens" else words * fraction)),
@@ -96,7 +107,7 @@ def perplexity(
         "words": round(words * fraction),
         "text": {
             "files": [Path(file).name for file in files],
-            "sha256": hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
+            "sha256": digest.hexdigest()[:16],
             "limit": limit,
         },
         "protocol": asdict(protocol),

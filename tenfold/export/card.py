@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
+
+from tenfold.models.model_card import escape_markdown, quote, read_card
 
 CARD = """---
 {header}---
@@ -47,24 +48,19 @@ class Format:
 
 def write_card(folder: Path, title: str, kind: Format, source: str | Path) -> None:
     """Write the model card of an export; licence, base model and figures are those of the card of ``source``."""
-    old = Path(source) / "README.md"
-    header, body = _split_card(old.read_text()) if old.is_file() else ({}, "")
+    header, body = read_card(Path(source) / "README.md")
     header = {key: header[key] for key in KEPT if key in header}
     header |= {"library_name": kind.library, "tags": ["tenfold", "pruned"]}
     new = CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
-        title=title, what=kind.what, language=kind.language, load=kind.load.replace("{title}", title),
+        title=escape_markdown(title), what=kind.what, language=kind.language,
+        load=kind.load.replace("{title}", quote(title)[1:-1]),
     )  # fmt: skip
     made = body.find("Made by:")
-    (folder / "README.md").write_text(new + (f"\n{body[made:].strip()}\n" if made >= 0 else ""))
+    (folder / "README.md").write_text(new + (f"\n{body[made:].strip()}\n" if made >= 0 else ""), encoding="utf-8")
 
 
 def require(*packages: str, extra: str) -> None:
     """Raise ImportError with the line to install if one of ``packages`` is missing."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"the export to {extra} needs {' and '.join(missing)}: pip install 'tenfold[{extra}]'")
-
-
-def _split_card(text: str) -> tuple[dict, str]:
-    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    return (yaml.safe_load(found[1]) or {}, text[found.end() :]) if found else ({}, text)

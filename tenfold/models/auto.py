@@ -24,14 +24,20 @@ def read_config(name: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such model.
+        ValueError: transformers knows it only by code that comes with it, which is not run.
     """
     if is_gguf(name):
         return read_gguf_config(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as reason:
+        if "trust_remote_code" in str(reason):
+            raise ValueError(
+                f"{name} is of an architecture that transformers knows only by code that comes with the model, and tenfold runs "
+                "no such code; give a model of an architecture that transformers has itself"
+            ) from None
         first = str(reason).split("\n")[0].rstrip(".") or type(reason).__name__
         raise FileNotFoundError(
             f"there is no model {str(name)!r}: no folder, not one of {', '.join(_read_presets())}, and {first}"
@@ -90,7 +96,7 @@ def load_tokenizer(name: str | Path):
     """
     place, where = resolve_gguf(name)
     try:
-        found = AutoTokenizer.from_pretrained(place, **where)
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **where)
     except (OSError, ValueError):
         return None
     return found if len(found.get_vocab().keys() - set(found.all_special_tokens)) > 1 else None

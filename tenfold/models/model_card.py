@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import EvalResult, ModelCardData, save_torch_state_dict, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.loading import silent
 from tenfold.models.stock import find_stock_form
+from tenfold.models.yaml_files import parse_yaml
 from tenfold.nn.quantized import is_quantized
 
 CARD = """---
-library_name: tenfold
-tags: [tenfold, compressed]
+{header}
 ---
 
 # {title}
 
-The weight matrices of this model are compressed. It loads with transformers once tenfold is imported:
+{what}
 
 ```python
-import tenfold  # needed: without this line the compressed layers would be loaded with random weights
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{title}")
+{load}
 ```
-
-`tenfold export` writes it in formats that need no tenfold.
 
 Made by:
 
-```
 {command}
-```
 
 ## Figures
 
@@ -47,6 +42,16 @@ Made by:
 
 {protocol}
 """
+PLAIN = (
+    "This model is an ordinary one of smaller matrices: transformers, and every other program that runs the original, loads it "
+    "as it is."
+)
+STRUCTURED = (
+    "The weight matrices of this model are compressed. It loads with transformers once tenfold is imported; `tenfold export` "
+    "writes it in formats that need no tenfold."
+)
+IMPORT = "import tenfold  # needed: without this line the compressed layers would be loaded with random weights\n"
+LICENCE = ("license", "license_name", "license_link")
 
 
 def save_compressed(
@@ -81,7 +86,7 @@ def save_compressed(
             save_torch_state_dict(plain, new, max_shard_size=max_shard_size)
             form.config.dtype = next(x.dtype for x in plain.values() if x.is_floating_point())
             save_config(model, new, form.config)
-        save_card(new, tokenizer, report, command, Path(folder).absolute().name)
+        save_card(new, tokenizer, report, command, Path(folder).absolute().name, model.name_or_path or "")
 
 
 def save_config(model: PreTrainedModel, folder: Path, config: PretrainedConfig | None = None) -> None:
@@ -93,15 +98,99 @@ def save_config(model: PreTrainedModel, folder: Path, config: PretrainedConfig |
         model.generation_config.save_pretrained(folder)
 
 
-def save_card(path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "") -> None:
-    """Write the tokenizer, ``tenfold.json`` and the model card."""
+def save_card(
+    path: Path, tokenizer, report: dict[str, Any] | None, command: str, title: str = "", base: str | Path = ""
+) -> None:
+    """Write the tokenizer, ``tenfold.json`` and the model card.
+
+    Args:
+        base: the folder or the name of the model that was compressed; the card in ``path`` tells it unless given.
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     report = (report or {}) | {"command": command}
     (path / "tenfold.json").write_text(json.dumps(report, indent=1))
-    rows, command = "\n".join(_rows(report)), command or "(from Python)"
-    text = CARD.format(title=title or path.name, command=command, rows=rows, protocol=_protocol(report))
-    (path / "README.md").write_text(text)
+    config, title = json.loads((path / "config.json").read_text()), title or path.name
+    sites = config.get("quantization_config", {}).get("sites", {})
+    factorized = any(site["structure"]["kind"] != "dense" for site in sites.values())
+    header = ModelCardData(
+        library_name="tenfold" if sites else "transformers",
+        tags=["tenfold", "factorized" if factorized else "pruned"],
+        eval_results=_results(report) or None,
+        model_name=title,
+        ignore_metadata_errors=True,
+        **_base_header(base or path),
+    )
+    kind = config["architectures"][0]
+    text = CARD.format(
+        header=header.to_yaml(), title=escape_markdown(title), what=STRUCTURED if sites else PLAIN,
+        load=f"{IMPORT if sites else ''}from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quote(title)})",
+        command=_fence(command or "(from Python)"), rows="\n".join(_rows(report)), protocol=_protocol(report),
+    )  # fmt: skip
+    (path / "README.md").write_text(text, encoding="utf-8")
+
+
+def read_card(file: Path) -> tuple[dict[str, Any], str]:
+    """Return the header and the body of a model card, none where there is none, or none that can be read."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(2**20)
+        found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+        header = parse_yaml(found[1], file) if found else {}
+    except (OSError, ValueError):
+        return {}, ""
+    return header if isinstance(header, dict) else {}, text[found.end() :] if found else text
+
+
+def escape_markdown(text: str) -> str:
+    """Return ``text``, which may come from a file, as one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|~&#!$])", r"\\\1", " ".join(_printable(text).split()))
+
+
+def quote(text: str) -> str:
+    """Return ``text`` as a string in a line of code."""
+    return json.dumps(_printable(text), ensure_ascii=False)
+
+
+def _fence(text: str) -> str:
+    """Return ``text`` as a block of code that it can't end."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}\n{_printable(text)}\n{ticks}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+
+
+def _base_header(base: str | Path) -> dict[str, Any]:
+    """Return the base model and its licence, as far as its card, or the card of a compressed model in ``base``, says so."""
+    folder, cached = Path(base), re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(base))
+    name: Any = f"{cached[1]}/{cached[2]}" if cached else str(base)
+    if not folder.exists():
+        try:
+            file = try_to_load_from_cache(name, "README.md")
+        except HFValidationError:
+            return {}
+        folder = Path(file).parent if isinstance(file, str) else folder
+    header = read_card(folder / "README.md")[0]
+    if "tenfold" in str(header.get("tags")):
+        name = header.get("base_model")
+    elif Path(base).exists() and not cached:
+        name = None  # a path says nothing to others
+    found = {key: value for key in LICENCE if isinstance(value := header.get(key), str)}
+    return found | ({"base_model": name, "base_model_relation": "finetune"} if isinstance(name, str) else {})
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    """Return the figures of an evaluation as the hub reads them."""
+    scores = report.get("evaluation")
+    if not scores:
+        return []
+    name = ", ".join(scores["text"]["files"])
+    return [
+        EvalResult("text-generation", "text", name, key, scores[key], metric_name=key.replace("_", " "))
+        for key in ("perplexity", "bits_per_byte")
+    ]
 
 
 def _rows(report: dict[str, Any]):
@@ -112,7 +201,8 @@ def _rows(report: dict[str, Any]):
     for rows, flops in report.get("flops_per_token", {}).items():
         yield f"| FLOPs per token, {int(rows):,} rows a call | {flops:,} | {report['flops_per_token_dense'][rows]:,} |"
     if counted := report.get("counted"):
-        yield f"| bytes of compressed matrices ({counted['note']}) | {counted['bytes']:,} | {counted['dense_bytes']:,} |"
+        note = escape_markdown(str(counted["note"]))
+        yield f"| bytes of compressed matrices ({note}) | {counted['bytes']:,} | {counted['dense_bytes']:,} |"
     scores = report.get("evaluation")
     if scores:
         for name in ("perplexity", "bits_per_byte"):
@@ -125,7 +215,7 @@ def _protocol(report: dict[str, Any]) -> str:
     if not scores:
         return "The quality of this model has not been measured yet: run `tenfold evaluate`."
     p, text = scores["protocol"], scores["text"]
-    return (
+    return escape_markdown(
         f"Perplexity on {', '.join(text['files'])} ({p['text']} text, digest {text['sha256']}): windows of {p['window']} "
         f"tokens, stride {p['stride']}, nats per {p['normaliser']}, {scores['tokens']:,} tokens scored."
     )

@@ -16,7 +16,9 @@ from tenfold.models.config import Calibrate, StrictModel, Tokenizer, Train
 from tenfold.models.distillation_config import Heal
 from tenfold.models.sites import Site
 from tenfold.models.suggestions import check_name
+from tenfold.models.yaml_files import read_yaml, shorten
 
+ERRORS = 8  # of a recipe, in one sentence
 First = Literal["drop-layers", "drop-layers-perplexity", "minitron", "peak-to-peak", "rotate", "slice"]
 
 
@@ -338,9 +340,9 @@ def load_recipe(name: str | Path | dict | Recipe) -> Recipe:
         return parse_recipe(name, "the recipe")
     shipped, path = resources.files("tenfold") / "recipes" / f"{name}.yaml", Path(name)
     if path.is_file():
-        text = path.read_text()
+        data = read_yaml(path)
     elif shipped.is_file():
-        text = shipped.read_text()
+        data = yaml.safe_load(shipped.read_text())
     elif path.suffix in (".yaml", ".yml"):
         raise FileNotFoundError(
             f"there is no recipe file {name}; check the path, or use a name: tenfold recipes lists them"
@@ -349,10 +351,6 @@ def load_recipe(name: str | Path | dict | Recipe) -> Recipe:
         near = get_close_matches(str(name), recipe_names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
         raise FileNotFoundError(f"there is no recipe {name!r}: {hint}")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as reason:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(reason).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{name} holds no mapping of keys; a recipe starts with name: and replace:")
     return parse_recipe(data, str(name))
@@ -363,7 +361,9 @@ def parse_recipe(data: dict, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as reason:
-        raise ValueError(f"{where}: {'; '.join(_describe_error(error) for error in reason.errors())}") from None
+        told = "; ".join(_describe_error(error) for error in reason.errors()[:ERRORS])
+        more = f"; {left} more" if (left := reason.error_count() - ERRORS) > 0 else ""
+        raise ValueError(f"{where}: {shorten(told, 1600)}{more}") from None
 
 
 _KEYS = {
@@ -374,12 +374,12 @@ _KEYS = {
 
 
 def _describe_error(error) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place = shorten(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(str(error["loc"][-1]), _KEYS, 1)
+        near = get_close_matches(place.rpartition(".")[2], _KEYS, 1)
         return f"unknown key {place!r}" + (
             f", did you mean {near[0]!r}?" if near else f", known keys are {sorted(_KEYS)}"
         )
-    given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
+    given = "" if error["type"] in ("value_error", "missing") else f", not {shorten(repr(error['input']))}"
     where = f"{place}: " if place else ""  # of the whole recipe
     return f"{where}{error['msg'].removeprefix('Value error, ')}{given}"

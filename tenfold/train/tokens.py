@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from tenfold.evaluation.text_files import documents, token_parts
-from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
+from tenfold.models.atomic_io import disk_full_errors, write_json
 from tenfold.models.auto import load_tokenizer
 from tenfold.train.run_manifest import check_same
 
@@ -19,13 +21,33 @@ REMEDY = "or delete the folder and give the text"
 TOKENIZATION = ("normalizer", "pre_tokenizer", "model")  # parts of tokenizer.json that decide the tokens
 
 
+class Manifest(BaseModel):
+    """What ``tokens.json`` says: what was tokenized, and how it is stored."""
+
+    tokenizer: str
+    data: list[tuple[str, int | None]]
+    limit: int | None
+    tokens: Annotated[int, Field(ge=1, lt=2**48)]
+    dtype: Literal["uint16", "int32"]
+    digest: str
+
+
 class Tokens:
     """The first ``limit`` tokens in a folder that ``write_tokens`` made, as the array ``ids``."""
 
     def __init__(self, folder: Path, limit: int | None = None):
-        self.folder, self.manifest = folder, read_json(folder / MANIFEST)
+        self.folder = folder
         try:
-            ids = np.memmap(folder / FILE, self.manifest["dtype"], "r", shape=self.manifest["tokens"])
+            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        except ValidationError as reason:
+            error = reason.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, error["loc"]))
+            raise ValueError(
+                f"{folder / MANIFEST} is damaged ({place} {error['msg']}); copy it again, {REMEDY}"
+            ) from None
+        self.manifest: dict[str, Any] = manifest.model_dump(mode="json")
+        try:
+            ids = np.memmap(folder / FILE, manifest.dtype, "r", shape=(manifest.tokens,))
         except (OSError, ValueError) as reason:
             raise ValueError(f"{folder / FILE} is missing or cut off ({reason}); copy it again, {REMEDY}") from None
         self.ids: np.ndarray = ids[:limit]

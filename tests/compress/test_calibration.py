@@ -121,6 +121,19 @@ def test_a_token_that_the_model_does_not_know(tokenizer, files, name):
         load_calibration(toys.build(name), tokenizer, files, window=8)
 
 
+@pytest.mark.parametrize(("name", "most"), [("gpt2", 64), ("bert", 8)])
+def test_a_long_text_is_read_as_far_as_is_needed(tokenizer, tmp_path, monkeypatch, name, most):
+    """Four times the tokens, or lines, that are wanted: what is behind them may be broken."""
+    model = toys.build(name)
+    model.resize_token_embeddings(len(tokenizer))
+    rows = [{"text": "the old house stood at the end"}] * 300
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
+    with pytest.raises(ValueError, match="line 301"):
+        load_calibration(model, tokenizer, [tmp_path / "a.jsonl"], num_samples=2, window=8)
+    monkeypatch.setattr("tenfold.compression.calibration.READ_LEAST", {"tokens": most, "lines": most})
+    assert load_calibration(model, tokenizer, [tmp_path / "a.jsonl"], num_samples=2, window=8).tokens == 16
+
+
 @pytest.mark.parametrize("numbers", [{"num_samples": 0}, {"num_samples": -3}, {"batch_size": 0}])
 def test_nothing_to_draw(causal, tokenizer, files, numbers):
     with pytest.raises(ValueError, match="one or more"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import small
 import torch
 import yaml
@@ -181,8 +180,8 @@ def readers(base: Path) -> dict[str, Reader]:
             3_000,
         ),
         "tokens": Reader(
-            in_copy(tokens, {"tokens.json": damage_json, "tokens-00000.npy": damage_bytes}),
-            lambda folder: np.asarray(Tokens(folder)[:8]).sum(),
+            in_copy(tokens, {"tokens.json": damage_json, "tokens.bin": damage_bytes}),
+            lambda folder: Tokens(folder).check(300),
             20_000,
         ),
         "run note": Reader(in_copy(base / "run", {"run.json": damage_json}), read_run, 5_000),

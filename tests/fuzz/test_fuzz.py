@@ -72,14 +72,14 @@ def known(tmp_path_factory):
 # name: (inputs here, what goes wrong today)
 READERS = {
     "recipe values": (500, ""),
-    "recipe files": (100, "a recipe that is not UTF-8"),
+    "recipe files": (100, ""),
     "structures": (800, "sites, structures and versions of other types"),
-    "json lines": (400, "lone surrogates; messages that are lists of lists"),
+    "json lines": (400, ""),
     "plain text": (200, ""),
     "xz": (100, ""),
     "gz": (100, ""),
     "tokenizer": (20, "tokenizers and transformers raise Exception, TypeError and AttributeError"),
-    "tokens": (100, "manifests without shards; shards whose header is no Python"),
+    "tokens": (100, ""),
     "run note": (100, "notes of another type"),
     "resume state": (100, "notes of another type"),
     "trainer state": (100, ""),
@@ -130,4 +130,4 @@ def test_any_structure_in_a_checkpoint_is_right_or_refused(kind, fields):
 def test_text_in_json_lines_comes_back_as_it_was(tmp_path_factory, rows, plain):
     file = tmp_path_factory.getbasetemp() / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": row}, ensure_ascii=plain) + "\n" for row in rows), encoding="utf-8")
-    assert list(documents([file])) == rows
+    assert list(documents([file])) == [row for row in rows if row.strip()]
