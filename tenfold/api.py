@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import tenfold.baselines  # noqa: F401 - registers them
 from tenfold.compression import compress as _compress
+from tenfold.compression import forecast as _forecast
 from tenfold.compression.calibration import Calibration, load_calibration
 from tenfold.compression.compress import recipe_for as recipe_for
 from tenfold.evaluation import bench_model as _bench_model
@@ -22,11 +23,12 @@ from tenfold.evaluation import perplexity as _perplexity
 from tenfold.evaluation import tasks as _tasks
 from tenfold.evaluation.bench_layers import bench_layers as bench_layers
 from tenfold.evaluation.perplexity import comparable as comparable
-from tenfold.evaluation.text_files import HUB, check_tokenizer
+from tenfold.evaluation.text_files import HUB, check_tokenizer, documents, list_files, token_stream
 from tenfold.models import deepen as _deepen
 from tenfold.models import densify as _densify
 from tenfold.models import model_card as _model_card
-from tenfold.models.auto import load_model, load_tokenizer
+from tenfold.models.auto import load_model, load_tokenizer, meta_model, unwrap
+from tenfold.models.checkpoint_format import check_plain
 from tenfold.models.config import Calibrate
 from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
@@ -37,7 +39,7 @@ from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe as Recipe
 from tenfold.models.recipe import Rules, Stage, check_keep, parse_recipe
 from tenfold.models.recipe import load_recipe as load_recipe
-from tenfold.models.text_mode import positions_of
+from tenfold.models.text_mode import known_inputs, positions_of
 from tenfold.nn.dense_cache import dense_cache as dense_cache
 from tenfold.train.tokens import is_tokens
 
@@ -69,8 +71,12 @@ def load(
     return model.to(place).eval(), load_tokenizer(name)
 
 
-def accepts_names(function: F) -> F:
-    """Let the arguments ``model`` and ``against`` be folders or names, too; a tokenizer that is not given is the model's."""
+def accepts_names(function: F, changes: bool = False) -> F:
+    """Let the arguments ``model`` and ``against`` be folders or names, too; a tokenizer that is not given is the model's.
+
+    Args:
+        changes: the model is changed or saved, so that it is taken out of ``torch.compile``, and must have no adapter on it.
+    """
     parameters = signature(function)
 
     @wraps(function)
@@ -81,18 +87,20 @@ def accepts_names(function: F) -> F:
                 given.arguments[key], tokenizer = load(name)
                 if key == "model" and "tokenizer" in parameters.parameters and not given.arguments.get("tokenizer"):
                     given.arguments["tokenizer"] = tokenizer
+        if changes:
+            given.arguments["model"] = unwrap(given.arguments["model"])
         return function(*given.args, **given.kwargs)
 
     return cast(F, call)
 
 
 bench = accepts_names(_bench_model.bench)
-compress = accepts_names(_compress.compress)
-deepen = accepts_names(_deepen.deepen)
-densify = accepts_names(_densify.densify)
+compress = accepts_names(_compress.compress, changes=True)
+deepen = accepts_names(_deepen.deepen, changes=True)
+densify = accepts_names(_densify.densify, changes=True)
 evaluate = accepts_names(_perplexity.perplexity)
 evaluate_task = accepts_names(_tasks.evaluate_task)
-save = accepts_names(_model_card.save_compressed)
+save = accepts_names(_model_card.save_compressed, changes=True)
 
 
 @accepts_names
@@ -167,12 +175,21 @@ def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
     return recipe.model_copy(update={"budget": budget})
 
 
-def with_healing(recipe: Recipe, calibrated: bool) -> Recipe:
-    """Return ``recipe`` as one stage that compresses (by activations if ``calibrated``) and heals, unless it has stages."""
+def with_healing(recipe: Recipe, calibrated: bool, tokens: int | None = None) -> Recipe:
+    """Return ``recipe`` as one stage that compresses (by activations if ``calibrated``) and heals, unless it has stages.
+
+    Args:
+        tokens: to heal on; by default as the recipe says, else one pass over the text.
+    """
     if recipe.stages:
+        if tokens is not None:
+            raise ValueError(f"the stages of recipe {recipe.name} say how long each heals; leave --heal-tokens out")
         return recipe
     stage = {key: getattr(recipe, key) for key in Rules.model_fields}
-    stage["heal"] = recipe.heal or heal_settings()
+    heal = recipe.heal or heal_settings()
+    if tokens is not None:
+        heal = heal.model_copy(update={"steps": max(1, round(tokens / heal.tokens_per_step)), "epochs": None})
+    stage["heal"] = heal
     stage["calibrate"] = recipe.calibrate or (Calibrate.model_validate({}) if calibrated else None)
     return Recipe(name=recipe.name, source=recipe.source, note=recipe.note, stages=[Stage(**stage)])
 
@@ -223,6 +240,31 @@ def read_calibration(
     return load_calibration(model, tokenizer, files, samples, settings.window)
 
 
+def forecast(
+    name: str | Path,
+    recipe: Recipe | str | dict,
+    files: str | Path | Sequence[str | Path] = (),
+    num_samples: int | None = None,
+    heal_files: str | Path | Sequence[str | Path] = (),
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Return what every stage of compressing the checkpoint ``name`` would do, and the memory and time that it needs.
+
+    Nothing is written, and no weights are read. See ``tenfold.compression.forecast`` for the keys.
+    """
+    model, tokenizer, place = meta_model(name), load_tokenizer(name), resolve_device(device)
+    check_plain(model.config, name)
+    text = read_calibration(model, tokenizer, files, load_recipe(recipe), num_samples) if files else None
+    once = 0 if not heal_files else len(token_stream(documents(heal_files, tokenizer), tokenizer))
+    found = []
+    for stage in load_recipe(recipe).stage_recipes():
+        heal, healed = stage.heal, 0
+        if heal is not None:
+            healed = heal.steps * heal.tokens_per_step if heal.steps else round((heal.epochs or 1) * once)
+        found.append(_forecast.forecast(model, stage, text if stage.calibrate else None, place, healed))
+    return found
+
+
 @accepts_names
 def generate(model, tokenizer, prompt: str, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
     """Continue ``prompt``: greedily at temperature 0, else by sampling with ``seed``; return prompt and continuation.
@@ -250,14 +292,15 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int = 40, temperatur
         max_new_tokens = context - length
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    known = known_inputs(model, ids)
     with dense_cache(model):
-        output = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+        output = model.generate(**known, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def check_texts(files: Sequence[str | Path]) -> list[str | Path]:
+def check_texts(files: str | Path | Sequence[str | Path]) -> list[str | Path]:
     """Return ``files`` as paths, or as hub data set names; raise FileNotFoundError for a missing one."""
-    found = [file if str(file).startswith(HUB) else Path(file) for file in files]
+    found = [file if str(file).startswith(HUB) else Path(file) for file in list_files(files)]
     for file in found:
         if isinstance(file, Path) and not file.is_file() and not is_tokens(file):
             raise FileNotFoundError(f"there is no file {file}; check the path (now in {Path.cwd()})")

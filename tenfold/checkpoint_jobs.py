@@ -27,6 +27,7 @@ from tenfold.compression.progress import Progress, no_progress
 from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.stock_shapes import DROPPED
 from tenfold.compression.weight_source import StreamedWeights
+from tenfold.evaluation.text_files import list_files
 from tenfold.models.atomic_io import atomic_directory, file_stamps, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.checkpoint_format import check_plain
@@ -55,10 +56,11 @@ def compress_checkpoint(
     name: str | Path,
     output: str | Path,
     recipe: Recipe | str | dict = "recommended",
-    files: Sequence[str | Path] = (),
+    files: str | Path | Sequence[str | Path] = (),
     num_samples: int | None = None,
     *,
-    heal_files: Sequence[str | Path] = (),
+    heal_files: str | Path | Sequence[str | Path] = (),
+    heal_tokens: int | None = None,
     source: str = "weights",
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -79,6 +81,7 @@ def compress_checkpoint(
         files: calibration text; none for recipes without activations.
         num_samples: windows, or documents, of the calibration text; default: as in the recipe.
         heal_files: text to heal on, after the compression or in the stages that heal.
+        heal_tokens: of it; by default as in the recipe, else all of it once.
         source: ``weights`` or ``noise``, as for ``tenfold.compress``.
         device, dtype: as for ``tenfold.api.load``.
         overwrite: replace ``output``, and what another job has left in ``output.partial``.
@@ -97,8 +100,9 @@ def compress_checkpoint(
         ValueError: a stage needs text that is missing, or ``tenfold.compress`` refuses the job.
     """
     output, recipe = check_job(name, output, overwrite), load_recipe(recipe)
+    files, heal_files = list_files(files), list_files(heal_files)
     if heal_files:
-        recipe = api.with_healing(recipe, calibrated=bool(files))
+        recipe = api.with_healing(recipe, bool(files), heal_tokens)
     settings = _fingerprint(recipe, [*files, *heal_files], name, samples=num_samples, dtype=str(dtype))
     how: dict[str, Any] = {"progress": progress, "announce": announce}
     if recipe.stages:
@@ -190,7 +194,7 @@ def heal_checkpoint(
     name: str | Path,
     teacher: str | Path | None,
     output: str | Path,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     settings: Heal,
     *,
     device: str | None = None,
@@ -206,7 +210,7 @@ def heal_checkpoint(
     Args:
         options: further arguments of ``tenfold.heal``.
     """
-    output = check_job(name, output, overwrite)
+    output, files = check_job(name, output, overwrite), list_files(files)
     model, tokenizer = api.load(name, device)
     saved_dtype = resolve_dtype(dtype, default=model.dtype)
     asked = {key: str(options.get(key)) for key in ("window", "seed", "top_k", "store")}

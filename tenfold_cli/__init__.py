@@ -23,9 +23,19 @@ from tenfold_cli.options import (
     command_line,
     given,
     is_first,
+    parse_count,
     shows_defaults,
 )
-from tenfold_cli.output import Progress, format_counts, format_structure, say, show_choices, show_json, show_table
+from tenfold_cli.output import (
+    Progress,
+    format_counts,
+    format_structure,
+    say,
+    show_choices,
+    show_forecast,
+    show_json,
+    show_table,
+)
 
 app = typer.Typer(
     name="tenfold",
@@ -101,6 +111,13 @@ def compress(
     calibrate: Annotated[list[str] | None, typer.Option(help=f"Calibration text: {FORMATS}")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows; default: as in the recipe.")] = None,
     heal: Annotated[list[str] | None, typer.Option(help="Text to heal on: by distillation from the original.")] = None,
+    heal_tokens: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="COUNT", help="With --heal: tokens, such as 5M; default: all."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, with memory and time, and stop.")
+    ] = False,
     roles: Annotated[str | None, typer.Option(help="With --structure: roles, for instance mlp.in,mlp.out.")] = None,
     source: Annotated[str | None, typer.Option(help="What factors start from: weights, or noise.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest size of a file of weights.")] = None,
@@ -129,17 +146,23 @@ def compress(
         ("--align", align is not None and shapes != "stock"),
         ("--source", source not in (None, "weights") and calibrate),
         ("--num-samples", num_samples is not None and not calibrate),
+        ("--heal-tokens", heal_tokens is not None and not heal),
     ):
         if idle:
             raise ValueError(f"{name} changes nothing here; leave it out, or see tenfold compress --help")
+    texts, heal_texts = api.check_texts(calibrate or []), api.check_texts(heal or [])
+    if dry_run:
+        chosen = api.with_healing(chosen, bool(texts), heal_tokens) if heal else chosen
+        stages = api.forecast(model, chosen, texts, num_samples, heal_texts, device)
+        return show_forecast(stages, chosen) if is_first() else None
     report = compress_checkpoint(
-        model, output, chosen, api.check_texts(calibrate or []), num_samples,
-        heal_files=api.check_texts(heal or []), device=device, dtype=dtype, overwrite=overwrite,
+        model, output, chosen, texts, num_samples,
+        heal_files=heal_texts, heal_tokens=heal_tokens, device=device, dtype=dtype, overwrite=overwrite,
         command=command_line(), progress=Progress("compressing"), announce=show_choices,
         advance=Progress("healing").advance, **given(source=source, max_shard_size=max_shard_size),
     )  # fmt: skip
     if not is_first():
-        return
+        return None
     rows = [
         [site["path"], format_structure(site["structure"]), f"{site['before']:,}", f"{site['after']:,}", error]
         for site in report["sites"]
@@ -147,6 +170,7 @@ def compress(
     ]
     show_table(["site", "structure", "before", "after", "relative error"], rows)
     say(f"{format_counts(report)}; {report['seconds']} s; saved in {output}")
+    return None
 
 
 for function, command_class in (

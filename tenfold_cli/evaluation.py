@@ -16,6 +16,10 @@ def evaluate(
     text: Annotated[list[str] | None, typer.Option(help=f"Text to score: {FORMATS}")] = None,
     task: Annotated[str | None, typer.Option(help="Instead of --text: a task such as cola or samsum.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --task: the folder with its files.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of --text: tasks of lm-evaluation-harness, such as hellaswag,piqa.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="With --tasks: a folder with further task files.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window; default: the context, at most 1024.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: the window.")] = None,
     pretokenized: Annotated[bool, typer.Option("--pretokenized", help="The text is WikiText's .tokens.")] = False,
@@ -28,8 +32,14 @@ def evaluate(
     """Measure perplexity and bits per byte under a protocol that is printed with them, or score a task."""
     from tenfold import api
 
-    if bool(text) == bool(task):
-        raise ValueError("give either --text FILE, for the perplexity, or --task NAME with --data FOLDER")
+    if sum(map(bool, (text, task, tasks))) != 1:
+        raise ValueError(
+            "give either --text FILE, for the perplexity, or --task NAME with --data FOLDER, or --tasks NAME,NAME"
+        )
+    if task_folder is not None and not tasks:
+        raise ValueError(f"--task-folder {task_folder} changes nothing without --tasks; leave it out")
+    if tasks:
+        return _evaluate_harness(models, tasks.split(","), task_folder, limit, as_json, device, dtype)
     if task and data is None:
         raise ValueError(f"--task {task} needs the folder with its files: --data FOLDER")
     files, results = api.check_texts(text or ()), []
@@ -46,7 +56,7 @@ def evaluate(
     if text:
         api.comparable(results)
     if not is_first():
-        return
+        return None
     if as_json:
         show_json(results)
     elif task:
@@ -59,6 +69,29 @@ def evaluate(
         ]
         show_table(["model", "perplexity", "bits per byte", "tokens"], rows)
         say("protocol: " + ", ".join(f"{key} {value}" for key, value in results[0]["protocol"].items()))
+    return None
+
+
+def _evaluate_harness(models, tasks, folder, limit, as_json, device, dtype) -> None:
+    from tenfold import api
+    from tenfold.evaluation.harness import run_harness
+
+    results = [
+        {"model": name, "tasks": run_harness(*api.load(name, device, dtype), tasks, folder, limit)} for name in models
+    ]
+    if not is_first():
+        return None
+    if as_json:
+        return show_json(results)
+    rows = [
+        [result["model"], task, metric, f"{value:.4f}"]
+        for result in results
+        for task, scores in result["tasks"].items()
+        for metric, value in scores.items()
+    ]
+    show_table(["model", "task", "metric", "value"], rows)
+    examples = "all examples" if limit is None else f"the first {limit} examples"
+    return say(f"by lm-evaluation-harness, {examples}")
 
 
 def generate(

@@ -50,6 +50,16 @@ def shows_defaults(*sources: str) -> type[TyperCommand]:
     return Command
 
 
+def parse_count(text: str) -> int:
+    """Return the number that ``text`` says: ``5M``, ``250k``, ``1000``."""
+    factors = {"k": 10**3, "m": 10**6, "b": 10**9}
+    last = text[-1:].lower()
+    number = float(text[:-1] if last in factors else text) * factors.get(last, 1)
+    if not 1 <= number < 1e15:
+        raise ValueError(f"{text} is no count")
+    return round(number)
+
+
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}

@@ -111,12 +111,46 @@ def show_choices(choices: list[dict]) -> None:
         loss = "" if choice["loss"] is None else f"loss {choice['loss']:.5f}"
         say(f"{choice['item']:<48} {chosen!s:<24} {kept} {loss}".rstrip(), file=sys.stderr)
     known = [choice for choice in choices if choice["loss"] is not None]
-    if known:
-        say(f"foreseen: {sum(choice['loss'] for choice in known):.4f} {known[0]['unit']}", file=sys.stderr)
+    loss = sum(choice["loss"] for choice in known)
+    if shapes := [choice["shape"] for choice in choices if "shape" in choice]:
+        gone = [choice["item"] for choice in choices if choice["shape"]["kind"] == "block"]
+        say(f"stock shapes: {describe_mix(shapes, gone)}", file=sys.stderr)
+        free = [shape["free"] for shape in shapes]
+        other = "can't meet this budget" if None in free else f"{sum(free):+.2f}"
+        say(f"stock shapes: foreseen {loss:+.2f} {known[0]['unit']}, free widths: {other}", file=sys.stderr)
+    elif known:
+        say(f"foreseen: {loss:.4f} {known[0]['unit']}", file=sys.stderr)
+
+
+def show_forecast(stages: list[dict], recipe: Any) -> None:
+    """Print what ``tenfold.forecast`` returns."""
+    for stage, rules in zip(stages, recipe.stage_recipes(), strict=True):
+        rows = [[s["role"], s["rule"], f"{s['matrices']:,}", f"{s['parameters']:,}"] for s in stage["sites"]]
+        show_table(["role", "rule", "matrices", "parameters"], rows)
+        whole, kept, budget = stage["parameters"], stage["kept"], rules.budget
+        if kept is not None:
+            say(f"parameters {whole:,} -> {kept:,} ({kept / whole:.1%} kept)")
+        elif budget is not None:
+            say(f"parameters {whole:,}; keeps {budget.keep:g} of the {budget.of}, in {budget.shapes} shapes")
+        phases = {name: timedelta(seconds=math.ceil(seconds)) for name, seconds in stage["seconds"].items()}
+        total = sum(phases.values(), timedelta())
+        parts = ", ".join(f"{name} {span}" for name, span in phases.items())
+        say(
+            f"memory: about {stage['memory'] / 1e9:.2g} GB; time: {f'about {total} ({parts})' if parts else 'not known'}"
+        )
+    say("nothing was done or written (--dry-run)")
+
+
+def describe_mix(shapes: list[dict], gone: list[str]) -> str:
+    """Return the sizes of stock ``shapes`` in words, and the blocks that are ``gone``."""
+    sizes = {shape["kind"]: (shape["size"], shape["of"]) for shape in shapes if shape["kind"] != "block"}
+    words = {"heads": "{:,} of {:,} groups of heads", "mlp": "MLPs {:,} of {:,} wide"}
+    parts = [words.get(kind, f"{kind} {{:,}} of {{:,}} wide").format(*pair) for kind, pair in sorted(sizes.items())]
+    return ", ".join([*parts, f"without {', '.join(gone)}" if gone else "all blocks"])
 
 
 class Progress:
-    """Progress on standard error: one line, written over, on a terminal, else a line every ``SECONDS``.
+    """Progress on standard error: one line, written over, on a terminal, else a line for every block, or every ``SECONDS``.
 
     Call it to wrap the items of a phase, as ``tenfold.compression.progress`` describes; ``advance`` shows steps of a training.
     """
@@ -128,22 +162,24 @@ class Progress:
         items, text = list(items), f"{self.title}: {phase}" if phase else self.title
         self._show(text, 0, len(items))
         for done, item in enumerate(items, 1):
+            begun = time.perf_counter()
             yield item
-            self._show(text, done, len(items))
+            block = getattr(item, "path", "")  # a block takes long enough for a line of its own
+            self._show(text, done, len(items), block=block and f": {block}, {time.perf_counter() - begun:.1f} s")
 
     def advance(self, step: int, steps: int, speed: float | None = None) -> None:
         self._show(f"{self.title}: step", step, steps, f", {speed:,.0f} tokens/s" if speed else "")
 
-    def _show(self, text: str, done: int, total: int, note: str = "") -> None:
+    def _show(self, text: str, done: int, total: int, note: str = "", block: str = "") -> None:
         now, terminal = time.perf_counter(), sys.stderr.isatty()
         if text != self.text or done <= self.done:  # another phase, or a training that starts or resumes
             self.text, self.first, self.begun, self.shown = text, done, now, -math.inf
         self.done = done
-        if not is_first() or (done < total and now - self.shown < (0.1 if terminal else SECONDS)):
+        if not is_first() or (done < total and now - self.shown < (0.1 if terminal else 0 if block else SECONDS)):
             return
         self.shown = now
         if done > self.first:
             seconds = (now - self.begun) / (done - self.first) * (total - done)
             note = f", {timedelta(seconds=round(seconds))} left{note}"
-        line, end = f"{text} {done:,} of {total:,}{note}", "\r" if terminal and done < total else "\n"
+        line, end = f"{text} {done:,} of {total:,}{block}{note}", "\r" if terminal and done < total else "\n"
         say(line, sys.stderr, "\x1b[K" if terminal else "", end)

@@ -79,7 +79,7 @@ def measure_without_each(activations: Activations, left: list[int]) -> dict[int,
                 states = before[place]
                 for number in left[place + 1 :]:
                     states = activations.run_block(number, activations.blocks[number], states, k)
-                logits = activations.run_head(states, batch).logits
+                logits = activations.run_head(states, batch)
                 sums[without] += sum_losses(logits, batch["input_ids"], mask)[0]
     tokens = max(1.0, all_reduce_number(tokens))
     losses = {number: all_reduce_number(value) / tokens for number, value in sums.items()}

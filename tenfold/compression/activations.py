@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,19 @@ class Activations:
             out = block(states, *arguments, **keywords)
         return out if isinstance(out, Tensor) else out[0]
 
-    def run_head(self, states: Tensor, batch: Batch):
-        """Return the output of the model for ``states`` behind its last block."""
+    def run_head(self, states: Tensor, batch: Batch) -> Tensor:
+        """Return the logits over the vocabulary for ``states`` behind the last block.
+
+        Of a model that predicts no tokens (a base model, a classifier) return the last hidden states.
+        """
+        head: Any = self.model.get_output_embeddings()
+        model = base_model(self.model) if head is None else self.model
         with bypass_blocks(self.blocks, self.form, states), self.autocast():
-            return self.model(**batch, **cache_options(self.model))
+            out = model(**batch, **cache_options(self.model))
+        if head is None:
+            return out.last_hidden_state
+        found = (out[name] for name in out if name.endswith("logits"))  # BertForPreTraining has two
+        return next(logits for logits in found if logits.shape[-1] == shape_of(head)[0])
 
     @torch.no_grad()
     def advance(self, number: int, original: nn.Module | None = None, compressed: nn.Module | None = None) -> None:

@@ -92,7 +92,7 @@ class BlockwiseCompression:
         self.phases = estimate_phases(count_tokens(surveyed), count_tokens(batches), self.gradients, behind)
         if is_main_process():
             longest = max(batch["input_ids"].shape[1] for batch in batches)
-            check_memory(model, self.plans, count_tokens(self.surveyed), longest, self.settings)
+            self.memory = check_memory(model, self.plans, count_tokens(self.surveyed), longest, self.settings)
 
     def run(self, announce: Callable[[list[dict]], None] = lambda choices: None) -> dict[str, Any]:
         """Collect, allocate and carry out.
@@ -231,22 +231,23 @@ class BlockwiseCompression:
         sites = [site for action in actions for site in action.sites]
         budget = self.recipe.budget
         if budget is not None and budget.shapes == "stock":
-            chosen, curves = choose_stock(self.model, budget, self.plans, curves, self._measure_depth)
+            chosen, curves, about = choose_stock(self.model, budget, self.plans, curves, self._measure_depth)
         else:
-            chosen = choose_options(self.model, self.recipe, self.settings, sites, curves, influence)
+            about, chosen = {}, choose_options(self.model, self.recipe, self.settings, sites, curves, influence)
         fisher = self.settings.output_metric == "full" and self.settings.input_metric == "second"
         nats = fisher and self.model.get_output_embeddings() is not None
         unit = "nats a token" if nats else "weighted squared error"
         units = {action.sites[0].path: action.loss_unit for action in actions if action.loss_unit}
-        return chosen, [curve.describe(chosen[curve.name], units.get(curve.name, unit)) for curve in curves]
+        choices = [curve.describe(chosen[curve.name], units.get(curve.name, unit)) for curve in curves]
+        return chosen, [c | ({"shape": about[c["item"]]} if about else {}) for c in choices]
 
-    def _measure_depth(self, sizes: list[float], excess: float) -> list[tuple[int, float]]:
+    def _measure_depth(self, sizes: list[float], excess: float, limit: float) -> list[tuple[int, float]]:
         """Return the order in which whole blocks go, with the loss once each is gone; nothing where none can."""
         predicts = is_causal_lm(self.model) and self.model.get_output_embeddings() is not None
         if not predicts or block_list(self.model) is None:
             return []
         activations, tokens = self._open_activations(self.surveyed, None), self.settings.divergence or DEPTH_TOKENS
-        return measure_removals(activations, self.weights, tokens, sizes, excess)
+        return measure_removals(activations, self.weights, tokens, sizes, excess, limit, self.progress)
 
     @torch.no_grad()
     def _carry_out(self, folder: Path | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from tenfold.evaluation.text_files import HUB, documents, token_stream
+from tenfold.evaluation.text_files import HUB, documents, list_files, token_stream
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import all_reduce_number, is_main_process, num_processes
 from tenfold.models.recipe import Recipe
@@ -80,7 +80,7 @@ def split_for_processes(batches: list[Batch]) -> list[Batch]:
 def load_calibration(
     model,
     tokenizer,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     num_samples: int = 128,
     window: int | None = None,
     batch_size: int | None = None,
@@ -96,7 +96,7 @@ def load_calibration(
     Raises:
         ValueError: there is no text, or too little for one window, or the tokenizer belongs to another model.
     """
-    longest = context_of(model)
+    files, longest = list_files(files), context_of(model)
     window = min(window or min(longest, 1024), longest)
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{num_samples} samples in batches of {batch_size} can't be read; ask for one or more")

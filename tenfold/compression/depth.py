@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold.compression.activations import Activations
 from tenfold.compression.divergence import batches_with_tokens, divergences
-from tenfold.compression.progress import Phase, Progress, no_progress
+from tenfold.compression.progress import Progress, no_progress
 from tenfold.compression.weight_source import Weights
 
 CANDIDATES = 10  # of the rounds after the first
@@ -46,7 +46,7 @@ def measure_removals(
     left, order = list(range(len(sizes))), list[tuple[int, float]]()
     candidates, ranking, original = left, [], None
     while excess > 0 and len(left) > 1:
-        blocks = progress(left, Phase(f"depth, round {len(order) + 1}"))
+        blocks = progress(left, f"depth, round {len(order) + 1}")
         last, without = _run_without_each(activations, weights, blocks, candidates, count)
         original = original or last
         with weights.outside():

@@ -107,7 +107,7 @@ def divergences(activations: Activations, originals: list[Tensor], states: list[
         mask = activations.masks[k].reshape(batch["attention_mask"].shape)
         for sample in range(len(original)):  # one at a time: logits are large
             inputs, at = activations.to_device(batch, sample), mask[sample].to(activations.device)
-            logits = (activations.run_head(x[sample : sample + 1], inputs).logits[0][at] for x in [original, *row])
+            logits = (activations.run_head(x[sample : sample + 1], inputs)[0][at] for x in [original, *row])
             first = next(logits)
             for number, other in enumerate(logits):
                 sums[number] += _divergence(first, other)

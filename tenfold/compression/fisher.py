@@ -31,7 +31,8 @@ class FisherPass:
     ``G (out, out)`` is the mean over tokens of ``g g^T``, ``g`` the gradient of the loss at a site's output. For a language
     model the loss is the cross entropy of tokens that the model itself draws, so that ``G`` is a block of the Fisher
     information: an error ``E`` of the site costs about ``1/2 tr(G E C E^T)`` nats a token, ``C`` the second moment of its
-    inputs. A model without logits is probed with random directions of its last hidden states.
+    inputs. A model that predicts no tokens (a base model, a classifier) is probed with random directions of its last hidden
+    states.
 
     Reference: Martens and Grosse 2015 (K-FAC), arXiv 1503.05671.
 
@@ -86,7 +87,7 @@ class FisherPass:
         return mean_loss(
             activations.model,
             activations.batches,
-            lambda k, row, inputs: activations.run_head(activations.states(k)[0][row : row + 1], inputs).logits,
+            lambda k, row, inputs: activations.run_head(activations.states(k)[0][row : row + 1], inputs),
         )
 
     def start_backward(self) -> None:
@@ -101,8 +102,9 @@ class FisherPass:
                 inputs, leaf = activations.to_device(batch, row), states[row : row + 1].clone().requires_grad_()
                 with torch.enable_grad(), activations.autocast():
                     out = activations.run_head(leaf, inputs)
-                    ends, by = _loss_gradient(out, inputs["attention_mask"].bool().cpu(), generator)
-                    gradients.append(torch.autograd.grad(ends, leaf, by)[0])
+                    gradient_of = _probe if activations.model.get_output_embeddings() is None else _loss_gradient
+                    by = gradient_of(out.detach(), inputs["attention_mask"].bool().cpu(), generator)
+                    gradients.append(torch.autograd.grad(out, leaf, by)[0])
             activations.store.put(f"gradient-{len(activations.blocks)}-{k}", torch.cat(gradients))
 
     def backward(
@@ -194,15 +196,16 @@ class FisherPass:
         return means
 
 
-def _loss_gradient(out, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the output of the model and the gradient of the loss at it: of cross entropy ``softmax - one hot``, in place."""
-    logits = getattr(out, "logits", None)
-    if logits is None:
-        states = out.last_hidden_state
-        by = torch.zeros_like(states)
-        by[mask] = torch.randn((int(mask.sum()), states.shape[-1]), generator=generator).to(states)
-        return states, by
-    by = logits.detach().float().softmax(-1)
+def _probe(states: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random directions at the tokens in ``mask``."""
+    by = torch.zeros_like(states)
+    by[mask] = torch.randn((int(mask.sum()), states.shape[-1]), generator=generator).to(states)
+    return by
+
+
+def _loss_gradient(logits: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradient of the cross entropy of drawn tokens: ``softmax - one hot``, in place."""
+    by = logits.float().softmax(-1)
     if not bool(torch.isfinite(by).all()):
         raise ValueError(
             "the logits of the original model hold NaN or Inf; mend the weights of its head, or try --dtype float32"
@@ -212,7 +215,7 @@ def _loss_gradient(out, mask: Tensor, generator: torch.Generator) -> tuple[Tenso
         drawn = torch.multinomial(by[rows].cpu(), 1, generator=generator)[:, 0]
         by[(*rows, drawn.to(by.device))] -= 1.0
     by[~mask] = 0.0
-    return logits, by.to(logits.dtype)
+    return by.to(logits.dtype)
 
 
 def clip_norms(rows: Tensor, least: float = 0.1, most: float = 10.0) -> Tensor:

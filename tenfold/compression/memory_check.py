@@ -15,8 +15,8 @@ STATES = 2**28  # bytes of hidden states that are held in memory at most
 LOGITS = 3  # copies of the logits of one sample in float32
 
 
-def check_memory(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, window: int, settings: Calibrate) -> None:
-    """Warn if less memory is free than the compression needs beside what is in memory before it.
+def check_memory(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, window: int, settings: Calibrate) -> int:
+    """Return the bytes that the compression needs beside what is in memory before it; warn if fewer are free.
 
     These are what is outside of the blocks in float32, the hidden states, and the larger of one block and the logits of a sample.
 
@@ -40,6 +40,7 @@ def check_memory(model: PreTrainedModel, plans: list[BlockPlan], tokens: int, wi
             f"about {needed(tokens) / 1e9:.2g} GB of memory are needed and {free / 1e9:.2g} GB are free; {advice} other programs",
             stacklevel=3,
         )
+    return needed(tokens)
 
 
 def _block_bytes(plan: BlockPlan, tokens: int, settings: Calibrate) -> int:

@@ -11,6 +11,7 @@ within the budget, over all ``k``, ``w`` and ``h``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tenfold.compression.actions import BlockPlan
-from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 from tenfold.compression.budget import unit_of
 from tenfold.models.recipe import Budget
 from tenfold.models.stock import stock_head_counts
@@ -112,13 +113,16 @@ def choose_stock(
     budget: Budget,
     plans: Sequence[BlockPlan],
     curves: Sequence[TradeoffCurve],
-    measure_depth: Callable[[list[float], float], list[tuple[int, float]]],
-) -> tuple[dict[str, Any], list[TradeoffCurve]]:
-    """Return what every item and every block that goes becomes, ``{name: option}``, and their curves.
+    measure_depth: Callable[[list[float], float, float], list[tuple[int, float]]],
+) -> tuple[dict[str, Any], list[TradeoffCurve], dict[str, dict[str, Any]]]:
+    """Return what every item and every block that goes becomes, ``{name: option}``, their curves, and what they are.
+
+    These are ``{name: {"kind": .., "size": .., "of": .., "free": ..}}``: ``free`` is the loss where every block has widths of its
+    own within the same budget, None where these can't meet it.
 
     Args:
-        measure_depth: called with the cost of every block and what must go: returns numbers of blocks in the order in which they
-            go, with the loss once each is gone.
+        measure_depth: called with the cost of every block, what must go, and the loss at which it is no longer of use; returns
+            numbers of blocks in the order in which they go, with the loss once each is gone.
 
     Raises:
         ValueError: an item has no stock shapes, or none fit the budget.
@@ -132,12 +136,14 @@ def choose_stock(
     everything = sum(sizes.values())
     total = everything if budget.of == "sites" else unit.total(budget.of)
     excess = (1 - budget.keep) * total
-    removals = [(plans[number].path, loss) for number, loss in measure_depth(list(sizes.values()), excess)]
     allowed = {kind: _allowed(model, budget, kind, curves) for kind in sorted({curve.tied for curve in curves})}
+    costs = [unit.convert(one) for one in curves]
+    budgeted, limit = everything - excess, float("inf")
+    with suppress(NoStockShapes):  # once blocks that are gone lose more than this, no mix with them can be the best
+        limit = choose_stock_shapes(costs, allowed, sizes, [], budgeted).loss
+    removals = [(plans[number].path, loss) for number, loss in measure_depth(list(sizes.values()), excess, limit)]
     try:
-        shapes = choose_stock_shapes(
-            [unit.convert(one) for one in curves], allowed, sizes, removals, everything - excess
-        )
+        shapes = choose_stock_shapes(costs, allowed, sizes, removals, budgeted)
     except NoStockShapes as reason:
         least = reason.args[0] + total - everything
         raise ValueError(
@@ -145,16 +151,29 @@ def choose_stock(
             f"(keep {least / total:.3f}); keep more, or take free shapes"
         ) from None
     chosen: dict[str, Any] = dict.fromkeys(shapes.dropped, DROPPED)
-    found, before = [], 0.0
+    found, about, before = [], {}, 0.0
+    free = _losses_of_free_widths(costs, sum(one.whole for one in costs) - excess)
     for path, loss in removals[: len(shapes.dropped)]:
         found.append(TradeoffCurve(path, np.zeros(1), np.array([loss - before]), [DROPPED], whole=sizes[path]))
+        inside = [loss for name, loss in free.items() if name.startswith(f"{path}.")]
+        about[path] = {"kind": "block", "size": 0, "of": 1, "free": sum(inside) if free else None}
         before = loss
     for curve in curves:
         if not curve.name.startswith(tuple(f"{path}." for path in shapes.dropped)):
             option = chosen[curve.name] = shapes.options[curve.tied]
             cost, loss = curve.whole * option / _full(curve), _loss_at(curve, option)
             found.append(TradeoffCurve(curve.name, np.array([cost]), np.array([loss]), [option], whole=curve.whole))
-    return chosen, found
+            about[curve.name] = {"kind": curve.tied, "size": option, "of": _full(curve), "free": free.get(curve.name)}
+    return chosen, found, about
+
+
+def _losses_of_free_widths(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, float]:
+    """Return ``{name: loss}`` where every item has a size of its own, nothing where that can't meet the budget."""
+    try:
+        chosen = allocate_by_loss(curves, budget)
+    except ValueError:
+        return {}
+    return {curve.name: float(curve.losses[curve.options.index(chosen[curve.name])]) for curve in curves}
 
 
 def _allowed(model: PreTrainedModel, budget: Budget, kind: str, curves: Sequence[TradeoffCurve]) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.evaluation.text_files import check_tokenizer, documents, token_stream
+from tenfold.evaluation.text_files import check_tokenizer, documents, list_files, token_stream
 from tenfold.models.suggestions import check_name
 from tenfold.models.text_mode import context_of, is_masked_lm
 
@@ -46,7 +46,7 @@ class EvalProtocol:
 def perplexity(
     model,
     tokenizer,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     window: int | None = None,
     stride: int | None = None,
     text: str = "raw",
@@ -80,11 +80,11 @@ def perplexity(
     if window > context:
         raise ValueError(f"window {window} is more than the model's context of {context}; use at most that")
     protocol = EvalProtocol(window, stride or window, text, normaliser)
-    digest, size, words = hashlib.sha256(), 0, 0
+    paths, digest, size, words = list_files(files), hashlib.sha256(), 0, 0
 
     def read() -> Iterator[str]:
         nonlocal size, words
-        for part in documents(files, tokenizer):
+        for part in documents(paths, tokenizer):
             digest.update(raw := part.encode())
             size, words = size + len(raw), words + len(part.split())
             yield part
@@ -106,7 +106,7 @@ def perplexity(
         "bytes": round(size * fraction),
         "words": round(words * fraction),
         "text": {
-            "files": [Path(file).name for file in files],
+            "files": [Path(file).name for file in paths],
             "sha256": digest.hexdigest()[:16],
             "limit": limit,
         },

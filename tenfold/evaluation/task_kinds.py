@@ -21,6 +21,7 @@ from transformers import (
 
 from tenfold.evaluation.metrics import METRICS, import_library
 from tenfold.evaluation.text_files import OPENERS
+from tenfold.models.text_mode import known_inputs
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 IGNORED = -100  # the label of a token that does not count in the loss
@@ -198,7 +199,7 @@ class Sentences(Task):
 
     def _predict_batch(self, model, tokenizer, rows, length):
         batch: Any = self.collator(tokenizer)(rows)
-        logits = model(**batch.to(model.device)).logits.float()
+        logits = model(**known_inputs(model, batch.to(model.device))).logits.float()
         return (logits.argmax(-1) if self.labels else logits[:, 0]).tolist()
 
     def collator(self, tokenizer):

@@ -48,7 +48,12 @@ def check_tokenizer(tokenizer) -> None:
         raise ValueError("the model has no tokenizer; copy tokenizer.json and tokenizer_config.json there")
 
 
-def documents(files: Iterable[str | Path], tokenizer=None) -> Iterator[str]:
+def list_files(files: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """Return ``files`` as a list; one path is a list of one."""
+    return [files] if isinstance(files, str | Path) else list(files)
+
+
+def documents(files: str | Path | Iterable[str | Path], tokenizer=None) -> Iterator[str]:
     """Yield the documents of ``files`` in order, without empty ones; a long one comes in pieces, all but the last ``Continued``.
 
     ``.jsonl``, ``.ndjson`` and ``.json`` hold a document in every row, any other file is one document.
@@ -62,7 +67,7 @@ def documents(files: Iterable[str | Path], tokenizer=None) -> Iterator[str]:
         ValueError: a row has no text, or a file is not UTF-8, damaged, or expands as no text does.
         ImportError: a data set of a hub is named and the library ``datasets`` is not installed.
     """
-    for file in files:
+    for file in list_files(files):
         if str(file).startswith(HUB):
             for number, row in enumerate(_stream_rows(str(file)), 1):
                 yield from _split(io.StringIO(_extract_text(row, f"{file}, row {number},", tokenizer)))

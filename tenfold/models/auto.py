@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tenfold.models.checkpoint_format import read_plan
-from tenfold.models.gguf import is_gguf, read_gguf_config, resolve_gguf
+from tenfold.models.gguf import is_gguf, is_path, read_gguf_config, resolve_gguf
 from tenfold.models.loading import from_pretrained, silent
 from tenfold.models.quantization_config import get_tenfold_config
 from tenfold.models.surgery import install_empty
@@ -30,6 +32,10 @@ def read_config(name: str | Path) -> Any:
         return read_gguf_config(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
+    if is_path(name) and not Path(name).exists():
+        raise FileNotFoundError(
+            f"there is no model {str(name)!r}: no such folder; check the path (now in {Path.cwd()})"
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as reason:
@@ -42,6 +48,24 @@ def read_config(name: str | Path) -> Any:
         raise FileNotFoundError(
             f"there is no model {str(name)!r}: no folder, not one of {', '.join(_read_presets())}, and {first}"
         ) from None
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """Return the model of transformers that ``torch.compile`` or ``DataParallel`` has wrapped.
+
+    Raises:
+        ValueError: it is no such model, or peft has put an adapter on it.
+    """
+    if isinstance(model, nn.Module):
+        model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    kind, plain = type(model).__name__, isinstance(model, PreTrainedModel)
+    if plain and not any(hasattr(module, "base_layer") for module in model.modules()):
+        return model
+    if plain or hasattr(model, "peft_config"):
+        raise ValueError(
+            f"peft has put an adapter on this {kind}; merge it (model.merge_and_unload()), or give model.get_base_model()"
+        )
+    raise ValueError(f"a {kind} is no model of transformers; give one, or the name of its folder")
 
 
 def model_class(config: Any, default: Any = AutoModelForCausalLM) -> Any:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.experts import pack
 from tenfold.models.sites import base_model, forget_tie, head_path, is_tied, shape_of
-from tenfold.models.surgery import CONTAINER, factorized_layers
+from tenfold.models.surgery import CONTAINER, factorized_layers, forget_embedding
 from tenfold.nn import Experts, TiedEmbedding, TiedHead
 from tenfold.structure import Structure
 
@@ -41,6 +41,7 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
                 plain.bias = module.bias
             model.set_submodule(path, plain.train(module.training))
     base_model(model)._modules.pop(CONTAINER, None)
+    forget_embedding(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.__dict__.pop("_tied_weights_keys", None)  # back to those of the class

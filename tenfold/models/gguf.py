@@ -15,6 +15,13 @@ def is_gguf(name: str | Path) -> bool:
     return Path(name).suffix.lower() == ".gguf"
 
 
+def is_path(name: str | Path) -> bool:
+    """Tell whether ``name`` can only be a path: a hub's names have one separator at most, and no folder before it."""
+    text = str(name)
+    inside = text.count("/") > 1 or (Path(text).parent.name != "" and Path(text).parent.is_dir())
+    return Path(text).exists() or text.startswith((".", "/", "~")) or inside
+
+
 def resolve_gguf(name: str | Path) -> tuple[str | Path, dict[str, Any]]:
     """Return what ``from_pretrained`` takes for ``name``: a folder and ``gguf_file`` for a GGUF file, else ``name`` alone.
 

@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.checkpoint_format import describe, read_plan, read_structures
-from tenfold.models.gguf import is_gguf, resolve_gguf
+from tenfold.models.gguf import is_gguf, is_path, resolve_gguf
 from tenfold.models.quantization_config import TenfoldConfig, get_tenfold_config
 from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, install_empty
@@ -102,7 +102,7 @@ def from_pretrained(
     if is_gguf(name):
         warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=2)
         where["quantization_config"] = GgufConfig(dequantize=True)
-    elif Path(name).exists() or str(name).startswith((".", "/", "~")):
+    elif is_path(name):
         check_folder(Path(name))
     try:
         with short_class_errors(kind):
@@ -186,6 +186,8 @@ def weight_files(name: str | Path) -> list[Path]:
 def check_output(folder: str | Path, overwrite: bool) -> Path:
     """Return ``folder`` if a result may be written there: new, empty, or ``overwrite``."""
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, and the result is a folder; choose another name")
+    if path.exists() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(f"{path} is there already and not empty; choose another folder or add --overwrite")
     return path

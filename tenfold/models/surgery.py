@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,6 +173,24 @@ def tie(model: PreTrainedModel) -> None:
         if isinstance(module, TiedHead | TiedEmbedding):  # of an embedding that was factorised before
             module.attach(embedding)
     forget_tie(model, own)
+    own_names = vars(model)
+    own_names["resize_token_embeddings"] = partial(_refuse_resize, embedding)
+    if not hasattr(model, "embeddings") or "embeddings" in own_names:  # where peft's prompt tuning looks for it
+        own_names["embeddings"] = nn.ModuleDict({"word_embeddings": embedding})
+
+
+def forget_embedding(model: PreTrainedModel) -> None:
+    """Remove what ``tie`` has put on ``model`` for a factorised embedding."""
+    for name in ("resize_token_embeddings", "embeddings"):
+        vars(model).pop(name, None)
+
+
+def _refuse_resize(embedding: FactorizedEmbedding, size: int | None = None, *arguments, **keywords) -> Any:
+    if size in (None, embedding.num_embeddings) and not arguments and not keywords.get("pad_to_multiple_of"):
+        return embedding
+    raise ValueError(
+        f"the embedding is factorised ({embedding.structure}) and can't be resized; make it dense first: tenfold.densify(model)"
+    )
 
 
 # layers ----------------------------------------------------------------------------------------------------------------

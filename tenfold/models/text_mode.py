@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
@@ -14,6 +18,12 @@ def positions_of(model: PreTrainedModel) -> int | None:
     table = next((m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
     before = getattr(table, "padding_idx", None)  # RoBERTa counts its positions from behind the padding index
     return longest if longest is None or before is None else longest - before - 1
+
+
+def known_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``forward`` of ``model`` takes of a tokenizer's ``batch``, which may have more, such as token types."""
+    takes = signature(model.forward).parameters
+    return {name: value for name, value in batch.items() if name in takes}
 
 
 def context_of(model: PreTrainedModel) -> int:

@@ -106,7 +106,7 @@ class _Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A meta tensor ``(out, in)`` for code that reads shape and dtype; arithmetic on it fails loudly.
+        """A tensor ``(out, in)`` of one NaN for code that reads shape, dtype and device; what is computed from it is NaN.
 
         It is marked as initialised, so that transformers does not initialise it.
         """

@@ -14,7 +14,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
 
 from tenfold.evaluation.perplexity import check_tokens
-from tenfold.evaluation.text_files import documents, token_stream
+from tenfold.evaluation.text_files import documents, list_files, token_stream
 from tenfold.models.distillation_config import Heal
 from tenfold.models.precision import in_bfloat16
 from tenfold.models.text_mode import context_of, is_causal_lm
@@ -49,7 +49,7 @@ def heal(
     model: PreTrainedModel,
     teacher: Teacher | None,
     tokenizer,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     settings: Heal | None = None,
     window: int | None = None,
     seed: int = 0,
@@ -83,7 +83,7 @@ def heal(
             or weights are not finite, the loss diverges, or the processes can't share a step.
         OSError: there is no room on the disk.
     """
-    settings = settings or Heal.model_validate({})
+    settings, files = settings or Heal.model_validate({}), list_files(files)
     guided, causal = settings.losses.keys() - {CROSS_ENTROPY}, is_causal_lm(model)
     window = window or min(context_of(model), 1024)
     _check(model, teacher, tokenizer, settings, window, store)

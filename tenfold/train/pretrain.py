@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import default_data_collator
 
+from tenfold.evaluation.text_files import list_files
 from tenfold.models.atomic_io import atomic_directory
 from tenfold.models.config import Train
 from tenfold.models.distillation_config import Heal
@@ -47,7 +48,7 @@ LOSSES = {"cross_entropy": 0.5, "kl": 0.5}  # with a teacher
 
 def pretrain(
     recipe: Recipe | str | dict,
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     output: str | Path,
     dtype: torch.dtype | str = "float16",
     advance: Advance | None = None,
@@ -78,7 +79,7 @@ def pretrain(
             finite, or the loss diverges.
         OSError: there is no room on the disk; the same call resumes from the last complete checkpoint.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe, data = load_recipe(recipe), list_files(data)
     if recipe.model is None or recipe.train is None:
         raise ValueError(f"recipe {recipe.name!r} has no model or no train section, which pre-training needs")
     check_recipe_keys(recipe)

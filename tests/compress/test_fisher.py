@@ -9,11 +9,13 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import toys
 from plain import gradients, moment, seen, text
 
 from tenfold.compression.calibration import Calibration
 from tenfold.compression.compress import compress
+from tenfold.models.sites import base_model
 
 DAMPING = 1e-9
 MODELS = ["gpt2", "llama", "gemma3_text", "phi", "bert", "headless gpt2", "headless bert"]
@@ -104,3 +106,18 @@ def test_labels_are_drawn_from_what_the_model_says(model, words, monkeypatch):
     foreseen(model, words, ["mlp.in"])
     _, logits = seen(model, words, "lm_head")
     np.testing.assert_allclose(torch.cat(chances), torch.from_numpy(logits).softmax(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForQuestionAnswering"]
+)
+def test_a_classifier_is_compressed_as_its_base_model_is(kind):
+    whole = getattr(transformers, kind)(toys.build("llama").config).eval()
+    base = copy.deepcopy(base_model(whole))
+    recipe = {"replace": [{"prune": "mlp"}], "budget": {"keep": 0.7, "of": "sites"}, "calibrate": {"divergence": 16}}
+    for model in (whole, base):
+        compress(model, recipe, text=text(4))
+    expected, found = base.state_dict(), base_model(whole).state_dict()
+    assert any(name.endswith("mlp.down_proj.matrix") for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

@@ -24,13 +24,18 @@ from tenfold.models.stock import find_stock_form, stock_head_counts
 
 WORDS = text(8)
 RULES = [{"prune": "mlp"}, {"prune": "heads"}]
+NAMES = ["gpt2", "opt", "gpt_neox", "phi", "llama-tied", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "mixtral",
+         "qwen2_moe", "qwen3_moe"]  # fmt: skip
 PLAIN = """
 import sys, torch, transformers
+from pathlib import Path
 sys.modules["tenfold"] = None  # can't be imported
-model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
-assert not [name for name, module in model.named_modules() if "tenfold" in type(module).__module__]
-ids = torch.arange(3, 27).reshape(2, 12)
-torch.save(model(input_ids=ids)[0], sys.argv[3])
+for folder in Path(sys.argv[1]).iterdir():
+    kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model = getattr(transformers, kind).from_pretrained(folder)
+    assert not [name for name, module in model.named_modules() if "tenfold" in type(module).__module__]
+    ids = torch.arange(3, 27).reshape(2, 12)
+    torch.save(model(input_ids=ids)[0], folder / "logits.pt")
 """
 
 
@@ -47,21 +52,21 @@ def size(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi", "llama-tied", "mistral", "qwen2", "qwen3",
-                                  "gemma3_text", "bert", "mixtral", "qwen2_moe", "qwen3_moe"])  # fmt: skip
-def test_result_is_an_ordinary_checkpoint_equal_to_the_model_in_memory(name, tmp_path):
-    model = toys.build(name)
-    keep = 0.9 if name == "bert" else 0.75
-    after, _ = stock(model, keep)
-    save_compressed(after, tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert "quantization_config" not in config and config["architectures"] == [type(model).__name__]
-    logits = tmp_path / "logits.pt"
-    subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path / "small"), type(model).__name__, str(logits)], check=True
-    )
-    torch.testing.assert_close(torch.load(logits), toys.logits(after), atol=2e-6, rtol=0)
-    assert (keep - 0.2) * size(model) < size(after) <= keep * size(model)
+def test_results_are_ordinary_checkpoints_equal_to_the_models_in_memory(tmp_path):
+    expected = {}
+    for name in NAMES:
+        model = toys.build(name)
+        keep = 0.9 if name == "bert" else 0.75
+        after, _ = stock(model, keep)
+        save_compressed(after, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert "quantization_config" not in config and config["architectures"] == [type(model).__name__]
+        assert (keep - 0.2) * size(model) < size(after) <= keep * size(model), name
+        expected[name] = toys.logits(after)
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], check=True)
+    found = {name: torch.load(tmp_path / name / "logits.pt") for name in NAMES}
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name], atol=2e-6, rtol=0, msg=name)
 
 
 def test_free_shapes_have_no_stock_form():
@@ -178,3 +183,20 @@ def test_only_heads_that_a_configuration_can_say_are_pruned(name, counts):
 def test_a_budget_that_no_stock_shape_meets_names_the_smallest():
     with pytest.raises(ValueError, match=r"keep 0.2 of the model can't be met .* \d"):
         stock(toys.build("bert"), 0.2)
+
+
+def test_free_widths_are_foreseen_as_a_run_with_free_shapes_does():
+    found: list[dict] = []
+    settings = {"name": "x", "replace": RULES, "calibrate": {"divergence": 16}}
+    for shapes in ("stock", "free"):
+        budget = {"keep": 0.8, "of": "model", "shapes": shapes, "align": 8}
+        _, report = compress(toys.build("llama"), settings | {"budget": budget}, text=WORDS)
+        found.append(report["choices"])
+    stock_choices, free = found
+    assert sum(one["shape"]["free"] for one in stock_choices) == pytest.approx(sum(one["loss"] for one in free))
+    assert sum(one["loss"] for one in free) <= sum(one["loss"] for one in stock_choices)
+
+
+def test_free_widths_may_not_reach_what_fewer_blocks_do():
+    _, chosen = stock(toys.build("gpt2"), 0.45, [{"prune": "mlp"}])
+    assert "dropped" in chosen.values()

@@ -117,11 +117,9 @@ def test_index_maps_stay_int32_in_every_type(structure):
 @pytest.mark.parametrize("kind", [FactorizedLinear, FactorizedEmbedding])
 def test_the_weight_tells_shape_and_type_and_nothing_else(structure, kind):
     weight = kind(structure, dtype=torch.bfloat16).weight
-    assert (weight.shape, weight.dtype, weight.device.type) == ((OUT, IN), torch.bfloat16, "meta")
+    assert (weight.shape, weight.dtype, weight.device.type) == ((OUT, IN), torch.bfloat16, "cpu")
     assert weight._is_hf_initialized
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        (weight + torch.ones(OUT, IN, dtype=torch.bfloat16)).sum().item()
-    nn.init.normal_(weight)  # what initialisers do to it has no effect
+    assert (weight + torch.ones(OUT, IN, dtype=torch.bfloat16)).sum().isnan()
 
 
 @each
