@@ -35,11 +35,12 @@ from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.gguf import is_gguf
 from tenfold.models.lazy_checkpoint import LazyCheckpoint, open_lazy
-from tenfold.models.loading import check_output, weight_files
+from tenfold.models.loading import check_output
 from tenfold.models.model_card import save_card, save_compressed
 from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites, group_by_block
+from tenfold.models.weight_files import weight_files
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.run_manifest import differences
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tenfold import api
 from tenfold.evaluation.perplexity import check_tokens
 from tenfold.evaluation.text_files import documents, token_stream
-from tenfold.models.loading import weight_files
 from tenfold.models.precision import multiplies_bfloat16
+from tenfold.models.weight_files import weight_files
 from tenfold_cli.memory import reuse_freed_memory
 
 ROWS = 256  # whose distributions are in float32 at once

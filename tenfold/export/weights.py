@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.auto import load_model
 from tenfold.models.lazy_checkpoint import LazyCheckpoint, open_lazy
-from tenfold.models.loading import INDEX
 from tenfold.models.sites import FACTORIZED, base_path
 from tenfold.models.surgery import CONTAINER
+from tenfold.models.weight_files import INDEX
 from tenfold.nn import Experts
 from tenfold.structure import Structure
 

@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import yaml
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from tenfold.models.checkpoint_format import read_plan
-from tenfold.models.gguf import is_gguf, is_path, read_gguf_config, resolve_gguf
+from tenfold.models.atomic_io import read_json
+from tenfold.models.checkpoint_format import check_plain
+from tenfold.models.configuration import build_model, model_class, naming, read_config, read_presets
+from tenfold.models.gguf import resolve_gguf
 from tenfold.models.loading import from_pretrained, silent
-from tenfold.models.quantization_config import get_tenfold_config
-from tenfold.models.surgery import install_empty
 
-
-def read_config(name: str | Path) -> Any:
-    """Read the configuration of a folder, a GGUF file or a name on a hub.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: transformers knows it only by code that comes with it, which is not run.
-    """
-    if is_gguf(name):
-        return read_gguf_config(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
-    if is_path(name) and not Path(name).exists():
-        raise FileNotFoundError(
-            f"there is no model {str(name)!r}: no such folder; check the path (now in {Path.cwd()})"
-        )
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as reason:
-        if "trust_remote_code" in str(reason):
-            raise ValueError(
-                f"{name} is of an architecture that transformers knows only by code that comes with the model, and tenfold runs "
-                "no such code; give a model of an architecture that transformers has itself"
-            ) from None
-        first = str(reason).split("\n")[0].rstrip(".") or type(reason).__name__
-        raise FileNotFoundError(
-            f"there is no model {str(name)!r}: no folder, not one of {', '.join(_read_presets())}, and {first}"
-        ) from None
+# in the order in which a damaged one is named
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -68,17 +42,6 @@ def unwrap(model: Any) -> PreTrainedModel:
     raise ValueError(f"a {kind} is no model of transformers; give one, or the name of its folder")
 
 
-def model_class(config: Any, default: Any = AutoModelForCausalLM) -> Any:
-    """Return the class of transformers that ``config`` names."""
-    return getattr(transformers, (config.architectures or [""])[0], default)
-
-
-def build_model(config: Any, default: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """Build the model of ``config`` without reading weights."""
-    kind = model_class(config, default)
-    return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-
-
 def meta_model(name: str | Path | PreTrainedModel) -> PreTrainedModel:
     """Build a model on the meta device, compressed if its configuration says so.
 
@@ -87,29 +50,30 @@ def meta_model(name: str | Path | PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: the name is neither known here nor found.
+        ValueError: the configuration is damaged, or another tool has quantised the model.
     """
-    presets = _read_presets()
+    presets, default = read_presets(), AutoModel
     if isinstance(name, PreTrainedModel):
         config = deepcopy(name.config)
-        config.architectures = [type(name).__name__]
+        config.architectures, default = None, type(name)
     elif name in presets and not Path(name).exists():
         preset = dict(presets[str(name)])
         architectures = [preset.pop("class")]
         config = AutoConfig.for_model(**preset, architectures=architectures)
     else:
         config = read_config(name)
-    with torch.device("meta"):
-        model = build_model(config, AutoModel)
-    stored = get_tenfold_config(config)
-    if stored is not None:
-        install_empty(model, read_plan(model, stored))
-    return model
+        check_plain(config, name)
+    where = "the model" if isinstance(name, PreTrainedModel) else name
+    with naming(where), torch.device("meta"):
+        return build_model(config, default)
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Load a model of the class that its configuration names."""
+    with naming(name):
+        kind = model_class(read_config(name))
     with silent():
-        return from_pretrained(name, model_class(read_config(name)), dtype=dtype)
+        return from_pretrained(name, kind, dtype=dtype)
 
 
 def load_tokenizer(name: str | Path):
@@ -117,14 +81,34 @@ def load_tokenizer(name: str | Path):
 
     Where there are no files of one, transformers makes one for some kinds of models; it knows special tokens at best, and the
     boundary of words.
+
+    Raises:
+        ValueError: a file of it is damaged.
     """
     place, where = resolve_gguf(name)
+    files = [file for file in (Path(name) / one for one in TOKENIZER_FILES) if file.is_file()]
     try:
         found = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **where)
-    except (OSError, ValueError):
-        return None
-    return found if len(found.get_vocab().keys() - set(found.all_special_tokens)) > 1 else None
+        vocabulary = found.get_vocab().keys() - set(found.all_special_tokens)
+        if len(vocabulary) > 1:
+            found("a word, \u00e4 and 1\n")  # damage may show only here
+    except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
+        raise
+    except BaseException as reason:  # tokenizers raises bare Exception, and panics
+        if not files and isinstance(reason, (OSError, ValueError)):
+            return None
+        words = " ".join(str(reason).split()).rstrip(".")[:300] or type(reason).__name__
+        raise ValueError(f"the tokenizer {_damaged(files) or name} can't be read ({words}); copy it again") from None
+    return found if len(vocabulary) > 1 else None
 
 
-def _read_presets() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load((resources.files("tenfold") / "models" / "model_presets.yaml").read_text())
+def _damaged(files: list[Path]) -> Path | None:
+    """Return the first file that is no JSON object though its name says so, else the first of all."""
+    for file in files:
+        if file.suffix == ".json":
+            try:
+                if not isinstance(read_json(file), dict):
+                    return file
+            except (ValueError, RecursionError):
+                return file
+    return next(iter(files), None)

@@ -20,13 +20,13 @@ class TenfoldQuantizer(HfQuantizer):
     quantization_config: TenfoldConfig
 
     def validate_environment(self, *args, **kwargs) -> None:
-        from tenfold.models.checkpoint_format import read_structures
+        from tenfold.models.checkpoint_format import read_format
 
         if not self.pre_quantized:
             raise ValueError(
                 "the configuration is that of a compressed checkpoint; compress a dense one with tenfold.compress"
             )
-        read_structures(self.quantization_config)
+        read_format(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs) -> None:
         from tenfold.models.loading import install_layers

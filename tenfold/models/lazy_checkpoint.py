@@ -11,14 +11,19 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
-from tenfold.models.architectures import ARCHITECTURES
 from tenfold.models.atomic_io import open_safetensors
-from tenfold.models.auto import build_model, read_config
-from tenfold.models.checkpoint_format import read_plan
+from tenfold.models.configuration import build_model, naming, read_config
 from tenfold.models.experts import unpack
-from tenfold.models.loading import weight_files
-from tenfold.models.quantization_config import get_tenfold_config
-from tenfold.models.surgery import install_empty
+from tenfold.models.weight_files import (
+    FLOATS,
+    Stored,
+    check_factors,
+    check_folder,
+    match_names,
+    read_headers,
+    read_tensor,
+    weight_files,
+)
 
 
 class LazyCheckpoint:
@@ -72,43 +77,47 @@ def open_lazy(
         name: a folder, or a name on a hub.
         dtype: that of the checkpoint unless given.
     """
-    config = read_config(name)
     files = weight_files(name)
-    if not files:
+    if not files or (Path(name) / "adapter_config.json").is_file():  # transformers reads an adapter, too
         return None
-    with init_empty_weights(include_buffers=False):
-        model = build_model(config)
-    unpack(model)
-    stored = get_tenfold_config(config)
-    if stored is not None:
-        install_empty(model, read_plan(model, stored))
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    config = read_config(name)
+    with naming(name):
+        with init_empty_weights(include_buffers=False):
+            model = build_model(config)
+        unpack(model)
+        stored = read_headers(files)
+        check_factors(model, stored)
     if model.can_generate():
         with suppress(OSError):  # none there
             model.generation_config = GenerationConfig.from_pretrained(name)
-    places = _match_tensors(model, files)
+    places = _match_tensors(model, stored)
     if places is None:
         return None
-    kind = dtype or config.dtype or torch.float32
+    first = (dtype for file, _, dtype in stored.values() if file == files[0] and dtype in FLOATS)
+    kind = dtype or config.dtype or next(first, torch.float32)
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
     return LazyCheckpoint(model.eval(), places, kind, torch.device(device))
 
 
-def _match_tensors(model: PreTrainedModel, files: list[Path]) -> dict[str, tuple[Path, str]] | None:
-    """Return file and stored name of every tensor of ``model``; a name may have or lack the prefix of the base model."""
-    stored: dict[str, Path] = {}
-    for file in files:
-        with open_safetensors(file) as inside:
-            stored |= dict.fromkeys(inside.keys(), file)
-    found, prefix = {}, f"{model.base_model_prefix}."
-    table = ARCHITECTURES.get(model.config.model_type)
-    for name in model.state_dict():
-        names = [name]
-        for pattern, other in table.stored if table else ():
-            names += [re.sub(pattern, other, n) for n in names]
-        names += [n.removeprefix(prefix) for n in names] + [prefix + n for n in names]
-        there = next((n for n in names if n in stored), None)
-        if there is not None:
-            found[name] = (stored[there], there)
-        elif name not in model.all_tied_weights_keys:
+def _match_tensors(model: PreTrainedModel, stored: Stored) -> dict[str, tuple[Path, str]] | None:
+    """Return file and stored name of every tensor of ``model``, None where one is missing, left over or not as it should be."""
+    found = match_names(model, stored)
+    for name, tensor in model.state_dict().items():
+        if name not in found and name in model.all_tied_weights_keys:
+            continue
+        if name not in found or stored[found[name]][1] != tuple(tensor.shape):
             return None
-    return found
+        if tensor.is_floating_point() and stored[found[name]][2] not in FLOATS:
+            return None
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    left = stored.keys() - found.values()
+    if any(not any(re.search(pattern, key) for pattern in patterns) for key in left):
+        return None
+    places = {name: (stored[key][0], key) for name, key in found.items()}
+    for name, source in model.all_tied_weights_keys.items():  # transformers unties what has values of its own
+        both = [read_tensor(*places[one]) for one in (name, source) if one in places]
+        if len(both) == 2 and not torch.equal(*both):
+            return None
+    return places

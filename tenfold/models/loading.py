@@ -3,76 +3,62 @@
 ``config.json`` keeps its ``model_type`` and says in ``quantization_config`` which sites have which structures
 (``tenfold.models.checkpoint_format``). Nothing is ever unpickled.
 
-The quantizer refuses factors that are missing or have another shape, unknown structures and newer formats. It can't see a
-missing file, or missing tensors of the ordinary layers, which transformers only warns of and initialises at random:
+The quantizer refuses factors that are missing or have another shape or type, unknown structures and newer formats. It can't
+see a missing file, or ordinary tensors that are missing, left over or of another shape, which transformers only warns of:
 ``from_pretrained`` refuses them.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForPreTraining, GgufConfig, PreTrainedModel
 from transformers.utils import logging
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from tenfold.models.atomic_io import open_safetensors
-from tenfold.models.checkpoint_format import describe, read_plan, read_structures
+from tenfold.models.checkpoint_format import describe, read_plan
+from tenfold.models.configuration import build_model, model_class, naming, read_config
 from tenfold.models.gguf import is_gguf, is_path, resolve_gguf
-from tenfold.models.quantization_config import TenfoldConfig, get_tenfold_config
+from tenfold.models.quantization_config import TenfoldConfig
 from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, install_empty
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MISMATCH = "its weights and its config.json do not belong together: save it again from the model"
+from tenfold.models.weight_files import MISMATCH, check_factors, check_folder, check_present, read_headers
 
 
 def install_layers(model: PreTrainedModel, config: TenfoldConfig, files: Iterable[str | Path]) -> None:
     """Put empty factorized layers into ``model``, whose weights are about to be read from ``files``.
 
     Raises:
-        ValueError: a stored factor has another shape than its structure in ``config``.
+        ValueError: a stored factor is missing, or is not what its structure in ``config`` needs.
     """
-    shapes = {}
-    for path in files:
-        if str(path).endswith(".safetensors"):
-            with open_safetensors(path) as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    for path, structure in read_structures(config).items():
-        for factor, shape in {**structure.factor_shapes(), **structure.index_shapes()}.items():
-            key = f"{path}.{factor}"
-            if shapes.get(key, shape) != shape:
-                raise ValueError(
-                    f"{key} has shape {shapes[key]}, but config.json says {structure}, which needs {shape}; restore "
-                    "the config.json that was saved with these weights"
-                )
     install_empty(model, read_plan(model, config))
+    files = list(files)
+    if files and all(str(path).endswith(".safetensors") for path in files):
+        check_factors(model, read_headers(files))
 
 
 def finish_loading(model: PreTrainedModel, config: TenfoldConfig) -> None:
     """Make ``model`` an ordinary one once its weights are read, which trains, casts and saves like any other.
 
     Raises:
-        ValueError: no file held a factor; transformers marks the tensors that it has read.
+        ValueError: a factor was not read; transformers marks the tensors that it has read.
     """
-    unread = [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, FACTORIZED) or path.split(".")[-1] == CONTAINER
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # offloaded tensors are on meta
-    ]
-    if unread:
-        raise ValueError(
-            f"the checkpoint lacks {', '.join(unread[:4])} ({len(unread)} tensors of factorized layers); {MISMATCH}"
-        )
+    check_present(
+        [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, FACTORIZED) or path.split(".")[-1] == CONTAINER
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # offloaded tensors are on meta
+        ]
+    )
     for layer in model.modules():
         if isinstance(layer, FACTORIZED):
             layer.freeze()
@@ -85,46 +71,101 @@ def finish_loading(model: PreTrainedModel, config: TenfoldConfig) -> None:
 
 
 def from_pretrained(
-    name: str | Path, kind: Any = AutoModelForCausalLM, whole: bool = False, **kwargs
+    name: str | Path, kind: Any = AutoModelForCausalLM, new_head: bool = True, **kwargs
 ) -> PreTrainedModel:
     """Load ``kind.from_pretrained(name)``, and refuse what the plain loader would load wrongly.
 
     Args:
         name: a folder, a GGUF file, or a name on a hub.
         kind: an Auto class or a model class.
-        whole: also refuse a dense model that lacks tensors, and one of another class, which lacks its head.
+        new_head: let a class that is not the checkpoint's own have a head that the checkpoint lacks, with a warning.
 
     Raises:
         FileNotFoundError: the folder, its config.json or a shard is missing.
-        ValueError: tensors are missing, a factor has another shape than its structure, or the format is not known.
+        ValueError: tensors are missing, left over or of another shape or type than the configuration says.
+    """
+    model, new = load_with_head(name, kind, **kwargs)
+    if new and not new_head:
+        raise ValueError(
+            f"{name} lacks {', '.join(new[:4])} ({len(new)} tensors) of a {type(model).__name__}, which would be random; "
+            "copy its files again, or, where that is wanted, load it as such a model and save that"
+        )
+    if new:
+        warnings.warn(
+            f"{name} has no {', '.join(new[:4])}: this head of a {type(model).__name__} is new, so train it first",
+            stacklevel=2,
+        )
+    return model
+
+
+def load_with_head(
+    name: str | Path, kind: Any, heads: tuple[str, ...] = (), **kwargs
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load as ``from_pretrained`` does, and return also the names of the tensors of a new head, which are random.
+
+    Args:
+        heads: beginnings of the names of tensors that may have another shape in the checkpoint, and are new then.
     """
     place, where = resolve_gguf(name)
     if is_gguf(name):
-        warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=2)
+        warnings.warn(f"{name} is dequantised: its weights are ordinary matrices from here on", stacklevel=3)
         where["quantization_config"] = GgufConfig(dequantize=True)
     elif is_path(name):
         check_folder(Path(name))
-    try:
-        with short_class_errors(kind):
-            model, report = kind.from_pretrained(place, output_loading_info=True, **where, **kwargs)
-    except SafetensorError as reason:
-        raise ValueError(
-            f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
-        ) from None
-    missing = sorted(report["missing_keys"])
-    if missing and whole:
-        raise ValueError(
-            f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) of a {type(model).__name__}, which would be random; "
-            "copy its files again, or, where that is wanted, load it as such a model and save that"
-        )
-    same = type(model).__name__ in (model.config.architectures or ())  # another class brings a new head, rightly
-    if missing and same and get_tenfold_config(model.config) is not None:
-        left = sorted(report["unexpected_keys"])
-        raise ValueError(
-            f"{name} lacks {', '.join(missing[:4])} ({len(missing)} tensors) and has {', '.join(left[:4]) or 'none'} "
-            f"left over; {MISMATCH}"
-        )
-    return model
+    config = read_config(name)
+    given = {"trust_remote_code": False} | where | kwargs
+    given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with naming(name), short_class_errors(kind):
+        try:
+            with silent(reports=False):  # what is wrong is refused below
+                model, report = kind.from_pretrained(place, **given)
+        except SafetensorError as reason:
+            raise ValueError(
+                f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
+            ) from None
+        return model, _check_report(name, model, config, report, heads)
+
+
+def _check_report(
+    name: str | Path, model: PreTrainedModel, config: Any, report: dict[str, Any], heads: tuple[str, ...]
+) -> list[str]:
+    """Return the tensors of a new head among those that transformers ``report``s, once all others are right.
+
+    Only what the checkpoint's own class lacks is a new head, and only what another class of the architecture has may be left
+    over: a head, or a pooler.
+    """
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    resized = sorted(report["mismatched_keys"])
+    new = [key for key, *_ in resized if key.startswith(heads)] if heads else []
+    resized = [f"{key} of shape {tuple(a)} for {tuple(b)}" for key, a, b in resized if key not in new]
+    own = model_class(config, type(model))
+    if missing and own is not type(model):
+        known = _names_of(config, own)
+        new += [key for key in missing if _bare(model, key) not in known]
+        missing = [key for key in missing if key not in new]
+    if unexpected:
+        known = set().union(*(_names_of(config, one) for one in (own, AutoModel, AutoModelForPreTraining)))
+        unexpected = [key for key in unexpected if _bare(model, key) not in known]
+    wrong = [f"lacks {', '.join(missing[:4])} ({len(missing)} tensors)"] if missing else []
+    wrong += [f"has {', '.join(unexpected[:4])} ({len(unexpected)} tensors) left over"] if unexpected else []
+    wrong += [f"has {', '.join(resized[:4])}"] if resized else []
+    if wrong:
+        raise ValueError(f"{name} {' and '.join(wrong)}; {MISMATCH}")
+    return new
+
+
+def _bare(model: PreTrainedModel, key: str) -> str:
+    return key.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _names_of(config: Any, kind: Any) -> set[str]:
+    """Return the names of the tensors of a class, without the prefix of the base model; none where there is no such class."""
+    config = copy.deepcopy(config)
+    config.architectures = None
+    with suppress(ValueError), torch.device("meta"), silent(reports=False):
+        model = build_model(config, kind)
+        return {_bare(model, key) for key in model.state_dict()}
+    return set()
 
 
 @contextmanager
@@ -154,33 +195,6 @@ def silent(reports: bool = True):
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-def check_folder(folder: Path) -> None:
-    """Raise FileNotFoundError if ``folder`` lacks config.json or a file of weights that its index names."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
-    files = weight_files(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors); copy them there too")
-    if missing := next((file for file in files if not file.is_file()), None):
-        raise FileNotFoundError(f"{folder} lacks the weights {missing.name}; copy that file there too")
-
-
-def weight_files(name: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or of a name on a hub, none where there are none."""
-    if is_gguf(name):
-        return []
-    if Path(name).is_dir():
-        index = Path(name) / INDEX
-        if index.is_file():
-            return [Path(name) / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        return [path for path in [Path(name) / SINGLE] if path.is_file()]
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if single := cached_file(str(name), SINGLE, **quiet):
-        return [Path(single)]
-    index = cached_file(str(name), INDEX, **quiet)
-    return [Path(file) for file in get_checkpoint_shard_files(str(name), index)[0]] if index else []
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:

@@ -11,7 +11,9 @@ METHOD, VERSION = "tenfold", 1
 
 
 class TenfoldConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model; unknown keys are dropped.
+    """``quantization_config`` of a compressed model, as it is said; ``checkpoint_format.read_format`` checks it.
+
+    Unknown keys are dropped.
 
     Args:
         sites: ``{path: {structure, bias, shared, frozen, mask}}``, the last three where there are any.
@@ -20,11 +22,16 @@ class TenfoldConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, sites: dict | None = None, untied: bool = False, recipe: str = "", format_version=VERSION, **unknown
+        self,
+        sites: dict | None = None,
+        untied: bool = False,
+        recipe: str = "",
+        format_version: int = VERSION,
+        **unknown,
     ):
         self.quant_method: Any = METHOD
         self.format_version = format_version
-        self.sites, self.untied, self.recipe = sites or {}, untied, recipe
+        self.sites, self.untied, self.recipe = {} if sites is None else sites, untied, recipe
 
 
 register_quantization_config(METHOD)(TenfoldConfig)  # no decorator, which would hide the type

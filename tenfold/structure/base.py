@@ -40,6 +40,10 @@ class FactorSpec(ABC):
         """Return the shape of every index map: int32 buffers among the factors, not counted as parameters."""
         return {}
 
+    def index_limits(self) -> dict[str, int]:
+        """Return the number of places that every index map chooses from, each at most once."""
+        return {}
+
     @property
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.factor_shapes().values())
@@ -189,6 +193,9 @@ class Structure(FactorSpec):
 
     def index_shapes(self) -> dict[str, tuple[int]]:
         return {name: (length,) for einsum in self._einsums for name, length, _ in einsum.maps}
+
+    def index_limits(self) -> dict[str, int]:
+        return {name: limit for einsum in self._einsums for name, _, limit in einsum.maps}
 
     @property
     def index_numel(self) -> int:

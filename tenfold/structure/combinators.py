@@ -227,6 +227,10 @@ class CustomEinsum(Structure, kind="diagram"):
             spec["sizes"] = _pairs(spec["sizes"])
         return spec
 
+    def check(self) -> None:
+        if not (self.outs and self.ins):
+            raise ValueError(f"outs {self.outs} and ins {self.ins} need a label at least, one that may have size 1")
+
     def normal_form(self) -> tuple[ScatteredEinsum, ...]:
         return (ScatteredEinsum(EinsumSpec(self.outs, self.ins, self.factors, self.sizes)),)
 

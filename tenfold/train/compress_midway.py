@@ -19,6 +19,7 @@ from tenfold.compression.compress import compress
 from tenfold.models.atomic_io import disk_full_errors, read_json, write_json
 from tenfold.models.config import Calibrate
 from tenfold.models.distributed import barrier, is_main_process
+from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.recipe import Recipe
 from tenfold.train.checkpoints import COMPRESSED, STATE, last_checkpoint, step_of
@@ -52,7 +53,8 @@ def compress_midway(
         make_plan(new_empty_model(plain, tokenizer), recipe)
     if last_checkpoint(target.parent) is None:
         arguments = _train_dense(make_trainer(new_model(plain, tokenizer), dense), step)
-        model, report = _load(last_checkpoint(dense), recipe).to(arguments.device), {}
+        loaded: Any = _load(last_checkpoint(dense), recipe)
+        model, report = loaded.to(arguments.device), {}
         text = _calibration(windows, step * step_size(arguments), recipe)
         for stage in recipe.stage_recipes():
             report = compress(model, stage, text=stage.calibrate and text)[1]
@@ -66,8 +68,8 @@ def compress_midway(
 
 def _load(checkpoint: Any, recipe: Any):
     attention = recipe.model.get("attn_implementation")
-    auto_class = AUTO_CLASSES[recipe.training.objective]
-    return auto_class.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention)
+    given = {"dtype": torch.float32, "attn_implementation": attention}
+    return from_pretrained(checkpoint, AUTO_CLASSES[recipe.training.objective], **given)
 
 
 def _train_dense(trainer: DivergenceGuardTrainer, step: int) -> TrainingArguments:

@@ -21,9 +21,10 @@ from tenfold.evaluation.tasks import example_length, find_task, set_padding
 from tenfold.models.atomic_io import atomic_directory, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.distributed import barrier, is_main_process
-from tenfold.models.loading import check_folder, check_output, silent
+from tenfold.models.loading import check_output, load_with_head, silent
 from tenfold.models.precision import saved_dtype
 from tenfold.models.suggestions import check_name
+from tenfold.models.weight_files import check_folder
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.methods import METHODS, unfreeze_head
 from tenfold.train.run_manifest import check_same, versions
@@ -267,15 +268,11 @@ def _run_seed(name, task: Task, examples, given: Settings, device, folder: Path,
 def _load(name: str | Path, task: Task) -> tuple[PreTrainedModel, Any, set[str]]:
     """Return the model with a head for ``task``, the tokenizer, and the names of the parameters that are new."""
     tokenizer, (auto_class, settings) = load_tokenizer(name), task.model_class()
-    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # a head of another task
-    with silent(reports=False):  # of a new head, which is in the report
-        model, loaded = auto_class.from_pretrained(name, dtype=torch.float32, **settings)
+    with silent():
+        model, new = load_with_head(name, auto_class, HEADS, dtype=torch.float32, **settings)
     task.check_model(model)
     set_padding(model, tokenizer)
-    resized = {key for key, *_ in loaded["mismatched_keys"]}
-    if other := sorted(key for key in resized if not key.startswith(HEADS)):
-        raise ValueError(f"{name} has tensors of another size than its config.json says: {', '.join(other[:4])}")
-    return model, tokenizer, set(loaded["missing_keys"]) | resized
+    return model, tokenizer, set(new)
 
 
 def _arguments(place: Path, given: Settings, rate: float, seed: int, device: str | None):

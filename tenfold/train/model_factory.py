@@ -25,7 +25,9 @@ SPECIAL_TOKENS = ("pad_token_id", "mask_token_id", "cls_token_id", "sep_token_id
 def new_model(recipe: Recipe, tokenizer):
     """Return the recipe's model with random weights, structured where its rules say so; or load the one it starts from."""
     if recipe.origin:
-        return from_pretrained(recipe.origin, AUTO_CLASSES[recipe.training.objective], whole=True, dtype=torch.float32)
+        return from_pretrained(
+            recipe.origin, AUTO_CLASSES[recipe.training.objective], new_head=False, dtype=torch.float32
+        )
     model = _build(recipe, _configure_for(recipe, tokenizer))
     _check_positions(recipe, window_length(recipe), model)  # RoBERTa counts positions from the tokenizer's padding
     if recipe.replace:

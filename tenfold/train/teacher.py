@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.auto import load_model, load_tokenizer, read_config
-from tenfold.models.loading import weight_files
 from tenfold.models.text_mode import is_causal_lm
+from tenfold.models.weight_files import weight_files
 
 Teacher = PreTrainedModel | str | Path
 

@@ -96,7 +96,6 @@ def structured(**fields):
     return lambda found: {**found, "sites": {SITE: {"bias": False, "structure": {"kind": "low_rank", **fields}}}}
 
 
-CORES = {"kind": "tensor_train", "outs": [12] + [1] * 24, "ins": [8] + [1] * 24, "ranks": [1] * 24}
 WRONG = {
     "sites-list": lambda found: {**found, "sites": [1]},
     "sites-text": lambda found: {**found, "sites": "x"},
@@ -131,25 +130,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_configuration_of_wrong_types_is_refused(call, folded, tmp_path, kind, request):
-    if kind != "untied-text":
-        request.applymarker(open_point("a traceback, no name of the folder, or accepted"))
+def test_a_configuration_of_wrong_types_is_refused(call, folded, tmp_path, kind):
     change_site(folded, WRONG[kind])
-    status, _, err = call("densify", folded, "-o", tmp_path / "dense")
+    status, _, err = call("export", folded, "--to", "dense", "-o", tmp_path / "dense")
     assert status == 2 and "folded" in said(err) and not (tmp_path / "dense").exists(), (status, err[-300:])
 
 
-ARCHITECTURES = [
-    [],
-    *(pytest.param(v, marks=[open_point("a traceback")]) for v in (3, ["Nothing"], ["Path"], [None], "x", {})),
-]
-
-
-@pytest.mark.parametrize("value", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("value", [[], 3, ["Nothing"], ["Path"], [None], "x", {}], ids=str)
 def test_architectures_that_name_no_model_are_refused(call, folded, tmp_path, value):
     config = json.loads((folded / "config.json").read_text())
     (folded / "config.json").write_text(json.dumps(config | {"architectures": value}))
-    status, _, err = call("densify", folded, "-o", tmp_path / "dense")
+    status, _, err = call("export", folded, "--to", "dense", "-o", tmp_path / "dense")
     assert status == 0 if value == [] else (status == 2 and "folded" in said(err)), (status, err[-300:])
 
 
@@ -157,28 +148,19 @@ INDEXES = ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weig
 OUTSIDE = ["../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors", ".", ""]
 
 
-@pytest.mark.parametrize("command", ["densify", "compress"])
+@pytest.mark.parametrize("command", ["export", "compress"])
 @pytest.mark.parametrize(
     "raw", [*INDEXES, *(json.dumps({"weight_map": {"a": name}}) for name in OUTSIDE)], ids=lambda raw: raw[:40]
 )
-def test_index_files_of_other_types_and_names_outside_are_refused(call, kept, llama, tmp_path, raw, command, request):
-    if not (command == "densify" and raw.endswith(('".safetensors"}}',))):
-        request.applymarker(open_point("a traceback, or a file outside of the folder is read"))
+def test_index_files_of_other_types_and_names_outside_are_refused(call, kept, llama, tmp_path, raw, command):
     shutil.move(llama / "model.safetensors", tmp_path / "secret.safetensors")
     (llama / "model.safetensors.index.json").write_text(raw)
-    more = ("--keep", 0.8, "--calibrate", llama / "text.txt") if command == "compress" else ()
+    more = ("--keep", 0.8, "--calibrate", llama / "text.txt") if command == "compress" else ("--to", "dense")
     status, _, err = call(command, llama, "-o", tmp_path / "out", *more)
     assert status == 2 and "model.safetensors.index.json" in said(err), (status, err[-300:])
 
 
-DAMAGED = ("{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000)
-BARE = open_point("tokenizers raises bare Exception, and panics")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    ["", *(pytest.param(raw, marks=[BARE]) for raw in ("{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000))],
-)
+@pytest.mark.parametrize("raw", ["", "{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000])
 def test_a_damaged_tokenizer_is_named(call, llama, raw):
     (llama / "tokenizer.json").write_text(raw)
     status, _, err = call("generate", llama, "the old", "--max-new-tokens", 2)
@@ -307,7 +289,6 @@ def test_code_of_a_tokenizer_never_runs(folded, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@open_point("more than tensors in a .bin is a traceback")
 def test_a_pickle_with_more_than_tensors_is_refused(call, llama, tmp_path):
     (llama / "model.safetensors").unlink()
     torch.save({"a": Path("x")}, llama / "pytorch_model.bin")

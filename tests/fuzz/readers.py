@@ -23,10 +23,9 @@ from tenfold.compression.resume_state import ResumeState
 from tenfold.evaluation.text_files import documents
 from tenfold.models.auto import load_tokenizer, meta_model
 from tenfold.models.checkpoint_format import read_structures
-from tenfold.models.lazy_checkpoint import weight_files
-from tenfold.models.loading import check_folder
 from tenfold.models.quantization_config import TenfoldConfig
 from tenfold.models.recipe import load_recipe, parse_recipe
+from tenfold.models.weight_files import check_folder, weight_files
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.run_manifest import check_recipe
 from tenfold.train.tokenizer import train_tokenizer

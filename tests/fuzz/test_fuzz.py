@@ -58,7 +58,6 @@ KINDS = (
     "sum",
     "stacked",
     "placed",
-    "transposed",
     "diagram",
     "cola",
 )
@@ -73,19 +72,19 @@ def known(tmp_path_factory):
 READERS = {
     "recipe values": (500, ""),
     "recipe files": (100, ""),
-    "structures": (800, "sites, structures and versions of other types"),
+    "structures": (800, ""),
     "json lines": (400, ""),
     "plain text": (200, ""),
     "xz": (100, ""),
     "gz": (100, ""),
-    "tokenizer": (20, "tokenizers and transformers raise Exception, TypeError and AttributeError"),
+    "tokenizer": (20, ""),
     "tokens": (100, ""),
     "run note": (100, "notes of another type"),
     "resume state": (100, "notes of another type"),
     "trainer state": (100, ""),
-    "index": (100, "index files of another type"),
-    "config": (20, "configurations of another type"),
-    "model": (40, "configurations of another type; factors without their structure; random weights"),
+    "index": (100, ""),
+    "config": (20, ""),
+    "model": (40, ""),
 }
 
 

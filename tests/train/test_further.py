@@ -169,9 +169,7 @@ def test_a_model_that_lacks_tensors_is_refused(place, tmp_path):
     kept = load_file(tmp_path / "damaged" / "model.safetensors")
     del kept["transformer.h.1.mlp.c_fc.weight"]
     save_file(kept, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"damaged lacks transformer.h.1.mlp.c_fc.weight \(1 tensors\) of a GPT2LMHeadModel"
-    ):
+    with pytest.raises(ValueError, match=r"damaged lacks transformer.h.1.mlp.c_fc.weight \(1 tensors\); its weights"):
         pretrain(further(tmp_path / "damaged"), [place / "text.txt"], tmp_path / "run")
     config = AutoConfig.from_pretrained(place / "dense", tie_word_embeddings=False, pad_token_id=0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classes")
