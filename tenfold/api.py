@@ -34,6 +34,7 @@ from tenfold.models.cost import inspect as inspect
 from tenfold.models.cost import price as price
 from tenfold.models.distillation_config import Heal
 from tenfold.models.loading import from_pretrained as from_pretrained
+from tenfold.models.output_folder import claim_output
 from tenfold.models.plan import make_plan
 from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe as Recipe
@@ -127,9 +128,10 @@ def heal(model, teacher, tokenizer=None, files=(), settings: Heal | None = None,
         raise ValueError(
             f"nothing would be left of the healed {model}; give output, a folder, or a model that is loaded"
         )
-    loaded, found = load(model, dtype="float32")
-    report = train(loaded, teacher, tokenizer or found, files, settings, **options)
-    save(loaded, output, tokenizer or found, {"heal": report})
+    with claim_output(output):
+        loaded, found = load(model, dtype="float32")
+        report = train(loaded, teacher, tokenizer or found, files, settings, **options)
+        save(loaded, output, tokenizer or found, {"heal": report})
     return report
 
 

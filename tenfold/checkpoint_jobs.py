@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,15 +29,16 @@ from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.stock_shapes import DROPPED
 from tenfold.compression.weight_source import StreamedWeights
 from tenfold.evaluation.text_files import list_files
-from tenfold.models.atomic_io import atomic_directory, file_stamps, read_json, write_json
+from tenfold.models.atomic_io import RUN, atomic_directory, file_stamps, move_files, near, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.checkpoint_format import check_plain
+from tenfold.models.deepen import RECIPE, deepen
 from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.gguf import is_gguf
 from tenfold.models.lazy_checkpoint import LazyCheckpoint, open_lazy
-from tenfold.models.loading import check_output
-from tenfold.models.model_card import save_card, save_compressed
+from tenfold.models.model_card import check_report, save_card, save_compressed
+from tenfold.models.output_folder import check_output, claim_output, digest
 from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.models.sites import find_sites, group_by_block
@@ -45,12 +47,18 @@ from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.run_manifest import differences
 
 
-def check_job(name: str | Path, output: str | Path, overwrite: bool) -> Path:
-    """Return the output folder after every process has checked it and that tenfold can read the checkpoint ``name``."""
-    output = check_output(Path(output), overwrite)
+@contextmanager
+def start_job(name: str | Path, output: Path, overwrite: bool, run: dict[str, Any]) -> Iterator[str | None]:
+    """Claim ``output`` for a job on the checkpoint ``name``; yield the digest of ``run``, None if its result is there already."""
     check_plain(read_config(str(name)), name)
-    barrier()  # the first process must not write before the others have looked
-    return output
+    with claim_output(output):
+        barrier()  # until the first process has published what is complete
+        finished = check_output(output, overwrite, digest(run))
+        barrier()  # the first process must not write before the others have looked
+        yield None if finished else digest(run)
+        barrier()  # until no process reads the folder of the unfinished job any more
+        if is_main_process():
+            _discard(output, run)
 
 
 def compress_checkpoint(
@@ -100,40 +108,42 @@ def compress_checkpoint(
         OSError: the disk is full; what is finished stays, and the same call resumes.
         ValueError: a stage needs text that is missing, or ``tenfold.compress`` refuses the job.
     """
-    output, recipe = check_job(name, output, overwrite), load_recipe(recipe)
+    output, recipe = Path(output), load_recipe(recipe)
     files, heal_files = list_files(files), list_files(heal_files)
     if heal_files:
         recipe = api.with_healing(recipe, bool(files), heal_tokens)
-    settings = _fingerprint(recipe, [*files, *heal_files], name, samples=num_samples, dtype=str(dtype))
+    _check_texts(recipe, files, heal_files)
+    asked = {"samples": num_samples, "dtype": str(dtype), "source": source, "max_shard_size": max_shard_size}
+    settings = _fingerprint(recipe, [*files, *heal_files], name, **asked)
     how: dict[str, Any] = {"progress": progress, "announce": announce}
-    if recipe.stages:
-        _check_texts(recipe, files, heal_files)
-        shared = {"device": device, "dtype": dtype, "command": command}
-        compress_stage = partial(
-            compress_checkpoint, num_samples=num_samples, max_shard_size=max_shard_size, **shared, **how
-        )
-        heal_stage = partial(heal_checkpoint, teacher=name, files=heal_files, advance=advance, **shared)
-        folder = _partial_folder(output, settings, overwrite, "*/config.json")
-        return _run_stages(name, output, folder, recipe, files, compress_stage, heal_stage, command)
-    checkpoint = folder = tensors = None
-    if files and not (recipe.transform or recipe.squeeze or any(rule.share for rule in recipe.replace)):
-        checkpoint = open_lazy(name, api.resolve_device(device), resolve_dtype(dtype, default=None))
-    if checkpoint is None:
-        model, tokenizer = api.load(name, device, dtype)
-    else:
-        model, tokenizer = checkpoint.model, load_tokenizer(name)
-    text = api.read_calibration(model, tokenizer, files, recipe, num_samples) if files else None
-    if checkpoint is None:
-        model, report = compress(model, recipe, source, text=text, **how)
-    else:
-        folder = _partial_folder(output, settings, overwrite)
-        model, report, tensors = _compress_blocks(checkpoint, recipe, text, folder, how)
-    barrier()  # until no process reads the folder any more
-    if is_main_process():
-        save_compressed(model, output, tokenizer, report, command, max_shard_size, tensors)
-        _remove(folder)
-    barrier()
-    return report
+    with start_job(name, output, overwrite, settings) as run:
+        if run is None:
+            return read_report(output)
+        if recipe.stages:
+            shared = {"device": device, "dtype": dtype, "command": command}
+            compress_stage = partial(
+                compress_checkpoint, num_samples=num_samples, max_shard_size=max_shard_size, **shared, **how
+            )
+            heal_stage = partial(heal_checkpoint, teacher=name, files=heal_files, advance=advance, **shared)
+            folder = _partial_folder(output, settings, overwrite, "*/config.json")
+            return _run_stages(name, output, folder, recipe, files, compress_stage, heal_stage, command, run)
+        checkpoint = tensors = None
+        if files and not (recipe.transform or recipe.squeeze or any(rule.share for rule in recipe.replace)):
+            checkpoint = open_lazy(name, api.resolve_device(device), resolve_dtype(dtype, default=None))
+        if checkpoint is None:
+            model, tokenizer = api.load(name, device, dtype)
+        else:
+            model, tokenizer = checkpoint.model, load_tokenizer(name)
+        text = api.read_calibration(model, tokenizer, files, recipe, num_samples) if files else None
+        if checkpoint is None:
+            model, report = compress(model, recipe, source, text=text, **how)
+        else:
+            folder = _partial_folder(output, settings, overwrite)
+            model, report, tensors = _compress_blocks(checkpoint, recipe, text, folder, how)
+        barrier()  # until no process reads the folder any more
+        if is_main_process():
+            save_compressed(model, output, tokenizer, report, command, max_shard_size, tensors, run)
+        return report
 
 
 def _compress_blocks(
@@ -167,7 +177,7 @@ def _check_texts(recipe: Recipe, files: Sequence[str | Path], heal_files: Sequen
 
 def _run_stages(
     name: str | Path, output: Path, folder: Path, recipe: Recipe, files: Sequence[str | Path], compress_stage: Callable,
-    heal_stage: Callable, command: str,
+    heal_stage: Callable, command: str, run: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress and heal stage by stage, from checkpoint to checkpoint in ``folder``."""
     reports = []
@@ -178,16 +188,14 @@ def _run_stages(
         if stage.heal and not healed.exists():
             heal_stage(compressed, output=healed, settings=stage.heal)
         name = healed if stage.heal else compressed
-        reports.append(read_json(name / "tenfold.json"))
+        reports.append(read_report(name))
     first = {key: reports[0][key] for key in ("parameters_dense", "flops_per_token_dense")}
     report = reports[-1] | first | {"recipe": recipe.model_dump(exclude_defaults=True), "stages": reports}
     barrier()  # until all processes have read the folder
     if is_main_process():
-        with atomic_directory(output) as new:
-            shutil.copytree(name, new, ignore=shutil.ignore_patterns("runs"), dirs_exist_ok=True)
-            save_card(new, None, report, command, output.name)
-        _remove(folder)
-    barrier()
+        with atomic_directory(output, run) as new:
+            shutil.copytree(name, new, ignore=shutil.ignore_patterns("runs", RUN), dirs_exist_ok=True)
+            save_card(new, None, report, command, output.absolute().name)
     return report
 
 
@@ -211,31 +219,62 @@ def heal_checkpoint(
     Args:
         options: further arguments of ``tenfold.heal``.
     """
-    output, files = check_job(name, output, overwrite), list_files(files)
-    model, tokenizer = api.load(name, device)
-    saved_dtype = resolve_dtype(dtype, default=model.dtype)
-    asked = {key: str(options.get(key)) for key in ("window", "seed", "top_k", "store")}
-    folder = _partial_folder(
-        output, _fingerprint(settings, files, name, teacher, **asked), overwrite, "checkpoints/checkpoint-*"
-    )
-    checkpoints = folder / "checkpoints"
-    try:
-        report = api.heal(model.float(), teacher, tokenizer, files, settings, checkpoints=checkpoints, **options)
-    except BaseException:
-        if is_main_process() and last_checkpoint(checkpoints) is None:  # nothing to resume from
-            _remove(folder)
-        raise
-    if is_main_process():
-        compressed = Path(name) / "tenfold.json"
-        before = read_json(compressed) if compressed.is_file() else {}
-        commands = f"{before.get('command', '')}\n{command}".strip()
-        save_compressed(model.to(saved_dtype), output, tokenizer, before | {"heal": report}, commands)
-        for log in filter(Path.exists, (checkpoints / "log.jsonl", checkpoints / "runs")):
-            _remove(output / log.name)
-            log.rename(output / log.name)
-        _remove(folder)
-    barrier()
+    output, files = Path(output), list_files(files)
+    keys = ("window", "seed", "top_k", "store")
+    asked = {key: str(options.get(key)) for key in keys} | {"dtype": str(dtype)}
+    run = _fingerprint(settings, files, name, teacher, **asked)
+    with start_job(name, output, overwrite, run) as running:
+        checkpoints = near(output, "partial") / "checkpoints"
+        if running is None:
+            _move_logs(checkpoints, output)
+            return read_report(output)["heal"]
+        before = read_report(Path(name)) if (Path(name) / "tenfold.json").is_file() else {}
+        model, tokenizer = api.load(name, device)
+        saved_dtype = resolve_dtype(dtype, default=model.dtype)
+        _partial_folder(output, run, overwrite, "checkpoints/checkpoint-*")
+        try:
+            report = api.heal(model.float(), teacher, tokenizer, files, settings, checkpoints=checkpoints, **options)
+        except BaseException:
+            if is_main_process() and last_checkpoint(checkpoints) is None:  # nothing to resume from
+                _discard(output, run)
+            raise
+        if is_main_process():
+            commands = f"{before.get('command', '')}\n{command}".strip()
+            model = model.to(saved_dtype)
+            save_compressed(model, output, tokenizer, before | {"heal": report}, commands, run=running)
+            _move_logs(checkpoints, output)
+        return report
+
+
+def deepen_checkpoint(
+    name: str | Path, output: str | Path, layers: int, recipe: Recipe | str | dict | None = None, *,
+    device: str | None = None, dtype: torch.dtype | str | None = None, overwrite: bool = False, command: str = "",
+    progress: Callable = iter,
+) -> dict[str, Any]:  # fmt: skip
+    """Make a model of ``layers`` layers from the checkpoint ``name``, write it to ``output`` and return its report."""
+    output, asked = Path(output), {"layers": layers, "dtype": str(dtype), "recipe": recipe is not None}
+    with start_job(name, output, overwrite, _fingerprint(load_recipe(recipe or RECIPE), (), name, **asked)) as run:
+        if run is None:
+            return read_report(output)
+        model, tokenizer = api.load(name, device, dtype)
+        model, report = deepen(model, layers, recipe, progress)
+        if is_main_process():
+            save_compressed(model, output, tokenizer, report, command, run=run)
+        return report
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the ``tenfold.json`` of a checkpoint, checked."""
+    report = read_json(folder / "tenfold.json", dict[str, Any])
+    check_report(report, folder / "tenfold.json")
     return report
+
+
+def _move_logs(checkpoints: Path, output: Path) -> None:
+    if (checkpoints / "log.jsonl").is_file():
+        (checkpoints / "log.jsonl").replace(output / "log.jsonl")
+    if (checkpoints / "runs").is_dir():
+        move_files(checkpoints / "runs", output / "runs")
 
 
 def _fingerprint(
@@ -257,28 +296,55 @@ def _partial_folder(output: Path, fingerprint: dict[str, Any], overwrite: bool, 
     Args:
         finished: pattern of files that show that something is finished; without any, another job's folder is replaced.
     """
-    folder = output.with_name(f"{output.name}.partial")
-    file = folder / "unfinished" / "run.json"
+    folder = near(output, "partial")
     if is_main_process():
-        before = read_json(file) if file.is_file() else {}
-        if folder.exists() and before != json.loads(json.dumps(fingerprint)):
-            if not file.is_file() and any(folder.iterdir()):
+        before = _noted(output)
+        if folder.exists() and before != _plain(fingerprint):
+            if not before and any(folder.iterdir()):
                 raise FileExistsError(f"{folder} is there and is no unfinished work; move it, or choose another output")
             if not overwrite and any(folder.glob(finished)):
-                other = ", ".join(sorted(differences(before, fingerprint))) if before else "nothing is noted of it"
+                other = ", ".join(sorted(differences(before, fingerprint)))
                 raise FileExistsError(
                     f"{folder} holds what another run (other {other}) has finished; repeat that one's command, delete the "
                     "folder, or add --overwrite"
                 )
-            shutil.rmtree(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, fingerprint)
+            _discard(output, before)
+            if folder.exists():  # and is empty
+                folder.rmdir()
+        if not folder.exists():
+            begun = near(output, "begun")
+            shutil.rmtree(begun, ignore_errors=True)
+            (begun / "unfinished").mkdir(parents=True)
+            write_json(begun / "unfinished" / "run.json", fingerprint)
+            begun.rename(folder)  # which never is without the note that says whose it is
     barrier()
     return folder
 
 
-def _remove(path: Path | None) -> None:
-    if path is not None and path.is_dir():
+class _Noted(BaseModel, extra="allow"):
+    """What ``_fingerprint`` returns."""
+
+    tenfold: str
+    models: list[Any]
+    text: list[Any]
+    settings: dict[str, Any]
+
+
+def _noted(output: Path) -> dict[str, Any]:
+    """Return what the unfinished work on ``output`` was started with."""
+    file = near(output, "partial") / "unfinished" / "run.json"
+    return read_json(file, _Noted).model_dump() if file.is_file() else {}
+
+
+def _plain(run: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(run))
+
+
+def _discard(output: Path, run: dict[str, Any]) -> None:
+    """Delete the unfinished work of ``run``; it is renamed first, so that no half of it is taken for unfinished work."""
+    folder, discarded = near(output, "partial"), near(output, "discarded")
+    for path in (discarded, near(output, "begun")):  # of a run that was killed here
         shutil.rmtree(path, ignore_errors=True)
-    elif path is not None:
-        path.unlink(missing_ok=True)
+    if (noted := _noted(output)) and noted == _plain(run):
+        folder.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)

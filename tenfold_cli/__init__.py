@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from typing import Annotated
 
 import typer
 
 from tenfold_cli import evaluation, exporting, serving, training
+from tenfold_cli.interrupts import stops_with_a_sentence
 from tenfold_cli.memory import reuse_freed_memory
 from tenfold_cli.options import (
     FORMATS,
@@ -188,7 +190,8 @@ def main() -> None:
     if not debug:
         silence_libraries()
     try:
-        app()
+        with stops_with_a_sentence():
+            app()
     except (ValueError, OSError, ImportError, NotImplementedError) as reason:
         if debug:
             raise
@@ -202,6 +205,7 @@ def main() -> None:
 
 def silence_libraries() -> None:
     """Hide the libraries' progress bars and notes, and print warnings as plain sentences."""
+    threading.excepthook = lambda raised: None  # what threads of libraries raise, the command meets, too
     warnings.showwarning = lambda message, *where: say(str(message), sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -136,7 +136,7 @@ def pretrain(
     torchrun and accelerate launch start it on several processes: accelerate launch -m tenfold pretrain ...
     """
     from tenfold import api
-    from tenfold.models.loading import check_output
+    from tenfold.models.output_folder import check_output
 
     api.resolve_device(device)
     if is_first() and not (output / "run.json").is_file():  # resume a run
@@ -160,15 +160,13 @@ def deepen(
     dtype: Dtype = None,
 ) -> None:
     """Make a deeper model whose layers share the central tensors of their matrices (MPOBERT), to be trained on."""
-    import tenfold
-    from tenfold import api
-    from tenfold.checkpoint_jobs import check_job
+    from tenfold.checkpoint_jobs import deepen_checkpoint
 
-    check_job(model, output, overwrite)
-    loaded, tokenizer = api.load(model, device, dtype)
-    deeper, report = tenfold.deepen(loaded, layers, recipe, Progress("fitting"))
+    report = deepen_checkpoint(
+        model, output, layers, recipe, device=device, dtype=dtype, overwrite=overwrite, command=command_line(),
+        progress=Progress("fitting"),
+    )  # fmt: skip
     if is_first():
-        api.save(deeper, output, tokenizer, report, command_line())
         say(f"{report['layers'][0]} to {layers} layers, {format_counts(report)}; saved in {output}")
 
 

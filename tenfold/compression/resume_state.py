@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tenfold.models.atomic_io import write_json
+from tenfold.models.atomic_io import file_hash, file_hashes, read_json, write_json
 from tenfold.models.checkpoint_format import describe, read_plan
 from tenfold.models.distributed import barrier, is_main_process, num_processes
 from tenfold.models.quantization_config import TenfoldConfig
@@ -21,6 +21,32 @@ from tenfold.models.surgery import install_empty
 from tenfold.structure import Structure
 
 ORDER = "order of "
+
+
+class _Choice(BaseModel):
+    """What ``TradeoffCurve.describe`` returns."""
+
+    item: str
+    chosen: Any
+    parameters: int
+    of: int
+    loss: float | None
+    unit: str
+
+
+class _Choices(BaseModel):
+    """What is chosen for every item, and the hashes of the statistics that this was chosen by."""
+
+    chosen: dict[str, Any]
+    choices: list[_Choice]
+    statistics: dict[str, str]
+
+
+class _Block(BaseModel):
+    """The structures of a finished block, and the hash of its shard."""
+
+    sites: dict[str, Any]
+    hash: str
 
 
 class ResumeState:
@@ -37,14 +63,18 @@ class ResumeState:
         self.chosen: dict[str, Any] = {}
         self.choices: list[dict[str, Any]] = []
         self._statistics: dict[int, dict[str, Tensor]] = {}  # where there is no folder
+        self._hashes: dict[str, str] = {}  # of the statistics that an interrupted run has left
         self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
-        if self.unfinished is not None and (self.unfinished / "choices.json").is_file():
-            found = json.loads((self.unfinished / "choices.json").read_text())
-            self.choices = found["choices"]
-            self.chosen = {
-                name: Structure.from_json(value) if isinstance(value, dict) else value
-                for name, value in found["chosen"].items()
-            }
+        if self.unfinished is not None and (file := self.unfinished / "choices.json").is_file():
+            found = read_json(file, _Choices)
+            self.choices = [choice.model_dump() for choice in found.choices]
+            self._hashes = found.statistics
+            for name, value in found.chosen.items():
+                try:
+                    self.chosen[name] = Structure.from_json(value) if isinstance(value, dict) else value
+                except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as reason:
+                    told = f"{file} has no structure for {name} ({reason!r}); delete {folder} to start again"
+                    raise ValueError(told) from None
 
     def run_or_load(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what the task ``make`` returns or has returned: plain data, by which an interrupted run does not repeat it."""
@@ -55,7 +85,7 @@ class ResumeState:
         done = file.is_file()
         barrier()  # until all have looked
         if done:
-            return json.loads(file.read_text())
+            return read_json(file)
         value = make()
         if is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +107,10 @@ class ResumeState:
         if self.unfinished is None:
             found = self._statistics.get(number, {})
         else:
-            found = load_file(self.unfinished / "statistics" / f"{number}.safetensors")
+            file = self.unfinished / "statistics" / f"{number}.safetensors"
+            if self._hashes:
+                _check_hash(file, self._hashes.get(file.name))
+            found = load_file(file)
         fisher = {path: value.double() for path, value in found.items() if not path.startswith(ORDER)}
         return fisher, {name.removeprefix(ORDER): value.double() for name, value in found.items() if name not in fisher}
 
@@ -86,7 +119,8 @@ class ResumeState:
         self.chosen, self.choices = chosen, choices
         if self.unfinished is not None and is_main_process():
             plain = {name: v.to_json() if isinstance(v, Structure) else v for name, v in chosen.items()}
-            write_json(self.unfinished / "choices.json", {"chosen": plain, "choices": choices})
+            hashes = file_hashes(self.unfinished / "statistics")
+            write_json(self.unfinished / "choices.json", {"chosen": plain, "choices": choices, "statistics": hashes})
         barrier()  # the others read the statistics
 
     def save_block(self, model: PreTrainedModel, number: int, path: str, dtype: torch.dtype) -> None:
@@ -100,7 +134,8 @@ class ResumeState:
             for name, value in model.get_submodule(path).state_dict().items()
         }
         write_tensors(self.shard_path(number + 1), tensors)
-        write_json(self._sites_path(number), sites)  # last: with it the block counts as finished
+        hash = file_hash(self.shard_path(number + 1))
+        write_json(self._sites_path(number), {"sites": sites, "hash": hash})  # last: now the block counts as finished
 
     def shard_path(self, number: int) -> Path:
         """Return the path of a shard of the checkpoint; number 0 is for what is outside of the blocks."""
@@ -116,12 +151,24 @@ class ResumeState:
         done = self.unfinished is not None and self._sites_path(number).is_file()
         return done and self.shard_path(number + 1).is_file()
 
+    def check_block(self, number: int) -> _Block:
+        """Read what is noted of the finished block ``number``, and raise ValueError if its shard has changed since."""
+        block = read_json(self._sites_path(number), _Block)
+        _check_hash(self.shard_path(number + 1), block.hash)
+        return block
+
     def load_block(self, model: PreTrainedModel, number: int) -> None:
         """Put the finished block ``number`` into ``model``, in float32."""
-        install_empty(model, read_plan(model, TenfoldConfig(json.loads(self._sites_path(number).read_text()))))
+        block = self.check_block(number)
+        install_empty(model, read_plan(model, TenfoldConfig(block.sites)))
         tensors = load_file(self.shard_path(number + 1)).items()
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors}
         model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _check_hash(file: Path, noted: str | None) -> None:
+    if not file.is_file() or file_hash(file) != noted:
+        raise ValueError(f"{file} is missing, cut off or changed; delete what it belongs to, to start again")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -195,13 +195,3 @@ def silent(reports: bool = True):
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """Return ``folder`` if a result may be written there: new, empty, or ``overwrite``."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, and the result is a folder; choose another name")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"{path} is there already and not empty; choose another folder or add --overwrite")
-    return path

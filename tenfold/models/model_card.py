@@ -62,6 +62,7 @@ def save_compressed(
     command: str = "",
     max_shard_size: str | int = "5GB",
     tensors: dict[str, Tensor] | None = None,
+    run: str = "",
 ) -> None:
     """Write ``model`` to ``folder`` as an ordinary Hugging Face checkpoint, with a model card and ``tenfold.json``.
 
@@ -69,6 +70,7 @@ def save_compressed(
         report: of ``tenfold.compress``; complete in ``tenfold.json``, in short on the card.
         command: the exact command that made the model.
         tensors: those to write, if ``model`` does not hold them.
+        run: digest of the run that made the model.
 
     Raises:
         OSError: there is no room; ``folder`` is as it was.
@@ -76,7 +78,7 @@ def save_compressed(
     """
     if quantised := next((name for name, value in model.named_parameters() if is_quantized(value)), None):
         raise ValueError(f"{quantised} is quantised by torchao, and can't be saved; save the model before quantize_")
-    with silent(), atomic_directory(folder) as new:
+    with silent(), atomic_directory(folder, run) as new:
         form = find_stock_form(model)
         if form is None:
             model.save_pretrained(new, max_shard_size=max_shard_size, state_dict=tensors)
@@ -191,6 +193,16 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
         EvalResult("text-generation", "text", name, key, scores[key], metric_name=key.replace("_", " "))
         for key in ("perplexity", "bits_per_byte")
     ]
+
+
+def check_report(report: dict[str, Any], file: Path) -> None:
+    """Raise ValueError unless a model card can be made of ``report``, which ``file`` has."""
+    try:
+        list(_rows(report)), _protocol(report), _results(report)
+        if not isinstance(report.get("command") or "", str):
+            raise TypeError(f"command is {report['command']!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as reason:
+        raise ValueError(f"{file} is damaged ({reason!r}); restore it, or delete it") from None
 
 
 def _rows(report: dict[str, Any]):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from zipfile import is_zipfile
 
+from tenfold.models.atomic_io import file_hash, file_hashes, read_json, write_json
+
+HASHES = "hashes.json"  # of all other files but the state
 STATE = "trainer_state.json"  # the file that Trainer writes last
 COMPRESSED = "compressed.json"  # only in the checkpoint of a model that was compressed right before it
-RESUME_FILES = ("optimizer.pt", "scheduler.pt")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -49,11 +50,24 @@ def check_checkpoint(checkpoint: Path, sharded: bool) -> None:
             f"{checkpoint} is of a run with sharded parameters; resume it with accelerate launch --use_fsdp "
             "--fsdp_version 2, with any number of processes"
         )
-    if (checkpoint / RESUME_FILES[0]).is_file() and sharded:
+    if (checkpoint / "optimizer.pt").is_file() and sharded:
         raise ValueError(f"{checkpoint} is of a run without sharded parameters; resume it without --use_fsdp")
-    files = {checkpoint / name for name in RESUME_FILES[was_sharded:] if not is_compressed_here(checkpoint)}
-    for file in sorted(files | set(checkpoint.glob("*.pt")) | set(checkpoint.glob("*.pth"))):
-        if not is_zipfile(file):  # the format of torch.save
+    check_hashes(checkpoint)
+
+
+def write_hashes(checkpoint: Path) -> None:
+    """Note the hashes of all files in ``checkpoint``, which is complete but for its state."""
+    (checkpoint / HASHES).unlink(missing_ok=True)
+    write_json(checkpoint / HASHES, file_hashes(checkpoint))
+
+
+def check_hashes(checkpoint: Path) -> None:
+    """Raise ValueError unless all files of ``checkpoint`` are as they were written."""
+    noted = read_json(checkpoint / HASHES, dict[str, str]) if (checkpoint / HASHES).is_file() else {HASHES: ""}
+    for name, hash in noted.items():
+        file = checkpoint / name
+        if not file.is_file() or file_hash(file) != hash:
             raise ValueError(
-                f"{file} is missing or cut off; delete {checkpoint} and rerun the same command to resume from the one before"
+                f"{file} is missing, cut off or changed; delete {checkpoint} and rerun the same command to resume from the "
+                "one before"
             )

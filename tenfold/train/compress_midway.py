@@ -22,7 +22,7 @@ from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import check_rules, make_plan
 from tenfold.models.recipe import Recipe
-from tenfold.train.checkpoints import COMPRESSED, STATE, last_checkpoint, step_of
+from tenfold.train.checkpoints import COMPRESSED, STATE, check_hashes, last_checkpoint, step_of, write_hashes
 from tenfold.train.model_factory import AUTO_CLASSES, new_empty_model, new_model
 from tenfold.train.trainer import DivergenceGuardTrainer, PackedDataset, step_size
 
@@ -67,6 +67,7 @@ def compress_midway(
 
 
 def _load(checkpoint: Any, recipe: Any):
+    check_hashes(checkpoint)
     attention = recipe.model.get("attn_implementation")
     given = {"dtype": torch.float32, "attn_implementation": attention}
     return from_pretrained(checkpoint, AUTO_CLASSES[recipe.training.objective], **given)
@@ -103,5 +104,6 @@ def _write_checkpoint(model, dense: Any, target: Path, report: dict[str, Any]) -
         for file in dense.glob(RNG_STATES):
             shutil.copy(file, new)
         write_json(new / COMPRESSED, report)
+        write_hashes(new)
         write_json(new / STATE, read_json(dense / STATE) | best)
     new.rename(target)

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedModel, set_seed
 
 from tenfold.evaluation.task_kinds import Task
@@ -21,7 +22,8 @@ from tenfold.evaluation.tasks import example_length, find_task, set_padding
 from tenfold.models.atomic_io import atomic_directory, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.distributed import barrier, is_main_process
-from tenfold.models.loading import check_output, load_with_head, silent
+from tenfold.models.loading import load_with_head, silent
+from tenfold.models.output_folder import check_output, claim_output, list_files
 from tenfold.models.precision import saved_dtype
 from tenfold.models.suggestions import check_name
 from tenfold.models.weight_files import check_folder
@@ -128,7 +130,8 @@ def finetune(
         raise ValueError(f"seeds {list(seeds)} must be different numbers, one at least")
     split_step(given.batch_size, given.gradient_accumulation_steps, unit="examples")
     chosen.check_libraries()
-    with ExitStack() as temporary:
+    with claim_output(output), ExitStack() as temporary:
+        barrier()
         if isinstance(model, PreTrainedModel):
             set_padding(model, tokenizer)
             name = Path(temporary.enter_context(TemporaryDirectory()))
@@ -163,6 +166,9 @@ def _run_seeds(
     """Run the seeds that are left, and save the model of each one that is better than those before."""
     if not overwrite:
         report |= _finished_runs(folder, report)
+        if is_main_process():
+            for run in report["runs"]:
+                _clean_up(folder, run["seed"])
     left = [seed for seed in seeds if seed not in {run["seed"] for run in report["runs"]}]
     for place in (_checkpoints(folder, seed) for seed in left):
         if not overwrite and last_checkpoint(place):
@@ -191,10 +197,7 @@ def _run_seeds(
                     write_json(new / REPORT, report)
             else:
                 write_json(folder / REPORT, report)
-            for curves in _checkpoints(folder, seed).glob("runs/*"):  # of TensorBoard
-                (folder / "runs").mkdir(exist_ok=True)
-                curves.replace(folder / "runs" / f"seed-{seed}-{curves.name}")
-            shutil.rmtree(_checkpoints(folder, seed))
+            _clean_up(folder, seed)
         barrier()
     return report
 
@@ -204,11 +207,36 @@ def _checkpoints(folder: Path, seed: int) -> Path:
     return folder / f"seed-{seed}.partial"
 
 
+def _clean_up(folder: Path, seed: int) -> None:
+    """Delete the checkpoints of a finished seed, but for TensorBoard's curves."""
+    for curves in _checkpoints(folder, seed).glob("runs/*"):
+        (folder / "runs").mkdir(exist_ok=True)
+        curves.replace(folder / "runs" / f"seed-{seed}-{curves.name}")
+    shutil.rmtree(_checkpoints(folder, seed), ignore_errors=True)
+
+
+class _Run(BaseModel, extra="allow"):
+    seed: int
+    score: float
+
+
+class _Report(BaseModel, extra="allow"):
+    weights: str
+    task: str
+    data: str
+    examples: dict[str, int]
+    dtype: str
+    settings: dict[str, Any]
+    runs: list[_Run]
+    parameters: dict[str, Any] = {}
+    score: dict[str, Any] = {}
+    best_seed: int | None = None
+
+
 def _finished_runs(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Return the finished runs in ``folder`` and their summary; refuse those with other settings, and anything else."""
     if not (folder / REPORT).is_file():
-        inside = folder.glob("*") if folder.is_dir() else [folder]
-        if not all(path.match("log-*.jsonl") or path.match("seed-*.partial") for path in inside):
+        if not all(path.match("log-*.jsonl") or path.match("seed-*.partial") for path in list_files(folder)):
             check_output(folder, False)
         return {}
     before = _check_same(folder, report)
@@ -216,7 +244,7 @@ def _finished_runs(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    before = read_json(folder / REPORT)
+    before = read_json(folder / REPORT, _Report).model_dump()
     then, now = ({key: one[key] for key in SAME} | one["settings"] | {"compile": None} for one in (before, report))
     problem = f"{folder} holds a fine-tuning with other settings"
     check_same(then, now, problem, "repeat that one, give another folder, or add --overwrite")

@@ -20,6 +20,7 @@ from tenfold.models.config import Train
 from tenfold.models.distillation_config import Heal
 from tenfold.models.distributed import process_state
 from tenfold.models.loading import silent
+from tenfold.models.output_folder import claim_output
 from tenfold.models.precision import in_bfloat16, saved_dtype
 from tenfold.models.recipe import Recipe, load_recipe
 from tenfold.train.checkpoints import is_compressed_here, last_checkpoint, step_of
@@ -86,7 +87,12 @@ def pretrain(
     check_teacher_named(recipe)
     dtype = saved_dtype(dtype)
     check_inputs_outside(Path(output), recipe)
-    folder, settings, length = Path(output), recipe.train, window_length(recipe)
+    with claim_output(output) as folder:
+        return _pretrain(recipe, data, folder, dtype, advance, device, overwrite)
+
+
+def _pretrain(recipe: Any, data: Sequence[str | Path], folder: Path, dtype, advance, device, overwrite: bool) -> dict:
+    settings, length = recipe.train, window_length(recipe)
     with process_state().main_process_first():
         if overwrite and process_state().is_main_process:
             delete_run(folder, data)

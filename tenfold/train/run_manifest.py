@@ -9,13 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tenfold.models.atomic_io import read_json, write_json
+from pydantic import BaseModel
+
+from tenfold.models.atomic_io import WEIGHTS, read_json, write_json
 from tenfold.models.recipe import Recipe
 from tenfold.train.checkpoints import last_checkpoint
 from tenfold.train.teacher import weights_digest
 
 FILE = "run.json"
-OUTPUTS = ("*.safetensors", "*.safetensors.index.json", "log.jsonl", "training.json", FILE)  # the manifest goes last
+OUTPUTS = (*WEIGHTS, "log.jsonl", "training.json", FILE)  # the manifest goes last
 OUTPUT_FOLDERS = ("checkpoints", "dense", "tokens")
 TOKENIZATION = (
     "tokenizer",
@@ -25,6 +27,11 @@ TOKENIZATION = (
     "train.sequence_length",
 )  # keys that decide the tokens
 LIBRARIES = ("tenfold", "torch", "transformers", "accelerate")
+
+
+class _Manifest(BaseModel, extra="allow"):
+    recipe: dict[str, Any]
+    tokens: dict[str, Any] = {}
 
 
 def differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -69,7 +76,7 @@ def check_recipe(folder: Path, recipe: Recipe, data: Sequence[str | Path]) -> No
     file = folder / FILE
     now = {"recipe": recipe.model_dump(mode="json"), "data": [str(path) for path in data], "versions": versions()}
     if file.is_file():
-        before = read_json(file)["recipe"]
+        before = read_json(file, _Manifest).recipe
         other = differences(before, now["recipe"])
         if not other:
             return
@@ -90,14 +97,14 @@ def check_sources(folder: Path, tokens: dict[str, Any], models: dict[str, str | 
         tokens: the manifest of the tokens.
         models: ``{role: folder or name}`` of the models that the run starts from or learns from.
     """
-    manifest = read_json(folder / FILE)
+    manifest = read_json(folder / FILE, dict[str, Any])
     now = {key: value for key, value in tokens.items() if key != "shards"}
     now |= {role: weights_digest(name) for role, name in models.items() if name is not None}
-    if "tokens" not in manifest or not _has_trained(folder):
+    if not (before := _Manifest(**manifest).tokens) or not _has_trained(folder):
         write_json(folder / FILE, manifest | {"tokens": now})
     else:
         problem = f"{folder} is a run on other data, or with another model"
-        check_same(manifest["tokens"], now, problem, "repeat it with that, or give another folder")
+        check_same(before, now, problem, "repeat it with that, or give another folder")
 
 
 def _has_trained(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tenfold.models.atomic_io import disk_full_errors
 from tenfold.models.loading import silent
-from tenfold.train.checkpoints import STATE, check_checkpoint, complete_checkpoints, step_of
+from tenfold.train.checkpoints import STATE, check_checkpoint, check_hashes, complete_checkpoints, step_of, write_hashes
 from tenfold.train.fsdp import UnshardedShell, full_state_dict, keep_output_dtype
 
 # keys of a line of the log
@@ -112,6 +112,8 @@ class DivergenceGuardTrainer(Trainer):
             if checkpoint is not None:
                 check_checkpoint(checkpoint, self.is_fsdp_enabled)
                 state = TrainerState.load_from_json(str(checkpoint / STATE))
+                if (best := state.best_model_checkpoint) and best != resume and Path(best).is_dir():
+                    check_hashes(Path(best))
                 if state.global_step >= state.max_steps:
                     self.state = state
                     self._load_from_checkpoint(str(checkpoint))
@@ -137,6 +139,13 @@ class DivergenceGuardTrainer(Trainer):
             self._save(output_dir, state_dict=full_state_dict(self))
         else:
             super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir):
+        """Save the last files before the state, which marks a checkpoint as complete, and the hashes of all."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_hashes(Path(output_dir))
 
     def begin(self) -> None:
         """Start the clock of this call, which may resume a run."""

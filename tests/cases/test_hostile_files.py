@@ -167,7 +167,6 @@ def test_a_damaged_tokenizer_is_named(call, llama, raw):
     assert status == 2 and "tokenizer.json" in said(err), (status, err[-300:])
 
 
-@open_point("a damaged half of a checkpoint goes on")
 def test_a_damaged_checkpoint_is_not_resumed(call, llama, tmp_path, monkeypatch):
     from tenfold.train.trainer import DivergenceGuardTrainer
 
@@ -189,7 +188,6 @@ def test_a_damaged_checkpoint_is_not_resumed(call, llama, tmp_path, monkeypatch)
     assert status == 2 and "model.safetensors" in said(err), (status, err[-300:])
 
 
-@open_point("read after the last step, or with a traceback")
 @pytest.mark.parametrize(
     "raw", ["[1]", "3", '{"command": 3}', '{"parameters": 7, "parameters_dense": 8}', '{"flops_per_token": []}', "{"]
 )
@@ -296,7 +294,7 @@ def test_a_pickle_with_more_than_tensors_is_refused(call, llama, tmp_path):
     assert status == 2 and "pytorch_model.bin" in said(err), (status, err[-300:])
 
 
-NOTES = ["", *(pytest.param(raw, marks=[open_point("a traceback")]) for raw in ("[]", '{"recipe": 3}', "[" * 5000))]
+NOTES = ["", "[]", '{"recipe": 3}', "[" * 5000]
 
 
 @pytest.mark.parametrize("raw", NOTES, ids=["empty", "list", "number", "deep"])

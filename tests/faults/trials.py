@@ -10,17 +10,13 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import small
 import toy_tasks
 from interception import Faults
 
-import tenfold.checkpoint_jobs
-import tenfold.train.finetune
-import tenfold.train.heal
-import tenfold.train.pretrain  # imported once, here: a forked process starts in milliseconds
 import tenfold_cli
 
 SECONDS, NOTES = 120, "notes.txt"
@@ -47,7 +43,6 @@ class Job:
 
     arguments: str
     overwrites: bool = False
-    patches: dict = field(default_factory=dict)
 
     def command(self) -> list[str]:
         return [*self.arguments.split(), *(["--overwrite"] if self.overwrites else [])]
@@ -59,8 +54,7 @@ FINETUNE = "finetune ../dense --task sst2 --data .. -o out --epochs 2 --batch-si
 JOBS = {
     "compress": Job(BLOCKS),
     "compress-overwrite": Job(BLOCKS, overwrites=True),
-    "compress-shards": Job(BLOCKS, patches={"ONE_FILE_BYTES": 0}),  # as a result of more than 1 GiB
-    "compress-shards-overwrite": Job(BLOCKS, overwrites=True, patches={"ONE_FILE_BYTES": 0}),
+    "compress-shards-overwrite": Job(f"{BLOCKS} --max-shard-size 20KB", overwrites=True),
     "compress-memory": Job("compress ../dense -o out --structure low_rank --keep 0.8"),
     "compress-stages": Job("compress ../dense -o out --recipe ../s.yaml --calibrate ../text.txt --heal ../text.txt"),
     "heal": Job(HEAL),
@@ -68,7 +62,7 @@ JOBS = {
     "pretrain": Job("pretrain ../r.yaml --data ../text.txt -o out --device cpu"),
     "finetune": Job(FINETUNE),
     "finetune-overwrite": Job(FINETUNE, overwrites=True),
-    "densify": Job("densify ../folded -o out"),
+    "export": Job("export ../folded --to dense -o out"),
     "deepen": Job("deepen ../dense -o out --layers 3"),
 }
 
@@ -105,8 +99,6 @@ def start(folder: Path, job: Job, fault: str = "kill", at: int = 0) -> int:
         log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        for name, value in job.patches.items():
-            setattr(tenfold.checkpoint_jobs, name, value)
         sys.argv = ["tenfold", *job.command()]
         faults = Faults(fault, at)
         faults.install()
@@ -221,7 +213,8 @@ def last_line(ended: Ended) -> str:
 
 def says_full(ended: Ended) -> bool:
     """Return whether a command ended with a sentence about the disk."""
-    return ended.status == 2 and any(words in last_line(ended) for words in ("room", "No space left on device: '"))
+    said = ended.said.strip().splitlines()[-1:]  # which may be longer than last_line
+    return ended.status == 2 and any(words in line for line in said for words in ("room", "No space left on device: '"))
 
 
 def _judge_end(ended: Ended, fault: str) -> str | None:

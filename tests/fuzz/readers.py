@@ -139,7 +139,8 @@ def readers(base: Path) -> dict[str, Reader]:
     check_recipe(base / "run", parse_recipe(RECIPE, "toy"), ["text.txt"])
     (base / "state" / "unfinished").mkdir(parents=True)
     structure = next(iter(read_structures(TenfoldConfig(**configs[5])).values()))
-    ResumeState(base / "state", 2).save_choices({"a": 3, "b": structure}, [{"item": "a"}])
+    choice = {"item": "a", "chosen": 3, "parameters": 3, "of": 4, "loss": 0.5, "unit": "nats a token"}
+    ResumeState(base / "state", 2).save_choices({"a": 3, "b": structure}, [choice])
     (base / "check" / "checkpoint-3").mkdir(parents=True)
     (base / "check" / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
     shards = base / "shards"
