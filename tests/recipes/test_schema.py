@@ -184,8 +184,8 @@ def test_missing_file_shows_the_path(tmp_path):
 
 
 def test_unknown_model_lists_the_known_ones():
-    with pytest.raises(FileNotFoundError, match=r"no model 'no/such/model': no folder, not one of gpt2,.*llama-7b"):
-        inspect("no/such/model")
+    with pytest.raises(FileNotFoundError, match=r"no model 'no-such-model': no folder, not one of gpt2,.*llama-7b"):
+        inspect("no-such-model")
 
 
 def test_file_that_is_no_recipe(tmp_path):

@@ -341,7 +341,9 @@ def test_a_full_disk_is_told_and_the_same_call_goes_on(folder, tokenizer, tmp_pa
 def test_a_step_that_can_not_be_shared_is_refused(folder, tokenizer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     settings = Heal(steps=1, losses={"cross_entropy": 1.0}, tokens_per_step=288, batch_size=3)
-    with pytest.raises(ValueError, match=r"8 processes can't share 3 batches of 3 windows evenly; make one of them"):
+    with pytest.raises(
+        ValueError, match=r"8 processes can't share 3 batches of 3 windows evenly; make the number of batches"
+    ):
         heal(AutoModelForCausalLM.from_pretrained(folder), None, tokenizer, [folder / "text.txt"], settings)
 
 
