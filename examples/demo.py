@@ -24,6 +24,7 @@ STRUCTURES = [
     ("Kronecker sum", {"kind": "kronecker", "parts": 2}),
     ("tensor train", {"kind": "tensor_train", "parts": 3}),
     ("block train (BTT)", {"kind": "block_train"}),
+    ("block train + low rank", {"kind": "sum", "parts": [{"kind": "block_train"}, {"kind": "low_rank"}]}),
 ]
 PRICED = ["ttm-64", "krony-81m", "tqcompressor", "kngpt2", "tensorgpt", "low-rank", "monarch"]
 PROMPT = "The old house stood at the end of the"

@@ -21,26 +21,11 @@ RUN = ".tenfold-run"  # in a result: a digest of the run that wrote it
 OWN = ".tenfold."  # begins the names of what is in an output only while a run writes it
 # files of a model folder beside its safetensors, one by one, since other files there belong to the user
 MODEL_FILES = (
-    "pytorch_model*",
-    "training_args.bin",
-    "adapter_model*",
-    "adapter_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    *REPORTS,
-    "run.json",
-    "tenfold.json",
-    RUN,
-)
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")  # fmt: skip
+    "pytorch_model*", "training_args.bin", "adapter_model*", "adapter_config.json", "generation_config.json",
+    "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", *REPORTS, "run.json", "tenfold.json", RUN,
+)  # fmt: skip
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # what torch.save, depending on the size of the file, and tokenizers say on a full disk
 DISK_FULL = ("inline_container", "PytorchStreamWriter", "iostream error", "os error 28")
 

@@ -59,12 +59,12 @@ def check_output(folder: Path, overwrite: bool, run: str = "") -> bool:
     """
     note = folder / RUN
     finished = not overwrite and bool(run) and note.is_file() and note.read_text(errors="replace") == run
-    if not overwrite and not finished and list_files(folder):
+    if not overwrite and not finished and list_content(folder):
         raise FileExistsError(f"{folder} is there already and not empty; choose another folder or add --overwrite")
     return finished
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_content(folder: Path) -> list[Path]:
     """List what is in ``folder``, but what this run or the file system has put there."""
     names = folder.iterdir() if folder.is_dir() else ()
     return [file for file in names if not file.name.startswith(OWN) and file.name != "lost+found"]

@@ -54,6 +54,23 @@ class Sum(_Parts, kind="sum"):
     def complete(cls, out: int, inner: int, spec: dict) -> dict:
         return spec | {"parts": [Structure.for_shape(out, inner, part) for part in spec.get("parts", ())]}
 
+    @classmethod
+    def is_open(cls, spec: dict) -> bool:
+        return any(Structure.family(part.get("kind")).is_open(part) for part in spec.get("parts", ()))
+
+    @classmethod
+    def grow_to(cls, out: int, inner: int, spec: dict, budget: float) -> Structure:
+        """Return a sum whose open parts share evenly what the others leave of the budget."""
+        specs = spec["parts"]
+        is_open = [Structure.family(part.get("kind")).is_open(part) for part in specs]
+        made = {k: cls.for_shape(out, inner, part) for k, part in enumerate(specs) if not is_open[k]}
+        left, count = budget - sum(part.numel for part in made.values()), sum(is_open)
+        for k, part in enumerate(specs):
+            if is_open[k]:
+                made[k] = cls.within(out, inner, part, left / count)
+                left, count = left - made[k].numel, count - 1
+        return cls(parts=tuple(made[k] for k in range(len(specs))))
+
     def check(self) -> None:
         if not self.parts or len({part.shape for part in self.parts}) != 1:
             raise ValueError(

@@ -23,7 +23,7 @@ from tenfold.models.atomic_io import atomic_directory, read_json, write_json
 from tenfold.models.auto import load_tokenizer, read_config
 from tenfold.models.distributed import barrier, is_main_process
 from tenfold.models.loading import load_with_head, silent
-from tenfold.models.output_folder import check_output, claim_output, list_files
+from tenfold.models.output_folder import check_output, claim_output, list_content
 from tenfold.models.precision import saved_dtype
 from tenfold.models.suggestions import check_name
 from tenfold.models.weight_files import check_folder
@@ -236,7 +236,7 @@ class _Report(BaseModel, extra="allow"):
 def _finished_runs(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Return the finished runs in ``folder`` and their summary; refuse those with other settings, and anything else."""
     if not (folder / REPORT).is_file():
-        if not all(path.match("log-*.jsonl") or path.match("seed-*.partial") for path in list_files(folder)):
+        if not all(path.match("log-*.jsonl") or path.match("seed-*.partial") for path in list_content(folder)):
             check_output(folder, False)
         return {}
     before = _check_same(folder, report)

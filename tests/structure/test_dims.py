@@ -218,3 +218,14 @@ def test_a_placed_matrix_grows_as_its_base_does():
 def test_what_does_not_grow_has_no_budget(spec):
     with pytest.raises(ValueError, match=f"{spec['kind']}.* no rank open"):
         Structure.within(8, 8, spec, 64)
+
+
+def test_open_parts_of_a_sum_share_its_budget():
+    """A part with a rank of its own keeps it, the others share what it leaves."""
+    spec = {"kind": "sum", "parts": [{"kind": "low_rank"}, {"kind": "block_train"}, {"kind": "low_rank", "rank": 2}]}
+    whole = Structure.within(48, 32, spec, 1500)
+    first, second, fixed = whole.parts
+    assert fixed.rank == 2 and fixed.numel == 2 * 80
+    assert (first.numel, second.numel) == (640, 576)  # of 1,340: half, in ranks of 80, and what fits into the rest
+    with pytest.raises(ValueError, match="leaves no rank open"):
+        Structure.within(48, 32, {"kind": "sum", "parts": [{"kind": "low_rank", "rank": 2}]}, 900)
