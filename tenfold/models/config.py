@@ -34,7 +34,7 @@ class Calibrate(StrictModel):
         skip_first: the number of positions at the beginning of every window that do not count.
         fisher_tokens: the number of tokens by which sizes are chosen; the fits read all of the text.
         divergence: the number of tokens on which the change of the predictions is measured, at one size of every item, to scale
-            the predicted losses; 0: none. For rules that prune, outside of experts.
+            the predicted losses; 0: none. For rules that prune, outside of experts, and for ``criterion: lems``.
         token_weights: ``clipped`` scales the gradient of a token whose norm is not within 0.1 and 10 times the mean to the nearer
             of both, so that no token dominates ``output_metric`` (KFAC-SVD); ``none`` takes gradients as they are.
         damping: what is added to the diagonal of a moment, relative to its mean.
@@ -110,8 +110,8 @@ class Train(Optimization):
     Args:
         objective: predict the next token, or (``masked``) the ratio ``mlm_probability`` of tokens that is masked.
         sequence_length: tokens in each; by default all positions of the model.
-        eval_tokens: the number of tokens at the end of the data that are not trained on; the checkpoint that is best on them is
-            the result.
+        eval_tokens: the number of tokens at the end of the data that are not trained on; ``checkpoints`` keeps the one that is
+            best on them, beside the last one, which is the result.
         batch_size: windows at once, of all processes together; ``gradient_accumulation_steps`` batches make a step.
         optimizer: ``muon`` for the matrices of the blocks, factors included, and AdamW for the rest; or ``adamw`` for all.
         lr_scaling: ``one`` learning rate, or by the ``fans`` of every factor; see ``tenfold.train.optimizer.optimizer_for``.

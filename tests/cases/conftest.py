@@ -1,14 +1,11 @@
 """A small Llama with its tokenizer and a text, and the commands, run in this process."""
 
 import json
-import sys
 
 import pytest
 import small
 import toy_tasks
 from safetensors.torch import load_file, save_file
-
-import tenfold_cli
 
 
 @pytest.fixture(scope="package")
@@ -27,20 +24,6 @@ def llama(kept, tmp_path):
     import shutil
 
     return shutil.copytree(kept, tmp_path / "llama")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Return the function that runs a command and returns exit status, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            tenfold_cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 class Folder:

@@ -25,20 +25,6 @@ def dense(tmp_path_factory):
     return small.folder(tmp_path_factory.mktemp("dense"))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Return the function that runs a command and returns exit status, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tenfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            tenfold_cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 def test_help_needs_no_torch():
     code = "import sys, tenfold_cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
