@@ -102,7 +102,7 @@ class BlockwiseCompression:
 
         Returns:
             ``choices``: what was chosen for every item, its parameters and its estimated loss (None where a rule alone decides)
-            with its ``unit``; ``fits``: how iterative fits ended, of the blocks of this run; ``phases``: seconds; ``counted``:
+            with its ``unit``; ``fits``: how iterative fits ended; ``phases``: seconds; ``counted``:
             bytes of what is stored dense but counts as less, where there is any.
 
         Raises:

@@ -46,6 +46,7 @@ class _Block(BaseModel):
     """The structures of a finished block, and the hash of its shard."""
 
     sites: dict[str, Any]
+    fits: dict[str, dict[str, Any]]
     hash: str
 
 
@@ -64,7 +65,7 @@ class ResumeState:
         self.choices: list[dict[str, Any]] = []
         self._statistics: dict[int, dict[str, Tensor]] = {}  # where there is no folder
         self._hashes: dict[str, str] = {}  # of the statistics that an interrupted run has left
-        self.fits: dict[str, dict[str, Any]] = {}  # of this run alone
+        self.fits: dict[str, dict[str, Any]] = {}  # how those of the finished blocks ended
         if self.unfinished is not None and (file := self.unfinished / "choices.json").is_file():
             found = read_json(file, _Choices)
             self.choices = [choice.model_dump() for choice in found.choices]
@@ -135,7 +136,9 @@ class ResumeState:
         }
         write_tensors(self.shard_path(number + 1), tensors)
         hash = file_hash(self.shard_path(number + 1))
-        write_json(self._sites_path(number), {"sites": sites, "hash": hash})  # last: now the block counts as finished
+        fits = {p: fit for p, fit in self.fits.items() if p.startswith(f"{path}.")}
+        note = {"sites": sites, "hash": hash, "fits": fits}
+        write_json(self._sites_path(number), note)  # last: now the block counts as finished
 
     def shard_path(self, number: int) -> Path:
         """Return the path of a shard of the checkpoint; number 0 is for what is outside of the blocks."""
@@ -160,6 +163,7 @@ class ResumeState:
     def load_block(self, model: PreTrainedModel, number: int) -> None:
         """Put the finished block ``number`` into ``model``, in float32."""
         block = self.check_block(number)
+        self.fits |= block.fits
         install_empty(model, read_plan(model, TenfoldConfig(block.sites)))
         tensors = load_file(self.shard_path(number + 1)).items()
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors}
