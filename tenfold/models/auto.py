@@ -17,10 +17,15 @@ from tenfold.models.configuration import build_model, model_class, naming, read_
 from tenfold.models.gguf import resolve_gguf
 from tenfold.models.loading import from_pretrained, silent
 
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # no tokenizer by themselves
 # in the order in which a damaged one is named
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.json", *SETTINGS, "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
 )  # fmt: skip
 
 
@@ -95,7 +100,7 @@ def load_tokenizer(name: str | Path):
     except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
         raise
     except BaseException as reason:  # tokenizers raises bare Exception, and panics
-        if not files and isinstance(reason, (OSError, ValueError)):
+        if {file.name for file in files} <= {*SETTINGS} and isinstance(reason, (OSError, ValueError)):
             return None
         words = " ".join(str(reason).split()).rstrip(".")[:300] or type(reason).__name__
         raise ValueError(f"the tokenizer {_damaged(files) or name} can't be read ({words}); copy it again") from None

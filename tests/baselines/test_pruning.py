@@ -312,7 +312,7 @@ def test_what_cant_be_pruned_is_said(toy, name, changes, says):
 
 def test_a_folded_model_is_refused():
     model, _ = api.compress(toys.build("gpt2"), "low-rank")
-    with pytest.raises(ValueError, match="is folded"):
+    with pytest.raises(ValueError, match="is compressed"):
         pruned(model, "peak-to-peak", 0.8)
 
 

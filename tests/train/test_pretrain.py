@@ -588,7 +588,7 @@ def test_a_damaged_checkpoint_is_named(finished, text, tmp_path, name, damage):
     for file in ("training.json", "model.safetensors"):
         (tmp_path / "run" / file).unlink()
     with pytest.raises(
-        ValueError, match=rf"{name} is missing or cut off; delete .*{last.name} and rerun the same command"
+        ValueError, match=rf"{name} is missing, cut off or changed; delete .*{last.name} and rerun the same command"
     ):
         pretrain(RECIPE, [finished / "tokens"], tmp_path / "run")
     shutil.rmtree(last)

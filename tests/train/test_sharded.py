@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tenfold
 from tenfold.train import fsdp
-from tenfold.train.checkpoints import check_checkpoint
+from tenfold.train.checkpoints import check_checkpoint, write_hashes
 from tenfold_cli import app
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 32, "num_hidden_layers": 2, "hidden_size": 32}
@@ -137,6 +137,7 @@ def goes_on_with_one_process(run: Path, command: list[str], place: Path) -> None
 def test_a_run_of_whole_parameters_does_not_go_on_with_sharded_ones(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt"):
         torch.save({}, tmp_path / name)
+    write_hashes(tmp_path)
     check_checkpoint(tmp_path, False)
     with pytest.raises(ValueError, match="without sharded parameters; resume it without --use_fsdp"):
         check_checkpoint(tmp_path, True)
@@ -146,6 +147,7 @@ def test_a_sharded_checkpoint_may_be_written_as_a_whole(tmp_path):
     """accelerate does so with FULL_STATE_DICT."""
     torch.save({}, tmp_path / "scheduler.pt")
     (tmp_path / "optimizer.bin").touch()
+    write_hashes(tmp_path)
     check_checkpoint(tmp_path, True)
     with pytest.raises(ValueError, match="with sharded parameters"):
         check_checkpoint(tmp_path, False)
