@@ -123,6 +123,9 @@ def test_loss_of_removals_is_that_of_models_without_these_blocks():
     second = min({0, 1, 2} - {first}, key=lambda k: loss({first, k}))
     assert [number for number, _ in found] == [first, second]
     assert [nats for _, nats in found] == pytest.approx([loss({first}), loss({first, second})], rel=1e-4)
+    between = (found[0][1] + found[1][1]) / 2
+    given = InMemoryWeights(model, paths), 10**6, [1.0, 1.0, 1.0], 2.0
+    assert measure_removals(Activations(model, paths, WORDS.batches), *given, limit=between) == found[:1]
 
 
 def test_mix_is_the_best_of_all():
