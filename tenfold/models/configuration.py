@@ -44,8 +44,11 @@ def naming(name: str | Path) -> Iterator[None]:
         raise kind(words if str(name) in words else f"{name}: {words}") from None
 
 
-def read_config(name: str | Path) -> Any:
+def read_config(name: str | Path, trusted: bool = False) -> Any:
     """Read the configuration of a folder, a GGUF file or a name on a hub, and check what concerns tenfold.
+
+    Args:
+        trusted: run code that comes with the model.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -59,7 +62,7 @@ def read_config(name: str | Path) -> Any:
                 f"there is no model {str(name)!r}: no such folder; check the path (now in {Path.cwd()})"
             )
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
         except (OSError, ValueError) as reason:
             first = str(reason).split("\n")[0].rstrip(".") or type(reason).__name__
             raise FileNotFoundError(
@@ -69,7 +72,7 @@ def read_config(name: str | Path) -> Any:
         raise FileNotFoundError(f"{name} holds no config.json; give a model folder")
     else:
         with naming(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     with naming(f"{folder / 'config.json'}"):
         _check_config(config)
     return config

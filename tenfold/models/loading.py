@@ -112,8 +112,8 @@ def load_with_head(
         where["quantization_config"] = GgufConfig(dequantize=True)
     elif is_path(name):
         check_folder(Path(name))
-    config = read_config(name)
     given = {"trust_remote_code": False} | where | kwargs
+    config = read_config(name, given["trust_remote_code"])
     given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with naming(name), short_class_errors(kind):
         try:
@@ -138,7 +138,8 @@ def _check_report(
     resized = sorted(report["mismatched_keys"])
     new = [key for key, *_ in resized if key.startswith(heads)] if heads else []
     resized = [f"{key} of shape {tuple(a)} for {tuple(b)}" for key, a, b in resized if key not in new]
-    own = model_class(config, type(model))
+    is_plain = type(model).__module__.startswith("transformers.")  # no class of code that came with the model
+    own = model_class(config, type(model)) if is_plain else type(model)
     if missing and own is not type(model):
         known = _names_of(config, own)
         new += [key for key in missing if _bare(model, key) not in known]

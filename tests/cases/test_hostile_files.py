@@ -15,7 +15,8 @@ import torch
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
-import tenfold.checkpoint_jobs  # noqa: F401 - before a test patches what it imports
+import tenfold
+import tenfold.checkpoint_jobs
 import tenfold_cli
 from tenfold.models.auto import load_tokenizer
 from tenfold.models.model_card import read_card, save_card
@@ -275,6 +276,18 @@ def test_code_of_a_model_never_runs(folded, tmp_path):
     status, err = run_limited(["inspect", folded], given="y\n" * 20)
     assert not (tmp_path / "ran").exists() and status == 2, (status, err[-300:])
     assert f"{folded} is of an architecture" in said(err) and "runs no such code" in said(err)
+
+
+def test_code_of_a_model_runs_where_the_caller_trusts_it(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
+    (llama / "config.json").write_text(json.dumps(config))
+    code = (
+        f"import pathlib\nfrom transformers import LlamaForCausalLM\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    (llama / "mine.py").write_text(code + "class Mine(LlamaForCausalLM): pass\n")
+    model = tenfold.from_pretrained(llama, trust_remote_code=True)
+    assert type(model).__name__ == "Mine" and (tmp_path / "ran").exists()
 
 
 def test_code_of_a_tokenizer_never_runs(folded, tmp_path, monkeypatch):
