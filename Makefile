@@ -2,6 +2,7 @@
 # make test             linter and tests
 # make faults           kills, full disks, two runs at once: all of them, to research/results/faults.json (half an hour)
 # make fuzz             a million damaged files, to research/results/fuzz.json (half an hour)
+# make audit            known vulnerabilities of what is installed, where the index answers, and its licences
 # make docs             the pages in docs/ and the API reference, to build/site; a warning is an error
 # make real DATA=FOLDER every method on a real model, see docs/real-models.md (hours; goes on where it was)
 # make anywhere MODEL=FOLDER  export a compressed model to every format and run each in its engine, see docs/anywhere.md
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test faults fuzz docs real anywhere lint types
+.PHONY: setup demo test faults fuzz audit docs real anywhere lint types
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -48,6 +49,11 @@ faults: setup
 
 fuzz: setup
 	$(BIN)/python tests/fuzz/run.py
+
+audit: setup
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit pip-licenses 2>/dev/null
+	build/audit/bin/pip-licenses --python $(BIN)/python --order license --partial-match --fail-on 'GPL;SSPL;Commons Clause'
+	build/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') --progress-spinner off
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

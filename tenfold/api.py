@@ -147,32 +147,33 @@ def resolve_device(device: str | None) -> torch.device:
         ) from None
 
 
-def recipe_of_shapes(shapes: str | None, align: int | None = None) -> Recipe:
-    """Return the recipe to recommend for ``free`` or ``stock`` shapes, with MLP widths that are multiples of ``align``."""
+def recipe_of_shapes(shapes: str | None) -> Recipe:
+    """Return the recipe to recommend for ``free`` or ``stock`` shapes."""
     recipes = {None: "recommended", "free": "recommended", "stock": "stock"}
     if shapes not in recipes:
         raise ValueError(f"shapes is {shapes!r}; it must be free or stock")
-    recipe = load_recipe(recipes[shapes])
-    if align is None or recipe.budget is None:
-        return recipe
-    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"align": align})})
+    return load_recipe(recipes[shapes])
 
 
-def with_keep(recipe, keep: float | None, of: str | None = None) -> Recipe:
+def with_keep(recipe, keep: float | None, of: str | None = None, align: int | None = None) -> Recipe:
     """Return ``recipe`` (a name, a file or a mapping) with the budget ``keep``, unless that is None.
 
     Args:
         of: what ``keep`` is a share of; default: as in the recipe's own budget, else the ``model``.
+        align: what MLP widths are multiples of, where shapes are stock.
     """
     recipe = load_recipe(recipe)
-    if keep is None:
+    if align is not None and (recipe.budget is None or recipe.budget.shapes != "stock"):
+        raise ValueError(f"--align {align} is for --shapes stock; {recipe.name} leaves shapes free")
+    if keep is None and align is None:
         return recipe
     if recipe.stages:
         raise ValueError(
             f"recipe {recipe.name} has stages, each with sizes of its own; leave --keep out, or write them there"
         )
     budget = recipe.budget.model_dump() if recipe.budget else {"of": "model"}
-    budget = budget | {"keep": check_keep(keep)} | ({"of": of} if of else {})
+    budget |= ({} if keep is None else {"keep": check_keep(keep)}) | ({"of": of} if of else {})
+    budget |= {} if align is None else {"align": align}
     budget = parse_recipe({"budget": budget}, "the budget").budget
     return recipe.model_copy(update={"budget": budget})
 

@@ -141,11 +141,10 @@ def compress(
     if structure and keep:
         chosen = api.recipe_for(structure, keep, of or "model", roles.split(",") if roles else None)
     else:
-        chosen = api.with_keep(recipe or api.recipe_of_shapes(shapes, align), keep, of)
+        chosen = api.with_keep(recipe or api.recipe_of_shapes(shapes), keep, of, align)
     for name, idle in (
         ("--roles", roles and not structure),
         ("--shapes", shapes is not None and (recipe or structure)),
-        ("--align", align is not None and shapes != "stock"),
         ("--source", source not in (None, "weights") and calibrate),
         ("--num-samples", num_samples is not None and not calibrate),
         ("--heal-tokens", heal_tokens is not None and not heal),

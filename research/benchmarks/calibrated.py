@@ -25,7 +25,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-DEMO = Path(__file__).parents[1] / "tenfold" / "demo"
+DEMO = Path(__file__).parents[2] / "tenfold" / "demo"
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "dtype": "float32"},
     "llama": {
@@ -57,14 +57,14 @@ def peak_kb():  # of this process alone: ru_maxrss begins with that of the proce
 before = peak_kb()
 recipe = load_recipe("recommended")
 recipe.calibrate = Calibrate(**calibrate)
-if only:  # the survey, whatever comes behind it
-    collect = blockwise.collect_curves
+if only:  # the statistics, whatever comes behind them
+    collect = blockwise.BlockwiseCompression.collect
     def alone(*rest):
         begun = time.perf_counter()
         collect(*rest)
         print(json.dumps({"seconds": time.perf_counter() - begun}))
         raise SystemExit
-    blockwise.collect_curves = alone
+    blockwise.BlockwiseCompression.collect = alone
 report = compress_checkpoint(source, target, recipe, files, samples)
 peak = peak_kb()
 print(json.dumps({"before": before / 1024, "peak": peak / 1024, "phases": report["phases"], "seconds": report["seconds"],
@@ -132,7 +132,7 @@ def main() -> None:
         make(given.shape, source, given.layers)
         result["checkpoint_mb"] = round(sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**20)
         for run in given.runs or RUNS[given.shape]:
-            result[run] = measured(source, Path(place) / run, **RUNS[given.shape][run]) | {"base_model": about}
+            result[run] = measured(source, Path(place) / run, **RUNS[given.shape][run]) | {"machine": about}
             print(run, result[run], file=sys.stderr)
             shutil.rmtree(Path(place) / run, ignore_errors=True)
             target.write_text(json.dumps(result, indent=1) + "\n")

@@ -57,6 +57,7 @@ class Contender:
 
 CONTENDERS = [
     Contender("recommended"),
+    Contender("stock", ("--align", "8")),
     Contender("script", script="narrow_script.py"),
     Contender("svd-llm"),
     Contender("svd-llm-v2"),

@@ -39,13 +39,13 @@ from tenfold.compression.calibration import (
     split_for_processes,
 )
 from tenfold.compression.depth import measure_removals
-from tenfold.compression.divergence import scale_by_trials
+from tenfold.compression.divergence import Correction, Trial, measure_together, measure_trials, scale_curves
 from tenfold.compression.fisher import FisherPass
 from tenfold.compression.fit_actions import apply_actions
 from tenfold.compression.memory_check import check_memory
 from tenfold.compression.progress import Progress, estimate_phases, no_progress
 from tenfold.compression.resume_state import ResumeState
-from tenfold.compression.stock_shapes import DROPPED, choose_stock
+from tenfold.compression.stock_shapes import DROPPED, choose_stock, expect_stock_sizes
 from tenfold.compression.tensor_store import TensorStore
 from tenfold.compression.weight_source import InMemoryWeights, Weights
 from tenfold.models.depth import block_list, remove_blocks
@@ -164,18 +164,22 @@ class BlockwiseCompression:
             if self.gradients:
                 tasks.run_or_load("turn", fisher_pass.start_backward)
         check_text(self.text, loss)
-        curves, ratios, scaled = [], [], set[str]()
+        curves, ratios, tried = [], [], list[dict]()
         numbers = range(len(self.plans))[::-1]
         for number, _ in zip(numbers, self.progress(self.plans[::-1], self.phases[1]), strict=True):
             backward = partial(self._backward, fisher_pass, number, input_groups[number], curves)
-            found, more, done = tasks.run_or_load(f"backward-{number}", backward)
-            fisher_pass.release(number)
+            found, more, trials = tasks.run_or_load(f"backward-{number}", backward)
+            if number:  # all blocks are tried together from the states in front of the first one
+                fisher_pass.release(number)
             curves = [TradeoffCurve.from_json(plain) for plain in found] + curves
             ratios += more
-            scaled |= set(done)
-        for curve in curves if ratios else []:
-            if curve.name not in scaled:
-                curve.losses = curve.losses * float(np.mean(ratios))
+            tried += trials
+        together = tasks.run_or_load("together", partial(self._try_together, activations, tried)) if tried else {}
+        fisher_pass.release(0)
+        measured = {name for trial in tried for name in trial["items"]}
+        for curve in curves:
+            factor = np.mean(ratios) if ratios and curve.name not in measured else together.get(curve.name, 1.0)
+            curve.losses = curve.losses * float(factor)
         return curves, influence
 
     def _forward(self, fisher_pass: FisherPass, number: int) -> tuple[list[list[str]], float]:
@@ -186,12 +190,12 @@ class BlockwiseCompression:
 
     def _backward(
         self, fisher_pass: FisherPass, number: int, input_groups: list[list[str]], known: list[TradeoffCurve]
-    ) -> tuple[list[dict], list[float], list[str]]:
+    ) -> tuple[list[dict], list[float], list[dict]]:
         """Run backward through one block and save its statistics.
 
         Returns:
-            Its curves, the ratios of ``tenfold.compression.evidence.fisher_losses``, and the names of
-            the curves that are scaled by measured divergences.
+            Its curves, the ratios of ``tenfold.compression.evidence.fisher_losses``, and the trials by whose divergences
+            curves are scaled: ``{"path": of the site that was wrong, "shifted": whether its bias was, "items": .., "nats": ..}``.
         """
         plan, settings, activations = self.plans[number], self.settings, fisher_pass.activations
         fisher_paths = {path for action in plan.actions for path in action.fisher_paths}
@@ -207,9 +211,55 @@ class BlockwiseCompression:
                 if settings.divergence and self.gradients and predicts:
                     sizes = self._expect_sizes([*curves.values(), *known])
                     trials = [trial for action in plan.actions for trial in action.trials(block, sizes)]
-                scaled = scale_by_trials(curves, trials, activations, self.weights, number, settings.divergence)
+                tried = self._scale_by_trials(curves, trials, activations, number) if trials else []
                 self.state.save_statistics(number, fisher, block.orders)
-                return [curve.to_json() for curve in curves.values()], block.ratios, scaled
+                return [curve.to_json() for curve in curves.values()], block.ratios, tried
+
+    def _scale_by_trials(
+        self, curves: dict[str, TradeoffCurve], trials: list[Trial], activations: Activations, number: int
+    ) -> list[dict]:
+        """Scale ``curves`` to the divergences of ``trials``; store the errors of these and return what they were."""
+        tried = []
+        measured = measure_trials(trials, activations, self.weights, number, self.settings.divergence)
+        for (sizes, path, (error, shift)), nats in zip(trials, measured, strict=True):
+            if scale_curves(curves, sizes, nats):
+                activations.store.put(f"error-{path}", error)
+                if shift is not None:
+                    activations.store.put(f"shift-{path}", shift)
+                tried.append({"path": path, "shifted": shift is not None, "items": list(sizes), "nats": nats})
+        return tried
+
+    def _try_together(self, activations: Activations, tried: list[dict]) -> dict[str, float]:
+        """Return ``{item: factor}``: what the trials of its role lose in all blocks together, over the sum of what each loses.
+
+        All have another factor: what the roles lose together, over their sum.
+        """
+        roles = {site.path: site.role for plan in self.plans for site in plan.sites}
+        by_role: dict[str, list[dict]] = {}
+        for trial in tried:
+            by_role.setdefault(roles[trial["path"]], []).append(trial)
+
+        def corrections(number: int) -> list[dict[str, Correction]]:
+            def load(trial: dict) -> Correction:
+                shift = activations.load(f"shift-{trial['path']}") if trial["shifted"] else None
+                return activations.load(f"error-{trial['path']}"), shift
+
+            inside = {site.path for site in self.plans[number].sites}
+            found = [{t["path"]: load(t) for t in some if t["path"] in inside} for some in by_role.values()]
+            return [*found, {path: error for some in found for path, error in some.items()}]
+
+        *apart, whole = measure_together(corrections, activations, self.weights, self.settings.divergence)
+        for trial in tried:
+            activations.store.drop(f"error-{trial['path']}")
+            activations.store.drop(f"shift-{trial['path']}")
+        if min(*apart, whole) <= 0:
+            return {}
+        joint = whole / sum(apart)
+        factors = {}
+        for some, nats in zip(by_role.values(), apart, strict=True):
+            factor = joint * nats / sum(trial["nats"] for trial in some)
+            factors |= {item: factor for trial in some for item in trial["items"]}
+        return factors
 
     def _expect_sizes(self, known: list[TradeoffCurve]) -> dict[str, Any]:
         """Return the sizes that the items would get if there were no other blocks than those that are known."""
@@ -220,6 +270,9 @@ class BlockwiseCompression:
                 inside = sum(site.shape[0] * site.shape[1] for plan in self.plans for site in plan.sites)
                 ratio = 1 - (1 - ratio) * budget_total(self.model, budget) / inside
             ratio = min(0.9, max(0.1, ratio))
+            if budget.shapes == "stock" and all(curve.tied for curve in free):
+                whole = sum(curve.whole for curve in free)
+                return expect_stock_sizes(self.model, budget, free, (1 - ratio) * whole)
         least, whole = (sum(float(curve.costs[k]) for curve in free) for k in (0, -1))
         return allocate_by_loss(free, max(least, ratio * whole))
 

@@ -1,14 +1,15 @@
-"""Measured divergence of the predictions when matrices of one block are wrong, by running all blocks behind it.
+"""Measured divergence of the predictions when matrices are wrong: those of one block, and then those of all blocks together.
 
 Gradients estimate the loss of a small error. A larger one costs more where it passes a softmax, or comes out of matrices that
 were chosen on the same tokens: 1.1 to 4 times as much as estimated on SmolLM2. At one size of every item the measured divergence
-replaces the estimate, and scales the whole curve.
+replaces the estimate, and scales the whole curve. Then the errors of all blocks are tried together, role by role: a head can be
+spared in any one block, where others do its work, but not in all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,54 +29,85 @@ FAINT = 0.02  # scale at which an error moves the predictions by rounding only
 
 
 class Trial(NamedTuple):
-    """Items at one size, and the errors that this causes."""
+    """Items at one size, and the error of a site that this causes."""
 
     sizes: dict[str, Any]  # {name of a curve: option}
-    corrections: dict[str, Correction]  # {path of a site: correction}
+    path: str  # of the site
+    correction: Correction
 
 
 @torch.no_grad()
-def scale_by_trials(
-    curves: dict[str, TradeoffCurve],
-    trials: Sequence[Trial],
-    activations: Activations,
-    weights: Weights,
-    number: int,
-    tokens: int,
-) -> list[str]:
-    """Scale ``curves``, in place, to the divergences measured at the sizes of ``trials``; return the names of those scaled.
+def measure_trials(
+    trials: Sequence[Trial], activations: Activations, weights: Weights, number: int, tokens: int
+) -> list[float]:
+    """Return the divergence of the predictions in nats a token of every trial of block ``number``.
 
     Args:
-        activations: with the states in front of block ``number``, whose weights are loaded, and behind the last one.
-        tokens: about how many to measure divergences on.
+        activations: with the states in front of the block, whose weights are loaded, and behind the last one.
+        tokens: about how many to measure on.
     """
-    if not trials:
-        return []
-    variants = [trial.corrections for trial in trials]
-    if activations.bfloat16:
-        faint = {p: (FAINT * m, None if b is None else FAINT * b) for p, (m, b) in variants[0].items()}
-        variants.append(faint)
-    batches, last = range(batches_with_tokens(activations, tokens)), len(activations.blocks)
-    states = [activations.load(f"before-{number}-{k}") for k in batches]
-    rows = [[_run_corrected(activations, number, x, k, some) for some in variants] for k, x in enumerate(states)]
+    variants = [{trial.path: trial.correction} for trial in trials]
+    variants += [_faint(variants[0])] if activations.bfloat16 else []
+    batches, states = range(batches_with_tokens(activations, tokens)), list[list[Tensor]]()
+    for k in batches:
+        before = activations.load(f"before-{number}-{k}")
+        states.append([_run_corrected(activations, number, before, k, some) for some in variants])
     for later in range(number + 1, len(activations.blocks)):
         block = activations.blocks[later]
         with weights.at(activations.paths[later]):
-            rows = [[activations.run_block(later, block, x, k) for x in row] for k, row in enumerate(rows)]
+            states = [[activations.run_block(later, block, x, k) for x in row] for k, row in enumerate(states)]
     with weights.outside():
-        measured = divergences(activations, [activations.load(f"before-{last}-{k}") for k in batches], rows)
-    rounding = measured[-1] if activations.bfloat16 else 0.0
-    scaled = []
-    for trial, nats in zip(trials, measured, strict=False):
-        estimate = sum(
-            float(curves[name].losses[curves[name].options.index(size)]) for name, size in trial.sizes.items()
-        )
-        nats = max(nats - rounding, nats / 4)
-        if estimate > 0 and nats > 0:
-            for name in trial.sizes:
-                curves[name].losses = curves[name].losses * (nats / estimate)
-            scaled += trial.sizes
-    return scaled
+        return _without_rounding(activations, states)
+
+
+@torch.no_grad()
+def measure_together(
+    corrections: Callable[[int], list[dict[str, Correction]]], activations: Activations, weights: Weights, tokens: int
+) -> list[float]:
+    """Return the divergences when the matrices of all blocks are wrong at once.
+
+    Args:
+        corrections: returns the errors of a block in every variant that is measured.
+        activations: with the states in front of the first block and behind the last one.
+    """
+    batches = range(batches_with_tokens(activations, tokens))
+    states = [[activations.load(f"before-0-{k}")] for k in batches]
+    for number, path in enumerate(activations.paths):
+        with weights.at(path):
+            variants = corrections(number)
+            variants += [_faint(variants[-1])] if activations.bfloat16 else []
+            states = [
+                [
+                    _run_corrected(activations, number, x, k, some)
+                    for x, some in zip(row * (len(variants) // len(row)), variants, strict=True)
+                ]
+                for k, row in enumerate(states)
+            ]
+    with weights.outside():
+        return _without_rounding(activations, states)
+
+
+def scale_curves(curves: dict[str, TradeoffCurve], sizes: Mapping[str, Any], nats: float) -> bool:
+    """Scale ``curves``, in place, so that their losses at ``sizes`` add up to ``nats``; return whether that can be."""
+    estimate = sum(float(curves[name].losses[curves[name].options.index(size)]) for name, size in sizes.items())
+    if not (estimate > 0 and nats > 0):
+        return False
+    for name in sizes:
+        curves[name].losses = curves[name].losses * (nats / estimate)
+    return True
+
+
+def _faint(corrections: dict[str, Correction]) -> dict[str, Correction]:
+    return {p: (FAINT * m, None if b is None else FAINT * b) for p, (m, b) in corrections.items()}
+
+
+def _without_rounding(activations: Activations, states: list[list[Tensor]]) -> list[float]:
+    """Return the divergences of all variants but that of a faint error, in bfloat16 the last one, which is taken from them."""
+    last = len(activations.blocks)
+    originals = [activations.load(f"before-{last}-{k}") for k in range(len(states))]
+    measured = divergences(activations, originals, states)
+    rounding = measured.pop() if activations.bfloat16 else 0.0
+    return [max(nats - rounding, nats / 4) for nats in measured]
 
 
 def _run_corrected(

@@ -69,7 +69,7 @@ class PruneGroups(Action):
         if count == self.heads.groups:
             return []
         error, shift = self._error(block, block.orders[self.name][:count].int().tolist())
-        return [Trial({self.name: count}, {self.name: (-error, None if shift is None else -shift)})]
+        return [Trial({self.name: count}, self.name, (-error, None if shift is None else -shift))]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into.values():

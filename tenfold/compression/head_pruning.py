@@ -116,7 +116,7 @@ class PruneHeads(Action):
     def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
         kinds = ("v",) if self.heads.freedom == "none" else ("v", "q")
         found = [self._trial(block, kind, sizes) for kind in kinds]
-        return [trial for trial in found if any(error.any() for error, _ in trial.corrections.values())]
+        return [trial for trial in found if trial.correction[0].any()]
 
     def _trial(self, block: Block, kind: str, sizes: Mapping[str, Any]) -> Trial:
         """Return the error of the values, or of the queries, of all groups at their sizes."""
@@ -132,7 +132,7 @@ class PruneHeads(Action):
                 shift[at] = -lost
         if kind == "v":
             shift = -error @ block.moments(path).mean if block.centers(path) else None
-        return Trial({name: sizes[name] for name in names}, {path: (error, shift)})
+        return Trial({name: sizes[name] for name in names}, path, (error, shift))
 
     def _dropped_part(self, known: Tensor, count: int) -> Tensor:
         """Return the projection ``(size, size)`` on what goes when ``count`` units of an order, or of a basis, stay."""

@@ -100,7 +100,11 @@ def _sum_curves(curves: Sequence[TradeoffCurve], options: Sequence[int]) -> tupl
 
 
 def _loss_at(curve: TradeoffCurve, option: int) -> float:
-    return float(curve.losses[curve.index_within(curve.whole * option / _full(curve) + 0.5)])
+    return float(curve.losses[_index_at(curve, option)])
+
+
+def _index_at(curve: TradeoffCurve, option: int) -> int:
+    return curve.index_within(curve.whole * option / _full(curve) + 0.5)
 
 
 def _full(curve: TradeoffCurve) -> int:
@@ -165,6 +169,29 @@ def choose_stock(
             found.append(TradeoffCurve(curve.name, np.array([cost]), np.array([loss]), [option], whole=curve.whole))
             about[curve.name] = {"kind": curve.tied, "size": option, "of": _full(curve), "free": free.get(curve.name)}
     return chosen, found, about
+
+
+def expect_stock_sizes(
+    model: PreTrainedModel, budget: Budget, curves: Sequence[TradeoffCurve], saved: float
+) -> dict[str, Any]:
+    """Return ``{name: option}``: the stock sizes that would save so many parameters if there were no other items.
+
+    A kind that would stay whole has its next smaller size, so that its loss is measured, too.
+    """
+    kinds = {
+        kind: [curve for curve in curves if curve.tied == kind] for kind in sorted({curve.tied for curve in curves})
+    }
+    allowed = {kind: _allowed(model, budget, kind, some) for kind, some in kinds.items()}
+    tables = {kind: _sum_curves(some, allowed[kind]) for kind, some in kinds.items()}
+    smallest = tuple(0 for _ in kinds)
+    mixes = [
+        (sum(tables[kind][1][k] for kind, k in zip(kinds, mix, strict=True)), mix)
+        for mix in product(*(range(len(allowed[kind])) for kind in kinds))
+        if sum(tables[kind][0][k] for kind, k in zip(kinds, mix, strict=True)) >= saved
+    ]
+    _, best = min(mixes, default=(0.0, smallest))
+    sizes = {kind: allowed[kind][min(k, max(0, len(allowed[kind]) - 2))] for kind, k in zip(kinds, best, strict=True)}
+    return {curve.name: curve.options[_index_at(curve, sizes[curve.tied])] for curve in curves}
 
 
 def _losses_of_free_widths(curves: Sequence[TradeoffCurve], budget: float) -> dict[str, float]:

@@ -115,7 +115,7 @@ class PruneMlp(Action):
         if self.out.expert is not None or count == self.out.shape[1]:  # each of many experts matters little
             return []
         error, shift = self._error(block, block.orders[self.name][:count].tolist(), moments.second, moments.mean)
-        return [Trial({self.name: count}, {self.name: (-error, None if shift is None else -shift)})]
+        return [Trial({self.name: count}, self.name, (-error, None if shift is None else -shift))]
 
     def apply(self, block: Block, chosen: dict[str, Any]) -> None:
         for site in self.into:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,13 +14,8 @@ from tenfold.export.trim import Part, find_parts, trim
 from tenfold.export.weights import Weights, open_checkpoint, plain_weights
 from tenfold.models.model_card import save_config
 from tenfold.models.quantization_config import get_tenfold_config
+from tenfold.models.stock import stock_config, stock_head_counts
 
-# model_type -> the setting that is the width of its MLPs
-WIDTHS = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi", "gpt_neox", "bert", "roberta", "albert"),
-    "intermediate_size",
-) | {"gpt2": "n_inner", "opt": "ffn_dim", "t5": "d_ff"}
-HEADS = ("llama", "mistral", "qwen3")  # whose size of a head does not follow from the number of heads
 ALIGNMENT = 8  # of widths, which matrix products on GPUs like
 
 
@@ -44,53 +39,47 @@ def write(name: str | Path, folder: Path) -> None:
 
 
 def to_one_width(weights: Weights, parts: list[Part]) -> Weights:
-    """Return ``weights`` with the widths of the widest block, and a model to match."""
-    config = copy.deepcopy(weights.model.config)
-    if config.model_type not in WIDTHS:
-        return weights
+    """Return ``weights`` with the widths of the widest block, as far as a configuration can say them, and a model to match."""
+    model, sizes = weights.model, dict[str, int]()
     mlps, attentions = ([part for part in parts if part.family == family] for family in ("mlp", "attn"))
-    sizes = {part.family: part.units for part in parts}
     if len({part.units for part in mlps}) == 1:
         width = max(len(part.used) for part in mlps)
         sizes["mlp"] = min(-(-width // ALIGNMENT) * ALIGNMENT, mlps[0].units)
-        setattr(config, WIDTHS[config.model_type], sizes["mlp"])
+    config = stock_config(model, sizes)
     groups = max((len(part.used) for part in attentions), default=0)
-    if config.model_type in HEADS and groups < config.num_key_value_heads:
-        sizes["attn"] = groups
-        config = _with_groups(config, groups)
-    kept = [part for part in parts if part.family == "mlp" or config.model_type in HEADS]
-    tensors, read = trim(weights, kept, lambda part: sizes[part.family])
+    if groups in stock_head_counts(model)[:-1]:
+        sizes["heads"] = groups
+        config = stock_config(model, sizes)
+    elif config.model_type == "llama" and 0 < groups < config.num_key_value_heads:
+        sizes["heads"] = groups
+        config = _as_mistral(stock_config(model, sizes))
+    of_part = {"mlp": sizes.get("mlp"), "attn": sizes.get("heads")}
+    tensors, read = trim(
+        weights, [part for part in parts if of_part[part.family]], lambda part: of_part[part.family] or 0
+    )
     with torch.device("meta"):
-        model = getattr(transformers, (config.architectures or [""])[0])(config)
-    if model.can_generate():
-        model.generation_config = weights.model.generation_config
-    return Weights(model, tensors, read)
+        narrow: Any = getattr(transformers, (config.architectures or [""])[0])(config)
+    wanted = {name: value.shape for name, value in narrow.state_dict().items() if name in tensors}
+    if any(tensors[name].shape != shape for name, shape in wanted.items()):  # its configuration has no such key
+        return weights
+    if narrow.can_generate():
+        narrow.generation_config = model.generation_config
+    return Weights(narrow, tensors, read)
 
 
-def _with_groups(config, groups: int):
-    """Return ``config`` with ``groups`` key and value heads.
+def _as_mistral(config: Any) -> Any:
+    """Return the configuration of a Llama as that of a Mistral without a window, which is the same function.
 
-    LlamaConfig wants a width that is a multiple of the number of heads; a Mistral without a window is the same function.
+    LlamaConfig wants a width that is a multiple of the number of heads.
     """
-    each = config.num_attention_heads // config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    settings = config.to_dict() | {
-        "num_attention_heads": each * groups,
-        "num_key_value_heads": groups,
-        "head_dim": size,
-    }
-    settings.pop("model_type")
-    settings["architectures"] = list(config.architectures)
-    kind = config.model_type
-    if kind == "llama" and config.hidden_size % (each * groups):
-        if config.attention_bias or config.mlp_bias:
-            raise ValueError(
-                f"{each * groups} heads don't divide the width {config.hidden_size}, which LlamaConfig wants, and Mistral, which "
-                "takes them, has no biases; export to dense"
-            )
-        kind, settings["sliding_window"] = "mistral", None
-        settings["architectures"] = [one.replace("Llama", "Mistral") for one in config.architectures]
-    return transformers.AutoConfig.for_model(kind, **settings)
+    if config.attention_bias or config.mlp_bias:
+        raise ValueError(
+            f"{config.num_attention_heads} heads don't divide the width {config.hidden_size}, which LlamaConfig wants, and "
+            "Mistral, which takes them, has no biases; export to dense"
+        )
+    settings = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    settings["architectures"] = [one.replace("Llama", "Mistral") for one in config.architectures]
+    return transformers.AutoConfig.for_model("mistral", **settings | {"sliding_window": None})
 
 
 FORMAT = Format(

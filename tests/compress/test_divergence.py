@@ -9,7 +9,7 @@ from models import toys
 from plain import text
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compression import blockwise
+from tenfold.compression.blockwise import BlockwiseCompression
 from tenfold.compression.compress import compress
 
 WORDS = text(8, padded=True)
@@ -38,15 +38,15 @@ def wrong(model, correction: dict):
 
 def tried(model, monkeypatch, **calibrate) -> list:
     """Return ``(trials of a block, its curves before and after)`` of every block."""
-    found, real = [], blockwise.scale_by_trials
+    found, real = [], BlockwiseCompression._scale_by_trials
 
-    def scale(curves, trials, *given):
+    def scale(self, curves, trials, *given):
         before = copy.deepcopy(curves)
-        done = real(curves, trials, *given)
+        done = real(self, curves, trials, *given)
         found.append((trials, before, curves))
         return done
 
-    monkeypatch.setattr(blockwise, "scale_by_trials", scale)
+    monkeypatch.setattr(BlockwiseCompression, "_scale_by_trials", scale)
     recipe = {"replace": RULES, "budget": {"keep": 0.6, "of": "sites"}}
     compress(copy.deepcopy(model), recipe | {"calibrate": {"divergence": 10_000} | calibrate}, text=WORDS)
     return found
@@ -59,7 +59,7 @@ def test_curves_lose_what_was_measured(name, monkeypatch):
     assert len(found) == model.config.num_hidden_layers
     for trials, before, after in found:
         for trial in trials:
-            other = log_probabilities(wrong(model, trial.corrections))
+            other = log_probabilities(wrong(model, {trial.path: trial.correction}))
             divergence = float((original.exp() * (original - other)).sum(-1).mean())
             at = {item: min(range(len(after[item].options)), key=lambda k: abs(after[item].options[k] - size))
                   for item, size in trial.sizes.items()}  # fmt: skip
@@ -82,12 +82,36 @@ def test_a_trial_of_an_mlp_is_what_narrowing_makes_of_it(monkeypatch):
     )
     assert [choice["chosen"] for choice in told] == [size]
     torch.testing.assert_close(
-        log_probabilities(narrow), log_probabilities(wrong(model, trial.corrections)), rtol=1e-3, atol=1e-4
+        log_probabilities(narrow), log_probabilities(wrong(model, {trial.path: trial.correction})), rtol=1e-3, atol=1e-4
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_curves_are_scaled_by_what_all_blocks_lose_together(name, monkeypatch):
+    """Errors of one role in all blocks, against the sum of what each loses; then all roles against their sum."""
+    model = toys.build(name).eval()
+    original, found, real = log_probabilities(model), [], BlockwiseCompression._try_together
+    monkeypatch.setattr(
+        BlockwiseCompression, "_try_together", lambda self, *given: found.append(real(self, *given)) or found[-1]
+    )
+    trials = [trial for some, *_ in tried(model, monkeypatch) for trial in some]
+
+    def lost(some: list) -> float:
+        other = log_probabilities(wrong(model, {trial.path: trial.correction for trial in some}))
+        return float((original.exp() * (original - other)).sum(-1).mean())
+
+    ends = sorted({trial.path.split(".", 3)[-1] for trial in trials})  # without the number of the block
+    roles = [[trial for trial in trials if trial.path.split(".", 3)[-1] == end] for end in ends]
+    assert len(roles) > 1
+    both = lost(trials) / sum(map(lost, roles))
+    for some in roles:
+        wanted = both * lost(some) / sum(lost([trial]) for trial in some)
+        for trial in some:
+            assert all(found[0][item] == pytest.approx(wanted, rel=3e-2) for item in trial.sizes)
+
+
 def test_nothing_is_measured_unless_it_is_asked_for(monkeypatch):
-    assert all(not trials for trials, *_ in tried(toys.build("llama"), monkeypatch, divergence=0))
+    assert not tried(toys.build("llama"), monkeypatch, divergence=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -97,7 +121,7 @@ def test_a_trial_of_heads_leaves_as_many_dimensions_as_it_says(name, monkeypatch
     trials = [trial for some, *_ in tried(model, monkeypatch) for trial in some if " " in next(iter(trial.sizes))]
     assert trials
     for trial in trials:
-        ((path, (error, shift)),) = trial.corrections.items()
+        path, (error, shift) = trial.path, trial.correction
         module, values = model.get_submodule(path), " v" in next(iter(trial.sizes))
         weight = module.weight.detach().double()
         weight = (weight.T if isinstance(module, Conv1D) else weight) + error
