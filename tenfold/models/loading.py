@@ -31,6 +31,8 @@ from tenfold.models.sites import FACTORIZED
 from tenfold.models.surgery import CONTAINER, install_empty
 from tenfold.models.weight_files import MISMATCH, check_factors, check_folder, check_present, read_headers
 
+PER_BYTE = 16  # parameters; no quantisation stores as many
+
 
 def install_layers(model: PreTrainedModel, config: TenfoldConfig, files: Iterable[str | Path]) -> None:
     """Put empty factorized layers into ``model``, whose weights are about to be read from ``files``.
@@ -114,6 +116,8 @@ def load_with_head(
         check_folder(Path(name))
     given = {"trust_remote_code": False} | where | kwargs
     config = read_config(name, given["trust_remote_code"])
+    if is_path(name) and not is_gguf(name):
+        _check_size(Path(name), config)
     given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with naming(name), short_class_errors(kind):
         try:
@@ -124,6 +128,18 @@ def load_with_head(
                 f"{name} holds a file that is no whole file of safetensors ({reason}); copy it again"
             ) from None
         return model, _check_report(name, model, config, report, heads)
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    """Raise ValueError if the model of ``config`` is larger than what the folder holds, before its memory is asked for."""
+    held, numel = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()), 0
+    with suppress(Exception), torch.device("meta"), silent(reports=False):  # what is damaged is refused when it is read
+        numel = sum(parameter.numel() for parameter in build_model(copy.deepcopy(config)).parameters())
+    if numel > PER_BYTE * held:
+        raise ValueError(
+            f"{folder / 'config.json'} describes a model of {numel:,} parameters, but its folder holds {held:,} bytes; "
+            "copy its files again"
+        )
 
 
 def _check_report(

@@ -26,10 +26,6 @@ from tenfold_cli import output
 GOLDEN = Path(__file__).parents[1] / "golden" / "version-1"
 
 
-def open_point(reason):
-    return pytest.mark.xfail(strict=True, reason=f"issue 29: {reason}")
-
-
 def said(err: str) -> str:
     last = err.strip().splitlines()[-1] if err.strip() else ""
     return last if last.startswith("tenfold: ") else ""
@@ -159,6 +155,15 @@ def test_index_files_of_other_types_and_names_outside_are_refused(call, kept, ll
     more = ("--keep", 0.8, "--calibrate", llama / "text.txt") if command == "compress" else ("--to", "dense")
     status, _, err = call(command, llama, "-o", tmp_path / "out", *more)
     assert status == 2 and "model.safetensors.index.json" in said(err), (status, err[-300:])
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_a_model_larger_than_its_files_is_refused_before_its_memory_is_asked_for(call, llama, monkeypatch, key):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {key: 10**12}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("was loaded"))
+    status, _, err = call("generate", llama, "the old", "--max-new-tokens", 2)
+    assert status == 2 and "config.json describes a model of" in said(err), (status, err[-300:])
 
 
 @pytest.mark.parametrize("raw", ["", "{}", "[]", "3", '{"model": {"type": "BPE"}}', "[" * 5000])
