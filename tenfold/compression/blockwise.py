@@ -230,35 +230,27 @@ class BlockwiseCompression:
         return tried
 
     def _try_together(self, activations: Activations, tried: list[dict]) -> dict[str, float]:
-        """Return ``{item: factor}``: what the trials of its role lose in all blocks together, over the sum of what each loses.
-
-        All have another factor: what the roles lose together, over their sum.
-        """
+        """Return ``{item: factor}``: what the trials of its role lose in all blocks together, over the sum of what each loses."""
         roles = {site.path: site.role for plan in self.plans for site in plan.sites}
         by_role: dict[str, list[dict]] = {}
         for trial in tried:
             by_role.setdefault(roles[trial["path"]], []).append(trial)
 
+        def load(trial: dict) -> Correction:
+            shift = activations.load(f"shift-{trial['path']}") if trial["shifted"] else None
+            return activations.load(f"error-{trial['path']}"), shift
+
         def corrections(number: int) -> list[dict[str, Correction]]:
-            def load(trial: dict) -> Correction:
-                shift = activations.load(f"shift-{trial['path']}") if trial["shifted"] else None
-                return activations.load(f"error-{trial['path']}"), shift
-
             inside = {site.path for site in self.plans[number].sites}
-            found = [{t["path"]: load(t) for t in some if t["path"] in inside} for some in by_role.values()]
-            return [*found, {path: error for some in found for path, error in some.items()}]
+            return [{t["path"]: load(t) for t in some if t["path"] in inside} for some in by_role.values()]
 
-        *apart, whole = measure_together(corrections, activations, self.weights, self.settings.divergence)
-        for trial in tried:
-            activations.store.drop(f"error-{trial['path']}")
-            activations.store.drop(f"shift-{trial['path']}")
-        if min(*apart, whole) <= 0:
-            return {}
-        joint = whole / sum(apart)
+        together = measure_together(corrections, activations, self.weights, self.settings.divergence)
         factors = {}
-        for some, nats in zip(by_role.values(), apart, strict=True):
-            factor = joint * nats / sum(trial["nats"] for trial in some)
-            factors |= {item: factor for trial in some for item in trial["items"]}
+        for some, nats in zip(by_role.values(), together, strict=True):
+            for trial in some:
+                activations.store.drop(f"error-{trial['path']}")
+                activations.store.drop(f"shift-{trial['path']}")
+                factors |= dict.fromkeys(trial["items"], nats / sum(other["nats"] for other in some))
         return factors
 
     def _expect_sizes(self, known: list[TradeoffCurve]) -> dict[str, Any]:

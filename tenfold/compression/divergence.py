@@ -2,8 +2,8 @@
 
 Gradients estimate the loss of a small error. A larger one costs more where it passes a softmax, or comes out of matrices that
 were chosen on the same tokens: 1.1 to 4 times as much as estimated on SmolLM2. At one size of every item the measured divergence
-replaces the estimate, and scales the whole curve. Then the errors of all blocks are tried together, role by role: a head can be
-spared in any one block, where others do its work, but not in all of them.
+replaces the estimate, and scales the whole curve. Then the errors of all blocks are tried together, role by role: any one block
+can spare a head whose work others do, but not all blocks can.
 """
 
 from __future__ import annotations
