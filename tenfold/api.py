@@ -18,6 +18,7 @@ from tenfold.compression import compress as _compress
 from tenfold.compression import forecast as _forecast
 from tenfold.compression.calibration import Calibration, load_calibration
 from tenfold.compression.compress import recipe_for as recipe_for
+from tenfold.compression.compress import with_keep as with_keep
 from tenfold.evaluation import bench_model as _bench_model
 from tenfold.evaluation import perplexity as _perplexity
 from tenfold.evaluation import tasks as _tasks
@@ -38,7 +39,7 @@ from tenfold.models.output_folder import claim_output
 from tenfold.models.plan import make_plan
 from tenfold.models.precision import resolve_dtype
 from tenfold.models.recipe import Recipe as Recipe
-from tenfold.models.recipe import Rules, Stage, check_keep, parse_recipe
+from tenfold.models.recipe import Rules, Stage, parse_recipe
 from tenfold.models.recipe import load_recipe as load_recipe
 from tenfold.models.text_mode import known_inputs, positions_of
 from tenfold.nn.dense_cache import dense_cache as dense_cache
@@ -153,29 +154,6 @@ def recipe_of_shapes(shapes: str | None) -> Recipe:
     if shapes not in recipes:
         raise ValueError(f"shapes is {shapes!r}; it must be free or stock")
     return load_recipe(recipes[shapes])
-
-
-def with_keep(recipe, keep: float | None, of: str | None = None, align: int | None = None) -> Recipe:
-    """Return ``recipe`` (a name, a file or a mapping) with the budget ``keep``, unless that is None.
-
-    Args:
-        of: what ``keep`` is a share of; default: as in the recipe's own budget, else the ``model``.
-        align: what MLP widths are multiples of, where shapes are stock.
-    """
-    recipe = load_recipe(recipe)
-    if align is not None and (recipe.budget is None or recipe.budget.shapes != "stock"):
-        raise ValueError(f"--align {align} is for --shapes stock; {recipe.name} leaves shapes free")
-    if keep is None and align is None:
-        return recipe
-    if recipe.stages:
-        raise ValueError(
-            f"recipe {recipe.name} has stages, each with sizes of its own; leave --keep out, or write them there"
-        )
-    budget = recipe.budget.model_dump() if recipe.budget else {"of": "model"}
-    budget |= ({} if keep is None else {"keep": check_keep(keep)}) | ({"of": of} if of else {})
-    budget |= {} if align is None else {"align": align}
-    budget = parse_recipe({"budget": budget}, "the budget").budget
-    return recipe.model_copy(update={"budget": budget})
 
 
 def with_healing(recipe: Recipe, calibrated: bool, tokens: int | None = None) -> Recipe:

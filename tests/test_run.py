@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tenfold
 import tenfold_cli
 from tenfold import api, checkpoint_jobs
 from tenfold.compression.resume_state import ResumeState
@@ -236,6 +237,16 @@ def test_keep_is_a_share_of_what_the_recipe_says():
         api.with_keep("svd-llm", 0.7).budget.of == "blocks" and api.with_keep("recommended", 0.7).budget.of == "model"
     )
     assert api.with_keep("svd-llm", 0.7, "without_head").budget.of == "without_head"
+    other = api.with_keep("svd-llm", None, "model").budget
+    assert (other.of, other.keep) == ("model", api.load_recipe("svd-llm").budget.keep)
+
+
+def test_compress_takes_the_size_like_the_command(dense):
+    model, tokenizer = api.load(dense, "cpu", "float32")
+    text = api.read_calibration(model, tokenizer, [dense / "text.txt"], num_samples=4)
+    _, report = tenfold.compress(model, "recommended", text=text, keep=0.9, of="without_head")
+    after = report["parameters"]
+    assert report["recipe"]["budget"]["of"] == "without_head" and 0.88 < after["without_head"] / after["dense"] <= 0.9
 
 
 def test_another_run_does_not_take_over(dense, tmp_path):

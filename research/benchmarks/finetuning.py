@@ -95,7 +95,8 @@ def folded(model: str, folder: Path) -> Path:
 
 HEAD = """# Fine-tuning: all parameters, or the auxiliary tensors only
 
-Dev scores of GLUE, times 100: the mean of the metrics of a task, the mean over the seeds and their standard deviation.
+Dev scores of GLUE, times 100: the mean of the metrics of a task, and over seeds, with their standard deviation where there
+are several. Of one seed, differences of a point or two mean nothing.
 Written by `python research/benchmarks/finetuning.py --table` from the files in `research/results/finetuning/`, which have
 all settings, curves and versions. `full` trains the dense model; `auxiliary` the same model with its
 matrices as matrix product operators, of which only

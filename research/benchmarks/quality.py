@@ -88,7 +88,7 @@ class Causal:
         self.model, self.tokenizer = api.load(name, device="cpu", dtype="float32")
         self.texts = texts(data)
         self.calibration = load_calibration(
-            self.model, self.tokenizer, [data / "corpus" / "small-train.jsonl.xz"], samples=samples
+            self.model, self.tokenizer, [data / "corpus" / "small-train.jsonl.xz"], num_samples=samples
         )
 
     def recipe(self, method: str, keep: float):

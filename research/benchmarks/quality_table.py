@@ -13,8 +13,8 @@ calibration text. `python research/benchmarks/quality.py --table` writes this pa
 `fits.py`, `variants.py` and `healed.py` beside it write. [recipes.md](recipes.md#baselines) says what the baselines
 are, and where they depart from their papers.
 
-The rows of the recommended recipe date from before its targets became local (see the log of 2026-11-30), which changed
-the README's run on the demo model from 42.96 to 42.84.
+The rows of the recommended recipe are older than the recipe that ships, which has local targets and measured divergences,
+and have not been run again.
 
 The causal models are small: two processor cores train them in an hour or two (`demo`: a GPT-2 shape, 5.9 million
 parameters; `second-model`: `research/benchmarks/second_model.yaml`, a Llama shape, 7.8 million). The encoder is a
@@ -108,7 +108,7 @@ def encoder_table(dense: dict, runs: list[dict], baselines: list[str]) -> list[s
     protocol = dense["scores"]["protocol"]
     lines = [
         f"{dense['parameters']['total']:,} parameters, {dense['parameters']['mlp']:,} of them feed-forward; only these are "
-        f"folded. Spearman correlation on {protocol['task']} ({protocol['pairs']:,} pairs) and mean cosine of the sentence "
+        f"compressed. Spearman correlation on {protocol['task']} ({protocol['pairs']:,} pairs) and mean cosine of the sentence "
         "embeddings to the original's. **kept** is the measured share of the feed-forward parameters, biases included.\n",
         "| method | asked | kept | cosine | Spearman | seconds | peak MB |",
         "|---|---|---|---|---|---|---|",

@@ -23,7 +23,7 @@ def arguments(about: str, keep: list[float]) -> argparse.ArgumentParser:
 
 def results(folder: str, given: argparse.Namespace) -> tuple[Path, dict]:
     """The file and what is in it already; its versions are those of now."""
-    file = Path("results") / folder / f"{given.name or Path(given.model).name}.json"
+    file = Path(__file__).parents[1] / "results" / folder / f"{given.name or Path(given.model).name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(file.read_text()) if file.exists() else {"runs": []}
     result["versions"] = {name: version(name) for name in ("tenfold", "torch", "transformers")}

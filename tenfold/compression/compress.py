@@ -29,7 +29,7 @@ from tenfold.models.cost import price
 from tenfold.models.distributed import is_main_process
 from tenfold.models.loading import from_pretrained
 from tenfold.models.plan import Plan, check_rules, make_plan
-from tenfold.models.recipe import Recipe, Rule, load_recipe
+from tenfold.models.recipe import Recipe, Rule, check_keep, load_recipe, parse_recipe
 from tenfold.models.sites import find_sites
 from tenfold.models.surgery import replace, unpack_experts, untie
 from tenfold.structure import Structure
@@ -48,6 +48,8 @@ def compress(
     announce: Callable[[list[dict]], None] = lambda choices: None,
     weights: Weights | None = None,
     state: ResumeState | None = None,
+    keep: float | None = None,
+    of: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress ``model`` by ``recipe``, without data or guided by a calibration text.
 
@@ -61,6 +63,8 @@ def compress(
         announce: is called with what was chosen for every item of the blocks, before it is carried out.
         weights: source of the weights of a block, if ``model`` does not hold them; see ``tenfold.checkpoint_jobs``.
         state: what an earlier run has reached, and this one will.
+        keep: the share of the parameters that stays, instead of that of the recipe's budget.
+        of: what ``keep`` is a share of, likewise: ``model``, ``without_head``, ``blocks``, ``sites``, ``flops`` or ``bytes``.
 
     Returns:
         The compressed model, and a report: costs before and after, what every site became, seconds.
@@ -76,7 +80,7 @@ def compress(
         check_plain(read_config(model), model)
         model = from_pretrained(model)
     check_plain(model.config, "the model")
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_keep(recipe, keep, of)
     if recipe.stages:
         raise ValueError(
             f"recipe {recipe.name} has stages; tenfold compress MODEL -o DIR --recipe .. runs them, from disk to disk"
@@ -193,6 +197,29 @@ def _plan_outside(model, recipe: Recipe, rules: list[Rule]) -> Plan:
                 "keep; give it a keep or a size of its own"
             )
     return make_plan(model, recipe.model_copy(update={"replace": rules, "budget": None}))
+
+
+def with_keep(recipe, keep: float | None, of: str | None = None, align: int | None = None) -> Recipe:
+    """Return ``recipe`` (a name, a file or a mapping) with the budget ``keep``, unless that is None.
+
+    Args:
+        of: what ``keep`` is a share of; default: as in the recipe's own budget, else the ``model``.
+        align: what MLP widths are multiples of, where shapes are stock.
+    """
+    recipe = load_recipe(recipe)
+    if align is not None and (recipe.budget is None or recipe.budget.shapes != "stock"):
+        raise ValueError(f"--align {align} is for --shapes stock; {recipe.name} leaves shapes free")
+    if keep is None and of is None and align is None:
+        return recipe
+    if recipe.stages:
+        raise ValueError(
+            f"recipe {recipe.name} has stages, each with sizes of its own; leave --keep out, or write them there"
+        )
+    budget = recipe.budget.model_dump() if recipe.budget else {"of": "model"}
+    budget |= ({} if keep is None else {"keep": check_keep(keep)}) | ({"of": of} if of else {})
+    budget |= {} if align is None else {"align": align}
+    budget = parse_recipe({"budget": budget}, "the budget").budget
+    return recipe.model_copy(update={"budget": budget})
 
 
 def recipe_for(structure: str | dict, keep: float, of: str = "model", roles: list[str] | None = None) -> Recipe:
