@@ -6,7 +6,6 @@ checkpoint. Several processes (``torchrun``) need a shared file system; the firs
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -299,7 +298,7 @@ def _partial_folder(output: Path, fingerprint: dict[str, Any], overwrite: bool, 
     folder = near(output, "partial")
     if is_main_process():
         before = _noted(output)
-        if folder.exists() and before != _plain(fingerprint):
+        if folder.exists() and before != fingerprint:
             if not before and any(folder.iterdir()):
                 raise FileExistsError(f"{folder} is there and is no unfinished work; move it, or choose another output")
             if not overwrite and any(folder.glob(finished)):
@@ -336,15 +335,11 @@ def _noted(output: Path) -> dict[str, Any]:
     return read_json(file, _Noted).model_dump() if file.is_file() else {}
 
 
-def _plain(run: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(run))
-
-
 def _discard(output: Path, run: dict[str, Any]) -> None:
     """Delete the unfinished work of ``run``; it is renamed first, so that no half of it is taken for unfinished work."""
     folder, discarded = near(output, "partial"), near(output, "discarded")
     for path in (discarded, near(output, "begun")):  # of a run that was killed here
         shutil.rmtree(path, ignore_errors=True)
-    if (noted := _noted(output)) and noted == _plain(run):
+    if (noted := _noted(output)) and noted == run:
         folder.rename(discarded)
         shutil.rmtree(discarded, ignore_errors=True)

@@ -61,7 +61,7 @@ def recipe_of(work, structure: dict, keep: float, fit: dict) -> dict:
     roles = ["mlp.in", "mlp.gate", "mlp.out"]
     if work.of == "blocks":
         roles += ["attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out"]
-    start = {"options": {"sweeps": 5, "tolerance": 1e-4}} if fit["inputs"] == "second" else "nearest"
+    start = {"options": {"sweeps": 5, "tolerance": 1e-4}} if fit["input_metric"] == "second" else "nearest"
     rule = {"role": roles, "structure": structure, "start": start}
     return {"replace": [rule], "budget": {"keep": keep, "of": work.of}, "calibrate": fit}
 

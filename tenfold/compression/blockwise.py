@@ -264,7 +264,7 @@ class BlockwiseCompression:
             ratio = min(0.9, max(0.1, ratio))
             if budget.shapes == "stock" and all(curve.tied for curve in free):
                 whole = sum(curve.whole for curve in free)
-                return expect_stock_sizes(self.model, budget, free, (1 - ratio) * whole)
+                return expect_stock_sizes(self.model, budget, self.paths, free, (1 - ratio) * whole)
         least, whole = (sum(float(curve.costs[k]) for curve in free) for k in (0, -1))
         return allocate_by_loss(free, max(least, ratio * whole))
 

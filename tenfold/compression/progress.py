@@ -14,16 +14,14 @@ class Phase(str):
     """Name of a phase.
 
     Args:
-        share: the fraction of the run's time that it is expected to take.
-        passes: the time, in forward passes of a token through all blocks.
+        passes: the expected time, in forward passes of a token through all blocks.
     """
 
-    share: float
     passes: float
 
-    def __new__(cls, name: str, passes: float, whole: float):
+    def __new__(cls, name: str, passes: float):
         phase = super().__new__(cls, name)
-        phase.share, phase.passes = passes / whole, passes
+        phase.passes = passes
         return phase
 
 
@@ -43,5 +41,4 @@ def estimate_phases(surveyed: int, tokens: int, gradients: bool, behind: float =
     """
     # block passes per token, fitted to two recipes on models of 8 and 135 million parameters; only the time left depends on it
     first, second, third = surveyed, (5 if gradients else 2) * surveyed + 1.3 * behind, 2.3 * tokens
-    whole = first + second + third
-    return Phase("forward", first, whole), Phase("backward", second, whole), Phase("fits", third, whole)
+    return Phase("forward", first), Phase("backward", second), Phase("fits", third)

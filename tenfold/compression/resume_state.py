@@ -23,8 +23,8 @@ from tenfold.structure import Structure
 ORDER = "order of "
 
 
-class _Choice(BaseModel):
-    """What ``TradeoffCurve.describe`` returns."""
+class _Choice(BaseModel, extra="allow"):
+    """What ``TradeoffCurve.describe`` returns, and what stock shapes add."""
 
     item: str
     chosen: Any
@@ -154,15 +154,10 @@ class ResumeState:
         done = self.unfinished is not None and self._sites_path(number).is_file()
         return done and self.shard_path(number + 1).is_file()
 
-    def check_block(self, number: int) -> _Block:
-        """Read what is noted of the finished block ``number``, and raise ValueError if its shard has changed since."""
+    def load_block(self, model: PreTrainedModel, number: int) -> None:
+        """Put the finished block ``number`` into ``model``, in float32, and raise ValueError if its shard has changed since."""
         block = read_json(self._sites_path(number), _Block)
         _check_hash(self.shard_path(number + 1), block.hash)
-        return block
-
-    def load_block(self, model: PreTrainedModel, number: int) -> None:
-        """Put the finished block ``number`` into ``model``, in float32."""
-        block = self.check_block(number)
         self.fits |= block.fits
         install_empty(model, read_plan(model, TenfoldConfig(block.sites)))
         tensors = load_file(self.shard_path(number + 1)).items()

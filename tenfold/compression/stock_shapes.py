@@ -172,25 +172,22 @@ def choose_stock(
 
 
 def expect_stock_sizes(
-    model: PreTrainedModel, budget: Budget, curves: Sequence[TradeoffCurve], saved: float
+    model: PreTrainedModel, budget: Budget, paths: Sequence[str], curves: Sequence[TradeoffCurve], saved: float
 ) -> dict[str, Any]:
-    """Return ``{name: option}``: the stock sizes that would save so many parameters if there were no other items.
+    """Return ``{name: option}``: the stock sizes that would save so much if there were no other items.
 
     A kind that would stay whole has its next smaller size, so that its loss is measured, too.
+
+    Args:
+        paths: of the blocks.
     """
-    kinds = {
-        kind: [curve for curve in curves if curve.tied == kind] for kind in sorted({curve.tied for curve in curves})
-    }
-    allowed = {kind: _allowed(model, budget, kind, some) for kind, some in kinds.items()}
-    tables = {kind: _sum_curves(some, allowed[kind]) for kind, some in kinds.items()}
-    smallest = tuple(0 for _ in kinds)
-    mixes = [
-        (sum(tables[kind][1][k] for kind, k in zip(kinds, mix, strict=True)), mix)
-        for mix in product(*(range(len(allowed[kind])) for kind in kinds))
-        if sum(tables[kind][0][k] for kind, k in zip(kinds, mix, strict=True)) >= saved
-    ]
-    _, best = min(mixes, default=(0.0, smallest))
-    sizes = {kind: allowed[kind][min(k, max(0, len(allowed[kind]) - 2))] for kind, k in zip(kinds, best, strict=True)}
+    allowed = {kind: _allowed(model, budget, kind, curves) for kind in sorted({curve.tied for curve in curves})}
+    blocks = {path: float(sum(c.whole for c in curves if c.name.startswith(f"{path}."))) for path in paths}
+    try:
+        options = choose_stock_shapes(curves, allowed, blocks, [], sum(blocks.values()) - saved).options
+    except NoStockShapes:
+        options = {kind: sizes[0] for kind, sizes in allowed.items()}
+    sizes = {kind: min(option, allowed[kind][-2:][0]) for kind, option in options.items()}
     return {curve.name: curve.options[_index_at(curve, sizes[curve.tied])] for curve in curves}
 
 

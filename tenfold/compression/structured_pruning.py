@@ -5,7 +5,7 @@ A ``PruningCriterion`` chooses what stays: see ``tenfold.compression.pruning_cri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,15 @@ from torch import Tensor
 from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.block import Action, Block, Target, with_ridge
 from tenfold.compression.divergence import Trial
-from tenfold.compression.evidence import expected_loss, fisher_losses, scale_losses, split_halves, unit_products
+from tenfold.compression.evidence import (
+    Split,
+    expected_loss,
+    fisher_losses,
+    scale_losses,
+    split_halves,
+    unit_products,
+)
+from tenfold.compression.moments import Moments
 from tenfold.compression.unit_selection import Basis, order_units_by_products
 from tenfold.models.distributed import all_reduce_number
 from tenfold.models.sites import Site, weight_of
@@ -47,8 +55,59 @@ class PruningCriterion(Protocol):
         ...
 
 
+class PruneUnits(Action):
+    """Prune units that some matrices make and one reads; those that stay compensate for the others, as least squares can.
+
+    ``into`` are the sites that make them, ``out`` is the one that reads them, ``whole`` their number.
+    """
+
+    into: Sequence[Site]
+    out: Site
+    whole: int
+
+    def __post_init__(self):
+        self.name = self.out.path
+        self.fisher_paths = self.evidence_paths = [self.name]
+
+    def columns(self, kept: Tensor) -> Tensor:
+        """Return the columns of the output matrix that read the units ``kept``."""
+        return kept
+
+    def rows(self, site: Site, kept: Tensor) -> Tensor:
+        """Return the rows of the matrix ``site`` that make the units ``kept``."""
+        return kept
+
+    def _error(self, block: Block, kept: Tensor, of: Moments | Split | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return ``W - What`` and the error of the bias where the units ``kept`` compensate for the others."""
+        of = of or block.moments(self.name)
+        return restricted_error(block, self.name, self.columns(kept.sort().values), of.second, of.mean)
+
+    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
+        count = sizes[self.name]
+        if self.out.expert is not None or count == self.whole:  # each of many experts matters little
+            return []
+        error, shift = self._error(block, block.orders[self.name][:count].long())
+        return [Trial({self.name: count}, self.name, (-error, None if shift is None else -shift))]
+
+    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
+        for site in self.into:
+            block.refit_dense(site.path)
+        if chosen[self.name] == self.whole:
+            block.refit_dense(self.name)
+            return
+        kept = block.orders[self.name][: chosen[self.name]].long().sort().values
+        near, bias = solve_restricted(block, self.name, self.columns(kept), block.weight(self.name))
+        for site in self.into:
+            module: Any = block.model.get_submodule(site.path)
+            rows = self.rows(site, kept)
+            matrix = weight_of(module).detach().double()[rows]
+            short = None if module.bias is None else module.bias.detach().double()[rows]
+            block.set_dense(site.path, matrix, short)
+        block.set_dense(self.name, near, bias)
+
+
 @dataclass
-class PruneMlp(Action):
+class PruneMlp(PruneUnits):
     """Prune the hidden units of one MLP."""
 
     sites: list[Site]
@@ -57,8 +116,8 @@ class PruneMlp(Action):
     def __post_init__(self):
         self.into = [site for site in self.sites if site.role != "mlp.out"]
         (self.out,) = [site for site in self.sites if site.role == "mlp.out"]
-        self.name = self.out.path
-        self.fisher_paths = self.evidence_paths = [self.name]
+        self.whole = self.out.shape[1]
+        super().__post_init__()
 
     def curves(self, block: Block) -> list[TradeoffCurve]:
         units = self.out.shape[1]
@@ -81,7 +140,7 @@ class PruneMlp(Action):
         a last block, whose units write single tokens, that is worth more.
         """
         pairs, weight, tokens = block.evidence[self.name], block.weight(self.name), block.activations.num_tokens
-        splits, moments = split_halves(pairs, len(losses) - 1, tokens), block.moments(self.name)
+        splits = split_halves(pairs, len(losses) - 1, tokens)
         candidates = [(order, losses, [order] * len(splits))]  # with the orders of the fitted halves
         if splits:
             products = [unit_products(split.fitted, weight) for split in splits]
@@ -91,9 +150,9 @@ class PruneMlp(Action):
 
         def measure(order: list[int], halves: list[list[int]], k: int) -> tuple[float, float]:
             """Return the losses on the text and on unseen text when ``k`` units compensate for the others."""
-            inside = block.evidence_loss(self.name, self._error(block, order[:k], moments.second, moments.mean)[0])
+            inside = block.evidence_loss(self.name, self._error(block, torch.tensor(order[:k]))[0])
             outside = [
-                fisher_losses(split.judging, *self._error(block, half[:k], split.second, split.mean), split.tokens)[0]
+                fisher_losses(split.judging, *self._error(block, torch.tensor(half[:k]), split), split.tokens)[0]
                 for split, half in zip(splits, halves, strict=True)
             ]
             return inside, sum(outside) / len(outside) if outside else inside
@@ -105,33 +164,6 @@ class PruneMlp(Action):
         measured = {k: expected_loss(*pair) for k, pair in zip(sizes, found[best], strict=True)}
         order, losses, _ = candidates[best]
         return order, scale_losses(losses, measured)
-
-    def _error(self, block: Block, kept: list[int], second: Tensor, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return ``W - What`` and the error of the bias where the units ``kept`` compensate for the others."""
-        return restricted_error(block, self.name, torch.tensor(sorted(kept)), second, mean)
-
-    def trials(self, block: Block, sizes: Mapping[str, Any]) -> list[Trial]:
-        count, moments = sizes[self.name], block.moments(self.name)
-        if self.out.expert is not None or count == self.out.shape[1]:  # each of many experts matters little
-            return []
-        error, shift = self._error(block, block.orders[self.name][:count].tolist(), moments.second, moments.mean)
-        return [Trial({self.name: count}, self.name, (-error, None if shift is None else -shift))]
-
-    def apply(self, block: Block, chosen: dict[str, Any]) -> None:
-        for site in self.into:
-            block.refit_dense(site.path)
-        count = chosen[self.name]
-        if count == self.out.shape[1]:
-            block.refit_dense(self.name)
-            return
-        kept = block.orders[self.name][:count].long().sort().values
-        near, bias = solve_restricted(block, self.name, kept, block.weight(self.name))
-        for site in self.into:
-            module: Any = block.model.get_submodule(site.path)
-            matrix = weight_of(module).detach().double()[kept]
-            short = None if module.bias is None else module.bias.detach().double()[kept]
-            block.set_dense(site.path, matrix, short)
-        block.set_dense(self.name, near, bias)
 
 
 def measured_sizes(count: int) -> list[int]:

@@ -161,7 +161,7 @@ def _write_file(path: Path, arch: Arch, weights: Weights, settings: dict[str, An
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"{arch.name} in GGUF has no place for {key}; export to remote-code")
-        shape = tuple(tensor.shape[::-1] if _is_transposed(weights, key) else tensor.shape)
+        shape = tuple(tensor.shape[::-1] if weights.is_transposed(key) else tensor.shape)
         kind = kinds[OUTTYPES[outtype]] if len(shape) == 2 and not name.startswith("position_embd") else kinds.F32
         kind = kinds.F16 if kind == kinds.Q8_0 and shape[-1] % Q8_BLOCK else kind
         _add_info(writer, name, shape, kind)
@@ -173,7 +173,7 @@ def _write_file(path: Path, arch: Arch, weights: Weights, settings: dict[str, An
     writer.write_ti_data_to_file()
     for key, kind in plan:
         value = weights.read(key)
-        value = _pair_rows(value, key, config) if arch.pairs else value.T if _is_transposed(weights, key) else value
+        value = _pair_rows(value, key, config) if arch.pairs else value.T if weights.is_transposed(key) else value
         writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(value.float().numpy()), kind))
     if extra is not None:
         writer.write_tensor_data(extra.numpy())
@@ -187,11 +187,6 @@ def _add_info(writer, name: str, shape: tuple[int, ...], kind) -> None:
     stored = shape if itemsize else quant_shape_to_byte_shape(shape, kind)
     dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
     writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, kind)
-
-
-def _is_transposed(weights: Weights, key: str) -> bool:
-    path, _, leaf = key.rpartition(".")
-    return leaf == "weight" and type(weights.model.get_submodule(path)).__name__ == "Conv1D"
 
 
 def _pair_rows(value: Tensor, key: str, config: Any) -> Tensor:

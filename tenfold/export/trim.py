@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.export.weights import Weights, pad_to
+from tenfold.export.weights import Weights
 from tenfold.models.attention_layout import heads_of
+from tenfold.models.densify import pad_to
 from tenfold.models.sites import Site, find_sites
 
 
@@ -53,8 +54,8 @@ def find_parts(weights: Weights) -> list[Part]:
 
 def read_matrix(weights: Weights, site: Site) -> Tensor:
     """Return the matrix ``(out, in)`` of a site."""
-    value = weights.read(f"{site.path}.weight")
-    return value.T if _is_transposed(weights, site.path) else value
+    key = f"{site.path}.weight"
+    return weights.read(key).T if weights.is_transposed(key) else weights.read(key)
 
 
 def trim(weights: Weights, parts: list[Part], size: Callable[[Part], int]) -> tuple[dict[str, Tensor], Callable]:
@@ -66,7 +67,8 @@ def trim(weights: Weights, parts: list[Part], size: Callable[[Part], int]) -> tu
             width = site.shape[axis] // part.units  # rows or columns of a unit
             index = (part.used[:, None] * width + torch.arange(width)).flatten()
             cut = index, size(part) * width
-            cuts[f"{site.path}.weight"] = (axis ^ _is_transposed(weights, site.path), *cut)
+            key = f"{site.path}.weight"
+            cuts[key] = (axis ^ weights.is_transposed(key), *cut)
             if not axis:
                 cuts[f"{site.path}.bias"] = (0, *cut)
     tensors = dict(weights.tensors)
@@ -89,7 +91,3 @@ def trim(weights: Weights, parts: list[Part], size: Callable[[Part], int]) -> tu
 def _groups(weights: Weights, out: Site) -> int:
     heads: Any = heads_of(weights.model, weights.model.get_submodule(out.path.rpartition(".")[0]))
     return heads.groups
-
-
-def _is_transposed(weights: Weights, path: str) -> bool:
-    return type(weights.model.get_submodule(path)).__name__ == "Conv1D"

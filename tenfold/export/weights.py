@@ -13,11 +13,13 @@ from tempfile import TemporaryDirectory
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tenfold.models.atomic_io import open_safetensors
 from tenfold.models.auto import load_model
+from tenfold.models.densify import pad_to
 from tenfold.models.lazy_checkpoint import LazyCheckpoint, open_lazy
 from tenfold.models.sites import FACTORIZED, base_path
 from tenfold.models.surgery import CONTAINER
@@ -45,6 +47,11 @@ class Weights:
     @property
     def numel(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def is_transposed(self, key: str) -> bool:
+        """Return whether a tensor is a matrix that is stored ``(in, out)``."""
+        path, _, leaf = key.rpartition(".")
+        return leaf == "weight" and isinstance(self.model.get_submodule(path), Conv1D)
 
     def save(self, folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
         """Write all tensors to ``folder`` as safetensors, with at most one shard in memory."""
@@ -105,8 +112,8 @@ def plain_weights(checkpoint: LazyCheckpoint) -> Weights:
         (path, _, leaf), like = key.rpartition("."), tensors[key]
         if leaf == "weight" and path in layers:
             checkpoint.load(path)
-            value = layers[path].dense().T if _is_transposed(twin, path) else layers[path].dense()
-            value = value.to(like.dtype)
+            value = layers[path].dense()
+            value = (value.T if isinstance(twin.get_submodule(path), Conv1D) else value).to(like.dtype)
             checkpoint.drop(path)
         elif key in checkpoint.files:
             value = read_stored(checkpoint, key)
@@ -123,16 +130,6 @@ def read_stored(checkpoint: LazyCheckpoint, key: str) -> Tensor:
     with open_safetensors(file) as stored:
         value = stored.get_tensor(stored_key)
     return value.to(checkpoint.dtype) if value.is_floating_point() else value
-
-
-def pad_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return ``value`` with zeros behind it on every side, up to ``shape``."""
-    sides = [side for have, want in zip(value.shape[::-1], shape[::-1], strict=True) for side in (0, want - have)]
-    return nn.functional.pad(value, sides) if any(sides) else value
-
-
-def _is_transposed(model: PreTrainedModel, path: str) -> bool:
-    return type(model.get_submodule(path)).__name__ == "Conv1D"
 
 
 def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:

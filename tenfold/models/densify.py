@@ -53,17 +53,18 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 
 def _fill(plain: Any, layer: Any) -> nn.Module:
     """Return ``plain``, which the architecture has at this place, with ``W``, padded by zeros where ``W`` is narrower."""
-    weight = _pad(layer.dense().to(layer.dtype), shape_of(plain))
+    weight = pad_to(layer.dense().to(layer.dtype), shape_of(plain))
     plain.weight = nn.Parameter(weight.T.contiguous() if isinstance(plain, Conv1D) else weight)
     if hasattr(plain, "scalar_embed_scale"):  # Gemma
         plain.embed_scale = torch.tensor(layer.multiplier).to(weight)
     if (bias := getattr(layer, "bias", None)) is not None:  # the parameter itself: BERT's head shares it
-        short = len(bias) < len(plain.bias)
-        plain.bias = nn.Parameter(_pad(bias[None], (1, len(plain.bias)))[0]) if short else bias
+        plain.bias = bias if len(bias) == len(plain.bias) else nn.Parameter(pad_to(bias, plain.bias.shape))
     elif getattr(plain, "bias", None) is not None:
         plain.bias = nn.Parameter(weight.new_zeros(len(plain.bias)))  # the recipe dropped it
     return plain
 
 
-def _pad(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
-    return nn.functional.pad(matrix, (0, shape[1] - matrix.shape[1], 0, shape[0] - matrix.shape[0]))
+def pad_to(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ``value`` with zeros behind it on every side, up to ``shape``."""
+    sides = [side for have, want in zip(value.shape[::-1], shape[::-1], strict=True) for side in (0, want - have)]
+    return nn.functional.pad(value, sides) if any(sides) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -339,7 +340,7 @@ class Structure(FactorSpec):
 
         smallest = make(1)
         bound = cls.bound(smallest)
-        number = factorization.find_largest(lambda n: make(n).numel if n <= bound else 2**62, budget)
+        number = bisect_right(range(1, bound + 1), budget, key=lambda number: make(number).numel)
         if number == 0:
             raise ValueError(
                 f"{smallest} has {smallest.numel} parameters, more than the {int(budget)} that are to be kept; keep more"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 
 def split_evenly(number: int, parts: int) -> tuple[int, ...]:
     """Return ``parts`` descending factors of ``number``, as equal as dealing out its primes makes them.
@@ -22,19 +20,6 @@ def split_evenly(number: int, parts: int) -> tuple[int, ...]:
     for prime in reversed([*primes, number]):
         result[result.index(min(result))] *= prime
     return tuple(sorted(result, reverse=True))
-
-
-def find_largest(price: Callable[[int], int], budget: float) -> int:
-    """Return the largest ``n >= 1`` with ``price(n) <= budget``, for a growing price; 0 if ``price(1)`` is above it."""
-    if price(1) > budget:
-        return 0
-    low, high = 1, 2
-    while price(high) <= budget and high < 2**24:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if price(middle) <= budget else (low, middle)
-    return low
 
 
 def split_sides(out: int, inner: int, parts) -> dict[str, tuple[int, ...]]:

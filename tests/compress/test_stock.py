@@ -14,6 +14,7 @@ from plain import text
 
 from tenfold.compression.activations import Activations
 from tenfold.compression.allocation import TradeoffCurve
+from tenfold.compression.blockwise import BlockwiseCompression
 from tenfold.compression.compress import compress
 from tenfold.compression.depth import measure_removals
 from tenfold.compression.stock_shapes import NoStockShapes, choose_stock_shapes
@@ -190,7 +191,7 @@ def test_a_budget_that_no_stock_shape_meets_names_the_smallest():
 
 def test_free_widths_are_foreseen_as_a_run_with_free_shapes_does():
     found: list[dict] = []
-    settings = {"name": "x", "replace": RULES, "calibrate": {"divergence": 16}}
+    settings = {"name": "x", "replace": RULES, "calibrate": {"divergence": 0}}  # trials are at sizes of the shapes
     for shapes in ("stock", "free"):
         budget = {"keep": 0.8, "of": "model", "shapes": shapes, "align": 8}
         _, report = compress(toys.build("llama"), settings | {"budget": budget}, text=WORDS)
@@ -198,6 +199,21 @@ def test_free_widths_are_foreseen_as_a_run_with_free_shapes_does():
     stock_choices, free = found
     assert sum(one["shape"]["free"] for one in stock_choices) == pytest.approx(sum(one["loss"] for one in free))
     assert sum(one["loss"] for one in free) <= sum(one["loss"] for one in stock_choices)
+
+
+def test_trials_are_at_stock_sizes_and_at_least_one_smaller_than_whole(monkeypatch):
+    found, real = [], BlockwiseCompression._scale_by_trials
+    monkeypatch.setattr(
+        BlockwiseCompression,
+        "_scale_by_trials",
+        lambda self, c, trials, *a: found.extend(trials) or real(self, c, trials, *a),
+    )
+    model = toys.build("llama")
+    stock(model, 0.9, divergence=16)
+    assert len(found) == 2 * model.config.num_hidden_layers
+    for trial in found:
+        (size,) = trial.sizes.values()
+        assert size == 1 if "attn" in trial.path else size % 8 == 0 and size < model.config.intermediate_size
 
 
 def test_free_widths_may_not_reach_what_fewer_blocks_do():

@@ -48,12 +48,6 @@ def test_what_has_no_factors_is_refused(number, parts):
         factorization.split_evenly(number, parts)
 
 
-@pytest.mark.parametrize("budget", [0, 6, 7, 8, 20.9, 21, 10**6])
-def test_largest(budget):
-    best = factorization.find_largest(lambda n: 7 * n, budget)
-    assert 7 * best <= budget < 7 * (best + 1)
-
-
 # structures for a shape -------------------------------------------------------------------------------------------
 
 FOR_768_3072 = [
