@@ -17,6 +17,7 @@ from tenfold.compression.allocation import TradeoffCurve
 from tenfold.compression.blockwise import BlockwiseCompression
 from tenfold.compression.compress import compress
 from tenfold.compression.depth import measure_removals
+from tenfold.compression.resume_state import ResumeState
 from tenfold.compression.stock_shapes import NoStockShapes, choose_stock_shapes
 from tenfold.compression.unit_selection import order_groups_by_covariance
 from tenfold.compression.weight_source import InMemoryWeights
@@ -214,6 +215,14 @@ def test_trials_are_at_stock_sizes_and_at_least_one_smaller_than_whole(monkeypat
     for trial in found:
         (size,) = trial.sizes.values()
         assert size == 1 if "attn" in trial.path else size % 8 == 0 and size < model.config.intermediate_size
+
+
+def test_a_resumed_run_keeps_what_the_shapes_are(tmp_path):
+    about = {"kind": "mlp", "size": 24, "of": 48, "free": 0.1}
+    choice = {"item": "a", "chosen": 24, "parameters": 1, "of": 2, "loss": 0.2, "unit": "nats a token", "shape": about}
+    (tmp_path / "unfinished" / "statistics").mkdir(parents=True)
+    ResumeState(tmp_path, 1).save_choices({"a": 24}, [choice])
+    assert ResumeState(tmp_path, 1).choices == [choice]
 
 
 def test_free_widths_may_not_reach_what_fewer_blocks_do():
