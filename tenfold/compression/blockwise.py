@@ -27,7 +27,6 @@ from tenfold.compression.actions import BlockPlan, plan_blocks
 from tenfold.compression.activations import Activations, freeze_copy
 from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
 from tenfold.compression.block import Block
-from tenfold.compression.block_finetune import finetune_block
 from tenfold.compression.budget import budget_total, choose_options
 from tenfold.compression.calibration import (
     Batch,
@@ -318,14 +317,11 @@ class BlockwiseCompression:
             apply_actions(plan.actions, block, state.chosen)
             state.fits |= block.fits
             del block
-            if settings.block_finetune_steps:
-                finetune_block(activations, number, original, fisher.get(plan.path), settings)
             self.weights.finish_block(number, plan.path)
         if number + 1 == len(self.plans):
             return
         if settings.refit:
-            needed = settings.original_share or settings.block_finetune_steps
-            activations.advance(number, original if needed else None)
+            activations.advance(number, original if settings.original_share else None)
         else:
             activations.advance(number, compressed=original)
 

@@ -122,11 +122,11 @@ class FisherPass:
             evidence_paths: those of these whose gradients themselves are needed.
 
         Returns:
-            The moments of the inputs, by the number of the input group; ``{path: G}`` of sites and of the block; and
+            The moments of the inputs, by the number of the input group; ``{path: G}`` of sites; and
             ``{path: [(inputs, gradients at the outputs)]}`` of sites, one pair per batch.
         """
         activations, gradients = self.activations, fisher_paths is not None
-        block, path, modules = activations.blocks[number], activations.paths[number], activations.model.get_submodule
+        block, modules = activations.blocks[number], activations.model.get_submodule
         dtype = torch.bfloat16 if activations.bfloat16 else torch.float32
         evidence: Evidence = {site: [] for site in evidence_paths if gradients}
         sums = {group[0]: Moments(shape_of(modules(group[0]))[1], True) for group in input_groups}
@@ -144,9 +144,6 @@ class FisherPass:
             if site in evidence:
                 evidence[site].append((inputs.to(dtype), rows.to(dtype)))
             rows = clip_norms(rows) if self.clip else rows
-            add_product(site, rows)
-
-        def add_product(site: str, rows: Tensor) -> None:
             fisher[site] = fisher.get(site, 0) + (rows.T @ rows).cpu().double()
 
         for k, mask in enumerate(activations.masks):
@@ -161,17 +158,13 @@ class FisherPass:
                 out = activations.run_block(number, block, states, k)
                 if gradients:
                     behind = activations.load(f"gradient-{number + 1}-{k}")
-                    add_product(path, select_rows(behind, mask))
                     activations.store.put(f"gradient-{number}-{k}", torch.autograd.grad(out, states, behind)[0])
         experts = {site: one for site, one in sums.items() if expert_of(site) is not None}
         moments = {site: one.reduce(site) for site, one in sums.items() if site not in experts}
         moments |= dict(zip(experts, reduce_moments(experts), strict=True))
         sizes = {site: shape_of(modules(site))[0] for site in sorted(fisher_paths or ())}
-        return (
-            {k: moments[group[0]] for k, group in enumerate(input_groups)},
-            self._reduce_fisher(fisher, sizes | ({path: fisher[path].shape[0]} if gradients else {})),
-            evidence,
-        )
+        by_group = {k: moments[group[0]] for k, group in enumerate(input_groups)}
+        return by_group, self._reduce_fisher(fisher, sizes), evidence
 
     def release(self, number: int) -> None:
         """Drop what is no longer needed once block ``number`` is done."""

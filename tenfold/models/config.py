@@ -43,8 +43,6 @@ class Calibrate(StrictModel):
             that change their input more (MoDeGPT); of ``tenfold.baselines``: ``svd-llm-v2``, ``lems``, and ``knapsack``, the
             least sum of losses exactly.
         temperature: of ``influence``; the higher, the more equal the shares.
-        block_finetune_steps: steps of gradient descent on the output of every block after its sites are fitted, one batch each.
-        block_finetune_rate: its first learning rate, relative to the root mean square of every tensor.
         precision: of the blocks on the calibration text: ``auto`` is bfloat16 where the device has instructions for it, and
             float32 elsewhere. Weights and moments are float32 at least.
     """
@@ -65,8 +63,6 @@ class Calibrate(StrictModel):
     output_damping: float | None = Field(None, gt=0)
     allocate: Literal["sensitivity", "uniform", "influence", "svd-llm-v2", "lems", "knapsack"] = "sensitivity"
     temperature: float = Field(0.1, gt=0)
-    block_finetune_steps: int = Field(0, ge=0)
-    block_finetune_rate: float = Field(3e-5, gt=0)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
 

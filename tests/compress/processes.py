@@ -23,7 +23,6 @@ CASES = {
     "folds": ("llama", {"replace": [{"role": ROLES, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
     "kinds": ("llama", {"replace": [{"role": MLP, "structure": [LOW, {"kind": "kronecker", "inner": [2, 2]}]}],
                         "budget": {"keep": 0.8, "of": "blocks"}}),
-    "refined": ("gpt2", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.5}], "calibrate": {"block_finetune_steps": 5}}),
     "experts": ("mixtral", {"replace": [{"role": MLP, "structure": LOW}], "budget": {"keep": 0.7, "of": "blocks"}}),
     "few": ("mixtral", {"replace": [{"role": MLP, "structure": LOW, "keep": 0.7}]}),  # tokens, so that experts go without
     "blind": ("llama", {"replace": [{"role": ROLES, "structure": LOW, "keep": 0.5}]}),
