@@ -21,9 +21,8 @@ from tenfold.models.invariances.residual_rotation import (
     stream_matrices,
 )
 from tenfold.models.invariances.stream import READS, WRITES, prenorms
-from tenfold.models.recipe import Recipe, Rule
-from tenfold.models.sites import Site, count_parameters, find_sites
-from tenfold.structure import Structure
+from tenfold.models.plan import make_plan
+from tenfold.models.recipe import Recipe
 
 ROUNDS = 30
 
@@ -38,9 +37,10 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
         ValueError: the stream can't be rotated, or no rule has a structure at it.
     """
     layer_norm = prenorms(model)[0].mean
-    at_stream = [site for site in find_sites(model) if site.layer is not None and site.role in (*READS, *WRITES)]
-    rules = [(site, rule) for site in at_stream if (rule := find_rule(recipe, site)) is not None]
-    structures = {site.path: structure_for(model, recipe, rule, site.shape) for site, rule in rules}
+    rules = [rule for rule in recipe.replace if not rule.prune]
+    entries = make_plan(model, recipe.model_copy(update={"replace": rules})).entries if rules else {}
+    at_stream = [one for one in entries.values() if one.site.layer is not None and one.site.role in (*READS, *WRITES)]
+    structures = {one.site.path: one.structure for one in at_stream}
     if not structures:
         raise ValueError(f"no rule of recipe {recipe.name} has a structure at the residual stream to rotate towards")
     fuse_norms(model)
@@ -48,31 +48,3 @@ def rotate_stream(model: PreTrainedModel, recipe: Recipe, text: Calibration) -> 
     rotation, losses = best_rotation(matrices, layer_norm=layer_norm, rounds=ROUNDS, sweeps=3)
     rotate_residual(model, rotation)
     return {"errors": [loss / losses[0] for loss in losses]}
-
-
-def find_rule(recipe: Recipe, site: Site) -> Rule | None:
-    """Return the rule that factorises ``site``, None where none does."""
-    rule = next((rule for rule in recipe.replace if rule.matches(site)), None)
-    return None if rule is None or rule.prune else rule
-
-
-def structure_for(model: PreTrainedModel, recipe: Recipe, rule: Rule, shape: tuple[int, int]) -> Structure:
-    """Return the structure of ``rule`` for a matrix ``(out, in)``: of the size in the rule, or at a uniform ratio.
-
-    With that all matrices that are factorised keep the same ratio.
-    """
-    if not Structure.family(rule.spec["kind"]).is_open(rule.spec):
-        return Structure.for_shape(*shape, rule.spec)
-    budget, ratio = recipe.budget, rule.keep or 0.5
-    if rule.keep is None and budget is not None:
-        inside = [site for site in find_sites(model) if site.layer is not None]
-        sites = [site for site in inside if any(rule.matches(site) for rule in recipe.replace)]
-        compressed = sum(site.shape[0] * site.shape[1] for site in sites)
-        whole = compressed if budget.of == "sites" else count_parameters(model, budget.of)
-        ratio = 1 - (1 - budget.keep) * whole / compressed
-        if ratio <= 0:
-            raise ValueError(
-                f"keep {budget.keep} of the {budget.of} leaves nothing of the matrices that are compressed; keep more than "
-                f"{1 - compressed / whole:.3f}"
-            )
-    return Structure.within(*shape, rule.spec, ratio * shape[0] * shape[1])
