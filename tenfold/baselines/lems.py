@@ -72,4 +72,4 @@ class MeasuredSite(FactorizeSite):
         near = structure.dense(self.fit(block, structure))
         new = block.corrected_bias(path, near)
         shift = None if bias is None or new is None else new - bias
-        return [Trial({path: structure}, path, (near - block.weight(path), shift))]
+        return [Trial({path: structure}, path, (near - block.weight(path), shift), together=False)]

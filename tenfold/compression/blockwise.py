@@ -173,8 +173,12 @@ class BlockwiseCompression:
             curves = [TradeoffCurve.from_json(plain) for plain in found] + curves
             ratios += more
             tried += trials
-        together = tasks.run_or_load("together", partial(self._try_together, activations, tried)) if tried else {}
+        joint = [trial for trial in tried if trial["together"]]
+        together = tasks.run_or_load("together", partial(self._try_together, activations, joint)) if joint else {}
         fisher_pass.release(0)
+        for trial in joint:  # not before what they say is saved
+            activations.store.drop(f"error-{trial['path']}")
+            activations.store.drop(f"shift-{trial['path']}")
         measured = {name for trial in tried for name in trial["items"]}
         for curve in curves:
             factor = np.mean(ratios) if ratios and curve.name not in measured else together.get(curve.name, 1.0)
@@ -194,7 +198,8 @@ class BlockwiseCompression:
 
         Returns:
             Its curves, the ratios of ``tenfold.compression.evidence.fisher_losses``, and the trials by whose divergences
-            curves are scaled: ``{"path": of the site that was wrong, "shifted": whether its bias was, "items": .., "nats": ..}``.
+            curves are scaled: ``{"path": of the site that was wrong, "shifted": whether its bias was,
+            "together": .., "items": .., "nats": ..}``.
         """
         plan, settings, activations = self.plans[number], self.settings, fisher_pass.activations
         fisher_paths = {path for action in plan.actions for path in action.fisher_paths}
@@ -220,12 +225,15 @@ class BlockwiseCompression:
         """Scale ``curves`` to the divergences of ``trials``; store the errors of these and return what they were."""
         tried = []
         measured = measure_trials(trials, activations, self.weights, number, self.settings.divergence)
-        for (sizes, path, (error, shift)), nats in zip(trials, measured, strict=True):
-            if scale_curves(curves, sizes, nats):
+        for (sizes, path, (error, shift), together), nats in zip(trials, measured, strict=True):
+            if not scale_curves(curves, sizes, nats):
+                continue
+            about = {"path": path, "shifted": shift is not None, "together": together}
+            tried.append(about | {"items": list(sizes), "nats": nats})
+            if together:
                 activations.store.put(f"error-{path}", error)
-                if shift is not None:
-                    activations.store.put(f"shift-{path}", shift)
-                tried.append({"path": path, "shifted": shift is not None, "items": list(sizes), "nats": nats})
+            if together and shift is not None:
+                activations.store.put(f"shift-{path}", shift)
         return tried
 
     def _try_together(self, activations: Activations, tried: list[dict]) -> dict[str, float]:
@@ -247,8 +255,6 @@ class BlockwiseCompression:
         factors = {}
         for some, nats in zip(by_role.values(), together, strict=True):
             for trial in some:
-                activations.store.drop(f"error-{trial['path']}")
-                activations.store.drop(f"shift-{trial['path']}")
                 factors |= dict.fromkeys(trial["items"], nats / sum(other["nats"] for other in some))
         return factors
 

@@ -34,6 +34,7 @@ class Trial(NamedTuple):
     sizes: dict[str, Any]  # {name of a curve: option}
     path: str  # of the site
     correction: Correction
+    together: bool = True  # whether all blocks are tried together, too
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ WRONG = {
     "too little to rotate towards": (
         {"transform": "rotate", "replace": [{"role": "mlp.in", **LOW_RANK}], "budget": {"keep": 0.1, "of": "model"}},
         WORDS,
-        "leaves nothing of the matrices that are compressed; keep more than 0.",
+        "asks to drop 27,562 at the sites of rules",
     ),
     "half an attention": ({"replace": [{"role": "attn.qkv", **FOUR}, NARROW[1]], **HALF}, WORDS, "attn"),
 }
