@@ -51,7 +51,7 @@ fuzz: setup
 	$(BIN)/python tests/fuzz/run.py
 
 audit: setup
-	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit pip-licenses 2>/dev/null
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit pip-licenses
 	build/audit/bin/pip-licenses --python $(BIN)/python --order license --partial-match --fail-on 'GPL;SSPL;Commons Clause'
 	build/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') --progress-spinner off
 

@@ -208,7 +208,9 @@ def with_keep(recipe, keep: float | None, of: str | None = None, align: int | No
     """
     recipe = load_recipe(recipe)
     if align is not None and (recipe.budget is None or recipe.budget.shapes != "stock"):
-        raise ValueError(f"--align {align} is for --shapes stock; {recipe.name} leaves shapes free")
+        raise ValueError(
+            f"align {align} is for stock shapes, and recipe {recipe.name} leaves shapes free; leave it out, or take --shapes stock"
+        )
     if keep is None and of is None and align is None:
         return recipe
     if recipe.stages:
