@@ -209,7 +209,7 @@ def with_keep(recipe, keep: float | None, of: str | None = None, align: int | No
     recipe = load_recipe(recipe)
     if align is not None and (recipe.budget is None or recipe.budget.shapes != "stock"):
         raise ValueError(
-            f"align {align} is for stock shapes, and recipe {recipe.name} leaves shapes free; leave it out, or take --shapes stock"
+            f"align {align} is for stock shapes, and recipe {recipe.name} has free ones; leave it out, or take --shapes stock"
         )
     if keep is None and of is None and align is None:
         return recipe
