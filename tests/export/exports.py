@@ -27,9 +27,10 @@ EVERY_STRUCTURE = [  # of GPT-2
 ]  # fmt: skip
 
 
-def prune(model, units: tuple[int, int], groups: tuple[int, int]) -> None:
-    """Leave so many hidden units and so many of two groups of two heads in each of two blocks, any ones."""
-    for site in [site for site in find_sites(model) if site.layer is not None]:
+def prune(model, units: tuple[int, int], groups: tuple[int, int] | None) -> None:
+    """Leave so many hidden units and so many of two groups of two heads (all if None) in each of two blocks, any ones."""
+    sites = [site for site in find_sites(model) if site.layer is not None]
+    for site in [site for site in sites if groups is not None or site.role.startswith("mlp")]:
         weight, generator = (
             weight_of(model.get_submodule(site.path)).detach(),
             torch.Generator().manual_seed(site.layer),

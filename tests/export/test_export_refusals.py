@@ -28,6 +28,12 @@ def test_stock_that_is_as_large_as_dense_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_stock_is_refused_where_no_configuration_says_the_width(tmp_path):
+    compressed("openai-gpt", tmp_path / "compressed", ((24, 40), None))
+    with pytest.raises(ValueError, match="stock would be as large as dense; export to dense, or to remote-code"):
+        export(tmp_path / "compressed", "stock", tmp_path / "out")
+
+
 @pytest.mark.parametrize("to", ["stock", "remote-code", "gguf"])
 def test_mixtures_of_experts_are_exported_to_dense(to, tmp_path):
     compressed("mixtral", tmp_path / "compressed")
