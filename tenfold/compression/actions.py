@@ -52,7 +52,7 @@ def plan_blocks(model: PreTrainedModel, recipe: Recipe) -> list[BlockPlan]:
         actions.sort(key=lambda one: all(site.expert is not None and site.role == "mlp.out" for site in one.sites))
         plans.append(BlockPlan(path, sites, actions))
     for k, rule in enumerate(recipe.replace):
-        if k not in used:
+        if k not in used and rule.prune != "embedding":  # outside of the blocks
             raise ValueError(
                 f"no matrix in the blocks of this {model.config.model_type} matches role {rule.role or rule.prune}"
             )

@@ -70,8 +70,7 @@ class Activations:
         self.form = _output_form(model, self.blocks, self.to_device(batches[0], 0))
         self.bfloat16 = in_bfloat16(precision, self.device.type)
         for number, batch in enumerate(batches):
-            with torch.no_grad(), bypass_blocks(self.blocks, self.form) as seen:
-                base_model(model)(**self.to_device(batch), **cache_options(model))
+            seen = self.run_to_first_block(batch)
             for calls, (_, call) in zip(self.calls, seen, strict=True):
                 calls.append(call)
             self.store.put(f"first-{number}", seen[0][0])
@@ -99,6 +98,13 @@ class Activations:
     def autocast(self) -> torch.autocast:
         """Return the context in which blocks run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    @torch.no_grad()
+    def run_to_first_block(self, batch: Batch) -> list[tuple[Tensor, Call]]:
+        """Return the states in front of the first block, and how each block is called."""
+        with bypass_blocks(self.blocks, self.form) as seen:
+            base_model(self.model)(**self.to_device(batch), **cache_options(self.model))
+        return seen
 
     def run_block(self, number: int, block: nn.Module, states: Tensor, batch: int) -> Tensor:
         """Return the output of ``block`` for ``states``, called like block ``number`` for this batch."""

@@ -85,6 +85,10 @@ class TradeoffCurve:
         changed: dict[str, Any] = plain | {name: np.array(plain[name]) for name in ARRAYS} | {"options": options}
         return TradeoffCurve(**changed)
 
+    def scale(self, share: float) -> TradeoffCurve:
+        """Return the curve with costs and losses times ``share``."""
+        return TradeoffCurve(self.name, share * self.costs, share * self.losses, self.options)
+
     def describe(self, option: Any, unit: str) -> dict[str, Any]:
         """Return what choosing ``option`` means: its cost and its loss in ``unit``, None where the rule alone decides."""
         k = next(k for k, other in enumerate(self.options) if other is option or other == option)

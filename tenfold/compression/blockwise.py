@@ -39,6 +39,7 @@ from tenfold.compression.calibration import (
 )
 from tenfold.compression.depth import measure_removals
 from tenfold.compression.divergence import Correction, Trial, measure_together, measure_trials, scale_curves
+from tenfold.compression.embedding_ranks import EmbeddingRanks, find_embedding
 from tenfold.compression.fisher import FisherPass
 from tenfold.compression.fit_actions import apply_actions
 from tenfold.compression.memory_check import check_memory
@@ -83,6 +84,7 @@ class BlockwiseCompression:
         self.settings, self.plans = settings_of(recipe), plan_blocks(model, recipe)
         self.paths = [plan.path for plan in self.plans]
         self.weights, self.state = weights or InMemoryWeights(model, self.paths), state or ResumeState()
+        self.embedding, self.outer = self._plan_embedding(), list[TradeoffCurve]()
         batches = split_for_processes(text.batches)
         surveyed = select_batches(batches, self.settings.fisher_tokens)
         self.batches, self.surveyed = shard_items(batches), shard_items(surveyed)
@@ -92,6 +94,13 @@ class BlockwiseCompression:
         if is_main_process():
             longest = max(batch["input_ids"].shape[1] for batch in batches)
             self.memory = check_memory(model, self.plans, count_tokens(self.surveyed), longest, self.settings)
+
+    def _plan_embedding(self) -> EmbeddingRanks | None:
+        """Return what chooses the ranks of the embedding, where a rule asks for it and the model and the settings allow it."""
+        if not (self.settings.divergence and any(rule.prune == "embedding" for rule in self.recipe.replace)):
+            return None
+        site = find_embedding(self.model, self.recipe.budget)
+        return site and EmbeddingRanks(self.model, site, self.weights)
 
     def run(self, announce: Callable[[list[dict]], None] = lambda choices: None) -> dict[str, Any]:
         """Collect, allocate and carry out.
@@ -163,6 +172,9 @@ class BlockwiseCompression:
             if self.gradients:
                 tasks.run_or_load("turn", fisher_pass.start_backward)
         check_text(self.text, loss)
+        if self.embedding is not None:
+            found = tasks.run_or_load("embedding", partial(self._measure_embedding, self.embedding, activations))
+            self.outer = [TradeoffCurve.from_json(found)]
         curves, ratios, tried = [], [], list[dict]()
         numbers = range(len(self.plans))[::-1]
         for number, _ in zip(numbers, self.progress(self.plans[::-1], self.phases[1]), strict=True):
@@ -183,7 +195,14 @@ class BlockwiseCompression:
         for curve in curves:
             factor = np.mean(ratios) if ratios and curve.name not in measured else together.get(curve.name, 1.0)
             curve.losses = curve.losses * float(factor)
-        return curves, influence
+        return self.outer + curves, influence
+
+    def _measure_embedding(self, embedding: EmbeddingRanks, activations: Activations) -> dict[str, Any]:
+        """Return the curve of the embedding and save its statistics."""
+        tokens = self.settings.divergence
+        statistics = embedding.collect(activations, tokens)
+        self.state.save_statistics(len(self.plans), {}, statistics)
+        return embedding.curve(activations, statistics, tokens).to_json()
 
     def _forward(self, fisher_pass: FisherPass, number: int) -> tuple[list[list[str]], float]:
         """Run one block forward; return its input groups and its influence."""
@@ -261,15 +280,17 @@ class BlockwiseCompression:
     def _expect_sizes(self, known: list[TradeoffCurve]) -> dict[str, Any]:
         """Return the sizes that the items would get if there were no other blocks than those that are known."""
         budget, ratio, free = self.recipe.budget, 0.5, [curve for curve in known if not curve.settled]
+        blocks = sum(site.shape[0] * site.shape[1] for plan in self.plans for site in plan.sites)
+        whole = sum(curve.whole for curve in free)
         if budget is not None:
             ratio = budget.keep
             if budget.of in ("model", "without_head"):
-                inside = sum(site.shape[0] * site.shape[1] for plan in self.plans for site in plan.sites)
+                inside = blocks + sum(curve.whole for curve in self.outer)
                 ratio = 1 - (1 - ratio) * budget_total(self.model, budget) / inside
             ratio = min(0.9, max(0.1, ratio))
             if budget.shapes == "stock" and all(curve.tied for curve in free):
-                whole = sum(curve.whole for curve in free)
                 return expect_stock_sizes(self.model, budget, self.paths, free, (1 - ratio) * whole)
+        free += [curve.scale(whole / blocks) for curve in self.outer]  # the share of these blocks, at the same prices
         least, whole = (sum(float(curve.costs[k]) for curve in free) for k in (0, -1))
         return allocate_by_loss(free, max(least, ratio * whole))
 
@@ -279,6 +300,7 @@ class BlockwiseCompression:
         """Return ``{item: option}`` within the budget, and the choices as ``run`` reports them."""
         actions = [action for plan in self.plans for action in plan.actions]
         sites = [site for action in actions for site in action.sites]
+        sites += [] if self.embedding is None else [self.embedding.site]
         budget = self.recipe.budget
         if budget is not None and budget.shapes == "stock":
             chosen, curves, about = choose_stock(self.model, budget, self.plans, curves, self._measure_depth)
@@ -301,6 +323,10 @@ class BlockwiseCompression:
 
     @torch.no_grad()
     def _carry_out(self, folder: Path | None) -> None:
+        if (ranks := self.embedding) is not None:
+            ranks.install(
+                self.state.chosen[ranks.site.path], self.state.statistics(len(self.plans))[1], self.recipe.name
+            )
         activations = self._open_activations(self.batches, folder and folder / "streams")
         for number, plan in enumerate(self.progress(self.plans, self.phases[2])):
             if self.state.chosen.get(plan.path) == DROPPED:  # its states go on as they are

@@ -143,12 +143,12 @@ def divergences(activations: Activations, originals: list[Tensor], states: list[
             logits = (activations.run_head(x[sample : sample + 1], inputs)[0][at] for x in [original, *row])
             first = next(logits)
             for number, other in enumerate(logits):
-                sums[number] += _divergence(first, other)
+                sums[number] += divergence(first, other)
             tokens += int(at.sum())
     return [all_reduce_number(float(value)) / max(1, all_reduce_number(tokens)) for value in sums]
 
 
-def _divergence(logits: Tensor, others: Tensor) -> float:
+def divergence(logits: Tensor, others: Tensor) -> float:
     """Return the sum over tokens of ``KL(softmax(logits) || softmax(others))``."""
     summed = 0.0
     for one, other in zip(logits.split(ROWS), others.split(ROWS), strict=True):

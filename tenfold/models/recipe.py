@@ -64,14 +64,15 @@ class Rule(StrictModel):
     """Sites and their structure; of several rules the first that matches a site applies.
 
     ``prune`` replaces ``role`` and ``structure``: it prunes hidden units of a block's ``mlp``, or dimensions of the heads of its
-    ``attention``, by ``criterion``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
+    ``attention``, or dimensions of rare tokens' rows of a tied ``embedding`` (``tenfold.compression.embedding_ranks``), by
+    ``criterion``: by the ``loss`` (``tenfold.compression.unit_selection``) or as in ``modegpt``
     (``tenfold.baselines.modegpt``). Of several structures every site gets the one with the least loss at its size, which
     needs activations. ``criterion: rocket``, with a ``dense`` structure, replaces the matrix by the product of a dictionary and
     sparse coefficients (``tenfold.baselines.rocket``); ``criterion: lems`` measures the divergence of every matrix alone
     (``tenfold.baselines.lems``).
     """
 
-    prune: Literal["mlp", "attention", "heads"] | None = None
+    prune: Literal["mlp", "attention", "heads", "embedding"] | None = None
     criterion: Literal["loss", "lems", "modegpt", "rocket"] = "loss"
     role: str | list[str] | None = None
     path: str | None = None
@@ -112,7 +113,8 @@ class Rule(StrictModel):
     @property
     def roles(self) -> list[str]:
         if self.prune is not None:
-            return [role for role in ROLES if role.startswith("mlp." if self.prune == "mlp" else "attn.")]
+            prefix = {"mlp": "mlp.", "embedding": "embed"}.get(self.prune, "attn.")
+            return [role for role in ROLES if role.startswith(prefix)]
         return [] if self.role is None else [self.role] if isinstance(self.role, str) else self.role
 
     @property

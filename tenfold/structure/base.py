@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tenfold.structure import als, factorization, matmul
 from tenfold.structure.cost_model import HardwareCosts, OpCounts
-from tenfold.structure.scattered import ScatteredEinsum
+from tenfold.structure.scattered import ScatteredEinsum, invert, scatter_columns
 
 Factors = dict[str, Tensor]
 RATIOS = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # of a dense matrix, at which errors are sampled
@@ -168,16 +168,28 @@ class Structure(FactorSpec):
         return spec.names if is_chain and only_maps and not more else None
 
     @cached_property
+    def _row_map(self) -> str | None:
+        """Name of the index map that permutes all rows of several einsums last; it is applied once to what they make."""
+        last = {einsum.rows[-1] if einsum.rows else None for einsum in self._einsums}
+        (name, *more) = last
+        whole = isinstance(name, str) and self.index_shapes()[name] == (self.shape[0],)
+        return name if whole and not more and len(self._einsums) > 1 else None
+
+    @cached_property
     def _row_blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]]:
-        """``(first row, number of rows, einsums)`` of blocks of contiguous rows; one block if index maps scatter the rows."""
+        """``(first row, number of rows, einsums)`` of blocks of contiguous rows; one block if index maps scatter the rows.
+
+        The rows are those in front of ``_row_map``.
+        """
         blocks: dict[tuple[int, int], list[ScatteredEinsum]] = {}
-        for einsum in self._einsums:
+        inner = [einsum if self._row_map is None else einsum.without_last_map() for einsum in self._einsums]
+        for einsum in inner:
             blocks.setdefault((einsum.first_row or 0, einsum.spec.shape[0]), []).append(einsum)
         ordered = sorted(blocks)
         starts = accumulate((size for _, size in ordered), initial=0)
-        mapped = any(einsum.first_row is None for einsum in self._einsums)
+        mapped = any(einsum.first_row is None for einsum in inner)
         if mapped or [*(start for start, _ in ordered), self.shape[0]] != list(starts):
-            return [(0, self.shape[0], list(self._einsums))]
+            return [(0, self.shape[0], inner)]
         return [(*block, blocks[block]) for block in ordered]
 
     @property
@@ -252,13 +264,18 @@ class Structure(FactorSpec):
         return self._apply(factors, x)
 
     def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        (out, inner), blocks = self.shape, []
+        (out, inner), blocks, permuted = self.shape, [], self._row_map
         flat = x.reshape(-1, inner)
+        early = bias if permuted is None else None
         for start, size, some in self._row_blocks:
-            own = bias if bias is None or size == out else bias.narrow(0, start, size)
+            own = early if early is None or size == out else early.narrow(0, start, size)
             parts = [one.apply(factors, flat, size, own if one is some[0] else None) for one in some]
             blocks.append(sum(parts[1:], parts[0]))
-        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)).reshape(*x.shape[:-1], out)
+        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        if permuted is not None:
+            y = scatter_columns(y, factors[permuted].long(), out)
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], out)
 
     def _apply_matrices(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As ``_apply``, by plain matrix products only; requires ``matrices``."""
@@ -267,12 +284,21 @@ class Structure(FactorSpec):
     def rows(self, factors: Factors, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows inner"]:
         """Return ``W[index] (..., in)`` without making ``W``."""
         self.check_factors(factors)
-        parts = [einsum.look_up(factors, index.reshape(-1)) for einsum in self._einsums]
+        flat, blocks = index.reshape(-1), self._row_blocks
+        if self._row_map is None or len(blocks) == 1:
+            parts = [einsum.look_up(factors, flat) for einsum in self._einsums]
+        else:
+            flat = invert(factors[self._row_map].long())[torch.where(flat < 0, self.shape[0], flat)]  # -1 is no token
+            parts = [e.look_up_block(factors, flat - start) for start, _, some in blocks for e in some]
         return sum(parts[1:], parts[0]).reshape(*index.shape, self.shape[1])
 
     def dense(self, factors: Factors) -> Float[Tensor, "out inner"]:
         """Return ``W (out, in)``."""
         self.check_factors(factors)
+        if self._row_map is not None and len(self._row_blocks) > 1:
+            blocks = [[e.dense_block(factors) for e in some] for _, _, some in self._row_blocks]
+            whole = torch.cat([sum(parts[1:], parts[0]) for parts in blocks])
+            return whole[invert(factors[self._row_map].long())]
         parts = [einsum.dense(factors) for einsum in self._einsums]
         return sum(parts[1:], parts[0])
 

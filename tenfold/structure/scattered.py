@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class ScatteredEinsum:
         """The offset of the rows if they are contiguous; None if index maps select them."""
         return _offset(self.rows)
 
+    def without_last_map(self) -> ScatteredEinsum:
+        """Return the einsum as it is in front of the outermost map of its rows."""
+        return replace(self, rows=self.rows[:-1])
+
     def apply(self, factors: dict[str, Tensor], x: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
         """Return ``x (n, in) @ W.T + bias -> (n, size)``, ``size`` all rows of ``W`` or a block that the einsum fills."""
         alone = self.first_row is not None and self.spec.shape[0] == size
@@ -84,13 +88,23 @@ class ScatteredEinsum:
             inside, index = index >= 0, index.clamp_min(0)
         w = matmul.look_up_rows(self.spec, self._tensors(factors), index)
         w = w if inside is None else w * inside[:, None]
-        return w if columns is None else _scatter_columns(w, columns, self.shape[1])
+        return w if columns is None else scatter_columns(w, columns, self.shape[1])
+
+    def look_up_block(self, factors: dict[str, Tensor], index: Tensor) -> Tensor:
+        """Return the rows ``index`` of its own block of rows, zero for those that are outside of it."""
+        size = self.spec.shape[0]
+        inside = (index >= 0) & (index < size)
+        return replace(self, rows=()).look_up(factors, index.clamp(0, size - 1)) * inside[:, None]
+
+    def dense_block(self, factors: dict[str, Tensor]) -> Tensor:
+        """Return its own block of rows."""
+        return replace(self, rows=(), outer=(self.spec.shape[0], self.shape[1])).dense(factors)
 
     def dense(self, factors: dict[str, Tensor]) -> Tensor:
         w = matmul.dense(self.spec, self._tensors(factors))
         rows, columns = self.index(factors, "rows"), self.index(factors, "columns")
-        w = w if columns is None else _scatter_columns(w, columns, self.shape[1])
-        return w if rows is None else _scatter_columns(w.T, rows, self.shape[0]).T
+        w = w if columns is None else scatter_columns(w, columns, self.shape[1])
+        return w if rows is None else scatter_columns(w.T, rows, self.shape[0]).T
 
     def _tensors(self, factors: dict[str, Tensor]) -> list[Tensor]:
         return [factors[name] for name in self.spec.names]
@@ -105,7 +119,7 @@ class ScatteredEinsum:
         if (offset := self.first_row) is not None:  # no index needed
             y = torch.nn.functional.pad(y, (offset, self.shape[0] - offset - y.shape[-1]))
         elif (index := self.index(factors, "rows")) is not None:
-            y = _scatter_columns(y, index, self.shape[0])
+            y = scatter_columns(y, index, self.shape[0])
         return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -128,9 +142,14 @@ def _offset(maps: tuple[str | int, ...]) -> int | None:
     return sum(offsets) if len(offsets) == len(maps) else None
 
 
-def _scatter_columns(y: Tensor, index: Tensor, size: int) -> Tensor:
+def scatter_columns(y: Tensor, index: Tensor, size: int) -> Tensor:
     """Return zeros ``(..., size)`` with ``y (..., k)`` at the columns ``index``."""
     if len(index) == size and not torch.is_grad_enabled():  # a permutation
-        return y.index_select(-1, index.argsort())
+        return y.index_select(-1, invert(index))
     # index_copy would keep y for backward
     return y.new_zeros(*y.shape[:-1], size).scatter(-1, index.expand(y.shape), y)
+
+
+def invert(index: Tensor) -> Tensor:
+    """Return the inverse of a permutation."""
+    return torch.empty_like(index).scatter(0, index, torch.arange(len(index), device=index.device))

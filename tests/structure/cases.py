@@ -76,6 +76,10 @@ COMBINED: dict[str, Structure] = {
     "stacked": Stacked(parts=(LOW_RANK, KRONECKER)),
     "stacked-sum": Stacked(parts=(LowRank(out_features=2, in_features=6, rank=1), Sum(parts=(LOW_RANK, KRONECKER)))),
     "placed-stacked": Scattered(base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=9, in_features=6),
+    "permuted-stacked": Scattered(
+        base=Stacked(parts=(LOW_RANK, KRONECKER)), out_features=8, in_features=6, map_columns=False
+    ),
+    "permuted-sum": Scattered(base=Sum(parts=(LOW_RANK, KRONECKER)), out_features=4, in_features=6),
     "sum-stacked": Sum(
         parts=(
             LowRank(out_features=6, in_features=6, rank=1),
