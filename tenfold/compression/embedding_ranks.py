@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from tenfold.compression.activations import Activations
 from tenfold.compression.allocation import TradeoffCurve, allocate_by_loss
-from tenfold.compression.divergence import batches_with_tokens, divergence
+from tenfold.compression.divergence import ROWS, batches_with_tokens, divergence
 from tenfold.compression.weight_source import Weights
 from tenfold.models.distributed import all_reduce, all_reduce_number
 from tenfold.models.plan import SitePlan
@@ -66,7 +66,10 @@ class EmbeddingRanks:
 
     @torch.no_grad()
     def collect(self, activations: Activations, tokens: int) -> dict[str, Tensor]:
-        """Return ``weights (vocabulary,)``, ``p^a``, and ``moment (width, width)`` of what the head reads.
+        """Return what ``options`` and ``fit`` go by.
+
+        ``weights (vocabulary,)`` are ``p^a``; ``root`` is ``C^(1/2)``, damped, and ``inverse`` its inverse; with ``U S V^T`` the
+        decomposition of the weighted rows ``p^(a/2) w C^(1/2)`` of tier ``k``, ``basis_k`` is ``V``, and ``squares[k]`` ``S^2``.
 
         Args:
             activations: with the states behind the last block.
@@ -86,30 +89,35 @@ class EmbeddingRanks:
                     for sample in range(len(states)):  # one at a time: logits are large
                         at = mask[sample].to(states.device)
                         logits = activations.run_head(states[sample : sample + 1], activations.to_device(batch, sample))
-                        total += logits[0][at].float().softmax(-1).sum(0).double().cpu()
+                        for some in logits[0][at].split(ROWS):
+                            total += some.float().softmax(-1).sum(0).double().cpu()
                         rows = seen.pop().flatten(0, -2)[at].float()
                         moment += (rows.T @ rows).double().cpu()
         finally:
             handle.remove()
         weights, moment = all_reduce(total) ** POWER, all_reduce(moment)
-        return {"weights": (weights / weights.mean()).clamp_min(RARE), "moment": moment / moment.trace() * width}
+        moment += DAMPING * moment.diagonal().mean() * torch.eye(width, dtype=moment.dtype)
+        root, inverse = roots(moment / moment.trace() * width)
+        found = {"weights": (weights / weights.mean()).clamp_min(RARE), "root": root, "inverse": inverse}
+        squares = []
+        for k, tokens in enumerate(_order(found).tensor_split(TIERS)):
+            _, values, vectors = svd(found["weights"][tokens].sqrt()[:, None] * (self._rows(tokens) @ root), width)
+            found[f"basis_{k}"] = vectors.T
+            squares.append(values.square())
+        return found | {"squares": torch.stack(squares)}
 
     def options(self, statistics: dict[str, Tensor]) -> list[Structure]:
         """Return the structure of least error of every size: the ranks of the tiers come from one allocation."""
-        (size, width), whole, curves = self.site.shape, self.site.shape[0] * self.site.shape[1], []
-        order, scaled, _ = self._whitened(statistics)
-        weights = statistics["weights"].double()[order]
+        (size, width), curves, found = self.site.shape, list[TradeoffCurve](), list[Structure]()
         for k, rows in enumerate(torch.arange(size).tensor_split(TIERS)):
-            squares = svd(scaled[rows] * weights[rows].sqrt()[:, None], width)[1].square()
-            tails = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+            tails = [*statistics["squares"][k].flip(0).cumsum(0).flip(0).tolist(), 0.0]
             ranks = range(1, max(2, len(rows) * width // (len(rows) + width)))
             parts = [LowRank(out_features=len(rows), in_features=width, rank=rank) for rank in ranks]
             parts.append(Dense(out_features=len(rows), in_features=width))
             losses = np.array([tails[rank] for rank in ranks] + [0.0])
             curves.append(TradeoffCurve(str(k), np.array([part.numel for part in parts]), losses, parts))
-        found = []
         for share in SIZES:
-            parts = list(allocate_by_loss(curves, share * whole).values())
+            parts = list(allocate_by_loss(curves, share * size * width).values())
             dense = list(takewhile(lambda part: isinstance(part, Dense), parts))
             if len(dense) > 1:  # tiers of frequent tokens that are left whole are one
                 rows = sum(part.shape[0] for part in dense)
@@ -118,28 +126,28 @@ class EmbeddingRanks:
             found.append(Scattered(base=base, out_features=size, in_features=width, map_columns=False))
         return found
 
-    def _whitened(self, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens from the likeliest to the rarest, the rows ``W C^(1/2)`` in this order, and ``C^(-1/2)``."""
-        weight = self.model.get_submodule(self.site.path).get_parameter("weight").detach().cpu()
-        moment = statistics["moment"].double()
-        order = statistics["weights"].argsort(descending=True, stable=True)
-        root, inverse = roots(moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype))
-        return order, weight.double()[order] @ root, inverse
+    @property
+    def weight(self) -> Tensor:
+        """The matrix of the embedding."""
+        return self.model.get_submodule(self.site.path).get_parameter("weight")
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        return self.weight.detach()[tokens.to(self.weight.device)].cpu().double()
 
     def fit(self, structure: Any, statistics: dict[str, Tensor]) -> Factors:
         """Return the factors of ``structure``, optimal in every tier."""
-        weight = self.model.get_submodule(self.site.path).get_parameter("weight").detach().cpu()
-        order, scaled, inverse = self._whitened(statistics)
-        weights, first = statistics["weights"].double()[order], 0
+        order, parts = _order(statistics), structure.base.parts
         factors: Factors = {"rows": order.int()}
-        for k, part in enumerate(structure.base.parts):
-            rows, first = slice(first, first + part.shape[0]), first + part.shape[0]
+        tiers = order.tensor_split(TIERS)
+        whole = TIERS - len(parts) + 1 if isinstance(parts[0], Dense) else 0  # tiers in the first part
+        groups = [torch.cat(tiers[:whole]), *tiers[whole:]] if whole else tiers
+        for k, (part, tokens) in enumerate(zip(parts, groups, strict=True)):
             if isinstance(part, Dense):
-                factors[f"part_{k}_matrix"] = weight[order[rows]]
+                factors[f"part_{k}_matrix"] = self._rows(tokens).float()
                 continue
-            basis = svd(scaled[rows] * weights[rows].sqrt()[:, None], part.rank)[2]
-            factors[f"part_{k}_left"] = (scaled[rows] @ basis.T).float()
-            factors[f"part_{k}_right"] = (basis @ inverse).float()
+            basis = statistics[f"basis_{TIERS - len(parts) + k}"][:, : part.rank]
+            factors[f"part_{k}_left"] = (self._rows(tokens) @ (statistics["root"] @ basis)).float()
+            factors[f"part_{k}_right"] = (basis.T @ statistics["inverse"]).float()
         return factors
 
     @torch.no_grad()
@@ -158,30 +166,35 @@ class EmbeddingRanks:
             with self.weights.at(path):
                 states = [[activations.run_block(number, block, x, k) for x in row] for k, row in enumerate(states)]
         last = len(activations.blocks)
+        originals = [activations.load(f"before-{last}-{k}") for k in count]
         for j, structure in enumerate(options):
-            summed, positions = 0.0, 0
-            for k in count:
-                batch, original = activations.batches[k], activations.load(f"before-{last}-{k}")
-                mask = activations.masks[k].reshape(batch["attention_mask"].shape)
-                for sample in range(len(original)):
-                    rows, inputs = slice(sample, sample + 1), activations.to_device(batch, sample)
-                    at = mask[sample].to(original.device)
-                    with self.weights.outside():
-                        first = activations.run_head(original[rows], inputs)[0][at]
-                        with self._with(structure, statistics):
-                            other = activations.run_head(states[k][j][rows], inputs)[0][at]
-                    summed, positions = summed + divergence(first, other), positions + int(at.sum())
-            losses.append(all_reduce_number(summed) / max(1, all_reduce_number(positions)))
+            losses.append(self._divergence(activations, originals, [row[j] for row in states], structure, statistics))
         whole = self.site.shape[0] * self.site.shape[1]
         costs = np.array([structure.numel for structure in options] + [whole])
         indices = np.array([structure.index_numel for structure in options] + [0])
         return TradeoffCurve(self.site.path, costs, np.array([*losses, 0.0]), [*options, None], indices=indices)
 
+    def _divergence(self, activations: Activations, originals, states, structure: Structure, statistics) -> float:
+        """Return ``KL(original || with the structure)`` in nats a token, from states behind the last block."""
+        summed, tokens = 0.0, 0
+        for k, (original, other) in enumerate(zip(originals, states, strict=True)):
+            batch = activations.batches[k]
+            mask = activations.masks[k].reshape(batch["attention_mask"].shape)
+            with self.weights.outside():
+                logits = [
+                    activations.run_head(x[None], activations.to_device(batch, n)) for n, x in enumerate(original)
+                ]
+                with self._with(structure, statistics):
+                    for n, x in enumerate(other):
+                        at = mask[n].to(x.device)
+                        found = activations.run_head(x[None], activations.to_device(batch, n))
+                        summed, tokens = summed + divergence(logits[n][0][at], found[0][at]), tokens + int(at.sum())
+        return all_reduce_number(summed) / max(1, all_reduce_number(tokens))
+
     @contextmanager
     def _with(self, structure: Structure, statistics: dict[str, Tensor]) -> Iterator[None]:
         """Put the matrix of ``structure`` in the place of the embedding's within the context."""
-        weight = self.model.get_submodule(self.site.path).get_parameter("weight")
-        before = weight.data
+        weight, before = self.weight, self.weight.data
         weight.data = structure.dense(self.fit(structure, statistics)).to(before)
         try:
             yield
@@ -195,3 +208,8 @@ class EmbeddingRanks:
                 factors = self.fit(structure, statistics)
             install(self.model, SitePlan(self.site, structure, bias=False), factors)
             finish(self.model, recipe)
+
+
+def _order(statistics: dict[str, Tensor]) -> Tensor:
+    """Return the tokens, the likeliest first."""
+    return statistics["weights"].argsort(descending=True, stable=True)
