@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tenfold.structure import als, factorization, matmul
 from tenfold.structure.cost_model import HardwareCosts, OpCounts
-from tenfold.structure.scattered import ScatteredEinsum, invert, scatter_columns
+from tenfold.structure.scattered import ScatteredEinsum, invert, row_blocks, scatter_columns, shared_row_map
 
 Factors = dict[str, Tensor]
 RATIOS = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # of a dense matrix, at which errors are sampled
@@ -170,27 +170,12 @@ class Structure(FactorSpec):
     @cached_property
     def _row_map(self) -> str | None:
         """Name of the index map that permutes all rows of several einsums last; it is applied once to what they make."""
-        last = {einsum.rows[-1] if einsum.rows else None for einsum in self._einsums}
-        (name, *more) = last
-        whole = isinstance(name, str) and self.index_shapes()[name] == (self.shape[0],)
-        return name if whole and not more and len(self._einsums) > 1 else None
+        return shared_row_map(self._einsums)
 
     @cached_property
     def _row_blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]]:
-        """``(first row, number of rows, einsums)`` of blocks of contiguous rows; one block if index maps scatter the rows.
-
-        The rows are those in front of ``_row_map``.
-        """
-        blocks: dict[tuple[int, int], list[ScatteredEinsum]] = {}
-        inner = [einsum if self._row_map is None else einsum.without_last_map() for einsum in self._einsums]
-        for einsum in inner:
-            blocks.setdefault((einsum.first_row or 0, einsum.spec.shape[0]), []).append(einsum)
-        ordered = sorted(blocks)
-        starts = accumulate((size for _, size in ordered), initial=0)
-        mapped = any(einsum.first_row is None for einsum in inner)
-        if mapped or [*(start for start, _ in ordered), self.shape[0]] != list(starts):
-            return [(0, self.shape[0], inner)]
-        return [(*block, blocks[block]) for block in ordered]
+        """``(first row, number of rows, einsums)`` of blocks of contiguous rows, in front of ``_row_map``."""
+        return row_blocks(self._einsums, self._row_map)
 
     @property
     def _additions(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,10 +58,6 @@ class ScatteredEinsum:
     def first_row(self) -> int | None:
         """The offset of the rows if they are contiguous; None if index maps select them."""
         return _offset(self.rows)
-
-    def without_last_map(self) -> ScatteredEinsum:
-        """Return the einsum as it is in front of the outermost map of its rows."""
-        return replace(self, rows=self.rows[:-1])
 
     def apply(self, factors: dict[str, Tensor], x: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
         """Return ``x (n, in) @ W.T + bias -> (n, size)``, ``size`` all rows of ``W`` or a block that the einsum fills."""
@@ -134,6 +131,32 @@ def einsum(
 def label_sizes(prefix: str, sizes: tuple[int, ...]) -> dict[str, int]:
     """Return ``{prefix0: sizes[0], prefix1: sizes[1], ...}``."""
     return {f"{prefix}{k}": size for k, size in enumerate(sizes)}
+
+
+def shared_row_map(einsums: Sequence[ScatteredEinsum]) -> str | None:
+    """Return the name of the index map that comes last for the rows of several einsums and permutes them; None without one."""
+    (name, *more) = {one.rows[-1] if one.rows else None for one in einsums}
+    lengths = {map: length for one in einsums for map, length, _ in one.maps}
+    permutes = isinstance(name, str) and lengths[name] == einsums[0].shape[0]
+    return name if permutes and not more and len(einsums) > 1 else None
+
+
+def row_blocks(
+    einsums: Sequence[ScatteredEinsum], row_map: str | None = None
+) -> list[tuple[int, int, list[ScatteredEinsum]]]:
+    """Return ``(first row, number of rows, einsums)`` of blocks of contiguous rows; one block if index maps scatter the rows.
+
+    The rows are those in front of ``row_map``, which the einsums then lack.
+    """
+    inner = [one if row_map is None else replace(one, rows=one.rows[:-1]) for one in einsums]
+    blocks: dict[tuple[int, int], list[ScatteredEinsum]] = {}
+    for one in inner:
+        blocks.setdefault((one.first_row or 0, one.spec.shape[0]), []).append(one)
+    ordered, out = sorted(blocks), einsums[0].shape[0]
+    starts = accumulate((size for _, size in ordered), initial=0)
+    if any(one.first_row is None for one in inner) or [*(start for start, _ in ordered), out] != list(starts):
+        return [(0, out, inner)]
+    return [(*block, blocks[block]) for block in ordered]
 
 
 def _offset(maps: tuple[str | int, ...]) -> int | None:
