@@ -129,3 +129,28 @@ def test_the_embedding_stays_where_it_is_not_counted_or_measured(name, given):
     model, report = compress(toys.build(name).eval(), recipe(**given), text=WORDS)
     assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     assert not any(choice["item"].endswith("embed_tokens") for choice in report["choices"])
+
+
+def test_blocks_are_tried_at_sizes_that_count_what_the_embedding_gives(monkeypatch):
+    tried, real = {}, BlockwiseCompression._expect_sizes
+
+    def expect(self, known):
+        sizes, costs = real(self, known), 0.0
+        for curve in (curve for curve in [*known, *self.outer] if not curve.settled):
+            share = sum(other.whole for other in known) / blocks if curve in self.outer else 1.0
+            costs += share * float(curve.costs[curve.options.index(sizes[curve.name])])
+        tried.setdefault(len(self.outer), []).append((sum(curve.whole for curve in known), costs, sizes))
+        return sizes
+
+    model = toys.build("qwen3").eval()
+    blocks = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name)
+    whole, outside = count_parameters(model, "model"), model.get_input_embeddings().weight.numel()
+    monkeypatch.setattr(BlockwiseCompression, "_expect_sizes", expect)
+    monkeypatch.setattr(BlockwiseCompression, "_carry_out", lambda self, folder: None)
+    compress(copy.deepcopy(model), recipe(0.7), text=WORDS)
+    compress(model, recipe(0.7) | {"replace": RULES[:2]}, text=WORDS)
+    known, cost, sizes = tried[1][-1]  # all blocks are known
+    assert known == blocks
+    allowed = blocks + outside - 0.3 * whole
+    assert 0.9 * allowed < cost <= allowed
+    assert set(sizes) - set(tried[0][-1][2]) == {"model.embed_tokens"}
