@@ -300,7 +300,6 @@ class BlockwiseCompression:
         """Return ``{item: option}`` within the budget, and the choices as ``run`` reports them."""
         actions = [action for plan in self.plans for action in plan.actions]
         sites = [site for action in actions for site in action.sites]
-        sites += [] if self.embedding is None else [self.embedding.site]
         budget = self.recipe.budget
         if budget is not None and budget.shapes == "stock":
             chosen, curves, about = choose_stock(self.model, budget, self.plans, curves, self._measure_depth)

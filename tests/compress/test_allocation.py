@@ -62,3 +62,11 @@ def test_a_curve_keeps_what_no_other_option_beats(seed):
 def test_items_with_one_option_leave_nothing_to_choose():
     curves = [TradeoffCurve(name, np.array([cost]), np.array([0.0]), [cost]) for name, cost in (("a", 3), ("b", 4))]
     assert allocate_by_loss(curves, 7) == {"a": 3, "b": 4}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scaled_curve_has_the_same_prices(seed):
+    for curve in drawn(seed):
+        part = curve.scale(0.25)
+        np.testing.assert_allclose(np.diff(part.losses) / np.diff(part.costs), np.diff(curve.losses) / np.diff(curve.costs))
+        assert part.costs[-1] == 0.25 * curve.costs[-1] and part.options == curve.options
