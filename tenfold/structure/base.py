@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold.structure import als, factorization, matmul
+from tenfold.structure import als, factorization, matmul, scattered
 from tenfold.structure.cost_model import HardwareCosts, OpCounts
-from tenfold.structure.scattered import ScatteredEinsum, invert, row_blocks, scatter_columns, shared_row_map
+from tenfold.structure.scattered import ScatteredEinsum
 
 Factors = dict[str, Tensor]
 RATIOS = (*(k / 20 for k in range(1, 11)), 0.6, 0.7, 0.8, 0.9)  # of a dense matrix, at which errors are sampled
@@ -170,12 +170,12 @@ class Structure(FactorSpec):
     @cached_property
     def _row_map(self) -> str | None:
         """Name of the index map that permutes all rows of several einsums last; it is applied once to what they make."""
-        return shared_row_map(self._einsums)
+        return scattered.shared_row_map(self._einsums)
 
     @cached_property
     def _row_blocks(self) -> list[tuple[int, int, list[ScatteredEinsum]]]:
         """``(first row, number of rows, einsums)`` of blocks of contiguous rows, in front of ``_row_map``."""
-        return row_blocks(self._einsums, self._row_map)
+        return scattered.row_blocks(self._einsums, self._row_map)
 
     @property
     def _additions(self) -> int:
@@ -250,15 +250,14 @@ class Structure(FactorSpec):
 
     def _apply(self, factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         (out, inner), blocks, permuted = self.shape, [], self._row_map
-        flat = x.reshape(-1, inner)
-        early = bias if permuted is None else None
+        flat, early = x.reshape(-1, inner), bias if permuted is None else None
         for start, size, some in self._row_blocks:
             own = early if early is None or size == out else early.narrow(0, start, size)
             parts = [one.apply(factors, flat, size, own if one is some[0] else None) for one in some]
             blocks.append(sum(parts[1:], parts[0]))
         y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
         if permuted is not None:
-            y = scatter_columns(y, factors[permuted].long(), out)
+            y = scattered.scatter_columns(y, factors[permuted].long(), out)
             y = y if bias is None else y + bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], out)
 
@@ -272,10 +271,13 @@ class Structure(FactorSpec):
         flat, blocks = index.reshape(-1), self._row_blocks
         if self._row_map is None or len(blocks) == 1:
             parts = [einsum.look_up(factors, flat) for einsum in self._einsums]
+            found = sum(parts[1:], parts[0])
         else:
-            flat = invert(factors[self._row_map].long())[torch.where(flat < 0, self.shape[0], flat)]  # -1 is no token
-            parts = [e.look_up_block(factors, flat - start) for start, _, some in blocks for e in some]
-        return sum(parts[1:], parts[0]).reshape(*index.shape, self.shape[1])
+            places = scattered.invert(factors[self._row_map].long())[
+                torch.where(flat < 0, self.shape[0], flat)
+            ]  # -1 is no token
+            found = scattered.look_up_blocks(blocks, factors, places)
+        return found.reshape(*index.shape, self.shape[1])
 
     def dense(self, factors: Factors) -> Float[Tensor, "out inner"]:
         """Return ``W (out, in)``."""
@@ -283,7 +285,7 @@ class Structure(FactorSpec):
         if self._row_map is not None and len(self._row_blocks) > 1:
             blocks = [[e.dense_block(factors) for e in some] for _, _, some in self._row_blocks]
             whole = torch.cat([sum(parts[1:], parts[0]) for parts in blocks])
-            return whole[invert(factors[self._row_map].long())]
+            return whole[scattered.invert(factors[self._row_map].long())]
         parts = [einsum.dense(factors) for einsum in self._einsums]
         return sum(parts[1:], parts[0])
 

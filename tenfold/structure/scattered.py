@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold.structure import matmul
 from tenfold.structure.einsum_spec import EinsumSpec
-from tenfold.structure.few_rows import linear
+from tenfold.structure.few_rows import is_traced, linear
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,25 @@ def row_blocks(
     if any(one.first_row is None for one in inner) or [*(start for start, _ in ordered), out] != list(starts):
         return [(0, out, inner)]
     return [(*block, blocks[block]) for block in ordered]
+
+
+def look_up_blocks(
+    blocks: Sequence[tuple[int, int, list[ScatteredEinsum]]], factors: dict[str, Tensor], index: Tensor
+) -> Tensor:
+    """Return the rows ``index`` of what ``row_blocks`` returned, each from its own block only.
+
+    Every block computes all rows where the call is traced, or on an accelerator, which would wait for the numbers of rows.
+    """
+    if is_traced() or index.device.type != "cpu" or not len(index):
+        parts = [one.look_up_block(factors, index - first) for first, _, some in blocks for one in some]
+        return sum(parts[1:], parts[0])
+    places = [((index >= first) & (index < first + size)).nonzero().flatten() for first, size, _ in blocks]
+    found = []
+    for (first, _, some), at in zip(blocks, places, strict=True):
+        if len(at):
+            parts = [one.look_up_block(factors, index[at] - first) for one in some]
+            found.append(sum(parts[1:], parts[0]))
+    return torch.cat(found)[invert(torch.cat(places))]
 
 
 def _offset(maps: tuple[str | int, ...]) -> int | None:
