@@ -137,8 +137,9 @@ def shared_row_map(einsums: Sequence[ScatteredEinsum]) -> str | None:
     """Return the name of the index map that comes last for the rows of several einsums and permutes them; None without one."""
     (name, *more) = {one.rows[-1] if one.rows else None for one in einsums}
     lengths = {map: length for one in einsums for map, length, _ in one.maps}
-    permutes = isinstance(name, str) and lengths[name] == einsums[0].shape[0]
-    return name if permutes and not more and len(einsums) > 1 else None
+    if not isinstance(name, str) or more or len(einsums) < 2:
+        return None
+    return name if lengths[name] == einsums[0].shape[0] else None
 
 
 def row_blocks(
