@@ -100,8 +100,8 @@ class EmbeddingRanks:
         root, inverse = roots(moment / moment.trace() * width)
         found = {"weights": (weights / weights.mean()).clamp_min(RARE), "root": root, "inverse": inverse}
         squares = []
-        for k, tokens in enumerate(_order(found).tensor_split(TIERS)):
-            _, values, vectors = svd(found["weights"][tokens].sqrt()[:, None] * (self._rows(tokens) @ root), width)
+        for k, tier in enumerate(_order(found).tensor_split(TIERS)):
+            _, values, vectors = svd(found["weights"][tier].sqrt()[:, None] * (self._rows(tier) @ root), width)
             found[f"basis_{k}"] = vectors.T
             squares.append(values.square())
         return found | {"squares": torch.stack(squares)}
@@ -112,7 +112,7 @@ class EmbeddingRanks:
         for k, rows in enumerate(torch.arange(size).tensor_split(TIERS)):
             tails = [*statistics["squares"][k].flip(0).cumsum(0).flip(0).tolist(), 0.0]
             ranks = range(1, max(2, len(rows) * width // (len(rows) + width)))
-            parts = [LowRank(out_features=len(rows), in_features=width, rank=rank) for rank in ranks]
+            parts: list[Structure] = [LowRank(out_features=len(rows), in_features=width, rank=rank) for rank in ranks]
             parts.append(Dense(out_features=len(rows), in_features=width))
             losses = np.array([tails[rank] for rank in ranks] + [0.0])
             curves.append(TradeoffCurve(str(k), np.array([part.numel for part in parts]), losses, parts))
