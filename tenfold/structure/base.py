@@ -273,9 +273,8 @@ class Structure(FactorSpec):
             parts = [einsum.look_up(factors, flat) for einsum in self._einsums]
             found = sum(parts[1:], parts[0])
         else:
-            places = scattered.invert(factors[self._row_map].long())[
-                torch.where(flat < 0, self.shape[0], flat)
-            ]  # -1 is no token
+            flat = torch.where(flat < 0, self.shape[0], flat)  # an index below 0 is an error, too
+            places = scattered.invert(factors[self._row_map].long())[flat]
             found = scattered.look_up_blocks(blocks, factors, places)
         return found.reshape(*index.shape, self.shape[1])
 
