@@ -68,5 +68,7 @@ def test_items_with_one_option_leave_nothing_to_choose():
 def test_a_scaled_curve_has_the_same_prices(seed):
     for curve in drawn(seed):
         part = curve.scale(0.25)
-        np.testing.assert_allclose(np.diff(part.losses) / np.diff(part.costs), np.diff(curve.losses) / np.diff(curve.costs))
+        np.testing.assert_allclose(
+            np.diff(part.losses) / np.diff(part.costs), np.diff(curve.losses) / np.diff(curve.costs)
+        )
         assert part.costs[-1] == 0.25 * curve.costs[-1] and part.options == curve.options
