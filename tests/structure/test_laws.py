@@ -71,6 +71,21 @@ def test_rows_are_looked_up(structure):
 
 
 @each(ALL)
+def test_rows_are_looked_up_in_forward_mode(structure):
+    factors, index = factors_of(structure), torch.arange(structure.shape[0]).flip(0)
+    expected = torch.from_numpy(oracle.matrix(structure, factors))[index]
+    maps = {name: value for name, value in factors.items() if not value.is_floating_point()}
+    learned = parameters(factors)
+    rows, change = torch.func.jvp(lambda some: structure.rows(maps | some, index), (learned,), (learned,))
+    torch.testing.assert_close(rows, expected)
+    by = [
+        torch.func.jvp(lambda one, n=n: structure.rows(factors | {n: one}, index), (v,), (v,))[1]
+        for n, v in learned.items()
+    ]
+    torch.testing.assert_close(change, sum(by))
+
+
+@each(ALL)
 def test_rows_that_do_not_exist_are_refused(structure):
     for number in (structure.shape[0], -1):
         with pytest.raises(IndexError):
